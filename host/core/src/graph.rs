@@ -1,0 +1,275 @@
+//! Turns a job graph (operators and edges) into tasks, channels and chains.
+
+use std::collections::BTreeSet;
+
+use crate::ids::{OperatorId, TaskId};
+
+/// How an edge picks the channel of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Partitioner {
+    /// Task `i` to task `i`; needs equal parallelism.
+    Forward,
+    /// By the key group of the record's key.
+    Hash,
+    /// To one channel after the other.
+    Rebalance,
+    /// To every channel.
+    Broadcast,
+}
+
+/// A node of the job graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operator {
+    /// Its name in the manifest; unique in the job.
+    pub name: String,
+    /// How many tasks run it; at least 1.
+    pub parallelism: u32,
+}
+
+/// An edge of the job graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Edge {
+    /// The operator that sends.
+    pub from: OperatorId,
+    /// Which of its outputs.
+    pub output: u32,
+    /// The operator that receives.
+    pub to: OperatorId,
+    /// Which of its inputs.
+    pub input: u32,
+    /// How a record finds its task.
+    pub partitioner: Partitioner,
+}
+
+/// A job graph without cycles. Operators are numbered as they were given.
+#[derive(Debug, Clone)]
+pub struct JobGraph {
+    operators: Vec<Operator>,
+    edges: Vec<Edge>,
+    topological: Vec<OperatorId>,
+}
+
+/// Why operators and edges do not make a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GraphError {
+    /// These operators wait for each other, in this order.
+    Cycle(Vec<OperatorId>),
+    /// A forward edge joins operators of different parallelism.
+    ForwardNeedsEqualParallelism(Edge),
+}
+
+impl JobGraph {
+    /// Checks the graph and puts its operators in topological order.
+    ///
+    /// # Errors
+    /// Where the edges form a cycle, or a forward edge joins different parallelisms.
+    ///
+    /// # Panics
+    /// If an edge names an operator that is not there.
+    pub fn new(operators: Vec<Operator>, edges: Vec<Edge>) -> Result<Self, GraphError> {
+        let parallelism = |id: OperatorId| operators[id.0 as usize].parallelism;
+        for edge in &edges {
+            let is_equal = parallelism(edge.from) == parallelism(edge.to);
+            if edge.partitioner == Partitioner::Forward && !is_equal {
+                return Err(GraphError::ForwardNeedsEqualParallelism(*edge));
+            }
+        }
+        let topological = topological_order(operators.len(), &edges)?;
+        Ok(Self { operators, edges, topological })
+    }
+
+    /// Every operator with its id, in the order of the manifest.
+    pub fn operators(&self) -> impl Iterator<Item = (OperatorId, &Operator)> {
+        (0..).map(OperatorId).zip(&self.operators)
+    }
+
+    /// One operator.
+    ///
+    /// # Panics
+    /// If the id is not of this graph.
+    #[must_use]
+    pub fn operator(&self, id: OperatorId) -> &Operator {
+        &self.operators[id.0 as usize]
+    }
+
+    /// Every edge.
+    #[must_use]
+    pub fn edges(&self) -> &[Edge] {
+        &self.edges
+    }
+
+    /// The edges into an operator.
+    pub fn inputs(&self, id: OperatorId) -> impl Iterator<Item = &Edge> {
+        self.edges.iter().filter(move |edge| edge.to == id)
+    }
+
+    /// The edges out of an operator.
+    pub fn outputs(&self, id: OperatorId) -> impl Iterator<Item = &Edge> {
+        self.edges.iter().filter(move |edge| edge.from == id)
+    }
+
+    /// Every task of the job, by operator, then index.
+    #[must_use]
+    pub fn tasks(&self) -> BTreeSet<TaskId> {
+        self.operators()
+            .flat_map(|(operator, spec)| {
+                (0..spec.parallelism).map(move |index| TaskId { operator, index })
+            })
+            .collect()
+    }
+
+    /// The tasks without an input: where barriers start.
+    #[must_use]
+    pub fn source_tasks(&self) -> BTreeSet<TaskId> {
+        self.tasks()
+            .into_iter()
+            .filter(|task| self.inputs(task.operator).next().is_none())
+            .collect()
+    }
+
+    /// True for an edge that costs no channel: its ends run in one worker, one call after the
+    /// other. A forward edge is chained where it is its receiver's only input.
+    #[must_use]
+    pub fn is_chained(&self, edge: &Edge) -> bool {
+        edge.partitioner == Partitioner::Forward && self.inputs(edge.to).count() == 1
+    }
+
+    /// The operators that head a chain, in topological order: every one that is not chained to
+    /// its input.
+    pub fn chain_heads(&self) -> impl Iterator<Item = OperatorId> {
+        self.topological
+            .iter()
+            .copied()
+            .filter(|id| !self.inputs(*id).any(|edge| self.is_chained(edge)))
+    }
+
+    /// A task as people write it: `count/1`.
+    #[must_use]
+    pub fn task_name(&self, task: TaskId) -> String {
+        format!("{}/{}", self.operator(task.operator).name, task.index)
+    }
+}
+
+/// Kahn's algorithm; what is left when nothing is free any more contains a cycle.
+fn topological_order(count: usize, edges: &[Edge]) -> Result<Vec<OperatorId>, GraphError> {
+    let mut waiting_for = vec![0usize; count];
+    for edge in edges {
+        waiting_for[edge.to.0 as usize] += 1;
+    }
+    let ids = (0..).map(OperatorId).take(count);
+    let mut order: Vec<OperatorId> =
+        ids.filter(|id| waiting_for[id.0 as usize] == 0).collect();
+    let mut next = 0;
+    while let Some(&id) = order.get(next) {
+        next += 1;
+        for edge in edges.iter().filter(|edge| edge.from == id) {
+            let waiting = &mut waiting_for[edge.to.0 as usize];
+            *waiting -= 1;
+            if *waiting == 0 {
+                order.push(edge.to);
+            }
+        }
+    }
+    if order.len() == count {
+        return Ok(order);
+    }
+    Err(GraphError::Cycle(find_cycle(&waiting_for, edges)))
+}
+
+/// Walks backwards among the operators that never became free until one comes again.
+fn find_cycle(waiting_for: &[usize], edges: &[Edge]) -> Vec<OperatorId> {
+    let is_stuck = |id: OperatorId| waiting_for[id.0 as usize] != 0;
+    let Some(mut at) = (0..).map(OperatorId).take(waiting_for.len()).find(|&id| is_stuck(id))
+    else {
+        return Vec::new();
+    };
+    let mut path = vec![at];
+    // Every stuck operator has a stuck predecessor, so this ends at the first repetition.
+    while let Some(edge) = edges.iter().find(|edge| edge.to == at && is_stuck(edge.from)) {
+        at = edge.from;
+        if let Some(start) = path.iter().position(|&id| id == at) {
+            let mut cycle = path.split_off(start);
+            cycle.reverse();
+            return cycle;
+        }
+        path.push(at);
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Builds a graph from lines like `a -> b hash`; operators are numbered as they appear.
+    fn graph(parallelism: &[(&str, u32)], edges: &[(&str, &str, Partitioner)]) -> Result<JobGraph, GraphError> {
+        let operators = parallelism
+            .iter()
+            .map(|&(name, parallelism)| Operator { name: name.to_owned(), parallelism })
+            .collect();
+        let id = |name: &str| {
+            let place = parallelism.iter().position(|(known, _)| *known == name).expect("known");
+            OperatorId(u32::try_from(place).expect("small"))
+        };
+        let edges = edges
+            .iter()
+            .map(|&(from, to, partitioner)| Edge {
+                from: id(from),
+                output: 0,
+                to: id(to),
+                input: 0,
+                partitioner,
+            })
+            .collect();
+        JobGraph::new(operators, edges)
+    }
+
+    #[test]
+    fn chain_ends_where_an_exchange_begins() {
+        use Partitioner::{Forward, Hash};
+        let graph = graph(
+            &[("lines", 2), ("split", 2), ("count", 2), ("out", 2)],
+            &[("lines", "split", Forward), ("split", "count", Hash), ("count", "out", Forward)],
+        )
+        .expect("a job");
+        let heads: Vec<&str> =
+            graph.chain_heads().map(|id| graph.operator(id).name.as_str()).collect();
+        assert_eq!(heads, ["lines", "count"]);
+        assert_eq!(graph.tasks().len(), 8);
+        assert_eq!(graph.source_tasks().len(), 2);
+        assert_eq!(graph.task_name(TaskId { operator: OperatorId(2), index: 1 }), "count/1");
+    }
+
+    #[test]
+    fn operator_with_two_inputs_is_never_chained() {
+        use Partitioner::Forward;
+        let graph = graph(
+            &[("a", 1), ("b", 1), ("join", 1)],
+            &[("a", "join", Forward), ("b", "join", Forward)],
+        )
+        .expect("a job");
+        assert_eq!(graph.chain_heads().count(), 3);
+    }
+
+    #[test]
+    fn cycle_is_named_in_the_order_of_its_edges() {
+        use Partitioner::Rebalance;
+        let error = graph(
+            &[("in", 1), ("a", 1), ("b", 1), ("c", 1)],
+            &[("in", "a", Rebalance), ("a", "b", Rebalance), ("b", "c", Rebalance), ("c", "a", Rebalance)],
+        )
+        .expect_err("a cycle");
+        let GraphError::Cycle(cycle) = error else { panic!("{error:?}") };
+        let mut turned = cycle.clone();
+        turned.sort();
+        assert_eq!(turned, [OperatorId(1), OperatorId(2), OperatorId(3)]);
+        let follows = |a: OperatorId| OperatorId(a.0 % 3 + 1);
+        assert!(cycle.windows(2).all(|pair| follows(pair[0]) == pair[1]), "{cycle:?}");
+    }
+
+    #[test]
+    fn forward_between_different_parallelisms_is_no_job() {
+        let error = graph(&[("a", 1), ("b", 2)], &[("a", "b", Partitioner::Forward)]);
+        assert!(matches!(error, Err(GraphError::ForwardNeedsEqualParallelism(_))));
+    }
+}

@@ -1,0 +1,311 @@
+//! Decides after which delay a failed job is restarted, or that it is given up.
+//!
+//! The four strategies, their defaults and their counting are Flink's
+//! (`org.apache.flink.runtime.executiongraph.failover.*RestartBackoffTimeStrategy`, 2.0), folded
+//! from its three calls (notify, may restart, backoff) into one.
+
+use std::collections::VecDeque;
+
+use crate::{ids::Millis, random::Random};
+
+/// A restart strategy with its settings. Durations in milliseconds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RestartStrategy {
+    /// The first failure ends the job.
+    None,
+    /// `attempts` restarts, `delay_ms` after each failure. The count never starts anew.
+    FixedDelay {
+        /// How many restarts in the life of the job. Flink's default: 1.
+        attempts: u64,
+        /// Flink's default: 1 s.
+        delay_ms: u64,
+    },
+    /// Restarts as long as no more than `failures_per_interval_max` failures fall in an interval.
+    FailureRate {
+        /// Failures tolerated within the interval. Flink's default: 1.
+        failures_per_interval_max: u32,
+        /// Flink's default: 1 min.
+        interval_ms: u64,
+        /// Flink's default: 1 s.
+        delay_ms: u64,
+    },
+    /// Waits longer after each failure, until the job has been stable for a while.
+    ExponentialDelay(ExponentialDelay),
+}
+
+/// The settings of the exponential-delay strategy; `default()` gives Flink's (since 1.19).
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExponentialDelay {
+    /// The first delay, and the lower bound of every other.
+    pub initial_backoff_ms: u64,
+    /// The upper bound, jitter included.
+    pub backoff_ms_max: u64,
+    /// What a delay is multiplied by to give the next one.
+    pub backoff_multiplier: f64,
+    /// How long the job must run after a delay for the delays to start anew.
+    pub reset_threshold_ms: u64,
+    /// The share of a delay that is added or taken away at random, 0 to 1.
+    pub jitter_factor: f64,
+    /// Restarts before giving up, counted since the last reset; `None`: no limit.
+    pub attempts_max: Option<u64>,
+}
+
+impl Default for ExponentialDelay {
+    fn default() -> Self {
+        Self {
+            initial_backoff_ms: 1_000,
+            backoff_ms_max: 60_000,
+            backoff_multiplier: 1.5,
+            reset_threshold_ms: 3_600_000,
+            jitter_factor: 0.1,
+            attempts_max: None,
+        }
+    }
+}
+
+/// The answer to one failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verdict {
+    /// False where the failure belongs to a restart that is already scheduled.
+    pub is_new_attempt: bool,
+    /// What to do about it.
+    pub decision: RestartDecision,
+}
+
+/// Whether and when to restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestartDecision {
+    /// Restart after this many milliseconds.
+    RestartAfter(u64),
+    /// The strategy allows no restart any more.
+    GiveUp,
+}
+
+/// A strategy and what it remembers of earlier failures. One for the whole life of a job.
+#[derive(Debug, Clone)]
+pub struct RestartState {
+    strategy: RestartStrategy,
+    memory: Memory,
+}
+
+#[derive(Debug, Clone)]
+enum Memory {
+    Nothing,
+    Count(u64),
+    Recent(VecDeque<Millis>),
+    /// `next_at` is the end of the last delay; `None` before the first failure.
+    Backoff {
+        next_at: Option<Millis>,
+        attempts: u64,
+    },
+}
+
+impl RestartState {
+    /// A strategy that has seen no failure yet.
+    #[must_use]
+    pub fn new(strategy: RestartStrategy) -> Self {
+        let memory = match strategy {
+            RestartStrategy::None => Memory::Nothing,
+            RestartStrategy::FixedDelay { .. } => Memory::Count(0),
+            RestartStrategy::FailureRate { .. } => Memory::Recent(VecDeque::new()),
+            RestartStrategy::ExponentialDelay(_) => Memory::Backoff { next_at: None, attempts: 0 },
+        };
+        Self { strategy, memory }
+    }
+
+    /// Counts one failure and says what follows from it. `random` gives the jitter.
+    pub fn on_failure(&mut self, now: Millis, random: &mut Random) -> Verdict {
+        match (&self.strategy, &mut self.memory) {
+            (RestartStrategy::FixedDelay { attempts, delay_ms }, Memory::Count(failures)) => {
+                *failures += 1;
+                verdict(true, *failures <= *attempts, *delay_ms)
+            }
+            (
+                RestartStrategy::FailureRate { failures_per_interval_max, interval_ms, delay_ms },
+                Memory::Recent(recent),
+            ) => {
+                let capacity = *failures_per_interval_max as usize + 1;
+                if recent.len() == capacity {
+                    recent.pop_front();
+                }
+                recent.push_back(now);
+                let is_below = match recent.front() {
+                    Some(oldest) if recent.len() == capacity => *interval_ms < now.since(*oldest),
+                    _ => true,
+                };
+                verdict(true, is_below, *delay_ms)
+            }
+            (
+                RestartStrategy::ExponentialDelay(settings),
+                Memory::Backoff { next_at, attempts },
+            ) => settings.on_failure(next_at, attempts, now, random),
+            _ => verdict(true, false, 0),
+        }
+    }
+}
+
+fn verdict(is_new_attempt: bool, can_restart: bool, delay_ms: u64) -> Verdict {
+    let decision = match can_restart {
+        true => RestartDecision::RestartAfter(delay_ms),
+        false => RestartDecision::GiveUp,
+    };
+    Verdict { is_new_attempt, decision }
+}
+
+impl ExponentialDelay {
+    fn on_failure(
+        &self,
+        next_at: &mut Option<Millis>,
+        attempts: &mut u64,
+        now: Millis,
+        random: &mut Random,
+    ) -> Verdict {
+        // A failure up to and including the end of the delay belongs to the restart that is
+        // already scheduled.
+        let is_merged = next_at.is_some_and(|next| now <= next);
+        if !is_merged {
+            if next_at.is_none_or(|next| self.reset_threshold_ms <= now.since(next)) {
+                *attempts = 0;
+            }
+            *next_at = Some(now.after(self.delay_ms(*attempts, random)));
+            *attempts += 1;
+        }
+        let can_restart = self.attempts_max.is_none_or(|max| *attempts <= max);
+        verdict(!is_merged, can_restart, next_at.map_or(0, |next| next.since(now)))
+    }
+
+    fn delay_ms(&self, attempts: u64, random: &mut Random) -> u64 {
+        let mut base = self.initial_backoff_ms as f64;
+        for _ in 0..attempts {
+            if self.backoff_ms_max as f64 <= base {
+                break;
+            }
+            base *= self.backoff_multiplier;
+        }
+        let base_ms = base as u64;
+        let jitter_ms = (base_ms as f64 * self.jitter_factor) as u64;
+        let delay_ms = (base_ms - jitter_ms).saturating_add(random.between(0, 2 * jitter_ms));
+        delay_ms.clamp(self.initial_backoff_ms, self.backoff_ms_max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Feeds failures at the given times; gives `new/merged restart delay` or `give up` for each.
+    fn check(strategy: RestartStrategy, failures_ms: &[u64], expected: &[&str]) {
+        let mut state = RestartState::new(strategy);
+        let mut random = Random::new(0);
+        let answers: Vec<String> = failures_ms
+            .iter()
+            .map(|&at| {
+                let verdict = state.on_failure(Millis(at), &mut random);
+                let kind = if verdict.is_new_attempt { "new" } else { "merged" };
+                match verdict.decision {
+                    RestartDecision::RestartAfter(delay) => format!("{kind} {delay}"),
+                    RestartDecision::GiveUp => format!("{kind} give up"),
+                }
+            })
+            .collect();
+        assert_eq!(answers, expected);
+    }
+
+    fn exponential(b0: u64, max: u64, m: f64, reset: u64, j: f64, a: Option<u64>) -> RestartStrategy {
+        RestartStrategy::ExponentialDelay(ExponentialDelay {
+            initial_backoff_ms: b0,
+            backoff_ms_max: max,
+            backoff_multiplier: m,
+            reset_threshold_ms: reset,
+            jitter_factor: j,
+            attempts_max: a,
+        })
+    }
+
+    #[test]
+    fn none_gives_up_at_the_first_failure() {
+        check(RestartStrategy::None, &[5], &["new give up"]);
+    }
+
+    #[test]
+    fn fixed_delay_allows_its_attempts_and_not_one_more() {
+        check(
+            RestartStrategy::FixedDelay { attempts: 3, delay_ms: 10 },
+            &[0, 0, 900_000_000, 900_000_001],
+            &["new 10", "new 10", "new 10", "new give up"],
+        );
+    }
+
+    #[test]
+    fn failure_rate_counts_only_what_falls_in_the_interval() {
+        let strategy = |max| RestartStrategy::FailureRate {
+            failures_per_interval_max: max,
+            interval_ms: if max == 1 { 1 } else { 10_000 },
+            delay_ms: 0,
+        };
+        check(strategy(1), &[0, 2, 4], &["new 0", "new 0", "new 0"]);
+        check(strategy(3), &[0, 0, 0, 0], &["new 0", "new 0", "new 0", "new give up"]);
+        // The interval is exceeded strictly.
+        check(strategy(1), &[0, 1], &["new 0", "new give up"]);
+    }
+
+    #[test]
+    fn exponential_delay_row_e1_max_attempts() {
+        let mut state = RestartState::new(exponential(1, 3, 1.2, 10, 0.25, Some(13)));
+        let mut random = Random::new(1);
+        for round in 0..14u64 {
+            let verdict = state.on_failure(Millis(round * 4), &mut random);
+            assert!(verdict.is_new_attempt, "round {round}");
+            // Flink asks before it notifies; here the 14th failure itself is the one too many.
+            assert_eq!(verdict.decision == RestartDecision::GiveUp, round == 13, "round {round}");
+        }
+    }
+
+    #[test]
+    fn exponential_delay_row_e3_initial() {
+        check(exponential(42, 45, 2.0, 8, 0.0, None), &[0], &["new 42"]);
+    }
+
+    #[test]
+    fn exponential_delay_row_e4_max() {
+        for seed in 0..100 {
+            let mut state = RestartState::new(exponential(1, 6, 2.0, 8, 0.25, None));
+            let mut random = Random::new(seed);
+            for _ in 0..10 {
+                match state.on_failure(Millis(0), &mut random).decision {
+                    RestartDecision::RestartAfter(delay) => assert!(delay <= 6),
+                    RestartDecision::GiveUp => panic!("gave up without a limit"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn exponential_delay_row_e5_reset_counts_from_the_end_of_the_delay() {
+        check(exponential(1, 5, 2.0, 8, 0.25, None), &[0, 8], &["new 1", "new 2"]);
+        check(exponential(1, 5, 2.0, 8, 0.25, None), &[0, 9], &["new 1", "new 1"]);
+    }
+
+    #[test]
+    fn exponential_delay_merges_failures_up_to_the_end_of_the_delay() {
+        check(
+            exponential(10, 100, 2.0, 1000, 0.0, None),
+            &[0, 4, 10, 11],
+            &["new 10", "merged 6", "merged 0", "new 20"],
+        );
+    }
+
+    #[test]
+    fn exponential_delay_stays_within_its_bounds_after_thousands_of_failures() {
+        let mut state = RestartState::new(exponential(1_000, 60_000, 1.5, 3_600_000, 0.1, None));
+        let mut random = Random::new(3);
+        let mut now = 0;
+        for _ in 0..5_000 {
+            now += 60_001;
+            match state.on_failure(Millis(now), &mut random).decision {
+                RestartDecision::RestartAfter(delay) => assert!((1_000..=60_000).contains(&delay)),
+                RestartDecision::GiveUp => panic!("gave up without a limit"),
+            }
+        }
+    }
+}
