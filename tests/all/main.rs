@@ -1,1 +1,3 @@
-//! x
+//! Every test that needs more than one crate, in one binary.
+
+mod sandbox;

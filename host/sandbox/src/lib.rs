@@ -1,1 +1,55 @@
-//! x
+//! Runs an operator component in a sandbox that can be snapshotted and restored.
+//!
+//! Bytes of a component go in ([`Sandbox::load`]), an [`Instance`] comes out that can process
+//! batches, hand over what changed in its memory, and be put back into an earlier state in a time
+//! that does not depend on the size of that state. The crate knows nothing of jobs and nothing of
+//! tokio: its futures run on any executor, so that another engine can embed it.
+//!
+//! **Invariant:** this is the only crate that names wasmtime.
+
+mod component;
+mod engine;
+mod host;
+mod instance;
+mod instrument;
+mod limits;
+pub mod memory;
+mod trap;
+mod validate;
+mod wasi;
+
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    unused_qualifications,
+    unsafe_code,
+    clippy::all,
+    reason = "generated from wit/operator.wit, which is documented"
+)]
+mod bindings {
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        world: "operator",
+        exports: { default: async },
+        ownership: Borrowing { duplicate_if_necessary: false },
+        additional_derives: [PartialEq, Eq],
+    });
+}
+
+pub use bindings::cofferdam::operator::{
+    logging::Level,
+    types::{
+        Batch, Description, Emission, Format, OpenContext, Port, StateChanges, StateDeclaration,
+        StateKind,
+    },
+};
+pub use component::{Component, ComponentError, Digest};
+pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
+pub use host::Host;
+pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
+pub use limits::{Limit, Limits};
+pub use memory::{
+    image::{Image, MemoryDelta, MemorySnapshot},
+    track::Tracking,
+};
+pub use trap::GuestError;

@@ -1,0 +1,199 @@
+//! From the bytes of a component to compiled code: parse, check, instrument, compile, cache.
+#![allow(unsafe_code, reason = "loads compiled code that this program has written")]
+
+use std::{fmt, fs, io::Write, path::PathBuf, sync::Arc};
+
+use wasmtime::component::{Component as Compiled, ComponentExportIndex, InstancePre};
+
+use crate::{
+    bindings::OperatorIndices,
+    engine::{Sandbox, Shared},
+    instrument::{self, Access},
+    validate::{self, Unsound, Verdict},
+    wasi::State,
+};
+
+/// Names a component by its content: the first 128 bits of its BLAKE3 hash.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(pub [u8; 16]);
+
+impl Digest {
+    /// The digest of a component's bytes.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Self {
+        let mut digest = [0; 16];
+        digest.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
+        Self(digest)
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Why bytes cannot be run as an operator.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ComponentError {
+    /// Not WebAssembly.
+    #[error("it is not a WebAssembly file (it begins with {begins_with:?})")]
+    NotWasm {
+        /// The first bytes.
+        begins_with: String,
+    },
+    /// A core module, not a component.
+    #[error("it is a core WebAssembly module, not a component")]
+    CoreModule,
+    /// WebAssembly that breaks off or makes no sense.
+    #[error("it is malformed: {message}")]
+    Malformed {
+        /// What, and at which byte.
+        message: String,
+    },
+    /// A component whose state a snapshot of its memory would miss.
+    #[error("it cannot be checkpointed: {0}")]
+    Unsound(Unsound),
+    /// A component that imports what operators do not get.
+    #[error("it imports what an operator does not get: {message}")]
+    Import {
+        /// Which import.
+        message: String,
+    },
+    /// A component that is not an operator.
+    #[error("it does not export `cofferdam:operator/guest@0.1.0`: {message}")]
+    OtherWorld {
+        /// What is missing.
+        message: String,
+    },
+    /// The compiler refused what the checks had accepted.
+    #[error("compile it: {message}")]
+    Compile {
+        /// The compiler's words.
+        message: String,
+    },
+}
+
+/// A component that is checked, compiled and linked. Cheap to clone.
+#[derive(Clone)]
+pub struct Component {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) digest: Digest,
+    pub(crate) sandbox: Arc<Shared>,
+    pub(crate) pre: InstancePre<State>,
+    pub(crate) operator: OperatorIndices,
+    pub(crate) accessors: AccessorIndices,
+}
+
+/// Where the functions of the accessor module are among the component's exports.
+pub(crate) struct AccessorIndices {
+    pub(crate) get: Vec<ComponentExportIndex>,
+    pub(crate) set: Vec<ComponentExportIndex>,
+    pub(crate) grow: Vec<ComponentExportIndex>,
+}
+
+impl AccessorIndices {
+    fn new(compiled: &Compiled) -> Self {
+        let all = |access: Access| {
+            let index = |number: usize| compiled.get_export_index(None, &access.name(number));
+            (0..).map_while(index).collect()
+        };
+        Self { get: all(Access::Get), set: all(Access::Set), grow: all(Access::Grow) }
+    }
+}
+
+impl Component {
+    /// The content's name.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.inner.digest
+    }
+}
+
+impl Sandbox {
+    /// Checks and compiles a component. Takes tens to hundreds of milliseconds the first time, and
+    /// a fraction of one when the cache has it.
+    ///
+    /// # Errors
+    /// [`ComponentError`] says what is wrong with the bytes.
+    pub fn load(&self, bytes: &[u8]) -> Result<Component, ComponentError> {
+        let digest = Digest::of(bytes);
+        let compiled = match self.cached(digest) {
+            Some(compiled) => compiled,
+            None => self.compile(bytes, digest)?,
+        };
+        let import = |error: wasmtime::Error| ComponentError::Import { message: format!("{error:#}") };
+        let pre = self.shared.linker.instantiate_pre(&compiled).map_err(import)?;
+        let operator = OperatorIndices::new(&pre)
+            .map_err(|error| ComponentError::OtherWorld { message: format!("{error:#}") })?;
+        let accessors = AccessorIndices::new(&compiled);
+        let inner = Inner { digest, sandbox: self.shared.clone(), pre, operator, accessors };
+        Ok(Component { inner: Arc::new(inner) })
+    }
+
+    fn compile(&self, bytes: &[u8], digest: Digest) -> Result<Compiled, ComponentError> {
+        check_kind(bytes)?;
+        let malformed =
+            |error: wasmparser::BinaryReaderError| ComponentError::Malformed { message: error.to_string() };
+        validate::check(bytes).map_err(|verdict| match verdict {
+            Verdict::Malformed(error) => malformed(error),
+            Verdict::Unsound(unsound) => ComponentError::Unsound(unsound),
+        })?;
+        // The rewriting relies on what validation guarantees, so validate what was given first.
+        wasmparser::Validator::new().validate_all(bytes).map_err(malformed)?;
+        let instrumented = instrument::instrument(bytes).map_err(malformed)?;
+        let compile = |error: wasmtime::Error| ComponentError::Compile { message: format!("{error:#}") };
+        let compiled = Compiled::from_binary(&self.shared.engine, &instrumented).map_err(compile)?;
+        if let Err(error) = self.store(&compiled, digest) {
+            tracing::warn!(%error, "keep the compiled component: it will be compiled again");
+        }
+        Ok(compiled)
+    }
+
+    fn cache_file(&self, digest: Digest) -> Option<PathBuf> {
+        let name = format!("{digest}-{:016x}.cwasm", self.shared.compatibility);
+        Some(self.shared.cache_dir.as_ref()?.join(name))
+    }
+
+    fn cached(&self, digest: Digest) -> Option<Compiled> {
+        let path = self.cache_file(digest).filter(|path| path.exists())?;
+        // SAFETY: the file lies in a directory that only this user can write to, and was put there
+        // whole, by a rename, by `store` below; its name holds the digest of the component, the
+        // version of wasmtime and all settings.
+        let loaded = unsafe { Compiled::deserialize_file(&self.shared.engine, &path) };
+        loaded
+            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "compile again"))
+            .ok()
+    }
+
+    fn store(&self, compiled: &Compiled, digest: Digest) -> Result<(), wasmtime::Error> {
+        let Some(path) = self.cache_file(digest) else { return Ok(()) };
+        let dir = path.parent().unwrap_or(&path);
+        let mut file = tempfile::NamedTempFile::new_in(dir)?;
+        file.write_all(&compiled.serialize()?)?;
+        file.persist(&path).map_err(|error| error.error)?;
+        fs::File::open(dir)?.sync_all()?;
+        Ok(())
+    }
+}
+
+fn check_kind(bytes: &[u8]) -> Result<(), ComponentError> {
+    if !bytes.starts_with(b"\0asm") {
+        let begins_with = String::from_utf8_lossy(&bytes[..bytes.len().min(8)]).into_owned();
+        return Err(ComponentError::NotWasm { begins_with });
+    }
+    if wasmparser::Parser::is_core_wasm(bytes) {
+        return Err(ComponentError::CoreModule);
+    }
+    Ok(())
+}

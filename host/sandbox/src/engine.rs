@@ -1,0 +1,159 @@
+//! The sandbox itself: one wasmtime engine with the settings that make snapshots sound, the host
+//! functions, and the cache of compiled components.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use wasmtime::{Config, Engine, component::Linker};
+
+use crate::{
+    limits::TICK,
+    memory::{Creator, track::Tracking},
+    wasi::{self, State},
+};
+
+/// What can be chosen about a sandbox.
+#[derive(Debug, Clone, Default)]
+pub struct SandboxOptions {
+    /// Where compiled components are kept. Its files are trusted like the program itself, so it
+    /// must be writable for nobody else. Default: none are kept.
+    pub cache_dir: Option<PathBuf>,
+    /// How written pages are found. Default: the best way that works here.
+    pub tracking: TrackingChoice,
+    /// Bounds checks in the guests' code instead of signal handlers, for hosts that want their
+    /// signals for themselves; 8 to 20 % slower. Default: false.
+    pub without_signals: bool,
+}
+
+/// How written pages are to be found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TrackingChoice {
+    /// By the kernel's write protection where it works, else by comparing.
+    #[default]
+    Best,
+    /// By comparing with a copy: works everywhere, costs a pass over the memory per snapshot.
+    Compare,
+}
+
+/// Why a sandbox could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SandboxError {
+    /// The settings do not work on this machine.
+    #[error("set up the wasm engine: {0}")]
+    Engine(wasmtime::Error),
+    /// The cache directory cannot be used.
+    #[error("create the cache of compiled components at {path}")]
+    Cache {
+        /// The directory.
+        path: PathBuf,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Loads components and runs their instances. Cheap to clone: all clones are the same sandbox.
+#[derive(Clone)]
+pub struct Sandbox {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) linker: Linker<State>,
+    pub(crate) tracking: Arc<Tracking>,
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// Tells compiled code apart by everything that it depends on beside the component.
+    pub(crate) compatibility: u64,
+}
+
+impl Sandbox {
+    /// Sets up the engine and starts the thread that interrupts guests.
+    ///
+    /// # Errors
+    /// Where the engine does not work on this machine, or the cache directory cannot be made.
+    pub fn new(options: SandboxOptions) -> Result<Self, SandboxError> {
+        let (tracking, why_not) = match options.tracking {
+            TrackingChoice::Best => Tracking::probe(),
+            TrackingChoice::Compare => (Tracking::compare(), None),
+        };
+        match why_not {
+            Some(error) => tracing::warn!(
+                %error,
+                "written pages are found by {}: the kernel's way does not work here",
+                tracking.name()
+            ),
+            None => tracing::debug!("written pages are found by {}", tracking.name()),
+        }
+        let tracking = Arc::new(tracking);
+        let config = engine_config(&options, tracking.clone());
+        let engine = Engine::new(&config).map_err(SandboxError::Engine)?;
+        let mut linker = Linker::new(&engine);
+        wasi::link(&mut linker).map_err(SandboxError::Engine)?;
+        if let Some(path) = &options.cache_dir {
+            create_private_dir(path)
+                .map_err(|source| SandboxError::Cache { path: path.clone(), source })?;
+        }
+        let mut hasher = DefaultHasher::new();
+        engine.precompile_compatibility_hash().hash(&mut hasher);
+        start_ticker(&engine);
+        let compatibility = hasher.finish();
+        let cache_dir = options.cache_dir;
+        Ok(Self { shared: Arc::new(Shared { engine, linker, tracking, cache_dir, compatibility }) })
+    }
+
+    /// How written pages are found here.
+    #[must_use]
+    pub fn tracking(&self) -> &Tracking {
+        &self.shared.tracking
+    }
+}
+
+/// The one configuration for running, testing and compiling.
+fn engine_config(options: &SandboxOptions, tracking: Arc<Tracking>) -> Config {
+    let mut config = Config::new();
+    config
+        // Memories are our own, and every one starts as zeroes: a copy-on-write image of the data
+        // segments would belong to wasmtime.
+        .with_host_memory(Arc::new(Creator { tracking }))
+        .memory_init_cow(false)
+        .wasm_component_model(true)
+        // Component-model async is not offered; its bookkeeping would cost each call 250 ns.
+        .concurrency_support(false)
+        .epoch_interruption(true)
+        // The same input must give the same memory, on every machine and in every replay.
+        .cranelift_nan_canonicalization(true)
+        .relaxed_simd_deterministic(true)
+        .wasm_backtrace_max_frames(std::num::NonZeroUsize::new(32))
+        .signals_based_traps(!options.without_signals);
+    config
+}
+
+#[cfg(unix)]
+fn create_private_dir(path: &std::path::Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Advances the epoch every tick, until the engine is gone.
+fn start_ticker(engine: &Engine) {
+    let engine = engine.weak();
+    let ticker = std::thread::Builder::new().name("cofferdam-epoch".to_owned());
+    let started = ticker.spawn(move || {
+        const _: () = assert!(Duration::ZERO.as_millis() < TICK.as_millis());
+        while let Some(engine) = engine.upgrade() {
+            engine.increment_epoch();
+            drop(engine);
+            std::thread::sleep(TICK);
+        }
+    });
+    if let Err(error) = started {
+        tracing::error!(%error, "start the thread that interrupts guests: no call has a time limit");
+    }
+}

@@ -1,0 +1,238 @@
+//! Snapshots of guest memory: the pages that changed, and whole images to restore from.
+//!
+//! An [`Image`] lives in memory files. Restoring from it maps the files privately into a fresh
+//! instance, which takes microseconds at any size; pages are copied when the guest writes to them.
+//! Applying a later snapshot to an image that a running guest has mapped is sound, because every
+//! page of that snapshot was written by the guest and is therefore its own copy already.
+#![allow(unsafe_code, reason = "copies pages out of guest memory that nobody is using")]
+
+use std::{fs::File, io, sync::Mutex};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::{PAGE_BYTES, Region, track::PageRange};
+
+/// Pages that are copied into one buffer.
+const CHUNK_PAGES: usize = 256;
+const CHUNK_BYTES: usize = CHUNK_PAGES * PAGE_BYTES;
+
+/// Idle buffers kept for the next snapshot. A buffer from the operating system costs a page fault
+/// for every 4 KiB, three times what copying them costs.
+const IDLE_CHUNKS_MAX: usize = 128;
+
+static IDLE_CHUNKS: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+
+/// A buffer of `CHUNK_BYTES` that goes back to the idle ones when it is dropped.
+#[derive(Debug)]
+struct Chunk(Box<[u8]>);
+
+impl Chunk {
+    fn take() -> Self {
+        let idle = IDLE_CHUNKS.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
+        Self(idle.unwrap_or_else(|| vec![0; CHUNK_BYTES].into_boxed_slice()))
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        let mut idle = IDLE_CHUNKS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if idle.len() < IDLE_CHUNKS_MAX {
+            idle.push(std::mem::take(&mut self.0));
+        }
+    }
+}
+
+/// The pages of one linear memory that changed since the snapshot before.
+#[derive(Debug, Default)]
+pub struct MemoryDelta {
+    size_bytes: u64,
+    pages: Vec<u32>,
+    chunks: Vec<Chunk>,
+}
+
+impl MemoryDelta {
+    /// An empty change of a memory that is this large.
+    #[must_use]
+    pub fn new(size_bytes: u64) -> Self {
+        Self { size_bytes, ..Self::default() }
+    }
+
+    /// The size of the whole memory.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// How many pages changed.
+    #[must_use]
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Every changed page with its number, in the order it was added.
+    pub fn pages(&self) -> impl Iterator<Item = (u32, &[u8])> {
+        let chunks = self.chunks.iter().flat_map(|chunk| chunk.0.chunks_exact(PAGE_BYTES));
+        self.pages.iter().copied().zip(chunks)
+    }
+
+    /// Adds a page. A page that is added again counts as it was added last.
+    ///
+    /// # Panics
+    /// If `bytes` is not one page.
+    pub fn push(&mut self, page: u32, bytes: &[u8]) {
+        let place = self.pages.len() % CHUNK_PAGES;
+        if place == 0 {
+            self.chunks.push(Chunk::take());
+        }
+        if let Some(chunk) = self.chunks.last_mut() {
+            chunk.0[place * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(bytes);
+            self.pages.push(page);
+        }
+    }
+
+    /// Copies the pages out of a region.
+    ///
+    /// # Safety
+    /// No guest code may run during the call.
+    pub(crate) unsafe fn copy(region: &Region, ranges: &[PageRange]) -> Self {
+        let mut delta = Self::new(region.size_bytes() as u64);
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { region.bytes() };
+        for page in ranges.iter().cloned().flatten() {
+            delta.push(page, &bytes[page as usize * PAGE_BYTES..][..PAGE_BYTES]);
+        }
+        delta
+    }
+}
+
+/// What changed in all memories of an instance, and what else belongs to its state.
+#[derive(Debug, Default)]
+pub struct MemorySnapshot {
+    /// One for each linear memory, in the order of instantiation.
+    pub memories: Vec<MemoryDelta>,
+    /// Every mutable global, as bits.
+    pub globals: Vec<i64>,
+    /// The guest's monotonic clock, in nanoseconds, which must not run backwards.
+    pub monotonic_ns: u64,
+}
+
+impl MemorySnapshot {
+    /// How many bytes of pages changed.
+    #[must_use]
+    pub fn changed_bytes(&self) -> u64 {
+        let pages: usize = self.memories.iter().map(MemoryDelta::page_count).sum();
+        (pages * PAGE_BYTES) as u64
+    }
+
+    /// How large the memories are.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.memories.iter().map(MemoryDelta::size_bytes).sum()
+    }
+}
+
+/// The whole memory of an instance at one checkpoint, ready to be mapped.
+#[derive(Debug, Default)]
+pub struct Image {
+    pub(crate) memories: Vec<MemoryImage>,
+    pub(crate) globals: Vec<i64>,
+    pub(crate) monotonic_ns: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct MemoryImage {
+    pub(crate) file: File,
+    pub(crate) size_bytes: u64,
+}
+
+impl Image {
+    /// The image of an instance that has no memory yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// True before the first snapshot was applied.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.memories.is_empty() && self.globals.is_empty()
+    }
+
+    /// The size of all memories.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.memories.iter().map(|memory| memory.size_bytes).sum()
+    }
+
+    /// Brings the image forward by one snapshot.
+    ///
+    /// # Errors
+    /// Where the operating system has no memory left; the image is then not usable any more.
+    pub fn apply(&mut self, snapshot: &MemorySnapshot) -> io::Result<()> {
+        while self.memories.len() < snapshot.memories.len() {
+            let file = memfd_create("cofferdam-image", MemfdFlags::CLOEXEC)?;
+            self.memories.push(MemoryImage { file: File::from(file), size_bytes: 0 });
+        }
+        for (image, delta) in self.memories.iter_mut().zip(&snapshot.memories) {
+            image.apply(delta)?;
+        }
+        self.globals.clone_from(&snapshot.globals);
+        self.monotonic_ns = snapshot.monotonic_ns;
+        Ok(())
+    }
+}
+
+impl MemoryImage {
+    fn apply(&mut self, delta: &MemoryDelta) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        if self.size_bytes < delta.size_bytes {
+            self.file.set_len(delta.size_bytes)?;
+            self.size_bytes = delta.size_bytes;
+        }
+        for (pages, chunk) in delta.pages.chunks(CHUNK_PAGES).zip(&delta.chunks) {
+            let mut first = 0;
+            for run in pages.chunk_by(|left, right| left + 1 == *right) {
+                let bytes = &chunk.0[first * PAGE_BYTES..(first + run.len()) * PAGE_BYTES];
+                self.file.write_all_at(bytes, u64::from(run[0]) * PAGE_BYTES as u64)?;
+                first += run.len();
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn image_is_the_sum_of_its_snapshots() {
+        let mut image = Image::new();
+        let page = |byte: u8| vec![byte; PAGE_BYTES];
+        let snapshot = |size: u64, pages: &[(u32, u8)]| {
+            let mut delta = MemoryDelta::new(size);
+            for (number, byte) in pages {
+                delta.push(*number, &page(*byte));
+            }
+            MemorySnapshot { memories: vec![delta], globals: vec![7], monotonic_ns: 0 }
+        };
+        image.apply(&snapshot(8 * 4096, &[(1, 1), (2, 2), (5, 5)])).expect("memory");
+        image.apply(&snapshot(9 * 4096, &[(2, 9), (8, 8)])).expect("memory");
+        let mut bytes = vec![0; image.size_bytes() as usize];
+        image.memories[0].file.read_exact_at(&mut bytes, 0).expect("readable");
+        let firsts: Vec<u8> = bytes.chunks(PAGE_BYTES).map(|page| page[PAGE_BYTES - 1]).collect();
+        assert_eq!(firsts, [0, 1, 9, 0, 0, 5, 0, 0, 8]);
+    }
+
+    #[test]
+    fn delta_keeps_its_order_over_many_chunks() {
+        let mut delta = MemoryDelta::new(0);
+        for number in 0..700u32 {
+            delta.push(number, &vec![(number % 251) as u8; PAGE_BYTES]);
+        }
+        assert_eq!(delta.page_count(), 700);
+        assert!(delta.pages().all(|(number, bytes)| bytes[17] == (number % 251) as u8));
+    }
+}

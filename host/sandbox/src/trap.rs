@@ -1,0 +1,118 @@
+//! Tells a guest's trap, a limit, a rejected record and a host bug apart.
+
+use wasmtime::{Error, Trap, WasmBacktrace};
+
+use crate::{bindings::cofferdam::operator::types::{ErrorClass, OperatorError}, limits::Limit};
+
+/// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
+/// gone: its memory is not state any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// The guest trapped.
+    #[error("{message}")]
+    Trap {
+        /// The kind of trap, and the guest's last words if it panicked.
+        message: String,
+        /// The guest's frames by name, innermost first.
+        backtrace: Vec<String>,
+    },
+    /// The guest used more than it may.
+    #[error("{0}")]
+    Limit(Limit),
+    /// The guest refuses a record.
+    #[error("{message}")]
+    Rejected {
+        /// Its words.
+        message: String,
+        /// The place of the record in the batch, if it named one.
+        record: Option<u32>,
+    },
+    /// The guest says that it cannot go on.
+    #[error("{message}")]
+    Failed {
+        /// Its words.
+        message: String,
+        /// The place of the record in the batch, if it named one.
+        record: Option<u32>,
+    },
+    /// Something that the host should have prevented.
+    #[error("{0}")]
+    Host(String),
+}
+
+impl From<OperatorError> for GuestError {
+    fn from(error: OperatorError) -> Self {
+        let OperatorError { class, message, record } = error;
+        match class {
+            ErrorClass::Rejected => Self::Rejected { message, record },
+            ErrorClass::Failed => Self::Failed { message, record },
+        }
+    }
+}
+
+/// What wasmtime says when a call gives back more than its fuel for host memory allows. It has no
+/// type of its own.
+const OUTPUT_EXHAUSTED: &str = "fuel allocated for hostcalls has been exhausted";
+
+impl GuestError {
+    /// Classifies what wasmtime returned. `refused` is a limit that was reached during the call,
+    /// `last_words` the message of a panic.
+    pub(crate) fn classify(
+        error: &Error,
+        refused: Option<Limit>,
+        last_words: Option<String>,
+        output_bytes_max: u64,
+    ) -> Self {
+        if let Some(limit) = error.downcast_ref::<Limit>() {
+            return Self::Limit(*limit);
+        }
+        if let Some(exit) = error.downcast_ref::<wasmtime_wasi::I32Exit>() {
+            let message = format!("the guest called exit({})", exit.0);
+            return Self::Trap { message, backtrace: backtrace(error) };
+        }
+        if format!("{error:#}").contains(OUTPUT_EXHAUSTED) {
+            return Self::Limit(Limit::Output { bytes_max: output_bytes_max });
+        }
+        match error.downcast_ref::<Trap>() {
+            Some(Trap::StackOverflow) => Self::Limit(Limit::Stack),
+            Some(Trap::CannotEnterComponent) => {
+                Self::Host("an instance was called after its trap".to_owned())
+            }
+            Some(trap) => match refused {
+                Some(limit) => Self::Limit(limit),
+                None => Self::Trap {
+                    message: match last_words {
+                        Some(words) => format!("{trap}: {words}"),
+                        None => trap.to_string(),
+                    },
+                    backtrace: backtrace(error),
+                },
+            },
+            // Bad pointers, invalid UTF-8, a host function that gave an error: the guest broke the
+            // canonical ABI or misused a resource.
+            None => Self::Trap {
+                message: error.root_cause().to_string(),
+                backtrace: backtrace(error),
+            },
+        }
+    }
+}
+
+/// The guest's frames by name, from the one that panicked: what the panic itself calls is noise.
+fn backtrace(error: &Error) -> Vec<String> {
+    let Some(backtrace) = error.downcast_ref::<WasmBacktrace>() else { return Vec::new() };
+    let mut frames: Vec<String> = backtrace
+        .frames()
+        .iter()
+        .map(|frame| match frame.func_name() {
+            // Rust's mangled names as they stand in the source.
+            Some(name) => format!("{:#}", rustc_demangle::demangle(name)),
+            None => format!("function {}", frame.func_index()),
+        })
+        .collect();
+    let is_panic = |frame: &String| frame.starts_with("core::panicking::");
+    let panic_frames = frames.iter().rposition(is_panic).map_or(0, |last| last + 1);
+    frames.drain(..panic_frames);
+    frames
+}

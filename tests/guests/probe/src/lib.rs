@@ -1,0 +1,129 @@
+//! A keyed running count that misbehaves as its config says.
+//!
+//! `do` is what it does, `at` the number of the record at which it does it (counted by the task),
+//! `attempts` in how many attempts (default: in all). Beside that, `ballast` is a number of bytes
+//! that it holds, and `dirty` a number of pages of them that it writes in each call of `process`.
+
+use std::{hint::black_box, time::Instant};
+
+use cofferdam_sdk::prelude::*;
+
+const PAGE: usize = 4096;
+
+#[operator]
+#[derive(Default)]
+pub struct Probe {
+    #[state]
+    counts: ValueState<u64>,
+    /// Kept in memory only, so that both kinds of state are exercised.
+    seen: u64,
+    deed: String,
+    at: u64,
+    attempts: u32,
+    ballast: Vec<u8>,
+    dirty: usize,
+    next_page: usize,
+    last_timestamp: Option<i64>,
+    started: Option<Instant>,
+    quiet: bool,
+}
+
+impl Operator for Probe {
+    type Key<'a> = Text<'a>;
+    type In<'a> = Raw<'a>;
+    type OutKey<'a> = Text<'a>;
+    type Out<'a> = Text<'a>;
+
+    fn open(&mut self, context: &Context) -> Result<()> {
+        self.deed = context.config.get("do").unwrap_or_default().to_owned();
+        self.at = context.config.get_or("at", 0)?;
+        self.attempts = context.config.get_or("attempts", u32::MAX)?;
+        self.dirty = context.config.get_or("dirty", 0)?;
+        self.quiet = context.config.get_or("quiet", false)?;
+        self.started = Some(Instant::now());
+        let ballast: usize = context.config.get_or("ballast", 0)?;
+        if 0 < ballast && !context.config.get_or("late-ballast", false)? {
+            self.ballast = vec![0; ballast];
+        }
+        if self.deed == "trap-in-open" && host::attempt() < self.attempts {
+            panic!("open does not want to");
+        }
+        if self.deed == "fail-in-open" {
+            return Err(Error::failed("no luck"));
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, record: Record<'_, Self>, out: &mut Output<'_, Self>) -> Result<()> {
+        if self.at <= self.seen && self.seen <= self.at && host::attempt() < self.attempts {
+            self.misbehave(out)?;
+        }
+        self.seen += 1;
+        let count = self.counts.get_or_default(&record);
+        *count += 1;
+        if self.last_timestamp < record.timestamp {
+            self.last_timestamp = record.timestamp;
+        }
+        for _ in 0..self.dirty {
+            if let Some(byte) = self.ballast.get_mut(self.next_page * PAGE) {
+                *byte = byte.wrapping_add(1);
+            }
+            self.next_page = (self.next_page + 1) % (self.ballast.len() / PAGE).max(1);
+        }
+        if !self.quiet {
+            let (seen, count) = (self.seen, *count);
+            out.emit(record.key, Text(&format!("{} {count} {}", record.key, seen > 0)));
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
+        if self.deed == "trap-in-finish" && host::attempt() < self.attempts {
+            panic!("finish does not want to");
+        }
+        if self.quiet {
+            out.emit(Text("seen"), Text(&format!("{} {}", self.seen, self.counts.iter().count())));
+        }
+        Ok(())
+    }
+}
+
+impl Probe {
+    fn misbehave(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
+        match self.deed.as_str() {
+            "trap" => panic!("record {} is one too many", self.seen),
+            "spin" => loop {
+                black_box(self.seen);
+            },
+            "eat-memory" => loop {
+                self.ballast.resize(self.ballast.len() + (1 << 20), 1);
+            },
+            "recurse" => {
+                black_box(recurse(self.seen));
+            }
+            "huge-output" => loop {
+                out.emit(Text("huge"), Text(&"x".repeat(1 << 20)));
+            },
+            "reject" => return Err(Error::rejected("this record has a bad smell")),
+            "fail" => return Err(Error::failed("the operator gives up")),
+            "exit" => std::process::exit(3),
+            "println" => println!("record {}", self.seen),
+            "eprintln" => eprintln!("record {}", self.seen),
+            "grow" => self.ballast = vec![1; 32 << 20],
+            "log-flood" => (0..100_000).for_each(|n| println!("line {n} of a flood")),
+            "clock" => {
+                let started = self.started.map_or(0, |at| at.elapsed().as_nanos());
+                println!("elapsed {started}");
+            }
+            "sleep" => std::thread::sleep(std::time::Duration::from_secs(3600)),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[expect(unconditional_recursion, reason = "that is the deed")]
+fn recurse(depth: u64) -> u64 {
+    let frame = black_box([depth; 64]);
+    recurse(depth + 1) + frame[(depth % 64) as usize]
+}

@@ -1,0 +1,48 @@
+//! Finds the components that tests run, and builds them first.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// The folder of the whole project.
+#[must_use]
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the project")
+}
+
+/// A component of `tests/guests`.
+///
+/// # Panics
+/// If the guests cannot be built.
+#[must_use]
+pub fn probe() -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    built(&root().join("tests/guests"), &BUILT).join("probe.wasm")
+}
+
+/// A component of `examples`.
+///
+/// # Panics
+/// If the examples cannot be built.
+#[must_use]
+pub fn example(name: &str) -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    built(&root().join("examples"), &BUILT).join(format!("{name}.wasm"))
+}
+
+fn built(workspace: &Path, once: &OnceLock<()>) -> PathBuf {
+    once.get_or_init(|| {
+        let status = Command::new(env!("CARGO"))
+            .args(["build", "--release", "--quiet", "--target", "wasm32-wasip2"])
+            .current_dir(workspace)
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .env_remove("RUSTFLAGS")
+            .env_remove("CARGO_TARGET_DIR")
+            .status()
+            .expect("run cargo");
+        assert!(status.success(), "build the guests in {}", workspace.display());
+    });
+    workspace.join("target/wasm32-wasip2/release")
+}
