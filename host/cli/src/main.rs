@@ -1,2 +1,48 @@
-//! x
-fn main() {}
+//! The program `cofferdam`: runs stream-processing jobs whose tasks are WebAssembly components.
+
+mod args;
+mod build;
+mod check;
+mod new;
+mod report;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use cofferdam_engine::problem::Problem;
+
+use crate::args::{Arguments, Verb};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let is_json = arguments.json;
+    let result = match arguments.verb {
+        Verb::New(arguments) => new::run(&arguments, is_json),
+        Verb::Build(arguments) => with_runtime(build::run(arguments, is_json)),
+        Verb::Check(arguments) => with_runtime(check::run(arguments, is_json)),
+        Verb::Run(arguments) => with_runtime(run::run(arguments, is_json)),
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "cofferdam", &mut std::io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            report::problem(&problem, is_json);
+            ExitCode::from(problem.code.exit_code())
+        }
+    }
+}
+
+fn with_runtime<T>(future: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| {
+        Problem::new(cofferdam_engine::problem::Code::CannotStart, "start the runtime").detail(error)
+    })?;
+    let result = runtime.block_on(future);
+    // What still blocks then (a read of standard input, a slow disk) must not hold the exit up.
+    runtime.shutdown_background();
+    result
+}

@@ -1,1 +1,15 @@
-//! x
+//! Performs a job: exchanges, tasks, connectors, checkpoint storage, and the driver that steps the
+//! core and does what it says. Decides nothing that a restart or a checkpoint depends on.
+
+pub mod batch;
+mod driver;
+mod exchange;
+pub mod job;
+pub mod metrics;
+pub mod problem;
+pub mod progress;
+mod sink;
+mod source;
+pub mod spec;
+pub mod storage;
+mod task;

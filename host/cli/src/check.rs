@@ -1,0 +1,99 @@
+//! `cofferdam check`: everything that can be known about a job before it runs.
+
+use cofferdam_core::graph::Partitioner;
+use cofferdam_engine::{
+    job::{self, CheckedJob},
+    problem::Problem,
+    spec::{JobSpec, NodeKind},
+};
+use serde_json::json;
+
+use crate::{args::CheckArguments, report};
+
+pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), Problem> {
+    let spec = JobSpec::read(&arguments.manifest)?;
+    let sandbox = job::sandbox(arguments.cache.dir())?;
+    let checked = CheckedJob::new(spec, &sandbox).await?;
+    if is_json {
+        report::line(&machine(&checked));
+    } else {
+        people(&checked);
+    }
+    Ok(())
+}
+
+fn partitioner_name(partitioner: Partitioner) -> &'static str {
+    match partitioner {
+        Partitioner::Forward => "forward",
+        Partitioner::Hash => "hash",
+        Partitioner::Rebalance => "rebalance",
+        Partitioner::Broadcast => "broadcast",
+    }
+}
+
+fn kind_name(kind: &NodeKind) -> &'static str {
+    match kind {
+        NodeKind::Source(_) => "source",
+        NodeKind::Operator(_) => "operator",
+        NodeKind::Sink(_) => "sink",
+    }
+}
+
+fn machine(checked: &CheckedJob) -> serde_json::Value {
+    let spec = &checked.spec;
+    let nodes: Vec<_> = spec
+        .graph
+        .operators()
+        .map(|(id, operator)| {
+            let inputs: Vec<_> = spec
+                .graph
+                .inputs(id)
+                .map(|edge| {
+                    json!({
+                        "from": spec.node(edge.from).name,
+                        "partition": partitioner_name(edge.partitioner),
+                        "chained": spec.graph.is_chained(edge),
+                    })
+                })
+                .collect();
+            json!({
+                "name": operator.name,
+                "kind": kind_name(&spec.node(id).kind),
+                "parallelism": operator.parallelism,
+                "inputs": inputs,
+            })
+        })
+        .collect();
+    let states: Vec<_> = checked
+        .descriptions()
+        .flat_map(|(name, description)| {
+            description.states.iter().map(move |state| {
+                json!({ "operator": name, "name": state.name, "kind": "value", "schema": state.schema })
+            })
+        })
+        .collect();
+    json!({ "job": spec.name, "tasks": spec.graph.tasks().len(), "nodes": nodes, "states": states })
+}
+
+fn people(checked: &CheckedJob) {
+    let spec = &checked.spec;
+    let tasks = spec.graph.tasks().len();
+    println!("job \"{}\": {} nodes, {tasks} tasks, no problems found", spec.name, spec.nodes.len());
+    for (id, operator) in spec.graph.operators() {
+        let kind = kind_name(&spec.node(id).kind);
+        println!("  {kind:<8} {} x{}", operator.name, operator.parallelism);
+        for edge in spec.graph.inputs(id) {
+            let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
+            println!("    <- {} ({}{chained})", spec.node(edge.from).name, partitioner_name(edge.partitioner));
+        }
+    }
+    for (name, description) in checked.descriptions() {
+        for state in &description.states {
+            println!("  state    {name}.{}: value of {} by key", state.name, state.schema);
+        }
+    }
+    match spec.checkpoint.interval_ms {
+        Some(interval) => println!("  checkpoints every {interval} ms"),
+        None => println!("  no periodic checkpoints: only a last one, at the end"),
+    }
+}

@@ -1,0 +1,289 @@
+//! `cofferdam run`: a job from its start, or from its newest checkpoint, to its end.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cofferdam_core::job::Outcome;
+use cofferdam_engine::{
+    job::{self, CheckedJob, Job, JobOptions, StopHandle},
+    metrics::{Metrics, Reading},
+    problem::{Code, Problem},
+    progress::{Observer, Progress},
+    spec::{JobSpec, NodeKind},
+};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::json;
+use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+
+use crate::{args::RunArguments, report};
+
+/// How often the line of a terminal is drawn anew.
+const REDRAW: Duration = Duration::from_millis(200);
+/// How often figures are given out elsewhere.
+const REPORT: Duration = Duration::from_secs(1);
+
+pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Problem> {
+    let is_live = !is_json && !arguments.no_progress && io::stderr().is_terminal();
+    let screen = if is_live { MultiProgress::new() } else { MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()) };
+    start_log(arguments.log.as_deref(), is_json, &screen)?;
+    let spec = JobSpec::read(&arguments.manifest)?;
+    let cache_dir = arguments.cache.dir();
+    let sandbox = job::sandbox(cache_dir)?;
+    let checked = CheckedJob::new(spec, &sandbox).await?;
+    let options = JobOptions { state_dir: arguments.state_dir, seed: seed(), ..JobOptions::default() };
+    let mode = if is_json { Mode::Json } else if is_live { Mode::Live } else { Mode::Log };
+    let job = Job::prepare(checked, &options, Arc::new(Watcher { mode }))?;
+
+    let view = View::new(&job, mode, &screen);
+    let stop = job.stop_handle();
+    let interrupts = tokio::spawn(obey_interrupts(stop));
+    let watching = tokio::spawn(view.clone().watch());
+    let outcome = job.run().await;
+    interrupts.abort();
+    watching.abort();
+    let _ = screen.clear();
+    view.summarise(&outcome);
+    outcome.map(|_| ())
+}
+
+fn seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_nanos() as u64)
+}
+
+/// The first signal stops in good order, the second one at once.
+async fn obey_interrupts(stop: StopHandle) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        tracing::warn!("signals cannot be caught: Ctrl-C ends at once");
+        return;
+    };
+    for is_second in [false, true] {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        if is_second {
+            // Nothing is lost: what was acked is durable, and the next run goes on from it.
+            std::process::exit(130);
+        }
+        tracing::info!("taking a last checkpoint and stopping; once more to end at once");
+        stop.stop();
+    }
+}
+
+/// Log lines go above the line of progress, not through it.
+#[derive(Clone)]
+struct AboveProgress(MultiProgress);
+
+impl Write for AboveProgress {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().write_all(bytes))?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl<'w> MakeWriter<'w> for AboveProgress {
+    type Writer = Self;
+
+    fn make_writer(&'w self) -> Self {
+        self.clone()
+    }
+}
+
+fn start_log(filter: Option<&str>, is_json: bool, screen: &MultiProgress) -> Result<(), Problem> {
+    let filter = EnvFilter::try_new(filter.unwrap_or("info")).map_err(|error| {
+        Problem::new(Code::BadValue, "the log filter cannot be read")
+            .detail(error)
+            .hint("for example --log debug, or --log info,guest=debug")
+    })?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(AboveProgress(screen.clone()));
+    if is_json { builder.json().init() } else { builder.with_target(false).init() }
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// Events and figures as JSON on standard output.
+    Json,
+    /// One line that is drawn anew, and log lines above it.
+    Live,
+    /// Log lines.
+    Log,
+}
+
+/// Says what happens.
+struct Watcher {
+    mode: Mode,
+}
+
+impl Observer for Watcher {
+    fn observe(&self, progress: Progress) {
+        if self.mode == Mode::Json {
+            match serde_json::to_value(&progress) {
+                Ok(value) => report::line(&value),
+                Err(error) => tracing::error!(%error, "show an event"),
+            }
+            return;
+        }
+        match progress {
+            Progress::Started { attempt, restored_from, tasks } => match restored_from {
+                Some(checkpoint) => tracing::info!("attempt {attempt}: {tasks} tasks, from checkpoint {checkpoint}"),
+                None => tracing::info!("attempt {attempt}: {tasks} tasks, from the beginning"),
+            },
+            Progress::CheckpointCompleted { checkpoint, duration_ms, pause_ms, bytes, .. } => {
+                let size = report::bytes(bytes);
+                let text = format!("checkpoint {checkpoint}: {duration_ms:.1} ms, pause {pause_ms:.2} ms, {size}");
+                // On a terminal the line of progress says so already.
+                match self.mode {
+                    Mode::Live => tracing::debug!("{text}"),
+                    Mode::Json | Mode::Log => tracing::info!("{text}"),
+                }
+            }
+            Progress::CheckpointFailed { checkpoint, reason } => {
+                tracing::warn!("checkpoint {checkpoint} given up: {reason}");
+            }
+            Progress::Restarting { task, class, message, backtrace, delay_ms } => {
+                let who = task.unwrap_or_else(|| "the job".to_owned());
+                tracing::warn!("{who}: {class}: {message}");
+                backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
+                tracing::warn!("restarting in {delay_ms} ms");
+            }
+            Progress::Recovered { recovery_us } => {
+                tracing::info!("recovered in {:.2} ms", recovery_us as f64 / 1e3);
+            }
+            Progress::Warning { message } => tracing::warn!("{message}"),
+            other => tracing::info!("{other:?}"),
+        }
+    }
+}
+
+/// The figures of a running job.
+#[derive(Clone)]
+struct View {
+    mode: Mode,
+    job: String,
+    metrics: Arc<Metrics>,
+    /// Which operators are sources and which are sinks.
+    kinds: Arc<Vec<(bool, bool)>>,
+    bar: ProgressBar,
+    started: Instant,
+}
+
+impl View {
+    fn new(job: &Job, mode: Mode, screen: &MultiProgress) -> Self {
+        let is = |kind: &NodeKind| (matches!(kind, NodeKind::Source(_)), matches!(kind, NodeKind::Sink(_)));
+        let kinds = job.spec().nodes.iter().map(|node| is(&node.kind)).collect();
+        let bar = screen.add(ProgressBar::new_spinner());
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+            bar.set_style(style);
+        }
+        let job_name = job.spec().name.clone();
+        Self { mode, job: job_name, metrics: job.metrics(), kinds: Arc::new(kinds), bar, started: Instant::now() }
+    }
+
+    fn read(&self) -> Reading {
+        self.metrics.read(|index| self.kinds[index].0, |index| self.kinds[index].1)
+    }
+
+    async fn watch(self) {
+        let period = if self.mode == Mode::Live { REDRAW } else { REPORT };
+        let mut before = (Instant::now(), self.read());
+        loop {
+            tokio::time::sleep(period).await;
+            let now = (Instant::now(), self.read());
+            let seconds = now.0.duration_since(before.0).as_secs_f64();
+            let rate = |new: u64, old: u64| (new.saturating_sub(old) as f64 / seconds) as u64;
+            let read = rate(now.1.records_read, before.1.records_read);
+            let written = rate(now.1.records_written, before.1.records_written);
+            before = now;
+            self.show(&now.1, read, written);
+        }
+    }
+
+    fn show(&self, reading: &Reading, read: u64, written: u64) {
+        match self.mode {
+            Mode::Json => report::line(&json!({
+                "event": "progress",
+                "elapsed_ms": self.started.elapsed().as_millis() as u64,
+                "records_read": reading.records_read,
+                "records_written": reading.records_written,
+                "records_read_per_second": read,
+                "records_written_per_second": written,
+                "checkpoints": reading.checkpoints,
+                "restarts": reading.restarts,
+                "watermark": reading.watermark,
+            })),
+            Mode::Live => {
+                let watermark = reading.watermark.filter(|at| *at != i64::MAX);
+                self.bar.tick();
+                self.bar.set_message(format!(
+                    "{} | in {}/s, out {}/s | {} read | checkpoint {} | restarts {}{}",
+                    self.job,
+                    report::count(read),
+                    report::count(written),
+                    report::count(reading.records_read),
+                    reading.checkpoints,
+                    reading.restarts,
+                    watermark.map_or(String::new(), |at| format!(" | watermark {at}")),
+                ));
+            }
+            Mode::Log => {}
+        }
+    }
+
+    fn summarise(&self, outcome: &Result<Outcome, Problem>) {
+        let reading = self.read();
+        let seconds = self.started.elapsed().as_secs_f64();
+        let (word, checkpoint) = match outcome {
+            Ok(Outcome::Finished) => ("finished", None),
+            Ok(Outcome::Stopped { checkpoint, .. }) => ("stopped", *checkpoint),
+            Ok(Outcome::Failed { checkpoint, .. }) => ("failed", *checkpoint),
+            Err(_) => ("failed", None),
+        };
+        let checkpoint = checkpoint.map(|checkpoint| checkpoint.0);
+        if self.mode == Mode::Json {
+            report::line(&json!({
+                "event": "summary",
+                "job": self.job,
+                "outcome": word,
+                "checkpoint": checkpoint,
+                "elapsed_ms": (seconds * 1e3) as u64,
+                "records_read": reading.records_read,
+                "records_written": reading.records_written,
+                "checkpoints": reading.checkpoints,
+                "restarts": reading.restarts,
+            }));
+            return;
+        }
+        eprintln!(
+            "{} {word} after {seconds:.2} s: {} records read, {} written, {} checkpoints, {} restarts",
+            self.job,
+            report::count(reading.records_read),
+            report::count(reading.records_written),
+            reading.checkpoints,
+            reading.restarts,
+        );
+        if let Ok(Outcome::Stopped { is_last, .. }) = outcome {
+            match (checkpoint, is_last) {
+                (Some(id), true) => eprintln!("run it again and it goes on from checkpoint {id}"),
+                (Some(id), false) => {
+                    eprintln!("the last checkpoint failed: run it again and it goes on from checkpoint {id}");
+                }
+                (None, _) => eprintln!("no checkpoint was completed: run again, it begins anew"),
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The sending side of an edge: picks the channel of each record and cuts batches.
+
+use cofferdam_core::{
+    graph::Partitioner,
+    key_group::{key_group, task_index},
+};
+use cofferdam_sandbox::Batch;
+
+use super::{Element, Sender};
+use crate::batch::{BatchExt, RecordRef};
+
+/// A batch is sent when it has this many records: enough for the cost of a guest's call to vanish,
+/// few enough to stay in the processor's cache.
+pub(crate) const BATCH_RECORDS_MAX: usize = 1024;
+/// Or this many bytes.
+pub(crate) const BATCH_BYTES_MAX: usize = 64 << 10;
+
+/// One edge, seen from one of its producing tasks.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    partitioner: Partitioner,
+    max_parallelism: u32,
+    channels: Vec<Outgoing>,
+    /// Rebalance: the channel of the next batch.
+    next: usize,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    sender: Sender,
+    batch: Batch,
+}
+
+impl Writer {
+    /// `senders` in the order of the receiving tasks; for a forward edge, just the one.
+    pub(crate) fn new(
+        partitioner: Partitioner,
+        max_parallelism: u32,
+        senders: Vec<Sender>,
+        start: usize,
+    ) -> Self {
+        let outgoing = |sender| Outgoing { sender, batch: Batch::empty() };
+        let channels: Vec<Outgoing> = senders.into_iter().map(outgoing).collect();
+        let next = start % channels.len().max(1);
+        Self { partitioner, max_parallelism, channels, next }
+    }
+
+    /// Takes records in; sends what has become a full batch.
+    pub(crate) async fn write(&mut self, batch: Batch) {
+        match self.partitioner {
+            Partitioner::Hash if 1 < self.channels.len() => self.write_by_key(&batch).await,
+            Partitioner::Broadcast => {
+                for channel in &mut self.channels {
+                    channel.append(batch.clone()).await;
+                }
+            }
+            Partitioner::Hash | Partitioner::Forward | Partitioner::Rebalance => {
+                // Whole batches take turns: what is equal in the long run needs no splitting.
+                let channel = &mut self.channels[self.next];
+                channel.append(batch).await;
+                if channel.batch.value_ends.is_empty() {
+                    self.next = (self.next + 1) % self.channels.len();
+                }
+            }
+        }
+    }
+
+    async fn write_by_key(&mut self, batch: &Batch) {
+        let parallelism = u32::try_from(self.channels.len()).unwrap_or(u32::MAX);
+        for record in batch.records() {
+            // A hash edge without keys is refused before a job starts; an operator that leaves
+            // some keys out sends those records to the task of the empty key.
+            let group = key_group(record.key.unwrap_or_default(), self.max_parallelism);
+            let index = task_index(group, parallelism, self.max_parallelism) as usize;
+            let channel = &mut self.channels[index];
+            channel.push(record);
+            if channel.is_full() {
+                channel.flush().await;
+            }
+        }
+    }
+
+    /// Sends everything that is held back.
+    pub(crate) async fn flush(&mut self) {
+        for channel in &mut self.channels {
+            channel.flush().await;
+        }
+    }
+
+    /// Sends something that concerns every channel, behind everything written before.
+    pub(crate) async fn announce(&mut self, element: impl Fn() -> Element) {
+        for channel in &mut self.channels {
+            channel.flush().await;
+            channel.sender.send(element()).await;
+        }
+    }
+}
+
+impl Outgoing {
+    #[inline]
+    fn push(&mut self, record: RecordRef<'_>) {
+        if self.batch.value_ends.capacity() == 0 {
+            self.batch.value_ends.reserve(BATCH_RECORDS_MAX);
+            self.batch.key_ends.reserve(BATCH_RECORDS_MAX);
+            self.batch.keys.reserve(BATCH_RECORDS_MAX * 8);
+        }
+        self.batch.push(record);
+    }
+
+    async fn append(&mut self, batch: Batch) {
+        self.batch.append(batch);
+        if self.is_full() {
+            self.flush().await;
+        }
+    }
+
+    #[inline]
+    fn is_full(&self) -> bool {
+        BATCH_RECORDS_MAX <= self.batch.record_count() || BATCH_BYTES_MAX <= self.batch.byte_count()
+    }
+
+    async fn flush(&mut self) {
+        if !self.batch.value_ends.is_empty() {
+            let batch = std::mem::replace(&mut self.batch, Batch::empty());
+            self.sender.send(Element::Records(batch)).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::exchange::Gate;
+
+    /// Writes 3,000 records through a partitioner to 3 tasks; gives the keys that each received.
+    async fn received(partitioner: Partitioner) -> Vec<Vec<String>> {
+        let gates: Vec<_> = (0..3).map(|_| Gate::new(1)).collect();
+        let senders = gates.iter().map(|gate| Sender::new(gate, 0)).collect();
+        let mut writer = Writer::new(partitioner, 128, senders, 0);
+        for chunk in 0..30 {
+            let mut batch = Batch::empty();
+            for n in 0..100 {
+                let key = format!("key-{}", (chunk * 100 + n) % 700);
+                batch.push(RecordRef { key: Some(key.as_bytes()), value: b"", timestamp: None });
+            }
+            writer.write(batch).await;
+        }
+        writer.announce(|| Element::EndOfInput).await;
+        gates
+            .iter()
+            .map(|gate| {
+                let mut keys = Vec::new();
+                while let Some((_, element)) = gate.try_next() {
+                    if let Element::Records(batch) = element {
+                        assert!(batch.record_count() <= BATCH_RECORDS_MAX + 100);
+                        let text = |key: &[u8]| String::from_utf8_lossy(key).into_owned();
+                        keys.extend(batch.records().filter_map(|record| record.key.map(text)));
+                    }
+                }
+                keys
+            })
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn hash_sends_a_key_to_one_task_only() {
+        let mut owner = BTreeMap::new();
+        let received = received(Partitioner::Hash).await;
+        assert_eq!(received.iter().map(Vec::len).sum::<usize>(), 3_000);
+        for (task, keys) in received.iter().enumerate() {
+            assert!(500 < keys.len(), "task {task} got {}", keys.len());
+            for key in keys {
+                assert_eq!(*owner.entry(key.clone()).or_insert(task), task, "{key}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn broadcast_sends_everything_to_everyone_and_rebalance_shares() {
+        assert!(received(Partitioner::Broadcast).await.iter().all(|keys| keys.len() == 3_000));
+        let shares = received(Partitioner::Rebalance).await;
+        assert_eq!(shares.iter().map(Vec::len).sum::<usize>(), 3_000);
+        assert!(shares.iter().all(|keys| 500 < keys.len()), "{:?}", shares.iter().map(Vec::len).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,647 @@
+//! From a checked spec to a running job: loads components, compares the ends of edges, opens the
+//! state directory, and hands everything to the driver.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use cofferdam_core::{
+    graph::{Edge, JobGraph, Partitioner},
+    ids::{CheckpointId, OperatorId, TaskId},
+    job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
+};
+use cofferdam_sandbox::{
+    Component, ComponentError, Description, Format, Host, InstanceSetup, Level, Limits, Port,
+    Sandbox, SandboxError, SandboxOptions,
+};
+use tokio::sync::mpsc;
+
+use crate::{
+    driver::{Driver, Stats, WriterReport},
+    metrics::{Metrics, OperatorMetrics},
+    problem::{Code, Problem},
+    progress::{Observer, Progress},
+    sink,
+    source::Prepared,
+    spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StorageSpec},
+    storage::{
+        Storage,
+        manifest::{Manifest, TaskIdentity},
+        memory::MemoryStorage,
+        sled::SledStorage,
+        snapshot::{Found, SnapshotStore},
+        writer::StorageHandle,
+    },
+    task::{
+        local::TaskLocal,
+        node::{Node, OperatorTask, Work},
+    },
+};
+
+/// What the manifest does not say.
+#[derive(Debug, Clone, Default)]
+pub struct JobOptions {
+    /// Where the state is, instead of where the manifest says.
+    pub state_dir: Option<PathBuf>,
+    /// Where compiled components are kept. Default: none are.
+    pub cache_dir: Option<PathBuf>,
+    /// Seeds jitter and the first checkpoint.
+    pub seed: u64,
+}
+
+/// A job whose manifest and components fit together. Nothing runs yet, nothing was written.
+#[derive(Clone)]
+pub struct CheckedJob {
+    /// The spec, with every output resolved.
+    pub spec: JobSpec,
+    operators: BTreeMap<OperatorId, CheckedOperator>,
+}
+
+/// An operator whose component was loaded and asked what it is.
+#[derive(Clone)]
+struct CheckedOperator {
+    component: Component,
+    description: Description,
+}
+
+/// What is needed to build the workers of an attempt.
+pub(crate) struct Plan {
+    pub(crate) graph: JobGraph,
+    nodes: Vec<NodePlan>,
+    slots: BTreeMap<TaskId, usize>,
+}
+
+enum NodePlan {
+    Source(Prepared),
+    Operator { name: String, component: Component, spec: Arc<OperatorSpec>, has_states: bool },
+    Sink(SinkSpec),
+}
+
+impl Plan {
+    pub(crate) fn node(&self, task: TaskId, local: Arc<TaskLocal>) -> Node {
+        let work = match &self.nodes[task.operator.0 as usize] {
+            NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
+            NodePlan::Sink(spec) => Work::Sink { spec: spec.clone(), sink: None },
+            NodePlan::Operator { name, component, spec, has_states } => {
+                Work::Operator(Box::new(OperatorTask {
+                    name: name.clone(),
+                    component: component.clone(),
+                    spec: spec.clone(),
+                    has_states: *has_states,
+                    instance: None,
+                }))
+            }
+        };
+        Node {
+            task,
+            slot: self.slots[&task],
+            index: task.index,
+            parallelism: self.graph.operator(task.operator).parallelism,
+            work,
+            targets: Vec::new(),
+            local,
+            is_drained: false,
+        }
+    }
+
+    /// The number of key groups by which records are sent to an operator.
+    pub(crate) fn max_parallelism(&self, operator: OperatorId) -> u32 {
+        match &self.nodes[operator.0 as usize] {
+            NodePlan::Operator { spec, .. } => spec.max_parallelism,
+            // Sinks keep no state by key: any number will do, as long as it stays the same.
+            NodePlan::Source(_) | NodePlan::Sink(_) => 1 << 15,
+        }
+    }
+}
+
+impl CheckedJob {
+    /// Loads every component and compares both ends of every edge.
+    ///
+    /// # Errors
+    /// The first problem.
+    pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
+        let mut operators = BTreeMap::new();
+        for (id, node) in (0..).map(OperatorId).zip(&spec.nodes) {
+            if let NodeKind::Operator(operator) = &node.kind {
+                operators.insert(id, load(sandbox, &node.name, operator).await?);
+            }
+        }
+        let edges = resolve_edges(&spec, &operators)?;
+        let nodes = spec.graph.operators().map(|(_, operator)| operator.clone()).collect();
+        spec.graph = JobGraph::new(nodes, edges).map_err(|error| {
+            Problem::new(Code::HostBug, format!("a graph that was checked is wrong: {error:?}"))
+        })?;
+        Ok(Self { spec, operators })
+    }
+
+    /// Each operator's name with what its component says it is.
+    pub fn descriptions(&self) -> impl Iterator<Item = (&str, &Description)> {
+        self.operators.iter().map(|(id, operator)| (self.spec.node(*id).name.as_str(), &operator.description))
+    }
+}
+
+/// Sets up the sandbox of a program.
+///
+/// # Errors
+/// Where the engine does not work on this machine, or the cache cannot be made.
+pub fn sandbox(cache_dir: Option<PathBuf>) -> Result<Sandbox, Problem> {
+    let options = SandboxOptions { cache_dir, ..SandboxOptions::default() };
+    Sandbox::new(options).map_err(|error| {
+        let problem = Problem::new(Code::CannotStart, error.to_string());
+        match error {
+            SandboxError::Cache { source, .. } => {
+                problem.detail(source).hint("set --cache-dir to a directory of your own")
+            }
+            _ => problem,
+        }
+    })
+}
+
+async fn load(sandbox: &Sandbox, name: &str, spec: &OperatorSpec) -> Result<CheckedOperator, Problem> {
+    let component = load_component(sandbox, name, &spec.component)?;
+    let description = describe(&component, name)
+        .await
+        .map_err(|problem| problem.detail(spec.component.display()))?;
+    Ok(CheckedOperator { component, description })
+}
+
+/// Asks a component what it is.
+///
+/// # Errors
+/// Where it traps or exceeds the default limits instead of answering.
+pub async fn describe(component: &Component, name: &str) -> Result<Description, Problem> {
+    let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 0 };
+    component.describe(setup).await.map_err(|error| {
+        Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is")).detail(error)
+    })
+}
+
+/// Reads and checks one component.
+///
+/// # Errors
+/// What is wrong with the file, with a code for each kind.
+pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Component, Problem> {
+    let bytes = fs::read(path).map_err(|error| {
+        Problem::new(Code::ComponentUnreadable, format!("cannot read the component of operator \"{name}\""))
+            .detail(format!("{}: {error}", path.display()))
+            .hint("build it first: `cofferdam build DIR`; relative paths begin at the manifest's directory")
+    })?;
+    sandbox.load(&bytes).map_err(|error| {
+        let (code, hint) = match &error {
+            ComponentError::NotWasm { .. } | ComponentError::Malformed { .. } => {
+                (Code::NotAComponent, "build it again: `cofferdam build DIR`")
+            }
+            ComponentError::CoreModule => {
+                (Code::NotAComponent, "build it for wasm32-wasip2, which makes components: `cofferdam build DIR`")
+            }
+            ComponentError::Unsound(_) => (
+                Code::CannotCheckpoint,
+                "a snapshot holds linear memory and numeric globals; docs/errors.md lists what lies outside",
+            ),
+            ComponentError::Import { .. } => {
+                (Code::OtherWorld, "an operator gets logging, metrics, clocks, randomness and standard output: no files, no network")
+            }
+            _ => (Code::OtherWorld, "an operator is a crate with one #[operator]; see `cofferdam new`"),
+        };
+        Problem::new(code, format!("the component of operator \"{name}\" cannot be used: {error}"))
+            .detail(path.display())
+            .hint(hint)
+    })
+}
+
+/// What comes out of a node's output, or goes into its input.
+struct Formats {
+    key: Option<Format>,
+    value: Format,
+}
+
+impl From<&Port> for Formats {
+    fn from(port: &Port) -> Self {
+        Self { key: port.key, value: port.value }
+    }
+}
+
+fn resolve_edges(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+) -> Result<Vec<Edge>, Problem> {
+    let mut edges = spec.graph.edges().to_vec();
+    for (to, node) in (0..).map(OperatorId).zip(&spec.nodes) {
+        let declared = operators.get(&to).map_or(1, |operator| operator.description.inputs.len());
+        if 1 < declared && declared != node.inputs.len() {
+            let message = format!(
+                "operator \"{}\" has {declared} inputs, the manifest gives it {}",
+                node.name,
+                node.inputs.len()
+            );
+            let ports = operators.get(&to).map(|operator| port_names(&operator.description.inputs));
+            return Err(Problem::new(Code::BadValue, message).detail(format!("its inputs, in order: {}", ports.unwrap_or_default())));
+        }
+        for (place, input) in (0u32..).zip(&node.inputs) {
+            let Some(edge) = edges.iter_mut().find(|edge| edge.to == to && edge.input == place) else { continue };
+            // An operator with one input takes the records of all its edges through it.
+            let (output, produced) = output_of(spec, operators, input.from, input.output.as_deref())?;
+            edge.output = output;
+            edge.input = if declared == 1 { 0 } else { place };
+            let producer = &spec.node(input.from).name;
+            check_edge(producer, node, operators.get(&to), edge, &produced)?;
+        }
+    }
+    Ok(edges)
+}
+
+fn port_names(ports: &[Port]) -> String {
+    ports.iter().map(|port| port.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn output_of(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    from: OperatorId,
+    name: Option<&str>,
+) -> Result<(u32, Formats), Problem> {
+    let node = spec.node(from);
+    let unknown = |known: String| {
+        let message = format!("\"{}\" has no output \"{}\"", node.name, name.unwrap_or_default());
+        Problem::new(Code::UnknownInput, message).hint(format!("its outputs: {known}"))
+    };
+    let Some(operator) = operators.get(&from) else {
+        let NodeKind::Source(source) = &node.kind else { return Err(unknown(String::new())) };
+        if name.is_some_and(|name| name != "out") {
+            return Err(unknown("out".to_owned()));
+        }
+        let (key, value) = source.formats();
+        return Ok((0, Formats { key, value }));
+    };
+    let outputs = &operator.description.outputs;
+    let found = (0u32..).zip(outputs).find(|(_, port)| name.is_none_or(|name| name == port.name));
+    found.map(|(output, port)| (output, port.into())).ok_or_else(|| unknown(port_names(outputs)))
+}
+
+fn check_edge(
+    producer: &str,
+    node: &NodeSpec,
+    operator: Option<&CheckedOperator>,
+    edge: &Edge,
+    produced: &Formats,
+) -> Result<(), Problem> {
+    if edge.partitioner == Partitioner::Hash && produced.key.is_none() {
+        let message = format!("the edge from \"{producer}\" to \"{}\" is by hash, but its records have no key", node.name);
+        return Err(Problem::new(Code::HashWithoutKey, message)
+            .hint("emit a key, let the source take one from a field, or use partition = \"rebalance\""));
+    }
+    let mismatch = |what: &str, out: Option<Format>, into: Option<Format>| {
+        let message = format!("\"{producer}\" and \"{}\" disagree on the format of {what}", node.name);
+        Problem::new(Code::FormatMismatch, message)
+            .detail(format!("\"{producer}\" gives {}, \"{}\" takes {}", format_name(out), node.name, format_name(into)))
+    };
+    let fits = |out: Format, into: Format| into == Format::Bytes || out == Format::Bytes || out == into;
+    if let Some(operator) = operator {
+        let port = &operator.description.inputs[edge.input as usize];
+        if !fits(produced.value, port.value) {
+            return Err(mismatch("values", Some(produced.value), Some(port.value)));
+        }
+        return match (produced.key, port.key) {
+            (_, None) => Ok(()),
+            (Some(out), Some(into)) if fits(out, into) => Ok(()),
+            (out, into) => Err(mismatch("keys", out, into)),
+        };
+    }
+    let NodeKind::Sink(sink) = &node.kind else { return Ok(()) };
+    if *sink != SinkSpec::Discard && produced.value == Format::Postcard {
+        return Err(mismatch("values", Some(Format::Postcard), Some(Format::Text))
+            .hint("values leave a job as Text or Json: change the type `Out` of the last operator"));
+    }
+    Ok(())
+}
+
+fn format_name(format: Option<Format>) -> &'static str {
+    match format {
+        None => "none",
+        Some(Format::Bytes) => "bytes",
+        Some(Format::Text) => "text",
+        Some(Format::Json) => "json",
+        Some(Format::Postcard) => "postcard",
+    }
+}
+
+/// A job that is ready to run: its state directory is locked, its store open.
+pub struct Job {
+    plan: Plan,
+    spec: JobSpec,
+    store: SnapshotStore,
+    resume: Resume,
+    _lock: Option<File>,
+    seed: u64,
+    observer: Arc<dyn Observer>,
+    metrics: Arc<Metrics>,
+    stop: mpsc::UnboundedSender<Event>,
+    inbox: mpsc::UnboundedReceiver<Event>,
+}
+
+/// Asks a running job to take a last checkpoint and end.
+#[derive(Clone)]
+pub struct StopHandle(mpsc::UnboundedSender<Event>);
+
+impl StopHandle {
+    /// Asks once; asking again changes nothing.
+    pub fn stop(&self) {
+        // A job that is over needs no stopping.
+        let _ = self.0.send(Event::StopRequested);
+    }
+}
+
+impl Job {
+    /// Opens the state directory, finds what to resume, and prepares sources and sinks.
+    ///
+    /// # Errors
+    /// The first problem; nothing was changed then.
+    pub fn prepare(
+        checked: CheckedJob,
+        options: &JobOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, Problem> {
+        let CheckedJob { spec, operators } = checked;
+        let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
+        let identities: Vec<TaskIdentity> =
+            tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
+        let nodes = prepare_nodes(&spec, &operators)?;
+        let (storage, lock) = open_storage(&spec, options)?;
+        let location = storage.location();
+        let (store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
+            .map_err(|error| unusable_state(location.as_deref(), &error))?;
+        let resume = resume(&spec.name, &store, &found, &identities)?;
+        for damage in &found.damaged {
+            observer.observe(Progress::Warning { message: damage.clone() });
+        }
+        for node in &spec.nodes {
+            if let NodeKind::Sink(sink) = &node.kind {
+                sink::prepare(&node.name, sink, resume.checkpoint.is_none())?;
+            }
+        }
+        let slots = tasks.iter().copied().zip(0..).collect();
+        let metrics = Metrics {
+            operators: spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect(),
+            ..Metrics::default()
+        };
+        let (stop, inbox) = mpsc::unbounded_channel();
+        Ok(Self {
+            plan: Plan { graph: spec.graph.clone(), nodes, slots },
+            spec,
+            store,
+            resume,
+            _lock: lock,
+            seed: options.seed,
+            observer,
+            metrics: Arc::new(metrics),
+            stop,
+            inbox,
+        })
+    }
+
+    /// The job's counters.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.clone()
+    }
+
+    /// The job's spec.
+    #[must_use]
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
+    /// The checkpoint it goes on from.
+    #[must_use]
+    pub fn resumes_from(&self) -> Option<u64> {
+        self.resume.checkpoint.map(|checkpoint| checkpoint.0)
+    }
+
+    /// The way to stop it.
+    #[must_use]
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle(self.stop.clone())
+    }
+
+    /// Runs the job to its end, on a tokio runtime with several threads.
+    ///
+    /// # Errors
+    /// Where the job failed: the failure that the restart strategy did not allow to restart.
+    pub async fn run(self) -> Result<Outcome, Problem> {
+        let settings = JobSettings {
+            tasks: self.plan.graph.tasks(),
+            checkpoint: self.spec.checkpoint.clone(),
+            restart: self.spec.restart.clone(),
+            seed: self.seed,
+        };
+        let (core, first) = CoreJob::new(settings, self.resume);
+        let stats = Arc::new(Stats::default());
+        let report = || WriterReport {
+            events: self.stop.clone(),
+            observer: self.observer.clone(),
+            stats: stats.clone(),
+        };
+        let (storage, thread) = StorageHandle::start(self.store, report()).map_err(|error| {
+            Problem::new(Code::CannotStart, "start the storage thread").detail(error)
+        })?;
+        let graph = self.plan.graph.clone();
+        let driver = Driver::new(self.plan, core, storage, &report(), self.inbox, self.metrics);
+        let outcome = driver.run(first).await;
+        // The driver's handle is gone, but blocking calls of tasks that have ended may still have
+        // the store: joining waits for them.
+        let store = tokio::task::spawn_blocking(move || thread.join()).await.ok().flatten();
+        match outcome {
+            Outcome::Finished => {
+                if let Some(store) = store
+                    && let Err(error) = store.clear()
+                {
+                    let message = format!("remove the state of the finished job: {error}");
+                    self.observer.observe(Progress::Warning { message });
+                }
+                Ok(Outcome::Finished)
+            }
+            Outcome::Failed { task, cause, checkpoint } => {
+                Err(failure(&graph, task, &cause, checkpoint))
+            }
+            stopped => Ok(stopped),
+        }
+    }
+}
+
+fn failure(
+    graph: &JobGraph,
+    task: Option<TaskId>,
+    cause: &cofferdam_core::failure::FailureCause,
+    checkpoint: Option<CheckpointId>,
+) -> Problem {
+    let who = task.map_or("the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
+    let mut problem = Problem::new(cause.into(), format!("{who} {cause}"));
+    if let cofferdam_core::failure::FailureCause::Trap { backtrace, .. } = cause {
+        problem = backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")));
+    }
+    problem.hint(match checkpoint {
+        Some(checkpoint) => {
+            format!("run it again and it goes on from checkpoint {checkpoint}")
+        }
+        None => "no checkpoint was completed: run again, it begins anew".to_owned(),
+    })
+}
+
+fn identity(spec: &JobSpec, operators: &BTreeMap<OperatorId, CheckedOperator>, task: TaskId) -> TaskIdentity {
+    let node = spec.node(task.operator);
+    let (max_parallelism, has_memory) = match &node.kind {
+        NodeKind::Operator(operator) => (operator.max_parallelism, operator.snapshot.has_memory()),
+        NodeKind::Source(_) | NodeKind::Sink(_) => (0, false),
+    };
+    TaskIdentity {
+        operator: node.name.clone(),
+        index: task.index,
+        parallelism: spec.graph.operator(task.operator).parallelism,
+        max_parallelism,
+        digest: operators.get(&task.operator).map(|operator| operator.component.digest().0),
+        has_memory,
+    }
+}
+
+fn prepare_nodes(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+) -> Result<Vec<NodePlan>, Problem> {
+    let nodes = (0..).map(OperatorId).zip(&spec.nodes);
+    nodes
+        .map(|(id, node)| {
+            Ok(match (&node.kind, operators.get(&id)) {
+                (NodeKind::Source(source), _) => {
+                    NodePlan::Source(Prepared::new(&node.name, source, &spec.base_dir)?)
+                }
+                (NodeKind::Sink(sink), _) => NodePlan::Sink(sink.clone()),
+                (NodeKind::Operator(operator), Some(checked)) => NodePlan::Operator {
+                    name: node.name.clone(),
+                    component: checked.component.clone(),
+                    spec: Arc::new((**operator).clone()),
+                    has_states: !checked.description.states.is_empty(),
+                },
+                (NodeKind::Operator(_), None) => {
+                    return Err(Problem::new(Code::HostBug, "an operator without a component"));
+                }
+            })
+        })
+        .collect()
+}
+
+fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Problem {
+    let place = location.map_or("memory".to_owned(), |path| path.display().to_string());
+    Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
+        .detail(error)
+        .hint("set --state-dir, or execution.checkpointing.dir, to a directory that you can write to")
+}
+
+fn open_storage(
+    spec: &JobSpec,
+    options: &JobOptions,
+) -> Result<(Box<dyn Storage>, Option<File>), Problem> {
+    let dir = match (&options.state_dir, &spec.storage) {
+        (None, StorageSpec::Memory) => return Ok((Box::new(MemoryStorage::default()), None)),
+        (Some(dir), _) | (None, StorageSpec::Sled(dir)) => dir.clone(),
+    };
+    fs::create_dir_all(&dir).map_err(|error| unusable_state(Some(&dir), &error))?;
+    let path = dir.join("LOCK");
+    let lock = File::options().create(true).truncate(false).write(true).open(path);
+    let lock = lock.map_err(|error| unusable_state(Some(&dir), &error))?;
+    match lock.try_lock() {
+        Ok(()) => Ok((Box::new(SledStorage::new(dir)), Some(lock))),
+        Err(TryLockError::WouldBlock) => {
+            Err(Problem::new(Code::StateInUse, format!("another run is using the state directory {}", dir.display()))
+                .hint("wait for it to end, or give this run another one: --state-dir DIR"))
+        }
+        Err(TryLockError::Error(error)) => Err(unusable_state(Some(&dir), &error)),
+    }
+}
+
+/// Whether what was found fits the job, and where it goes on from.
+fn resume(job: &str, store: &SnapshotStore, found: &Found, tasks: &[TaskIdentity]) -> Result<Resume, Problem> {
+    let next_id = CheckpointId(store.next_id());
+    match &found.manifest {
+        Some(manifest) => {
+            check_fit(job, manifest, tasks).map_err(|problem| {
+                problem.detail(format!("checkpoint {} in {}", manifest.checkpoint, store.location()))
+            })?;
+            Ok(Resume { checkpoint: Some(CheckpointId(manifest.checkpoint)), next_id })
+        }
+        None if found.damaged.is_empty() => Ok(Resume { checkpoint: None, next_id }),
+        None => {
+            let message = format!("no checkpoint in {} is whole", store.location());
+            let problem = Problem::new(Code::StoreDamaged, message);
+            let problem = found.damaged.iter().fold(problem, Problem::detail);
+            Err(problem.hint("to begin anew, move the directory away; what sinks have committed stays"))
+        }
+    }
+}
+
+fn check_fit(job: &str, manifest: &Manifest, tasks: &[TaskIdentity]) -> Result<(), Problem> {
+    let mismatch = |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    let anew = "to begin anew, move the state directory away or choose another with --state-dir";
+    if manifest.job != job {
+        return mismatch(format!("the checkpoint is of job \"{}\", not of \"{job}\"", manifest.job), anew);
+    }
+    let stored = || manifest.tasks.iter().map(|task| &task.identity);
+    for task in tasks {
+        let Some(known) = stored().find(|known| known.operator == task.operator) else {
+            let what = format!("the checkpoint has no state of \"{}\"", task.operator);
+            return mismatch(what, anew);
+        };
+        if known.parallelism != task.parallelism || known.max_parallelism != task.max_parallelism {
+            let what = format!(
+                "the checkpoint has \"{}\" with parallelism {} of {}, the manifest with {} of {}",
+                task.operator, known.parallelism, known.max_parallelism, task.parallelism, task.max_parallelism
+            );
+            return mismatch(what, "set the parallelism back; changing it is not supported yet");
+        }
+        let needs_same_component = known.has_memory || task.has_memory;
+        if needs_same_component && (known.digest != task.digest || known.has_memory != task.has_memory) {
+            let what = format!(
+                "the checkpoint of \"{}\" was written by another component ({} then, {} now)",
+                task.operator,
+                digest_text(known.digest),
+                digest_text(task.digest)
+            );
+            return mismatch(
+                what,
+                "linear memory fits only the component that wrote it: put that one back, or begin anew with another --state-dir",
+            );
+        }
+    }
+    if let Some(extra) = stored().find(|known| !tasks.iter().any(|task| task.operator == known.operator)) {
+        return mismatch(format!("the checkpoint has state of \"{}\", which is not in the manifest", extra.operator), anew);
+    }
+    // Snapshots are found by the place of their task.
+    if !stored().map(|known| (&known.operator, known.index)).eq(tasks.iter().map(|task| (&task.operator, task.index))) {
+        return mismatch("the checkpoint has the same nodes in another order".to_owned(), "put them back into their order");
+    }
+    Ok(())
+}
+
+fn digest_text(digest: Option<[u8; 16]>) -> String {
+    digest.map_or("none".to_owned(), |digest| cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned())
+}
+
+/// For asking a component what it is: whatever it says meanwhile is of no interest.
+struct QuietHost;
+
+impl Host for QuietHost {
+    fn log(&self, _: Level, _: &str) {}
+    fn add_to_counter(&self, _: &str, _: u64) {}
+    fn set_gauge(&self, _: &str, _: f64) {}
+    fn now_ms(&self) -> u64 {
+        0
+    }
+    fn random(&self) -> u64 {
+        0
+    }
+    fn attempt(&self) -> u32 {
+        0
+    }
+}

@@ -1,0 +1,116 @@
+//! Counters of a running job, written by its tasks once a batch and read by whoever shows them.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+};
+
+/// Counters and gauges that the guests of one operator may have.
+const CUSTOM_MAX: usize = 1_000;
+
+/// The counters of one operator, all its tasks together.
+#[derive(Debug)]
+pub struct OperatorMetrics {
+    /// Its name in the manifest.
+    pub name: String,
+    /// Records taken from its inputs.
+    pub records_in: AtomicU64,
+    /// Records given to its outputs.
+    pub records_out: AtomicU64,
+    /// The newest watermark, in milliseconds; `i64::MIN` before the first.
+    pub watermark: AtomicI64,
+    /// What guests count and measure themselves.
+    pub custom: Mutex<BTreeMap<String, f64>>,
+}
+
+impl OperatorMetrics {
+    /// All zero.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            records_in: AtomicU64::new(0),
+            records_out: AtomicU64::new(0),
+            watermark: AtomicI64::new(i64::MIN),
+            custom: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn add_in(&self, count: usize) {
+        self.records_in.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_out(&self, count: usize) {
+        self.records_out.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_watermark(&self, watermark: i64) {
+        self.watermark.store(watermark, Ordering::Relaxed);
+    }
+
+    pub(crate) fn change_custom(&self, name: &str, change: impl FnOnce(&mut f64)) {
+        let mut custom = self.custom.lock().unwrap_or_else(PoisonError::into_inner);
+        // A guest cannot fill the host's memory with names.
+        if !custom.contains_key(name) && custom.len() < CUSTOM_MAX {
+            custom.insert(name.to_owned(), 0.0);
+        }
+        if let Some(value) = custom.get_mut(name) {
+            change(value);
+        }
+    }
+}
+
+/// The counters of a job.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// One for each operator, in the order of the job graph.
+    pub operators: Vec<OperatorMetrics>,
+    /// Completed checkpoints.
+    pub checkpoints: AtomicU64,
+    /// Restarts.
+    pub restarts: AtomicU64,
+}
+
+/// A reading of the counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Reading {
+    /// Records that the sources have read.
+    pub records_read: u64,
+    /// Records that the sinks have taken.
+    pub records_written: u64,
+    /// Completed checkpoints.
+    pub checkpoints: u64,
+    /// Restarts.
+    pub restarts: u64,
+    /// The lowest watermark of the sinks, if every one has one.
+    pub watermark: Option<i64>,
+}
+
+impl Metrics {
+    /// Reads the counters. Sources are the operators that take nothing, sinks those that give
+    /// nothing.
+    #[must_use]
+    pub fn read(&self, is_source: impl Fn(usize) -> bool, is_sink: impl Fn(usize) -> bool) -> Reading {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut reading = Reading {
+            checkpoints: load(&self.checkpoints),
+            restarts: load(&self.restarts),
+            ..Reading::default()
+        };
+        let mut lowest = i64::MAX;
+        for (index, operator) in self.operators.iter().enumerate() {
+            if is_source(index) {
+                reading.records_read += load(&operator.records_out);
+            }
+            if is_sink(index) {
+                reading.records_written += load(&operator.records_in);
+                lowest = lowest.min(operator.watermark.load(Ordering::Relaxed));
+            }
+        }
+        reading.watermark = (lowest != i64::MIN).then_some(lowest);
+        reading
+    }
+}

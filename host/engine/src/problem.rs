@@ -1,0 +1,140 @@
+//! Problems that people can act on: each has a code, says what and where, and what to do next.
+
+use std::fmt;
+
+use cofferdam_core::failure::FailureCause;
+
+macro_rules! codes {
+    ($($name:ident = $number:literal, $exit:literal, $title:literal;)*) => {
+        /// What kind of problem it is; `docs/errors.md` has a section for each.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub enum Code {
+            $(#[doc = $title] $name,)*
+        }
+
+        impl Code {
+            /// Every code.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            /// The number, as it is printed: `C0003`.
+            #[must_use]
+            pub fn number(self) -> &'static str {
+                match self { $(Self::$name => $number,)* }
+            }
+
+            /// What the code stands for, in one line.
+            #[must_use]
+            pub fn title(self) -> &'static str {
+                match self { $(Self::$name => $title,)* }
+            }
+
+            /// The exit code of a program that ends because of it: 1 the job failed, 2 bad usage
+            /// or manifest, 70 a bug of the host.
+            #[must_use]
+            pub fn exit_code(self) -> u8 {
+                match self { $(Self::$name => $exit,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    ManifestUnreadable = "C0001", 2, "The manifest cannot be read";
+    ManifestSyntax = "C0002", 2, "The manifest is not TOML";
+    UnknownKey = "C0003", 2, "The manifest has a key that means nothing";
+    BadValue = "C0004", 2, "A setting has a value it cannot have";
+    MissingKey = "C0005", 2, "A setting that must be there is missing";
+    DuplicateName = "C0006", 2, "Two operators have the same name";
+    UnknownInput = "C0007", 2, "An input names no operator";
+    Cycle = "C0008", 2, "The inputs form a cycle";
+    ForwardParallelism = "C0009", 2, "A forward edge joins different parallelisms";
+    HashWithoutKey = "C0010", 2, "A hash edge carries records without keys";
+    FormatMismatch = "C0011", 2, "The two ends of an edge disagree on the format";
+    ComponentUnreadable = "C0012", 2, "A component's file cannot be read";
+    NotAComponent = "C0013", 2, "A file is not a WebAssembly component";
+    CannotCheckpoint = "C0014", 2, "A component cannot be checkpointed";
+    OtherWorld = "C0015", 2, "A component is not an operator";
+    SourceUnreadable = "C0016", 2, "A source has nothing to read";
+    OutputUnwritable = "C0017", 2, "A sink's output directory cannot be used";
+    StateUnusable = "C0018", 2, "The state directory cannot be used";
+    StateInUse = "C0019", 2, "The state directory belongs to another run";
+    StateMismatch = "C0020", 2, "The checkpoint does not fit the job";
+    StoreDamaged = "C0021", 2, "No checkpoint in the state directory is whole";
+    NotSupported = "C0022", 2, "The setting is not supported yet";
+    CannotStart = "C0023", 2, "The program cannot set itself up";
+    BuildFailed = "C0024", 2, "An operator crate cannot be built";
+    ProjectExists = "C0025", 2, "The directory of the new project is taken";
+    Trapped = "C0101", 1, "A task trapped and the job gave up";
+    LimitExceeded = "C0102", 1, "A task exceeded a limit and the job gave up";
+    Rejected = "C0103", 1, "A task rejected its input and the job gave up";
+    Environment = "C0104", 1, "The machine could not do its part and the job gave up";
+    CheckpointsFailed = "C0105", 1, "Too many checkpoints failed and the job gave up";
+    HostBug = "C0170", 70, "An invariant of the host broke";
+}
+
+/// A problem with everything that is known about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// What kind it is.
+    pub code: Code,
+    /// What, on what: lower case, no final dot.
+    pub message: String,
+    /// Where, and what the machine says about it.
+    pub details: Vec<String>,
+    /// What to do next.
+    pub hint: Option<String>,
+}
+
+impl Problem {
+    /// A problem with nothing but its message.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), details: Vec::new(), hint: None }
+    }
+
+    /// Adds where it is, or why.
+    #[must_use]
+    pub fn detail(mut self, detail: impl fmt::Display) -> Self {
+        self.details.push(detail.to_string());
+        self
+    }
+
+    /// Adds what to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl From<&FailureCause> for Code {
+    fn from(cause: &FailureCause) -> Self {
+        match cause {
+            FailureCause::Trap { .. } => Self::Trapped,
+            FailureCause::LimitExceeded { .. } => Self::LimitExceeded,
+            FailureCause::Rejected { .. } => Self::Rejected,
+            FailureCause::Environment { .. } => Self::Environment,
+            FailureCause::CheckpointsFailed { .. } => Self::CheckpointsFailed,
+            FailureCause::Permanent { .. } => Self::StateMismatch,
+            FailureCause::HostBug { .. } => Self::HostBug,
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error[{}]: {}", self.code.number(), self.message)?;
+        for detail in &self.details {
+            for (place, line) in detail.lines().enumerate() {
+                let label = if place == 0 { "detail:" } else { "       " };
+                write!(f, "\n  {label} {line}")?;
+            }
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  hint: {hint}")?;
+        }
+        write!(f, "\n  see docs/errors.md#{}", self.code.number().to_lowercase())
+    }
+}
+
+impl std::error::Error for Problem {}

@@ -1,0 +1,89 @@
+//! What a running job tells whoever watches it.
+
+use cofferdam_core::{failure::FailureCause, ids::CheckpointId};
+use serde::Serialize;
+
+/// Something worth a line.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Progress {
+    /// All tasks run.
+    Started {
+        /// How often the tasks were restarted before, in this run of the program.
+        attempt: u32,
+        /// The checkpoint they were restored from.
+        restored_from: Option<u64>,
+        /// How many there are.
+        tasks: usize,
+    },
+    /// A checkpoint is complete.
+    CheckpointCompleted {
+        /// Which.
+        checkpoint: u64,
+        /// From the trigger to the durable manifest.
+        duration_ms: f64,
+        /// The longest pause of a task.
+        pause_ms: f64,
+        /// Bytes written for it.
+        bytes: u64,
+        /// Bytes of the whole state.
+        state_bytes: u64,
+    },
+    /// A checkpoint was given up.
+    CheckpointFailed {
+        /// Which.
+        checkpoint: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A failure leads to a restart.
+    Restarting {
+        /// The task that failed, `operator/index`.
+        task: Option<String>,
+        /// The class of the failure.
+        class: &'static str,
+        /// What happened.
+        message: String,
+        /// The guest's frames.
+        backtrace: Vec<String>,
+        /// The tasks start again after this.
+        delay_ms: u64,
+    },
+    /// After a restart, the failed task's operator has processed its first records again.
+    Recovered {
+        /// From the failure to those records, the restart delay not counted.
+        recovery_us: u64,
+    },
+    /// Something that may lead to trouble.
+    Warning {
+        /// What.
+        message: String,
+    },
+}
+
+impl Progress {
+    pub(crate) fn checkpoint_failed(checkpoint: CheckpointId, reason: String) -> Self {
+        Self::CheckpointFailed { checkpoint: checkpoint.0, reason }
+    }
+
+    pub(crate) fn restarting(task: Option<String>, cause: &FailureCause, delay_ms: u64) -> Self {
+        let backtrace = match cause {
+            FailureCause::Trap { backtrace, .. } => backtrace.clone(),
+            _ => Vec::new(),
+        };
+        let (class, message) = (cause.class(), cause.message().to_owned());
+        Self::Restarting { task, class, message, backtrace, delay_ms }
+    }
+}
+
+/// Takes what a job tells. Called from the job's own loop, so it must not block.
+pub trait Observer: Send + Sync + 'static {
+    /// Something has happened.
+    fn observe(&self, progress: Progress);
+}
+
+/// Watches nothing.
+impl Observer for () {
+    fn observe(&self, _: Progress) {}
+}

@@ -1,0 +1,268 @@
+//! Writes part files, each visible once the checkpoint that holds it is complete.
+//!
+//! A task writes into a hidden file, `.part-TASK-NUMBER.pending`. At a barrier the file is synced
+//! and closed, its number goes into the snapshot, and the next one is begun. When the checkpoint
+//! completes, the file is renamed to `part-TASK-NUMBER`. Numbers ascend and are part of the
+//! snapshot, so a rename that is done again does the same. Readers never see a pending part as long
+//! as they read `part-*`.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use cofferdam_core::{failure::FailureCause, ids::CheckpointId};
+use cofferdam_sandbox::Batch;
+use serde::{Deserialize, Serialize};
+
+use super::{Sink, push_lines};
+use crate::{
+    problem::{Code, Problem},
+    spec::{IfExists, LineContent},
+};
+
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// What a checkpoint remembers of a task.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct State {
+    /// The number of the next part.
+    next: u64,
+    /// Parts that are durable and not yet committed, with the checkpoint that holds them.
+    pending: Vec<(u64, u64)>,
+}
+
+pub(crate) struct FileSink {
+    dir: PathBuf,
+    line: LineContent,
+    index: u32,
+    state: State,
+    open: Option<BufWriter<File>>,
+    buffer: Vec<u8>,
+}
+
+/// Makes the directory and proves that it can be written to.
+pub(super) fn prepare(name: &str, dir: &Path, if_exists: IfExists, is_fresh: bool) -> Result<(), Problem> {
+    let unusable = |error: io::Error| {
+        Problem::new(Code::OutputUnwritable, format!("sink \"{name}\" cannot write to {}", dir.display()))
+            .detail(error)
+            .hint("choose another path, or make the directory writable")
+    };
+    fs::create_dir_all(dir).map_err(unusable)?;
+    tempfile::tempfile_in(dir).map_err(unusable)?;
+    if !is_fresh {
+        return Ok(());
+    }
+    let entries = fs::read_dir(dir).map_err(unusable)?.flatten();
+    let parts: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| is_part(path)).collect();
+    if let (Some(first), IfExists::Fail) = (parts.iter().find(|path| !is_pending(path)), if_exists) {
+        return Err(Problem::new(
+            Code::OutputUnwritable,
+            format!("sink \"{name}\": {} holds the output of an earlier run", dir.display()),
+        )
+        .detail(format!("for example {}", first.display()))
+        .hint("move it away, choose another path, or set if-exists = \"replace\""));
+    }
+    parts.iter().try_for_each(fs::remove_file).map_err(unusable)
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn is_pending(path: &Path) -> bool {
+    file_name(path).starts_with(".part-") && file_name(path).ends_with(".pending")
+}
+
+fn is_part(path: &Path) -> bool {
+    is_pending(path) || file_name(path).starts_with("part-")
+}
+
+impl FileSink {
+    pub(super) fn open(
+        dir: &Path,
+        line: LineContent,
+        index: u32,
+        state: Option<&[u8]>,
+    ) -> Result<Self, FailureCause> {
+        let state: State = match state {
+            Some(bytes) => postcard::from_bytes(bytes).map_err(|error| FailureCause::Permanent {
+                message: format!("the sink's state in the checkpoint cannot be read: {error}"),
+            })?,
+            None => State::default(),
+        };
+        let mut sink = Self {
+            dir: dir.to_owned(),
+            line,
+            index,
+            state,
+            open: None,
+            buffer: Vec::with_capacity(BUFFER_BYTES),
+        };
+        // The checkpoint is complete, so everything it holds is to be seen; everything else that
+        // is pending was written after it and will be written again.
+        sink.commit(CheckpointId(u64::MAX))?;
+        sink.remove_leftovers().map_err(|error| sink.failed("remove what was not committed", &error))?;
+        Ok(sink)
+    }
+
+    fn pending_path(&self, number: u64) -> PathBuf {
+        self.dir.join(format!(".part-{}-{number:08}.pending", self.index))
+    }
+
+    fn final_path(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("part-{}-{number:08}", self.index))
+    }
+
+    fn remove_leftovers(&self) -> io::Result<()> {
+        let prefix = format!(".part-{}-", self.index);
+        for entry in fs::read_dir(&self.dir)?.flatten() {
+            let path = entry.path();
+            if is_pending(&path) && file_name(&path).starts_with(&prefix) {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, doing: &str, error: &io::Error) -> FailureCause {
+        FailureCause::Environment { message: format!("{doing} in {}: {error}", self.dir.display()) }
+    }
+
+    fn end_part(&mut self) -> io::Result<bool> {
+        let Some(writer) = self.open.take() else { return Ok(false) };
+        let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        // The name of the file must be as durable as its content.
+        File::open(&self.dir)?.sync_all()?;
+        Ok(true)
+    }
+
+    fn write_buffer(&mut self) -> io::Result<()> {
+        if self.open.is_none() {
+            let file = File::create(self.pending_path(self.state.next))?;
+            self.open = Some(BufWriter::with_capacity(BUFFER_BYTES, file));
+        }
+        match &mut self.open {
+            Some(writer) => writer.write_all(&self.buffer),
+            None => Ok(()),
+        }
+    }
+
+    /// Renames a part; one that was renamed before is fine.
+    fn publish(&self, number: u64) -> io::Result<()> {
+        let (from, to) = (self.pending_path(number), self.final_path(number));
+        match fs::rename(&from, &to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => Ok(()),
+            other => other,
+        }
+    }
+}
+
+impl Sink for FileSink {
+    fn write(&mut self, batch: &Batch) -> Result<(), FailureCause> {
+        self.buffer.clear();
+        push_lines(batch, self.line, &mut self.buffer);
+        if self.buffer.is_empty() {
+            return Ok(());
+        }
+        self.write_buffer().map_err(|error| self.failed("write a part", &error))
+    }
+
+    fn pre_commit(&mut self, checkpoint: CheckpointId) -> Result<Vec<u8>, FailureCause> {
+        if self.end_part().map_err(|error| self.failed("end a part", &error))? {
+            self.state.pending.push((self.state.next, checkpoint.0));
+            self.state.next += 1;
+        }
+        postcard::to_stdvec(&self.state)
+            .map_err(|error| FailureCause::HostBug { message: format!("encode a sink's state: {error}") })
+    }
+
+    fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause> {
+        let due = |pending: &(u64, u64)| pending.1 <= checkpoint.0;
+        let numbers: Vec<u64> =
+            self.state.pending.iter().filter(|pending| due(pending)).map(|(number, _)| *number).collect();
+        if numbers.is_empty() {
+            return Ok(());
+        }
+        let published = numbers
+            .iter()
+            .try_for_each(|number| self.publish(*number))
+            .and_then(|()| File::open(&self.dir)?.sync_all());
+        published.map_err(|error| self.failed("commit a part", &error))?;
+        self.state.pending.retain(|pending| !due(pending));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{BatchExt, RecordRef};
+
+    fn batch(value: &str) -> Batch {
+        let mut batch = Batch::empty();
+        batch.push(RecordRef { key: Some(b"k"), value: value.as_bytes(), timestamp: None });
+        batch
+    }
+
+    fn visible(dir: &Path) -> Vec<String> {
+        let mut parts: Vec<PathBuf> =
+            fs::read_dir(dir).expect("listed").flatten().map(|entry| entry.path()).filter(|path| !is_pending(path)).collect();
+        parts.sort();
+        parts.iter().map(|path| fs::read_to_string(path).expect("readable")).collect()
+    }
+
+    #[test]
+    fn nothing_is_visible_before_its_checkpoint_completes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut sink = FileSink::open(dir.path(), LineContent::KeyValue, 0, None).expect("opens");
+        sink.write(&batch("one")).expect("written");
+        assert!(visible(dir.path()).is_empty());
+        sink.pre_commit(CheckpointId(1)).expect("durable");
+        sink.write(&batch("two")).expect("written");
+        assert!(visible(dir.path()).is_empty());
+        sink.commit(CheckpointId(1)).expect("committed");
+        assert_eq!(visible(dir.path()), ["k\tone\n"]);
+    }
+
+    #[test]
+    fn restore_commits_what_the_checkpoint_holds_and_removes_the_rest() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut sink = FileSink::open(dir.path(), LineContent::Value, 3, None).expect("opens");
+        sink.write(&batch("one")).expect("written");
+        let state = sink.pre_commit(CheckpointId(1)).expect("durable");
+        sink.write(&batch("two")).expect("written");
+        sink.pre_commit(CheckpointId(2)).expect("durable");
+        drop(sink);
+        for _ in 0..2 {
+            let mut sink = FileSink::open(dir.path(), LineContent::Value, 3, Some(&state)).expect("opens");
+            assert_eq!(visible(dir.path()), ["one\n"]);
+            sink.write(&batch("two again")).expect("written");
+        }
+    }
+
+    #[test]
+    fn lost_part_is_an_error_and_not_silence() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut sink = FileSink::open(dir.path(), LineContent::Value, 0, None).expect("opens");
+        sink.write(&batch("one")).expect("written");
+        let state = sink.pre_commit(CheckpointId(1)).expect("durable");
+        fs::remove_file(sink.pending_path(0)).expect("removed");
+        let error = FileSink::open(dir.path(), LineContent::Value, 0, Some(&state)).err().expect("lost");
+        assert!(error.to_string().contains("commit a part"), "{error}");
+    }
+
+    #[test]
+    fn earlier_output_is_kept_unless_it_may_be_replaced() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("part-0-00000000"), "old").expect("written");
+        let error = prepare("out", dir.path(), IfExists::Fail, true).expect_err("it is not empty");
+        assert_eq!(error.code, Code::OutputUnwritable);
+        prepare("out", dir.path(), IfExists::Fail, false).expect("a resumed job goes on");
+        assert_eq!(visible(dir.path()), ["old"]);
+        prepare("out", dir.path(), IfExists::Replace, true).expect("replaced");
+        assert!(visible(dir.path()).is_empty());
+    }
+}

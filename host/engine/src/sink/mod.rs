@@ -1,0 +1,99 @@
+//! Takes records out of a job: a sink writes into a transaction that is held from barrier to commit.
+
+mod file;
+
+use std::io::Write;
+
+use cofferdam_core::{failure::FailureCause, ids::CheckpointId};
+use cofferdam_sandbox::Batch;
+
+use crate::{
+    batch::BatchExt,
+    problem::Problem,
+    spec::{LineContent, SinkSpec},
+};
+
+/// One task of a sink.
+pub(crate) trait Sink: Send {
+    /// Takes records into the open transaction.
+    fn write(&mut self, batch: &Batch) -> Result<(), FailureCause>;
+
+    /// Ends the open transaction and makes it durable, not yet visible. What it gives goes into
+    /// the snapshot, and is enough to commit after a restore.
+    fn pre_commit(&mut self, checkpoint: CheckpointId) -> Result<Vec<u8>, FailureCause>;
+
+    /// Makes everything visible that was pre-committed up to this checkpoint.
+    fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause>;
+}
+
+/// Looks at where a sink writes before a job starts; `is_fresh` unless it resumes.
+pub(crate) fn prepare(name: &str, spec: &SinkSpec, is_fresh: bool) -> Result<(), Problem> {
+    match spec {
+        SinkSpec::File { path, if_exists, .. } => file::prepare(name, path, *if_exists, is_fresh),
+        SinkSpec::Stdout { .. } | SinkSpec::Discard => Ok(()),
+    }
+}
+
+/// The sink of one task. With a state it commits what that state has pre-committed.
+pub(crate) fn open(spec: &SinkSpec, index: u32, state: Option<&[u8]>) -> Result<Box<dyn Sink>, FailureCause> {
+    Ok(match spec {
+        SinkSpec::File { path, line, .. } => Box::new(file::FileSink::open(path, *line, index, state)?),
+        SinkSpec::Stdout { line } => Box::new(StdoutSink { line: *line, buffer: Vec::new() }),
+        SinkSpec::Discard => Box::new(DiscardSink),
+    })
+}
+
+/// Appends a batch as lines.
+fn push_lines(batch: &Batch, line: LineContent, buffer: &mut Vec<u8>) {
+    for record in batch.records() {
+        if let (LineContent::KeyValue, Some(key)) = (line, record.key) {
+            buffer.extend_from_slice(key);
+            buffer.push(b'\t');
+        }
+        buffer.extend_from_slice(record.value);
+        buffer.push(b'\n');
+    }
+}
+
+/// Prints at once: what is printed cannot be taken back, so records may come twice after a restart.
+struct StdoutSink {
+    line: LineContent,
+    buffer: Vec<u8>,
+}
+
+impl Sink for StdoutSink {
+    fn write(&mut self, batch: &Batch) -> Result<(), FailureCause> {
+        self.buffer.clear();
+        push_lines(batch, self.line, &mut self.buffer);
+        std::io::stdout().lock().write_all(&self.buffer).map_err(|error| FailureCause::Environment {
+            message: format!("write to standard output: {error}"),
+        })
+    }
+
+    fn pre_commit(&mut self, _: CheckpointId) -> Result<Vec<u8>, FailureCause> {
+        std::io::stdout().lock().flush().map_err(|error| FailureCause::Environment {
+            message: format!("flush standard output: {error}"),
+        })?;
+        Ok(Vec::new())
+    }
+
+    fn commit(&mut self, _: CheckpointId) -> Result<(), FailureCause> {
+        Ok(())
+    }
+}
+
+struct DiscardSink;
+
+impl Sink for DiscardSink {
+    fn write(&mut self, _: &Batch) -> Result<(), FailureCause> {
+        Ok(())
+    }
+
+    fn pre_commit(&mut self, _: CheckpointId) -> Result<Vec<u8>, FailureCause> {
+        Ok(Vec::new())
+    }
+
+    fn commit(&mut self, _: CheckpointId) -> Result<(), FailureCause> {
+        Ok(())
+    }
+}

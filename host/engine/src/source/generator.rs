@@ -1,0 +1,276 @@
+//! Makes records up: words by a Zipf law, or numbers in sequence. Record `n` is a function of `n`
+//! and the seed, so a position is a number.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cofferdam_core::{
+    failure::FailureCause,
+    random::{Random, mix},
+};
+use cofferdam_sandbox::Batch;
+
+use super::{Source, Step, unreadable_position};
+use crate::{
+    batch::{BatchExt, RecordRef},
+    exchange::writer::BATCH_RECORDS_MAX,
+    spec::{GeneratorContent, GeneratorSpec},
+};
+
+/// The share of a second's records that is given out at a time when a rate is set.
+const RATE_SLICE: f64 = 0.01;
+
+#[derive(Debug, Clone)]
+pub(crate) struct GeneratorPlan {
+    spec: GeneratorSpec,
+    words: Option<Arc<Vocabulary>>,
+}
+
+impl GeneratorPlan {
+    pub(crate) fn new(spec: &GeneratorSpec) -> Self {
+        let words = match spec.content {
+            GeneratorContent::Words { vocabulary, exponent } => {
+                Some(Arc::new(Vocabulary::new(vocabulary, exponent, spec.seed)))
+            }
+            GeneratorContent::Sequence => None,
+        };
+        Self { spec: spec.clone(), words }
+    }
+}
+
+/// Words with their frequencies, drawn in constant time by the alias method (Walker 1977, in the
+/// form of Vose 1991).
+#[derive(Debug)]
+struct Vocabulary {
+    letters: Vec<u8>,
+    /// Where each word begins, and one end more.
+    starts: Vec<u32>,
+    columns: Vec<Column>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Column {
+    /// Below this share of 2^32 the column's own word, else the other one.
+    threshold: u32,
+    other: u32,
+}
+
+impl Vocabulary {
+    fn new(count: u32, exponent: f64, seed: u64) -> Self {
+        let mut random = Random::new(mix(seed ^ 0x776f_7264));
+        let (mut letters, mut starts) = (Vec::new(), vec![0]);
+        for rank in 0..count {
+            word(rank, &mut random, &mut letters);
+            starts.push(letters.len() as u32);
+        }
+        let weights: Vec<f64> = (1..=count).map(|rank| f64::from(rank).powf(-exponent)).collect();
+        Self { letters, starts, columns: alias_columns(&weights) }
+    }
+
+    #[inline]
+    fn draw(&self, bits: u64) -> &[u8] {
+        let place = ((bits >> 32) * self.columns.len() as u64) >> 32;
+        let column = self.columns[place as usize];
+        let chosen = if (bits as u32) < column.threshold { place as usize } else { column.other as usize };
+        &self.letters[self.starts[chosen] as usize..self.starts[chosen + 1] as usize]
+    }
+}
+
+/// Frequent words are short, as in languages; the rank in letters makes each one unique.
+fn word(rank: u32, random: &mut Random, letters: &mut Vec<u8>) {
+    for _ in 0..random.between(0, 4) {
+        letters.push(b'a' + random.between(0, 25) as u8);
+    }
+    let (mut rest, mut digits) = (rank, 0);
+    loop {
+        letters.push(b'a' + (rest % 26) as u8);
+        digits += 1;
+        rest /= 26;
+        if rest == 0 {
+            break;
+        }
+        rest -= 1;
+    }
+    // How many of the letters are the rank's: that makes words of different ranks different.
+    letters.push(b'a' + digits);
+}
+
+fn alias_columns(weights: &[f64]) -> Vec<Column> {
+    let total: f64 = weights.iter().sum();
+    let mut scaled: Vec<f64> = weights.iter().map(|weight| weight * weights.len() as f64 / total).collect();
+    let (mut small, mut large): (Vec<usize>, Vec<usize>) =
+        (0..scaled.len()).partition(|place| scaled[*place] < 1.0);
+    let mut columns: Vec<Column> =
+        (0..scaled.len()).map(|place| Column { threshold: u32::MAX, other: place as u32 }).collect();
+    while let (Some(under), Some(&over)) = (small.pop(), large.last()) {
+        columns[under] =
+            Column { threshold: (scaled[under] * 4_294_967_296.0) as u32, other: over as u32 };
+        scaled[over] -= 1.0 - scaled[under];
+        if scaled[over] < 1.0 {
+            large.pop();
+            small.push(over);
+        }
+    }
+    columns
+}
+
+pub(crate) struct GeneratorSource {
+    plan: GeneratorPlan,
+    index: u64,
+    parallelism: u64,
+    /// How many records this task has given out; its `k`-th is number `k * parallelism + index`.
+    given: u64,
+    /// When it began to give out at its rate, and how many it had given out by then.
+    pace: Option<(Instant, u64)>,
+}
+
+impl GeneratorSource {
+    pub(crate) fn open(
+        plan: &GeneratorPlan,
+        index: u32,
+        parallelism: u32,
+        position: Option<&[u8]>,
+    ) -> Result<Self, FailureCause> {
+        let given = match position {
+            Some(bytes) => postcard::from_bytes(bytes).map_err(unreadable_position)?,
+            None => 0,
+        };
+        let (index, parallelism) = (u64::from(index), u64::from(parallelism));
+        Ok(Self { plan: plan.clone(), index, parallelism, given, pace: None })
+    }
+
+    /// How many records this task gives out in all.
+    fn share(&self) -> u64 {
+        match self.plan.spec.count {
+            Some(count) => count.saturating_sub(self.index).div_ceil(self.parallelism),
+            None => u64::MAX,
+        }
+    }
+
+    /// How many may be given out now; the time to wait where none may.
+    fn allowance(&mut self) -> Result<u64, Duration> {
+        let Some(rate) = self.plan.spec.rate else { return Ok(u64::MAX) };
+        let rate = rate / self.parallelism as f64;
+        let (began, given_then) = *self.pace.get_or_insert((Instant::now(), self.given));
+        let due = (began.elapsed().as_secs_f64() * rate) as u64;
+        let given = self.given - given_then;
+        match due.checked_sub(given) {
+            Some(0) | None => {
+                let missing = ((given + 1) as f64 / rate - began.elapsed().as_secs_f64()).max(RATE_SLICE);
+                Err(Duration::from_secs_f64(missing.min(1.0)))
+            }
+            Some(allowed) => Ok(allowed),
+        }
+    }
+}
+
+impl Source for GeneratorSource {
+    fn next(&mut self) -> Result<Step, FailureCause> {
+        let left = self.share().saturating_sub(self.given);
+        if left == 0 {
+            return Ok(Step::End);
+        }
+        let allowed = match self.allowance() {
+            Ok(allowed) => allowed,
+            Err(wait) => return Ok(Step::Wait(wait)),
+        };
+        let count = left.min(allowed).min(BATCH_RECORDS_MAX as u64);
+        let mut batch = Batch::empty();
+        batch.value_ends.reserve(count as usize);
+        let has_timestamps = self.plan.spec.has_timestamps;
+        let mut last = None;
+        if self.plan.words.is_some() {
+            batch.key_ends.reserve(count as usize);
+            batch.keys.reserve(count as usize * 8);
+        }
+        for place in self.given..self.given + count {
+            let number = place * self.parallelism + self.index;
+            let timestamp = has_timestamps.then_some(number as i64);
+            match &self.plan.words {
+                Some(words) => {
+                    let bits = mix(self.plan.spec.seed ^ mix(number.wrapping_add(1)));
+                    batch.push(RecordRef { key: Some(words.draw(bits)), value: b"", timestamp });
+                }
+                None => {
+                    let text = number.to_string();
+                    batch.push(RecordRef { key: None, value: text.as_bytes(), timestamp });
+                }
+            }
+            last = timestamp;
+        }
+        self.given += count;
+        Ok(Step::Records { batch, watermark: last })
+    }
+
+    fn position(&self) -> Vec<u8> {
+        postcard::to_stdvec(&self.given).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    fn plan(content: GeneratorContent, count: u64) -> GeneratorPlan {
+        let spec =
+            GeneratorSpec { content, count: Some(count), rate: None, seed: 3, has_timestamps: false };
+        GeneratorPlan::new(&spec)
+    }
+
+    fn all(plan: &GeneratorPlan, index: u32, parallelism: u32, position: Option<&[u8]>) -> Vec<String> {
+        let mut source = GeneratorSource::open(plan, index, parallelism, position).expect("opens");
+        let mut out = Vec::new();
+        while let Step::Records { batch, .. } = source.next().expect("goes on") {
+            for record in batch.records() {
+                out.push(String::from_utf8_lossy(record.key.unwrap_or(record.value)).into_owned());
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn tasks_together_give_every_number_once() {
+        let plan = plan(GeneratorContent::Sequence, 10_001);
+        let mut numbers: Vec<u64> = (0..3)
+            .flat_map(|index| all(&plan, index, 3, None))
+            .map(|text| text.parse().expect("a number"))
+            .collect();
+        numbers.sort_unstable();
+        assert!(numbers.into_iter().eq(0..10_001));
+    }
+
+    #[test]
+    fn restored_position_continues_the_same_records() {
+        let plan = plan(GeneratorContent::Words { vocabulary: 50, exponent: 1.0 }, 5_000);
+        let whole = all(&plan, 1, 2, None);
+        let mut source = GeneratorSource::open(&plan, 1, 2, None).expect("opens");
+        source.next().expect("records");
+        let rest = all(&plan, 1, 2, Some(&source.position()));
+        assert_eq!(rest, whole[BATCH_RECORDS_MAX..]);
+    }
+
+    #[test]
+    fn words_are_distinct_and_follow_the_law() {
+        let vocabulary = Vocabulary::new(20_000, 1.0, 1);
+        let words: BTreeSet<&[u8]> = vocabulary
+            .starts
+            .windows(2)
+            .map(|pair| &vocabulary.letters[pair[0] as usize..pair[1] as usize])
+            .collect();
+        assert_eq!(words.len(), 20_000);
+        let plan = plan(GeneratorContent::Words { vocabulary: 100, exponent: 1.0 }, 200_000);
+        let mut counts = BTreeMap::<String, u32>::new();
+        for word in all(&plan, 0, 1, None) {
+            *counts.entry(word).or_default() += 1;
+        }
+        let mut counts: Vec<u32> = counts.into_values().collect();
+        counts.sort_unstable_by(|left, right| right.cmp(left));
+        // The harmonic number of 100 is 5.187: the first word has 19.3 %, the second half of it.
+        assert!((36_000..41_000).contains(&counts[0]), "{}", counts[0]);
+        assert!((17_500..21_000).contains(&counts[1]), "{}", counts[1]);
+    }
+}

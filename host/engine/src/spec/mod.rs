@@ -1,0 +1,841 @@
+//! From the text of a manifest to a [`JobSpec`]: every setting checked, every name resolved.
+//!
+//! Settings carry Flink's names, values and defaults. What is wrong comes out as a [`Problem`] with
+//! its line; the first one, because the later ones are often its consequences.
+
+mod reader;
+pub mod value;
+
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use cofferdam_core::{
+    checkpoint::CheckpointSettings,
+    graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
+    ids::OperatorId,
+    key_group::default_max_parallelism,
+    restart::{ExponentialDelay, RestartStrategy},
+};
+use cofferdam_sandbox::{Format, Limits};
+use toml::de::{DeTable, DeValue};
+
+use self::reader::{Located, Section, Text, closest};
+use crate::problem::{Code, Problem};
+
+type Result<T> = std::result::Result<T, Problem>;
+
+/// Flink's upper bound of the parallelism.
+const PARALLELISM_MAX: u64 = 1 << 15;
+/// Flink's bound below which checkpointing counts as disabled.
+const INTERVAL_MS_MIN: u64 = 10;
+/// A line longer than this is a sign of a file that has no lines.
+pub(crate) const LINE_BYTES_MAX: usize = 16 << 20;
+
+/// A job, checked as far as its manifest goes.
+#[derive(Debug, Clone)]
+pub struct JobSpec {
+    /// The job's name.
+    pub name: String,
+    /// Where relative paths begin: the manifest's directory.
+    pub base_dir: PathBuf,
+    /// When checkpoints are taken.
+    pub checkpoint: CheckpointSettings,
+    /// Where they are kept.
+    pub storage: StorageSpec,
+    /// What a failure leads to.
+    pub restart: RestartStrategy,
+    /// The operators and edges.
+    pub graph: JobGraph,
+    /// What each node of the graph is, by its id.
+    pub nodes: Vec<NodeSpec>,
+}
+
+/// Where checkpoints are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StorageSpec {
+    /// In sled, in this directory.
+    Sled(PathBuf),
+    /// In memory: a job whose process ends begins anew.
+    Memory,
+}
+
+/// One node of the job graph.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Its name in the manifest.
+    pub name: String,
+    /// What it does.
+    pub kind: NodeKind,
+    /// Names of the inputs' outputs, in the order of the edges: which output of the producer. Empty
+    /// for the first.
+    pub inputs: Vec<InputSpec>,
+}
+
+/// One input of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputSpec {
+    /// The node it comes from.
+    pub from: OperatorId,
+    /// The producer's output by name; `None`: its first.
+    pub output: Option<String>,
+    /// How records find their task.
+    pub partitioner: Partitioner,
+}
+
+/// What a node does.
+#[derive(Debug, Clone)]
+pub enum NodeKind {
+    /// Brings records in.
+    Source(SourceSpec),
+    /// Runs a component.
+    Operator(Box<OperatorSpec>),
+    /// Takes records out.
+    Sink(SinkSpec),
+}
+
+/// A source.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SourceSpec {
+    /// Lines of files.
+    File(FileSourceSpec),
+    /// Records made up.
+    Generator(GeneratorSpec),
+}
+
+/// Lines of files, restartable by byte position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileSourceSpec {
+    /// A glob, relative to the manifest.
+    pub path: String,
+    /// What the lines are.
+    pub format: LineFormat,
+    /// JSON pointer to the key of a record.
+    pub key: Option<String>,
+    /// JSON pointer to the event time of a record, in milliseconds.
+    pub timestamp: Option<String>,
+    /// A file is shared among tasks in pieces of this size.
+    pub split_bytes: u64,
+}
+
+/// What the lines of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LineFormat {
+    /// Text.
+    Text,
+    /// One JSON document a line.
+    Json,
+}
+
+/// Records made up by a seeded generator.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GeneratorSpec {
+    /// What the records are.
+    pub content: GeneratorContent,
+    /// How many, by all tasks together; `None`: without end.
+    pub count: Option<u64>,
+    /// Records a second, by all tasks together; `None`: as fast as they are taken.
+    pub rate: Option<f64>,
+    /// Determines every record.
+    pub seed: u64,
+    /// Whether record `n` has event time `n` milliseconds.
+    pub has_timestamps: bool,
+}
+
+/// What a generator makes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GeneratorContent {
+    /// Words as keys, with no value, by a Zipf law.
+    Words {
+        /// How many different ones.
+        vocabulary: u32,
+        /// The law's exponent; 0 makes all equally frequent.
+        exponent: f64,
+    },
+    /// The record's number, as text, with no key.
+    Sequence,
+}
+
+/// A component and how it is run.
+#[derive(Debug, Clone)]
+pub struct OperatorSpec {
+    /// The component's file.
+    pub component: PathBuf,
+    /// What it is told in `open`.
+    pub config: Vec<(String, String)>,
+    /// What each instance may use.
+    pub limits: Limits,
+    /// What a checkpoint holds of it.
+    pub snapshot: SnapshotMode,
+    /// How many key groups it has.
+    pub max_parallelism: u32,
+}
+
+/// What a checkpoint holds of an operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotMode {
+    /// Its linear memory.
+    Memory,
+    /// Its declared state.
+    Declared,
+    /// Both; a restart restores the memory.
+    Both,
+}
+
+impl SnapshotMode {
+    /// Whether linear memory is in it.
+    #[must_use]
+    pub fn has_memory(self) -> bool {
+        matches!(self, Self::Memory | Self::Both)
+    }
+
+    /// Whether declared state is in it.
+    #[must_use]
+    pub fn has_declared(self) -> bool {
+        matches!(self, Self::Declared | Self::Both)
+    }
+}
+
+/// A sink.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SinkSpec {
+    /// Part files in a directory, exactly once.
+    File {
+        /// The directory.
+        path: PathBuf,
+        /// What is written of a record.
+        line: LineContent,
+        /// What to do about the parts of an earlier run.
+        if_exists: IfExists,
+    },
+    /// Standard output, at least once.
+    Stdout {
+        /// What is written of a record.
+        line: LineContent,
+    },
+    /// Nowhere.
+    Discard,
+}
+
+/// What a sink writes of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LineContent {
+    /// The value.
+    Value,
+    /// The key, a tab, the value.
+    KeyValue,
+}
+
+/// What to do about the parts of an earlier run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IfExists {
+    /// Refuse to start.
+    Fail,
+    /// Remove them.
+    Replace,
+}
+
+impl JobSpec {
+    /// Reads the manifest at `path`.
+    ///
+    /// # Errors
+    /// The first problem.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Problem::new(Code::ManifestUnreadable, format!("cannot read the manifest {}", path.display()))
+                .detail(error)
+                .hint("name the job's TOML file, for example `cofferdam run job.toml`")
+        })?;
+        Self::parse(path, &text)
+    }
+
+    /// Reads the text of a manifest; `path` says where relative paths begin.
+    ///
+    /// # Errors
+    /// The first problem.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let source = Text { path, text };
+        let table = DeTable::parse(text).map_err(|error| {
+            let span = error.span().unwrap_or(0..0);
+            source.problem(Code::ManifestSyntax, &span, format!("not TOML: {}", error.message()))
+        })?;
+        let root = Section::new(&source, String::new(), 0..0, table.get_ref());
+        let base_dir = path.parent().unwrap_or(Path::new("")).to_owned();
+        read_job(&root, &base_dir)
+    }
+
+    /// The spec of a node.
+    ///
+    /// # Panics
+    /// If the id is not of this job.
+    #[must_use]
+    pub fn node(&self, id: OperatorId) -> &NodeSpec {
+        &self.nodes[id.0 as usize]
+    }
+}
+
+fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
+    let job = root.section("job")?.ok_or_else(|| root.missing("job", "a manifest begins with [job] and its name"))?;
+    let name = job.text("name")?.ok_or_else(|| job.missing("name", "give the job a name"))?;
+    if !is_name(&name.value) {
+        let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
+        return Err(job.bad_value("name", &name.span, why));
+    }
+    let parallelism = parallelism(&job)?.unwrap_or(1);
+    job.finish()?;
+
+    let checkpoint = read_checkpointing(root, base_dir, &name.value)?;
+    let is_checkpointed = checkpoint.0.interval_ms.is_some();
+    let restart = read_restart(root, is_checkpointed)?;
+    read_failover(root)?;
+    let (graph, nodes) = read_graph(root, base_dir, parallelism)?;
+    root.finish()?;
+    let (checkpoint, storage) = checkpoint;
+    Ok(JobSpec { name: name.value, base_dir: base_dir.to_owned(), checkpoint, storage, restart, graph, nodes })
+}
+
+fn is_name(text: &str) -> bool {
+    text.starts_with(|letter: char| letter.is_ascii_alphabetic())
+        && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter))
+}
+
+fn parallelism(section: &Section<'_>) -> Result<Option<u32>> {
+    let read = section.integer("parallelism", 1..=PARALLELISM_MAX)?;
+    Ok(read.map(|number| u32::try_from(number.value).unwrap_or(1)))
+}
+
+fn not_supported(section: &Section<'_>, span: &Range<usize>, what: &str, instead: &str) -> Problem {
+    section.problem(Code::NotSupported, span, format!("{what} is not supported yet")).hint(instead)
+}
+
+fn read_checkpointing(
+    root: &Section<'_>,
+    base_dir: &Path,
+    job: &str,
+) -> Result<(CheckpointSettings, StorageSpec)> {
+    let default_dir = base_dir.join(format!("{job}.cofferdam"));
+    let mut settings = CheckpointSettings::default();
+    let Some(execution) = root.section("execution")? else {
+        return Ok((settings, StorageSpec::Sled(default_dir)));
+    };
+    let Some(section) = execution.section("checkpointing")? else {
+        execution.finish()?;
+        return Ok((settings, StorageSpec::Sled(default_dir)));
+    };
+    // Flink: an interval below 10 ms counts as none.
+    settings.interval_ms =
+        section.duration_ms("interval")?.map(|interval| interval.value).filter(|ms| INTERVAL_MS_MIN <= *ms);
+    if let Some(pause) = section.duration_ms("min-pause")? {
+        settings.min_pause_ms = pause.value;
+    }
+    // Flink: the effective interval is never shorter than the pause.
+    settings.interval_ms = settings.interval_ms.map(|interval| interval.max(settings.min_pause_ms));
+    if let Some(timeout) = section.duration_ms("timeout")? {
+        if timeout.value < INTERVAL_MS_MIN {
+            return Err(section.bad_value("timeout", &timeout.span, "it must be at least 10 ms"));
+        }
+        settings.timeout_ms = timeout.value;
+    }
+    if let Some(number) = section.integer("tolerable-failed-checkpoints", 0..=u64::from(u32::MAX))? {
+        settings.tolerable_failures = u32::try_from(number.value).unwrap_or(u32::MAX);
+    }
+    if let Some(Located { value: false, span }) =
+        section.choice("mode", &[("EXACTLY_ONCE", true), ("AT_LEAST_ONCE", false)])?
+    {
+        return Err(not_supported(&section, &span, "AT_LEAST_ONCE", "use EXACTLY_ONCE, which gives more"));
+    }
+    if let Some(number) = section.integer("max-concurrent-checkpoints", 1..=u64::from(u32::MAX))?
+        && number.value != 1
+    {
+        return Err(not_supported(&section, &number.span, "more than one concurrent checkpoint", "use 1, the default"));
+    }
+    let retention = section.choice(
+        "externalized-checkpoint-retention",
+        &[("NO_EXTERNALIZED_CHECKPOINTS", 0), ("DELETE_ON_CANCELLATION", 1), ("RETAIN_ON_CANCELLATION", 2)],
+    )?;
+    if let Some(Located { value: 1, span }) = retention {
+        let instead = "leave it out: a job that was stopped or has failed keeps its newest checkpoint, a finished one none";
+        return Err(not_supported(&section, &span, "DELETE_ON_CANCELLATION", instead));
+    }
+    let dir = section.text("dir")?.map_or(default_dir, |dir| base_dir.join(dir.value));
+    let storage = match section.choice("storage", &[("sled", true), ("memory", false)])? {
+        Some(Located { value: false, .. }) => StorageSpec::Memory,
+        _ => StorageSpec::Sled(dir),
+    };
+    section.finish()?;
+    execution.finish()?;
+    Ok((settings, storage))
+}
+
+#[derive(Clone, Copy)]
+enum StrategyName {
+    None,
+    FixedDelay,
+    FailureRate,
+    ExponentialDelay,
+}
+
+fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartStrategy> {
+    use StrategyName::{ExponentialDelay as Exponential, FailureRate, FixedDelay, None as Never};
+    let default = match is_checkpointed {
+        true => RestartStrategy::ExponentialDelay(ExponentialDelay::default()),
+        false => RestartStrategy::None,
+    };
+    let Some(section) = root.section("restart-strategy")? else { return Ok(default) };
+    let names = [
+        ("none", Never),
+        ("off", Never),
+        ("disable", Never),
+        ("fixed-delay", FixedDelay),
+        ("fixeddelay", FixedDelay),
+        ("failure-rate", FailureRate),
+        ("failurerate", FailureRate),
+        ("exponential-delay", Exponential),
+        ("exponentialdelay", Exponential),
+    ];
+    let chosen = section.choice("type", &names)?.map(|choice| choice.value);
+    // Sections of strategies that are not chosen are read all the same: a mistake in them is one.
+    let fixed_delay = read_fixed_delay(&section)?;
+    let failure_rate = read_failure_rate(&section)?;
+    let exponential = read_exponential(&section)?;
+    section.finish()?;
+    Ok(match chosen {
+        None => default,
+        Some(Never) => RestartStrategy::None,
+        Some(FixedDelay) => fixed_delay,
+        Some(FailureRate) => failure_rate,
+        Some(Exponential) => RestartStrategy::ExponentialDelay(exponential),
+    })
+}
+
+fn read_fixed_delay(strategies: &Section<'_>) -> Result<RestartStrategy> {
+    let (mut attempts, mut delay_ms) = (1, 1_000);
+    if let Some(section) = strategies.section("fixed-delay")? {
+        if let Some(number) = section.integer("attempts", 0..=u64::MAX)? {
+            attempts = number.value;
+        }
+        if let Some(delay) = section.duration_ms("delay")? {
+            delay_ms = delay.value;
+        }
+        section.finish()?;
+    }
+    Ok(RestartStrategy::FixedDelay { attempts, delay_ms })
+}
+
+fn read_failure_rate(strategies: &Section<'_>) -> Result<RestartStrategy> {
+    let (mut failures_per_interval_max, mut interval_ms, mut delay_ms) = (1, 60_000, 1_000);
+    if let Some(section) = strategies.section("failure-rate")? {
+        if let Some(number) = section.integer("max-failures-per-interval", 1..=u64::from(u32::MAX))? {
+            failures_per_interval_max = u32::try_from(number.value).unwrap_or(u32::MAX);
+        }
+        if let Some(interval) = section.duration_ms("failure-rate-interval")? {
+            if interval.value == 0 {
+                return Err(section.bad_value("failure-rate-interval", &interval.span, "it must be above 0"));
+            }
+            interval_ms = interval.value;
+        }
+        if let Some(delay) = section.duration_ms("delay")? {
+            delay_ms = delay.value;
+        }
+        section.finish()?;
+    }
+    Ok(RestartStrategy::FailureRate { failures_per_interval_max, interval_ms, delay_ms })
+}
+
+fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
+    let mut settings = ExponentialDelay::default();
+    let Some(section) = strategies.section("exponential-delay")? else { return Ok(settings) };
+    let positive = |key: &'static str, into: &mut u64| -> Result<()> {
+        if let Some(duration) = section.duration_ms(key)? {
+            if duration.value == 0 {
+                return Err(section.bad_value(key, &duration.span, "it must be at least 1 ms"));
+            }
+            *into = duration.value;
+        }
+        Ok(())
+    };
+    positive("initial-backoff", &mut settings.initial_backoff_ms)?;
+    positive("max-backoff", &mut settings.backoff_ms_max)?;
+    positive("reset-backoff-threshold", &mut settings.reset_threshold_ms)?;
+    if let Some(number) = section.number("backoff-multiplier")? {
+        if number.value <= 1.0 {
+            return Err(section.bad_value("backoff-multiplier", &number.span, "it must be above 1"));
+        }
+        settings.backoff_multiplier = number.value;
+    }
+    if let Some(number) = section.number("jitter-factor")? {
+        if !(0.0..=1.0).contains(&number.value) {
+            return Err(section.bad_value("jitter-factor", &number.span, "it must be from 0 to 1"));
+        }
+        settings.jitter_factor = number.value;
+    }
+    if let Some(number) = section.integer("attempts-before-reset-backoff", 1..=u64::MAX)? {
+        settings.attempts_max = Some(number.value);
+    }
+    if settings.backoff_ms_max < settings.initial_backoff_ms {
+        return Err(section.bad_value("max-backoff", &section.span, "it is below initial-backoff"));
+    }
+    section.finish()?;
+    Ok(settings)
+}
+
+fn read_failover(root: &Section<'_>) -> Result<()> {
+    let Some(jobmanager) = root.section("jobmanager")? else { return Ok(()) };
+    if let Some(section) = jobmanager.section("execution")? {
+        if let Some(Located { value: true, span }) =
+            section.choice("failover-strategy", &[("region", true), ("full", false)])?
+        {
+            return Err(not_supported(&section, &span, "region failover", "use \"full\", which restarts every task"));
+        }
+        section.finish()?;
+    }
+    jobmanager.finish()
+}
+
+/// A node as it was read, before names are resolved.
+struct RawNode {
+    name: Located<String>,
+    parallelism: Option<u32>,
+    kind: NodeKind,
+    inputs: Vec<RawInput>,
+}
+
+struct RawInput {
+    from: Located<String>,
+    partitioner: Option<Partitioner>,
+}
+
+fn read_graph(root: &Section<'_>, base_dir: &Path, parallelism: u32) -> Result<(JobGraph, Vec<NodeSpec>)> {
+    let mut raw = Vec::new();
+    for section in root.sections("source")? {
+        raw.push(read_node(&section, None, |_| Ok(NodeKind::Source(read_source(&section)?)))?);
+    }
+    for section in root.sections("operator")? {
+        let inputs = read_inputs(&section)?;
+        raw.push(read_node(&section, Some(inputs), |own| {
+            let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
+            Ok(NodeKind::Operator(Box::new(spec)))
+        })?);
+    }
+    for section in root.sections("sink")? {
+        let inputs = read_inputs(&section)?;
+        let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir)?));
+        raw.push(read_node(&section, Some(inputs), kind)?);
+    }
+    if !raw.iter().any(|node| matches!(node.kind, NodeKind::Source(_))) {
+        return Err(root.missing("source", "a job needs at least one [[source]]"));
+    }
+    resolve(root, raw, parallelism)
+}
+
+fn read_node(
+    section: &Section<'_>,
+    inputs: Option<Vec<RawInput>>,
+    kind: impl FnOnce(Option<u32>) -> Result<NodeKind>,
+) -> Result<RawNode> {
+    let name = section.text("name")?.ok_or_else(|| section.missing("name", "other nodes refer to it by name"))?;
+    if !is_name(&name.value) {
+        let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
+        return Err(section.bad_value("name", &name.span, why));
+    }
+    let parallelism = parallelism(section)?;
+    let kind = kind(parallelism)?;
+    section.finish()?;
+    Ok(RawNode { name, parallelism, kind, inputs: inputs.unwrap_or_default() })
+}
+
+const PARTITIONERS: &[(&str, Partitioner)] = &[
+    ("forward", Partitioner::Forward),
+    ("hash", Partitioner::Hash),
+    ("rebalance", Partitioner::Rebalance),
+    ("broadcast", Partitioner::Broadcast),
+];
+
+fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
+    let mut inputs = Vec::new();
+    for (value, span) in section.items("inputs")? {
+        inputs.push(match value {
+            DeValue::String(from) => {
+                RawInput { from: Located { value: from.to_string(), span }, partitioner: None }
+            }
+            DeValue::Table(table) => {
+                let input = section.nested("inputs", span, table);
+                let from = input.text("from")?.ok_or_else(|| input.missing("from", "name the node it comes from"))?;
+                let partitioner = input.choice("partition", PARTITIONERS)?.map(|choice| choice.value);
+                input.finish()?;
+                RawInput { from, partitioner }
+            }
+            _ => {
+                let why = "an input is a name or { from = \"name\", partition = \"hash\" }";
+                return Err(section.bad_value("inputs", &span, why));
+            }
+        });
+    }
+    if inputs.is_empty() {
+        return Err(section.missing("inputs", "name the nodes whose records it takes"));
+    }
+    Ok(inputs)
+}
+
+fn resolve(root: &Section<'_>, raw: Vec<RawNode>, parallelism: u32) -> Result<(JobGraph, Vec<NodeSpec>)> {
+    let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
+    for (id, node) in (0..).map(OperatorId).zip(&raw) {
+        if ids.insert(&node.name.value, id).is_some() {
+            let message = format!("there are two nodes called \"{}\"", node.name.value);
+            let problem = root.problem(Code::DuplicateName, &node.name.span, message);
+            return Err(problem.hint("sources, operators and sinks share their names"));
+        }
+    }
+    // A sink without a parallelism of its own follows its input, so that the two are chained.
+    let mut operators: Vec<Operator> = Vec::new();
+    for node in &raw {
+        let followed = match (&node.kind, node.inputs.as_slice()) {
+            (NodeKind::Sink(_), [only]) => {
+                let producer = only.from.value.split('.').next().unwrap_or_default();
+                ids.get(producer).and_then(|id| operators.get(id.0 as usize)).map(|operator| operator.parallelism)
+            }
+            _ => None,
+        };
+        let parallelism = node.parallelism.or(followed).unwrap_or(parallelism);
+        operators.push(Operator { name: node.name.value.clone(), parallelism });
+    }
+    let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+    for (to, node) in (0..).map(OperatorId).zip(&raw) {
+        let mut inputs = Vec::new();
+        for (input, raw_input) in (0..).zip(&node.inputs) {
+            let (producer, output) = match raw_input.from.value.split_once('.') {
+                Some((producer, output)) => (producer, Some(output.to_owned())),
+                None => (raw_input.from.value.as_str(), None),
+            };
+            let Some(&from) = ids.get(producer) else {
+                return Err(unknown_input(root, node, raw_input, producer, ids.keys().copied()));
+            };
+            let is_sink = matches!(raw[from.0 as usize].kind, NodeKind::Sink(_));
+            if is_sink {
+                let message = format!("\"{producer}\" is a sink: nothing comes out of it");
+                return Err(root.problem(Code::UnknownInput, &raw_input.from.span, message));
+            }
+            let is_equal = operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
+            let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
+            let partitioner = raw_input.partitioner.unwrap_or(default);
+            // Which output a name means is known once the component has been asked.
+            edges.push(Edge { from, output: 0, to, input, partitioner });
+            spans.push(raw_input.from.span.clone());
+            inputs.push(InputSpec { from, output, partitioner });
+        }
+        nodes.push(NodeSpec { name: node.name.value.clone(), kind: node.kind.clone(), inputs });
+    }
+    let graph = JobGraph::new(operators, edges.clone()).map_err(|error| match error {
+        GraphError::Cycle(cycle) => {
+            let names: Vec<&str> = cycle.iter().map(|id| raw[id.0 as usize].name.value.as_str()).collect();
+            let first = cycle.first().map_or(0, |id| id.0 as usize);
+            let path = format!("{} -> {}", names.join(" -> "), names.first().copied().unwrap_or_default());
+            root.problem(Code::Cycle, &raw[first].name.span, format!("the inputs form a cycle: {path}"))
+                .hint("a job's records flow one way; remove one of these inputs")
+        }
+        GraphError::ForwardNeedsEqualParallelism(edge) => {
+            let place = edges.iter().position(|other| *other == edge).unwrap_or(0);
+            let (from, to) = (&raw[edge.from.0 as usize].name.value, &raw[edge.to.0 as usize].name.value);
+            let message = format!("a forward edge needs equal parallelism: \"{from}\" and \"{to}\" differ");
+            root.problem(Code::ForwardParallelism, &spans[place], message)
+                .hint("use partition = \"rebalance\" or \"hash\", or give both the same parallelism")
+        }
+    })?;
+    Ok((graph, nodes))
+}
+
+fn unknown_input<'n>(
+    root: &Section<'_>,
+    node: &RawNode,
+    input: &RawInput,
+    producer: &str,
+    names: impl Iterator<Item = &'n str> + Clone,
+) -> Problem {
+    let message = format!("\"{}\" takes its input from \"{producer}\", which is not there", node.name.value);
+    let problem = root.problem(Code::UnknownInput, &input.from.span, message);
+    match closest(producer, names.clone()) {
+        Some(name) => problem.hint(format!("did you mean \"{name}\"?")),
+        None => problem.hint(format!("there are: {}", names.collect::<Vec<_>>().join(", "))),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Connector {
+    File,
+    Generator,
+    Stdout,
+    Discard,
+}
+
+fn connector(section: &Section<'_>, choices: &[(&str, Connector)]) -> Result<Connector> {
+    let read = section.choice("connector", choices)?;
+    let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+    read.map(|choice| choice.value)
+        .ok_or_else(|| section.missing("connector", &format!("choose one of {}", words.join(", "))))
+}
+
+fn read_source(section: &Section<'_>) -> Result<SourceSpec> {
+    let choices = [("file", Connector::File), ("generator", Connector::Generator)];
+    match connector(section, &choices)? {
+        Connector::Generator => Ok(SourceSpec::Generator(read_generator(section)?)),
+        _ => Ok(SourceSpec::File(read_file_source(section)?)),
+    }
+}
+
+fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
+    let path = section.text("path")?.ok_or_else(|| section.missing("path", "a file or a glob such as \"input/*.txt\""))?;
+    if let Err(error) = glob::Pattern::new(&path.value) {
+        return Err(section.bad_value("path", &path.span, format!("not a glob: {error}")));
+    }
+    let format = section.choice("format", &[("text", LineFormat::Text), ("json", LineFormat::Json)])?;
+    let format = format.map_or(LineFormat::Text, |choice| choice.value);
+    let pointer = |key: &'static str| -> Result<Option<String>> {
+        let Some(Located { value, span }) = section.text(key)? else { return Ok(None) };
+        if format != LineFormat::Json {
+            return Err(section.bad_value(key, &span, "only lines with format = \"json\" have fields"));
+        }
+        if !value.starts_with('/') {
+            return Err(section.bad_value(key, &span, "a JSON pointer begins with `/`, for example \"/user/id\""));
+        }
+        Ok(Some(value))
+    };
+    let (key, timestamp) = (pointer("key")?, pointer("timestamp")?);
+    let split_bytes = match section.bytes("split-size")? {
+        Some(Located { value, .. }) if 4096 <= value => value,
+        Some(Located { span, .. }) => {
+            return Err(section.bad_value("split-size", &span, "it must be at least 4 KiB"));
+        }
+        None => 64 << 20,
+    };
+    Ok(FileSourceSpec { path: path.value, format, key, timestamp, split_bytes })
+}
+
+fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
+    let is_words = section.choice("content", &[("words", true), ("sequence", false)])?;
+    let vocabulary = section.integer("vocabulary", 1..=10_000_000)?;
+    let exponent = section.number("exponent")?;
+    if let Some(Located { value, span }) = &exponent
+        && !(0.0..=10.0).contains(value)
+    {
+        return Err(section.bad_value("exponent", span, "it must be from 0 to 10"));
+    }
+    let content = match is_words {
+        Some(Located { value: false, .. }) => GeneratorContent::Sequence,
+        _ => GeneratorContent::Words {
+            vocabulary: vocabulary.map_or(10_000, |number| u32::try_from(number.value).unwrap_or(u32::MAX)),
+            exponent: exponent.map_or(1.0, |number| number.value),
+        },
+    };
+    let count = section.integer("count", 0..=u64::MAX)?.map(|number| number.value);
+    let rate = section.number("rate")?;
+    if let Some(Located { value, span }) = &rate
+        && *value <= 0.0
+    {
+        return Err(section.bad_value("rate", span, "it must be above 0 records a second"));
+    }
+    let seed = section.integer("seed", 0..=u64::MAX)?.map_or(0, |number| number.value);
+    let has_timestamps = section.boolean("timestamps")?.unwrap_or(false);
+    Ok(GeneratorSpec { content, count, rate: rate.map(|number| number.value), seed, has_timestamps })
+}
+
+fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Result<OperatorSpec> {
+    let component = section.text("component")?.ok_or_else(|| section.missing("component", "the .wasm file to run"))?;
+    let config = section.free("config")?;
+    let limits = match section.section("limits")? {
+        Some(limits) => read_limits(&limits)?,
+        None => Limits::default(),
+    };
+    let snapshot = section.choice(
+        "snapshot",
+        &[("memory", SnapshotMode::Memory), ("declared", SnapshotMode::Declared), ("both", SnapshotMode::Both)],
+    )?;
+    let max_parallelism = match section.integer("max-parallelism", 1..=PARALLELISM_MAX)? {
+        Some(number) if number.value < u64::from(parallelism) => {
+            let why = format!("it is below the parallelism, {parallelism}");
+            return Err(section.bad_value("max-parallelism", &number.span, why));
+        }
+        Some(number) => u32::try_from(number.value).unwrap_or(u32::MAX),
+        None => default_max_parallelism(parallelism),
+    };
+    Ok(OperatorSpec {
+        component: base_dir.join(component.value),
+        config,
+        limits,
+        snapshot: snapshot.map_or(SnapshotMode::Both, |choice| choice.value),
+        max_parallelism,
+    })
+}
+
+fn read_limits(section: &Section<'_>) -> Result<Limits> {
+    let mut limits = Limits::default();
+    if let Some(memory) = section.bytes("memory")? {
+        if 4 << 30 < memory.value {
+            return Err(section.bad_value("memory", &memory.span, "a component has at most 4 GiB"));
+        }
+        limits.memory_bytes_max = memory.value;
+    }
+    if let Some(call) = section.duration_ms("call")? {
+        limits.call_max = Duration::from_millis(call.value);
+    }
+    if let Some(output) = section.bytes("output")? {
+        limits.output_bytes_max = output.value;
+    }
+    if let Some(handles) = section.integer("handles", 0..=1_000_000)? {
+        limits.handles_max = u32::try_from(handles.value).unwrap_or(u32::MAX);
+    }
+    if let Some(elements) = section.integer("table-elements", 0..=10_000_000)? {
+        limits.table_elements_max = elements.value;
+    }
+    if let Some(log) = section.bytes("log")? {
+        limits.log_bytes_per_second_max = log.value;
+    }
+    section.finish()?;
+    Ok(limits)
+}
+
+fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
+    let choices = [("file", Connector::File), ("stdout", Connector::Stdout), ("discard", Connector::Discard)];
+    let connector = connector(section, &choices)?;
+    let line = || -> Result<LineContent> {
+        let choices = [("value", LineContent::Value), ("key-value", LineContent::KeyValue)];
+        Ok(section.choice("line", &choices)?.map_or(LineContent::Value, |choice| choice.value))
+    };
+    match connector {
+        Connector::Discard => Ok(SinkSpec::Discard),
+        Connector::Stdout => Ok(SinkSpec::Stdout { line: line()? }),
+        _ => {
+            let path = section.text("path")?.ok_or_else(|| section.missing("path", "the directory for the parts"))?;
+            let choices = [("fail", IfExists::Fail), ("replace", IfExists::Replace)];
+            let if_exists = section.choice("if-exists", &choices)?;
+            Ok(SinkSpec::File {
+                path: base_dir.join(path.value),
+                line: line()?,
+                if_exists: if_exists.map_or(IfExists::Fail, |choice| choice.value),
+            })
+        }
+    }
+}
+
+impl SourceSpec {
+    /// How its keys and values are encoded; no key format: its records have no key.
+    #[must_use]
+    pub fn formats(&self) -> (Option<Format>, Format) {
+        match self {
+            Self::File(file) => {
+                let value = match file.format {
+                    LineFormat::Text => Format::Text,
+                    LineFormat::Json => Format::Json,
+                };
+                (file.key.as_ref().map(|_| Format::Text), value)
+            }
+            Self::Generator(generator) => match generator.content {
+                GeneratorContent::Words { .. } => (Some(Format::Text), Format::Bytes),
+                GeneratorContent::Sequence => (None, Format::Text),
+            },
+        }
+    }
+}
+

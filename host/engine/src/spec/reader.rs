@@ -1,0 +1,291 @@
+//! Reads a TOML document key by key and remembers which keys were asked for, so that every other
+//! one is an error with its line and the key that was probably meant.
+
+use std::{cell::RefCell, collections::BTreeMap, ops::Range, path::Path};
+
+use toml::de::{DeTable, DeValue};
+
+use crate::problem::{Code, Problem};
+
+/// The text of a manifest and where it came from, for messages.
+#[derive(Debug)]
+pub(crate) struct Text<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) text: &'a str,
+}
+
+impl Text<'_> {
+    /// A problem at a place in the text.
+    pub(crate) fn problem(&self, code: Code, span: &Range<usize>, message: impl Into<String>) -> Problem {
+        let before = &self.text[..span.start.min(self.text.len())];
+        let line = before.matches('\n').count() + 1;
+        let start = before.rfind('\n').map_or(0, |at| at + 1);
+        let column = before[start..].chars().count() + 1;
+        let shown = self.text[start..].lines().next().unwrap_or_default().trim_end();
+        let place = format!("{}:{line}:{column}: {shown}", self.path.display());
+        Problem::new(code, message).detail(place)
+    }
+}
+
+/// One table of the document.
+pub(crate) struct Section<'a> {
+    text: &'a Text<'a>,
+    /// Its name for messages: `execution.checkpointing`, empty for the document.
+    name: String,
+    pub(crate) span: Range<usize>,
+    entries: BTreeMap<String, (Range<usize>, &'a DeValue<'a>, Range<usize>)>,
+    asked: RefCell<Vec<&'static str>>,
+}
+
+/// A value and where it stands.
+#[derive(Debug, Clone)]
+pub(crate) struct Located<T> {
+    pub(crate) value: T,
+    pub(crate) span: Range<usize>,
+}
+
+type Result<T> = std::result::Result<T, Problem>;
+
+impl<'a> Section<'a> {
+    pub(crate) fn new(text: &'a Text<'a>, name: String, span: Range<usize>, table: &'a DeTable<'a>) -> Self {
+        let entries = table
+            .iter()
+            .map(|(key, value)| {
+                (key.get_ref().to_string(), (key.span(), value.get_ref(), value.span()))
+            })
+            .collect();
+        Self { text, name, span, entries, asked: RefCell::default() }
+    }
+
+    fn path_of(&self, key: &str) -> String {
+        if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) }
+    }
+
+    fn get(&self, key: &'static str) -> Option<(&'a DeValue<'a>, Range<usize>)> {
+        self.asked.borrow_mut().push(key);
+        self.entries.get(key).map(|(_, value, span)| (*value, span.clone()))
+    }
+
+    fn wrong_type(&self, key: &str, span: &Range<usize>, value: &DeValue<'_>, wanted: &str) -> Problem {
+        let message = format!("`{}` must be {wanted}, not {}", self.path_of(key), type_name(value));
+        self.text.problem(Code::BadValue, span, message)
+    }
+
+    /// A problem with a value that was read.
+    pub(crate) fn bad_value(&self, key: &str, span: &Range<usize>, why: impl std::fmt::Display) -> Problem {
+        self.text.problem(Code::BadValue, span, format!("`{}`: {why}", self.path_of(key)))
+    }
+
+    /// A problem with a key that is not there.
+    pub(crate) fn missing(&self, key: &str, what: &str) -> Problem {
+        let message = format!("`{}` is missing: {what}", self.path_of(key));
+        self.text.problem(Code::MissingKey, &self.span, message)
+    }
+
+    /// A problem of another kind, at a place.
+    pub(crate) fn problem(&self, code: Code, span: &Range<usize>, message: impl Into<String>) -> Problem {
+        self.text.problem(code, span, message)
+    }
+
+    pub(crate) fn text(&self, key: &'static str) -> Result<Option<Located<String>>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some((DeValue::String(value), span)) => {
+                Ok(Some(Located { value: value.to_string(), span }))
+            }
+            Some((other, span)) => Err(self.wrong_type(key, &span, other, "a text")),
+        }
+    }
+
+    pub(crate) fn boolean(&self, key: &'static str) -> Result<Option<bool>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some((DeValue::Boolean(value), _)) => Ok(Some(*value)),
+            Some((other, span)) => Err(self.wrong_type(key, &span, other, "true or false")),
+        }
+    }
+
+    /// A whole number from `low` to `high`.
+    pub(crate) fn integer(&self, key: &'static str, range: std::ops::RangeInclusive<u64>) -> Result<Option<Located<u64>>> {
+        let Some((value, span)) = self.get(key) else { return Ok(None) };
+        let DeValue::Integer(number) = value else {
+            return Err(self.wrong_type(key, &span, value, "a whole number"));
+        };
+        let parsed = i128::from_str_radix(number.as_str(), number.radix()).ok();
+        match parsed.and_then(|number| u64::try_from(number).ok()) {
+            Some(value) if range.contains(&value) => Ok(Some(Located { value, span })),
+            _ => {
+                let why = format!("{} is not from {} to {}", number.as_str(), range.start(), range.end());
+                Err(self.bad_value(key, &span, why))
+            }
+        }
+    }
+
+    /// A number, whole or not.
+    pub(crate) fn number(&self, key: &'static str) -> Result<Option<Located<f64>>> {
+        let Some((value, span)) = self.get(key) else { return Ok(None) };
+        let text = match value {
+            DeValue::Integer(number) => number.as_str(),
+            DeValue::Float(number) => number.as_str(),
+            other => return Err(self.wrong_type(key, &span, other, "a number")),
+        };
+        match text.parse::<f64>() {
+            Ok(value) if value.is_finite() => Ok(Some(Located { value, span })),
+            _ => Err(self.bad_value(key, &span, format!("{text} is not a finite number"))),
+        }
+    }
+
+    pub(crate) fn duration_ms(&self, key: &'static str) -> Result<Option<Located<u64>>> {
+        self.quantity(key, "a duration such as \"1s\" or \"500ms\"", super::value::parse_duration_ms)
+    }
+
+    pub(crate) fn bytes(&self, key: &'static str) -> Result<Option<Located<u64>>> {
+        self.quantity(key, "a size such as \"64MiB\"", super::value::parse_bytes)
+    }
+
+    fn quantity(
+        &self,
+        key: &'static str,
+        wanted: &str,
+        parse: impl Fn(&str) -> std::result::Result<u64, String>,
+    ) -> Result<Option<Located<u64>>> {
+        let Some((value, span)) = self.get(key) else { return Ok(None) };
+        let parsed = match value {
+            DeValue::String(text) => parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}")),
+            DeValue::Integer(number) => parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str())),
+            other => return Err(self.wrong_type(key, &span, other, wanted)),
+        };
+        let value = parsed.map_err(|why| self.bad_value(key, &span, why))?;
+        Ok(Some(Located { value, span }))
+    }
+
+    /// One of some words; case does not matter, as in Flink's enums.
+    pub(crate) fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Result<Option<Located<T>>> {
+        let Some(Located { value, span }) = self.text(key)? else { return Ok(None) };
+        match choices.iter().find(|(word, _)| word.eq_ignore_ascii_case(&value)) {
+            Some((_, choice)) => Ok(Some(Located { value: *choice, span })),
+            None => {
+                let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+                let problem = self.bad_value(key, &span, format!("\"{value}\" is none of {}", words.join(", ")));
+                Err(match closest(&value, words) {
+                    Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
+                    None => problem,
+                })
+            }
+        }
+    }
+
+    /// A table within this one.
+    pub(crate) fn section(&self, key: &'static str) -> Result<Option<Section<'a>>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some((DeValue::Table(table), span)) => {
+                Ok(Some(Section::new(self.text, self.path_of(key), span, table)))
+            }
+            Some((other, span)) => Err(self.wrong_type(key, &span, other, "a table")),
+        }
+    }
+
+    /// A table that is an item of this one's array `key`.
+    pub(crate) fn nested(&self, key: &str, span: Range<usize>, table: &'a DeTable<'a>) -> Section<'a> {
+        Section::new(self.text, key.to_owned(), span, table)
+    }
+
+    /// An array of tables: `[[operator]]`.
+    pub(crate) fn sections(&self, key: &'static str) -> Result<Vec<Section<'a>>> {
+        self.items(key)?
+            .into_iter()
+            .map(|(value, span)| match value {
+                DeValue::Table(table) => Ok(self.nested(key, span, table)),
+                other => Err(self.wrong_type(key, &span, other, &format!("tables: write [[{key}]]"))),
+            })
+            .collect()
+    }
+
+    /// The items of an array.
+    pub(crate) fn items(&self, key: &'static str) -> Result<Vec<(&'a DeValue<'a>, Range<usize>)>> {
+        match self.get(key) {
+            None => Ok(Vec::new()),
+            Some((DeValue::Array(items), _)) => {
+                Ok(items.iter().map(|item| (item.get_ref(), item.span())).collect())
+            }
+            Some((other, span)) => Err(self.wrong_type(key, &span, other, "an array")),
+        }
+    }
+
+    /// A table whose keys are free, flattened to dotted keys and texts.
+    pub(crate) fn free(&self, key: &'static str) -> Result<Vec<(String, String)>> {
+        let Some((value, span)) = self.get(key) else { return Ok(Vec::new()) };
+        let DeValue::Table(table) = value else {
+            return Err(self.wrong_type(key, &span, value, "a table"));
+        };
+        let mut flat = Vec::new();
+        flatten("", table, &mut flat);
+        Ok(flat)
+    }
+
+    /// Reports the first key that nobody has asked for.
+    pub(crate) fn finish(&self) -> Result<()> {
+        let asked = self.asked.borrow();
+        let unknown = self
+            .entries
+            .iter()
+            .filter(|(key, _)| !asked.contains(&key.as_str()))
+            .min_by_key(|(_, (span, ..))| span.start);
+        let Some((key, (span, ..))) = unknown else { return Ok(()) };
+        let problem = self.problem(Code::UnknownKey, span, format!("unknown key `{}`", self.path_of(key)));
+        let mut known = asked.clone();
+        known.sort_unstable();
+        known.dedup();
+        Err(match closest(key, known.iter().copied()) {
+            Some(meant) => problem.hint(format!("did you mean `{}`?", self.path_of(meant))),
+            None => problem.hint(format!("known here: {}", known.join(", "))),
+        })
+    }
+}
+
+fn flatten(prefix: &str, table: &DeTable<'_>, flat: &mut Vec<(String, String)>) {
+    for (key, value) in table {
+        let key = match prefix {
+            "" => key.get_ref().to_string(),
+            prefix => format!("{prefix}.{}", key.get_ref()),
+        };
+        match value.get_ref() {
+            DeValue::Table(inner) => flatten(&key, inner, flat),
+            DeValue::String(text) => flat.push((key, text.to_string())),
+            DeValue::Integer(number) => flat.push((key, number.as_str().to_owned())),
+            DeValue::Float(number) => flat.push((key, number.as_str().to_owned())),
+            DeValue::Boolean(value) => flat.push((key, value.to_string())),
+            DeValue::Datetime(value) => flat.push((key, value.to_string())),
+            DeValue::Array(items) => {
+                for (place, item) in items.iter().enumerate() {
+                    let text = item.get_ref().as_str().map_or_else(|| format!("{:?}", item.get_ref()), str::to_owned);
+                    flat.push((format!("{key}.{place}"), text));
+                }
+            }
+        }
+    }
+}
+
+/// The word that was probably meant.
+pub(crate) fn closest<'w>(word: &str, known: impl IntoIterator<Item = &'w str>) -> Option<&'w str> {
+    let word = word.to_lowercase();
+    known
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 3)
+        .min()
+        .map(|(_, candidate)| candidate)
+}
+
+fn type_name(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a text",
+        DeValue::Integer(_) => "a whole number",
+        DeValue::Float(_) => "a number",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "an array",
+        DeValue::Table(_) => "a table",
+    }
+}

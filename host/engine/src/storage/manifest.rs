@@ -1,0 +1,163 @@
+//! The record that makes a checkpoint complete, and the frame around every stored value.
+//!
+//! `docs/checkpoint-format.md` draws both byte by byte.
+
+use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_64;
+
+use super::{Result, StorageError};
+
+/// The version of everything in a generation. Changes with any change of the format.
+pub const FORMAT: u16 = 1;
+
+const MAGIC: [u8; 4] = *b"CFDM";
+
+/// A completed checkpoint: what each task's snapshot consists of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The job's name.
+    pub job: String,
+    /// The checkpoint's id.
+    pub checkpoint: u64,
+    /// When it was written, in milliseconds since 1970-01-01 UTC.
+    pub written_at_ms: u64,
+    /// One for each task; its place is its number in the keys of its snapshots.
+    pub tasks: Vec<ManifestTask>,
+}
+
+/// One task's part of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestTask {
+    /// What the task is.
+    pub identity: TaskIdentity,
+    /// The snapshots that make up its state, in the order they are applied: a full one, then
+    /// increments. Snapshots are named by the checkpoint they were taken for.
+    pub chain: Vec<u64>,
+}
+
+/// What a task's state belongs to. State of another identity is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskIdentity {
+    /// The operator's name in the manifest.
+    pub operator: String,
+    /// The task's place among the operator's tasks.
+    pub index: u32,
+    /// How many tasks the operator had.
+    pub parallelism: u32,
+    /// How many key groups it had; 0 for sources and sinks.
+    pub max_parallelism: u32,
+    /// The component's digest; `None` for sources and sinks.
+    pub digest: Option<[u8; 16]>,
+    /// Whether linear memory is in the snapshots.
+    pub has_memory: bool,
+}
+
+impl Manifest {
+    /// The bytes as they are stored.
+    ///
+    /// # Errors
+    /// Where it cannot be encoded, which would be a bug.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&FORMAT.to_le_bytes());
+        postcard::to_extend(self, bytes).map_err(|error| StorageError::store("encode a manifest", error))
+    }
+
+    /// Reads what `encode` wrote.
+    ///
+    /// # Errors
+    /// Where the bytes are of another version, or are no manifest.
+    pub fn decode(name: &str, bytes: &[u8]) -> Result<Self> {
+        let Some(rest) = bytes.strip_prefix(&MAGIC) else {
+            return Err(StorageError::damaged(name, "it does not begin like a manifest"));
+        };
+        let Some((version, rest)) = rest.split_first_chunk::<2>() else {
+            return Err(StorageError::damaged(name, "it ends before its version"));
+        };
+        let found = u16::from_le_bytes(*version);
+        if found != FORMAT {
+            return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT });
+        }
+        postcard::from_bytes(rest).map_err(|error| StorageError::damaged(name, error))
+    }
+}
+
+/// Puts a checksum of key and payload before the payload: a value under another key is as wrong
+/// as one with a flipped bit.
+#[must_use]
+pub fn seal(key: &[u8], payload: &[u8]) -> Vec<u8> {
+    let mut framed = Vec::with_capacity(8 + payload.len());
+    framed.extend_from_slice(&checksum(key, payload).to_le_bytes());
+    framed.extend_from_slice(payload);
+    framed
+}
+
+/// Checks and takes off what `seal` put on.
+///
+/// # Errors
+/// Where the checksum is wrong.
+pub fn unseal<'a>(name: &str, key: &[u8], framed: &'a [u8]) -> Result<&'a [u8]> {
+    let Some((stored, payload)) = framed.split_first_chunk::<8>() else {
+        return Err(StorageError::damaged(name, "it is shorter than its checksum"));
+    };
+    if u64::from_le_bytes(*stored) != checksum(key, payload) {
+        return Err(StorageError::damaged(name, "its checksum is wrong"));
+    }
+    Ok(payload)
+}
+
+fn checksum(key: &[u8], payload: &[u8]) -> u64 {
+    XxHash3_64::oneshot_with_seed(XxHash3_64::oneshot(key), payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let identity = TaskIdentity {
+            operator: "count".to_owned(),
+            index: 1,
+            parallelism: 2,
+            max_parallelism: 128,
+            digest: Some([7; 16]),
+            has_memory: true,
+        };
+        let task = ManifestTask { identity, chain: vec![3, 4, 9] };
+        Manifest { job: "words".to_owned(), checkpoint: 9, written_at_ms: 1, tasks: vec![task] }
+    }
+
+    #[test]
+    fn manifest_is_read_as_it_was_written() {
+        let bytes = manifest().encode().expect("encodes");
+        assert_eq!(Manifest::decode("m", &bytes).expect("decodes"), manifest());
+    }
+
+    #[test]
+    fn other_version_is_refused_with_words() {
+        let mut bytes = manifest().encode().expect("encodes");
+        bytes[4] = 99;
+        let error = Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
+        assert_eq!(error.to_string(), "the manifest of checkpoint 9 has format 99, this program reads format 1");
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Manifest::decode("m", &bytes);
+            let _ = unseal("m", b"key", &bytes);
+        }
+
+        #[test]
+        fn flipped_bit_is_detected(payload in proptest::collection::vec(any::<u8>(), 0..100), at in any::<usize>()) {
+            let mut framed = seal(b"key", &payload);
+            prop_assert_eq!(unseal("v", b"key", &framed).expect("whole"), &payload[..]);
+            prop_assert!(unseal("v", b"yek", &framed).is_err());
+            let bit = at % (framed.len() * 8);
+            framed[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(unseal("v", b"key", &framed).is_err());
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Keeps checkpoints: a row of generations, each a key-value store in a directory of its own.
+//!
+//! Whoever wants another store implements [`Storage`] and [`Generation`]; everything above them
+//! (packs, chains, manifests, their order of commit) is in [`snapshot`], and does not know which
+//! store it writes to. A generation holds a full image of every task and the increments since; it
+//! is never repaired: it is replaced by a new one and removed as a directory.
+
+pub mod manifest;
+pub mod memory;
+pub mod sled;
+pub mod snapshot;
+pub(crate) mod writer;
+
+use std::path::PathBuf;
+
+/// Why a store could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StorageError {
+    /// The store's own reason.
+    #[error("{doing}: {reason}")]
+    Store {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+    /// Something that was written is not there, or is not what was written.
+    #[error("{what} is damaged: {why}")]
+    Damaged {
+        /// Which manifest or snapshot.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Written by a version of this program that writes differently.
+    #[error("{what} has format {found}, this program reads format {known}")]
+    Format {
+        /// Which manifest.
+        what: String,
+        /// Its version.
+        found: u16,
+        /// The version this program reads.
+        known: u16,
+    },
+}
+
+impl StorageError {
+    pub(crate) fn store(doing: &'static str, reason: impl ToString) -> Self {
+        Self::Store { doing, reason: reason.to_string() }
+    }
+
+    pub(crate) fn damaged(what: impl ToString, why: impl ToString) -> Self {
+        Self::Damaged { what: what.to_string(), why: why.to_string() }
+    }
+}
+
+/// A result of the storage.
+pub type Result<T> = std::result::Result<T, StorageError>;
+
+/// A row of generations.
+pub trait Storage: Send {
+    /// The numbers of all generations, ascending.
+    ///
+    /// # Errors
+    /// Where they cannot be listed.
+    fn generations(&self) -> Result<Vec<u64>>;
+
+    /// Opens a generation; makes an empty one where it is not there.
+    ///
+    /// # Errors
+    /// Where it cannot be read or made.
+    fn open(&mut self, number: u64) -> Result<Box<dyn Generation>>;
+
+    /// Removes a generation that nobody has open.
+    ///
+    /// # Errors
+    /// Where it is still there.
+    fn remove(&mut self, number: u64) -> Result<()>;
+
+    /// Where it is, for messages.
+    fn location(&self) -> Option<PathBuf>;
+}
+
+/// A key-value store. What was put is durable after the next `flush`, not before.
+pub trait Generation: Send {
+    /// Writes a value.
+    ///
+    /// # Errors
+    /// Where it was not taken.
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()>;
+
+    /// Reads a value.
+    ///
+    /// # Errors
+    /// Where it cannot be read; a key that is not there is `Ok(None)`.
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
+
+    /// Removes a value.
+    ///
+    /// # Errors
+    /// Where it was not removed.
+    fn delete(&mut self, key: &[u8]) -> Result<()>;
+
+    /// Every key that begins with `prefix`, ascending.
+    ///
+    /// # Errors
+    /// Where they cannot be listed.
+    fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>>;
+
+    /// Makes everything durable that was put.
+    ///
+    /// # Errors
+    /// Where that is not certain.
+    fn flush(&mut self) -> Result<()>;
+}

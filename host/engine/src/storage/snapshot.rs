@@ -1,0 +1,744 @@
+//! Writes snapshots and manifests in the order that makes them durable, and reads them back.
+//!
+//! A task's state is a chain: one full snapshot, then increments, each named by the checkpoint it
+//! was taken for, whether or not that checkpoint completed. A manifest lists the chain of every
+//! task; what no manifest lists does not exist. When the increments of a generation have outgrown
+//! its full images, [`SnapshotStore::compact`] merges every chain into a new generation.
+//!
+//! **Invariant:** data, flush, manifest, flush, and only then is a checkpoint complete.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use cofferdam_core::key_group::key_group;
+use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, StateChanges, memory::PAGE_BYTES};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Generation, Result, Storage, StorageError,
+    manifest::{Manifest, ManifestTask, TaskIdentity, seal, unseal},
+};
+
+/// Pages in one stored value: 64 KiB, where sled is fastest.
+const PACK_PAGES: usize = 16;
+/// Bytes of declared state in one stored value.
+const PACK_BYTES: usize = 64 << 10;
+/// A generation is replaced when its increments are larger than this, and than twice its images.
+const COMPACT_BYTES_MIN: u64 = 64 << 20;
+/// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
+const CHAIN_LENGTH_MAX: usize = 256;
+
+/// What one task hands over at a barrier.
+#[derive(Debug, Default)]
+pub struct TaskSnapshot {
+    /// A source's position, a sink's transactions: small, and always whole.
+    pub state: Vec<u8>,
+    /// The task has processed the end of its inputs.
+    pub is_drained: bool,
+    /// The pages that changed.
+    pub memory: Option<MemorySnapshot>,
+    /// The entries of declared state that changed.
+    pub declared: Option<StateChanges>,
+}
+
+/// A task's whole state, read back.
+#[derive(Debug, Default)]
+pub struct LoadedTask {
+    /// See [`TaskSnapshot::state`].
+    pub state: Vec<u8>,
+    /// See [`TaskSnapshot::is_drained`].
+    pub is_drained: bool,
+    /// Snapshots of the memory, in the order they are applied to an image.
+    pub memory: Vec<MemorySnapshot>,
+    /// Every entry of declared state.
+    pub declared: BTreeMap<DeclaredKey, Vec<u8>>,
+    /// What was read, in bytes.
+    pub bytes: u64,
+}
+
+/// An entry of declared state: by key group, so that a range of groups is a range of entries.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct DeclaredKey {
+    /// The key's group.
+    pub key_group: u32,
+    /// The state's number in the operator's description.
+    pub state: u32,
+    /// The key.
+    pub key: Vec<u8>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Header {
+    state: Vec<u8>,
+    is_drained: bool,
+    globals: Vec<i64>,
+    monotonic_ns: u64,
+    /// Size and changed pages of each memory.
+    memories: Vec<(u64, u64)>,
+    memory_packs: u32,
+    declared_packs: u32,
+}
+
+/// What opening a store has found.
+#[derive(Debug)]
+pub struct Found {
+    /// The newest checkpoint whose manifest is whole.
+    pub manifest: Option<Manifest>,
+    /// Manifests that were there and could not be used.
+    pub damaged: Vec<String>,
+}
+
+/// The snapshots and manifests of one job.
+pub struct SnapshotStore {
+    storage: Box<dyn Storage>,
+    current: Box<dyn Generation>,
+    number: u64,
+    job: String,
+    tasks: Vec<TaskIdentity>,
+    chains: Vec<Vec<u64>>,
+    /// Snapshots that could not be written: the next write tries them first, or the chain would
+    /// have a gap.
+    unwritten: Vec<(usize, u64, Arc<TaskSnapshot>)>,
+    full_bytes: u64,
+    increment_bytes: u64,
+    highest_id: u64,
+}
+
+/// The kinds of a snapshot's values, in the order of their keys.
+const KIND_HEADER: u8 = 0;
+const KIND_MEMORY: u8 = 1;
+const KIND_DECLARED: u8 = 2;
+
+const HIGHEST_ID_KEY: &[u8] = b"h";
+
+fn snapshot_prefix(checkpoint: u64) -> Vec<u8> {
+    let mut key = vec![b's'];
+    key.extend_from_slice(&checkpoint.to_be_bytes());
+    key
+}
+
+fn value_key(checkpoint: u64, task: usize, kind: u8, sequence: u32) -> Vec<u8> {
+    let mut key = snapshot_prefix(checkpoint);
+    key.extend_from_slice(&(task as u32).to_be_bytes());
+    key.push(kind);
+    key.extend_from_slice(&sequence.to_be_bytes());
+    key
+}
+
+fn manifest_key(checkpoint: u64) -> Vec<u8> {
+    let mut key = vec![b'm'];
+    key.extend_from_slice(&checkpoint.to_be_bytes());
+    key
+}
+
+impl SnapshotStore {
+    /// Opens the newest generation that has a whole manifest, or begins a first one.
+    ///
+    /// # Errors
+    /// Where the storage cannot be listed, or not even an empty generation can be made.
+    pub fn open(mut storage: Box<dyn Storage>, job: &str, tasks: Vec<TaskIdentity>) -> Result<(Self, Found)> {
+        let numbers = storage.generations()?;
+        let mut found = Found { manifest: None, damaged: Vec::new() };
+        let mut usable = None;
+        for number in numbers.iter().rev() {
+            match storage.open(*number).and_then(|open| Ok((newest_manifest(&*open, &mut found)?, open))) {
+                Ok((Some(manifest), open)) => {
+                    usable = Some((*number, open));
+                    found.manifest = Some(manifest);
+                    break;
+                }
+                Ok((None, _)) => {}
+                Err(error) => found.damaged.push(format!("generation {number}: {error}")),
+            }
+        }
+        let (number, current) = match usable {
+            Some(usable) => usable,
+            // Not a number that was used before: what is there may be damaged.
+            None => {
+                let number = numbers.last().map_or(1, |last| last + 1);
+                (number, storage.open(number)?)
+            }
+        };
+        let highest_id = read_highest_id(&*current)?
+            .max(found.manifest.as_ref().map_or(0, |manifest| manifest.checkpoint));
+        let mut store = Self {
+            storage,
+            current,
+            number,
+            job: job.to_owned(),
+            chains: vec![Vec::new(); tasks.len()],
+            tasks,
+            unwritten: Vec::new(),
+            full_bytes: 0,
+            increment_bytes: 0,
+            highest_id,
+        };
+        store.remove_other_generations(&found);
+        Ok((store, found))
+    }
+
+    /// A generation without a manifest is a compaction that was cut short, or a job that never
+    /// completed a checkpoint. Damaged ones stay for whoever wants to look at them.
+    fn remove_other_generations(&mut self, found: &Found) {
+        if !found.damaged.is_empty() {
+            return;
+        }
+        for number in self.storage.generations().unwrap_or_default() {
+            if number != self.number
+                && let Err(error) = self.storage.remove(number)
+            {
+                tracing::warn!(number, %error, "remove a generation that is not needed");
+            }
+        }
+    }
+
+    /// An id above every one that was ever used for a snapshot.
+    #[must_use]
+    pub fn next_id(&self) -> u64 {
+        self.highest_id + 1
+    }
+
+    /// Where the store is, for messages.
+    #[must_use]
+    pub fn location(&self) -> String {
+        self.storage.location().map_or_else(|| "memory".to_owned(), |path| path.display().to_string())
+    }
+
+    /// A new attempt begins: chains go on from this checkpoint, or anew.
+    ///
+    /// # Errors
+    /// Where its manifest cannot be read.
+    pub fn begin_attempt(&mut self, restored_from: Option<u64>) -> Result<()> {
+        self.unwritten.clear();
+        self.chains = match restored_from {
+            None => vec![Vec::new(); self.tasks.len()],
+            Some(checkpoint) => {
+                self.read_manifest(checkpoint)?.tasks.into_iter().map(|task| task.chain).collect()
+            }
+        };
+        // Snapshots newer than that belong to checkpoints that will never complete.
+        let oldest_leftover = snapshot_prefix(restored_from.map_or(0, |checkpoint| checkpoint + 1));
+        for key in self.current.keys(b"s")? {
+            if oldest_leftover <= key {
+                self.current.delete(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_manifest(&self, checkpoint: u64) -> Result<Manifest> {
+        read_manifest(&*self.current, &manifest_key(checkpoint))
+    }
+
+    /// Writes snapshots and flushes once: all of them are durable afterwards, or the error is for
+    /// all. Gives the bytes written for each.
+    ///
+    /// # Errors
+    /// The store's. The snapshots are tried again with the next ones.
+    pub fn write(&mut self, snapshots: Vec<(usize, u64, Arc<TaskSnapshot>)>) -> Result<Vec<u64>> {
+        let first = self.unwritten.len();
+        self.unwritten.extend(snapshots);
+        let pending = std::mem::take(&mut self.unwritten);
+        let written = self.write_all(&pending);
+        match written {
+            Ok(bytes) => {
+                for ((task, checkpoint, _), bytes) in pending.iter().zip(&bytes) {
+                    let chain = &mut self.chains[*task];
+                    match chain.is_empty() {
+                        true => self.full_bytes += bytes,
+                        false => self.increment_bytes += bytes,
+                    }
+                    chain.push(*checkpoint);
+                }
+                Ok(bytes[first..].to_vec())
+            }
+            Err(error) => {
+                self.unwritten = pending;
+                Err(error)
+            }
+        }
+    }
+
+    fn write_all(&mut self, snapshots: &[(usize, u64, Arc<TaskSnapshot>)]) -> Result<Vec<u64>> {
+        let highest = snapshots.iter().map(|(_, checkpoint, _)| *checkpoint).max().unwrap_or(0);
+        if self.highest_id < highest {
+            self.current.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest.to_be_bytes()))?;
+            self.highest_id = highest;
+        }
+        let mut bytes = Vec::with_capacity(snapshots.len());
+        for (task, checkpoint, snapshot) in snapshots {
+            let groups = self.tasks[*task].max_parallelism;
+            bytes.push(write_snapshot(&mut *self.current, *task, *checkpoint, snapshot, groups)?);
+        }
+        self.current.flush()?;
+        Ok(bytes)
+    }
+
+    /// Makes a checkpoint complete: writes the manifest of the chains as they are, and flushes.
+    ///
+    /// # Errors
+    /// Where the manifest is known not to be there.
+    pub fn complete(&mut self, checkpoint: u64, written_at_ms: u64) -> Result<()> {
+        let tasks = self.tasks.iter().zip(&self.chains).map(|(identity, chain)| ManifestTask {
+            identity: identity.clone(),
+            chain: chain.clone(),
+        });
+        let manifest =
+            Manifest { job: self.job.clone(), checkpoint, written_at_ms, tasks: tasks.collect() };
+        let key = manifest_key(checkpoint);
+        let value = seal(&key, &manifest.encode()?);
+        let written = self.current.put(&key, &value).and_then(|()| self.current.flush());
+        written.or_else(|error| {
+            // A failed write or flush proves nothing: it must not be there, or it is complete.
+            match self.current.delete(&key).and_then(|()| self.current.flush()) {
+                Ok(()) => Err(error),
+                Err(again) => Err(StorageError::store("withdraw a manifest", format!("{again}, after {error}"))),
+            }
+        })
+    }
+
+    /// Forgets a completed checkpoint that a newer one has subsumed, and compacts if it is time.
+    ///
+    /// # Errors
+    /// The store's; the newest checkpoint is whole all the same.
+    pub fn subsume(&mut self, checkpoint: u64, newest: u64) -> Result<()> {
+        self.current.delete(&manifest_key(checkpoint))?;
+        let longest = self.chains.iter().map(Vec::len).max().unwrap_or(0);
+        let is_outgrown = COMPACT_BYTES_MIN.max(2 * self.full_bytes) < self.increment_bytes;
+        if is_outgrown || CHAIN_LENGTH_MAX < longest {
+            self.compact(newest)?;
+        }
+        Ok(())
+    }
+
+    /// Merges the chains of a completed checkpoint into a new generation and removes the old one.
+    ///
+    /// # Errors
+    /// The store's; the old generation is then still there and in use.
+    pub fn compact(&mut self, checkpoint: u64) -> Result<()> {
+        let manifest = self.read_manifest(checkpoint)?;
+        // Increments taken since belong to a checkpoint that is still pending: they would be lost.
+        let is_settled = manifest.tasks.iter().zip(&self.chains).all(|(task, chain)| task.chain == *chain);
+        if !is_settled || !self.unwritten.is_empty() {
+            return Ok(());
+        }
+        let number = self.number + 1;
+        let mut next = self.storage.open(number)?;
+        match self.copy_merged(&manifest, &mut *next) {
+            Ok(bytes) => {
+                self.full_bytes = bytes;
+                self.increment_bytes = 0;
+                self.chains = vec![vec![checkpoint]; self.tasks.len()];
+                self.current = next;
+                let old = std::mem::replace(&mut self.number, number);
+                self.storage.remove(old)
+            }
+            Err(error) => {
+                drop(next);
+                self.storage.remove(number)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn copy_merged(&self, manifest: &Manifest, next: &mut dyn Generation) -> Result<u64> {
+        let checkpoint = manifest.checkpoint;
+        let mut bytes = 0;
+        next.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &self.highest_id.to_be_bytes()))?;
+        for (task, entry) in manifest.tasks.iter().enumerate() {
+            let merged = merge(self.load_chain(task, &entry.chain)?);
+            bytes += write_snapshot(next, task, checkpoint, &merged, entry.identity.max_parallelism)?;
+        }
+        next.flush()?;
+        let tasks = manifest
+            .tasks
+            .iter()
+            .map(|task| ManifestTask { identity: task.identity.clone(), chain: vec![checkpoint] });
+        let merged = Manifest { tasks: tasks.collect(), ..manifest.clone() };
+        let key = manifest_key(checkpoint);
+        next.put(&key, &seal(&key, &merged.encode()?))?;
+        next.flush()?;
+        Ok(bytes)
+    }
+
+    /// Reads a task's state as of a completed checkpoint.
+    ///
+    /// # Errors
+    /// Where a part of it is missing or damaged.
+    pub fn load(&self, task: usize, checkpoint: u64) -> Result<LoadedTask> {
+        let manifest = self.read_manifest(checkpoint)?;
+        match manifest.tasks.get(task) {
+            Some(entry) => self.load_chain(task, &entry.chain),
+            None => Err(StorageError::damaged(format!("checkpoint {checkpoint}"), "it has fewer tasks")),
+        }
+    }
+
+    fn load_chain(&self, task: usize, chain: &[u64]) -> Result<LoadedTask> {
+        let mut loaded = LoadedTask::default();
+        for checkpoint in chain {
+            read_snapshot(&*self.current, task, *checkpoint, &mut loaded)?;
+        }
+        Ok(loaded)
+    }
+
+    /// The job has finished: nothing of it is needed any more.
+    ///
+    /// # Errors
+    /// Where something is still there.
+    pub fn clear(mut self) -> Result<()> {
+        drop(self.current);
+        for number in self.storage.generations()? {
+            self.storage.remove(number)?;
+        }
+        Ok(())
+    }
+}
+
+/// The newest manifest of a generation that can be read.
+fn newest_manifest(generation: &dyn Generation, found: &mut Found) -> Result<Option<Manifest>> {
+    for key in generation.keys(b"m")?.iter().rev() {
+        match read_manifest(generation, key) {
+            Ok(manifest) => return Ok(Some(manifest)),
+            Err(error) => found.damaged.push(error.to_string()),
+        }
+    }
+    Ok(None)
+}
+
+fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
+    let checkpoint = key.last_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+    let name = format!("the manifest of checkpoint {checkpoint}");
+    let Some(framed) = generation.get(key)? else {
+        return Err(StorageError::damaged(name, "it is not there"));
+    };
+    Manifest::decode(&name, unseal(&name, key, &framed)?)
+}
+
+fn read_highest_id(generation: &dyn Generation) -> Result<u64> {
+    let Some(framed) = generation.get(HIGHEST_ID_KEY)? else { return Ok(0) };
+    let payload = unseal("the highest id", HIGHEST_ID_KEY, &framed)?;
+    Ok(payload.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes)))
+}
+
+fn write_snapshot(
+    generation: &mut dyn Generation,
+    task: usize,
+    checkpoint: u64,
+    snapshot: &TaskSnapshot,
+    max_parallelism: u32,
+) -> Result<u64> {
+    let mut writer = PackWriter { generation, task, checkpoint, bytes: 0 };
+    let memory_packs = match &snapshot.memory {
+        Some(memory) => writer.memory(memory)?,
+        None => 0,
+    };
+    let declared_packs = match &snapshot.declared {
+        Some(changes) => writer.declared(changes, max_parallelism)?,
+        None => 0,
+    };
+    let memory = snapshot.memory.as_ref();
+    let sizes = |memory: &MemorySnapshot| {
+        memory.memories.iter().map(|delta| (delta.size_bytes(), delta.page_count() as u64)).collect()
+    };
+    let header = Header {
+        state: snapshot.state.clone(),
+        is_drained: snapshot.is_drained,
+        globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
+        monotonic_ns: memory.map_or(0, |memory| memory.monotonic_ns),
+        memories: memory.map_or_else(Vec::new, sizes),
+        memory_packs,
+        declared_packs,
+    };
+    let payload = postcard::to_stdvec(&header).map_err(|error| StorageError::store("encode a header", error))?;
+    writer.put(KIND_HEADER, 0, &payload)?;
+    Ok(writer.bytes)
+}
+
+struct PackWriter<'a> {
+    generation: &'a mut dyn Generation,
+    task: usize,
+    checkpoint: u64,
+    bytes: u64,
+}
+
+impl PackWriter<'_> {
+    fn put(&mut self, kind: u8, sequence: u32, payload: &[u8]) -> Result<()> {
+        let key = value_key(self.checkpoint, self.task, kind, sequence);
+        let value = seal(&key, payload);
+        self.bytes += (key.len() + value.len()) as u64;
+        self.generation.put(&key, &value)
+    }
+
+    /// A pack is the memory's number, a count, that many page numbers, and the pages.
+    fn memory(&mut self, snapshot: &MemorySnapshot) -> Result<u32> {
+        let mut sequence = 0;
+        for (memory, delta) in (0u32..).zip(&snapshot.memories) {
+            let pages: Vec<(u32, &[u8])> = delta.pages().collect();
+            for pack in pages.chunks(PACK_PAGES) {
+                let mut payload = Vec::with_capacity(8 + pack.len() * (4 + PAGE_BYTES));
+                payload.extend_from_slice(&memory.to_le_bytes());
+                payload.extend_from_slice(&(pack.len() as u32).to_le_bytes());
+                pack.iter().for_each(|(page, _)| payload.extend_from_slice(&page.to_le_bytes()));
+                pack.iter().for_each(|(_, bytes)| payload.extend_from_slice(bytes));
+                self.put(KIND_MEMORY, sequence, &payload)?;
+                sequence += 1;
+            }
+        }
+        Ok(sequence)
+    }
+
+    /// A pack is a list of entries in the order of their key groups; no value: removed.
+    fn declared(&mut self, changes: &StateChanges, max_parallelism: u32) -> Result<u32> {
+        let mut entries: Vec<(DeclaredKey, Option<&[u8]>)> = entries_of(changes)
+            .map(|(state, key, value)| {
+                let key_group = key_group(key, max_parallelism.max(1));
+                (DeclaredKey { key_group, state, key: key.to_vec() }, value)
+            })
+            .collect();
+        entries.sort_by(|(left, _), (right, _)| left.cmp(right));
+        let mut sequence = 0;
+        let mut rest = entries.as_slice();
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = |(key, value): &(DeclaredKey, Option<&[u8]>)| {
+                bytes += key.key.len() + value.map_or(0, <[u8]>::len) + 16;
+                bytes < PACK_BYTES
+            };
+            let count = rest.iter().map(fits).take_while(|fits| *fits).count().max(1);
+            let (pack, after) = rest.split_at(count);
+            let payload = postcard::to_stdvec(pack).map_err(|error| StorageError::store("encode declared state", error))?;
+            self.put(KIND_DECLARED, sequence, &payload)?;
+            sequence += 1;
+            rest = after;
+        }
+        Ok(sequence)
+    }
+}
+
+/// State, key and value of each change; no value: removed.
+fn entries_of(changes: &StateChanges) -> impl Iterator<Item = (u32, &[u8], Option<&[u8]>)> {
+    let (mut key_start, mut value_start) = (0, 0);
+    changes.states.iter().enumerate().map(move |(place, &state)| {
+        let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
+        let key = &changes.keys[key_start as usize..key_end as usize];
+        let value = &changes.values[value_start as usize..value_end as usize];
+        (key_start, value_start) = (key_end, value_end);
+        (state, key, (!changes.removed[place]).then_some(value))
+    })
+}
+
+/// Entries as the columns that a guest takes back.
+#[must_use]
+pub fn changes_of<'a>(entries: impl Iterator<Item = (&'a DeclaredKey, &'a Vec<u8>)>) -> StateChanges {
+    let mut changes = StateChanges {
+        states: Vec::new(),
+        keys: Vec::new(),
+        key_ends: Vec::new(),
+        values: Vec::new(),
+        value_ends: Vec::new(),
+        removed: Vec::new(),
+    };
+    for (key, value) in entries {
+        changes.states.push(key.state);
+        changes.keys.extend_from_slice(&key.key);
+        changes.key_ends.push(changes.keys.len() as u32);
+        changes.values.extend_from_slice(value);
+        changes.value_ends.push(changes.values.len() as u32);
+        changes.removed.push(false);
+    }
+    changes
+}
+
+fn value_name(task: usize, checkpoint: u64) -> String {
+    format!("the snapshot of task {task} for checkpoint {checkpoint}")
+}
+
+fn read_value(generation: &dyn Generation, task: usize, checkpoint: u64, kind: u8, sequence: u32) -> Result<Vec<u8>> {
+    let key = value_key(checkpoint, task, kind, sequence);
+    let name = || value_name(task, checkpoint);
+    let Some(framed) = generation.get(&key)? else {
+        return Err(StorageError::damaged(name(), "a part of it is not there"));
+    };
+    unseal(&name(), &key, &framed)?;
+    Ok(framed)
+}
+
+fn read_header(generation: &dyn Generation, task: usize, checkpoint: u64) -> Result<Header> {
+    let framed = read_value(generation, task, checkpoint, KIND_HEADER, 0)?;
+    postcard::from_bytes(&framed[8..]).map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
+}
+
+fn read_snapshot(generation: &dyn Generation, task: usize, checkpoint: u64, into: &mut LoadedTask) -> Result<()> {
+    let header = read_header(generation, task, checkpoint)?;
+    let damaged = |why: &str| StorageError::damaged(value_name(task, checkpoint), why);
+    if !header.memories.is_empty() || !header.globals.is_empty() {
+        let mut memories: Vec<MemoryDelta> =
+            header.memories.iter().map(|(size, _)| MemoryDelta::new(*size)).collect();
+        for sequence in 0..header.memory_packs {
+            let framed = read_value(generation, task, checkpoint, KIND_MEMORY, sequence)?;
+            into.bytes += framed.len() as u64;
+            unpack_pages(&framed[8..], &mut memories).ok_or_else(|| damaged("a pack is cut short"))?;
+        }
+        let counts = memories.iter().map(|delta| delta.page_count() as u64);
+        if !counts.eq(header.memories.iter().map(|(_, pages)| *pages)) {
+            return Err(damaged("pages are missing"));
+        }
+        let (globals, monotonic_ns) = (header.globals, header.monotonic_ns);
+        into.memory.push(MemorySnapshot { memories, globals, monotonic_ns });
+    }
+    for sequence in 0..header.declared_packs {
+        let framed = read_value(generation, task, checkpoint, KIND_DECLARED, sequence)?;
+        into.bytes += framed.len() as u64;
+        let pack: Vec<(DeclaredKey, Option<Vec<u8>>)> =
+            postcard::from_bytes(&framed[8..]).map_err(|error| damaged(&error.to_string()))?;
+        for (key, value) in pack {
+            match value {
+                Some(value) => into.declared.insert(key, value),
+                None => into.declared.remove(&key),
+            };
+        }
+    }
+    into.state = header.state;
+    into.is_drained = header.is_drained;
+    Ok(())
+}
+
+fn unpack_pages(payload: &[u8], memories: &mut [MemoryDelta]) -> Option<()> {
+    let (memory, rest) = payload.split_first_chunk::<4>()?;
+    let (count, rest) = rest.split_first_chunk::<4>()?;
+    let delta = memories.get_mut(u32::from_le_bytes(*memory) as usize)?;
+    let count = u32::from_le_bytes(*count) as usize;
+    let (numbers, pages) = rest.split_at_checked(count.checked_mul(4)?)?;
+    if pages.len() != count.checked_mul(PAGE_BYTES)? {
+        return None;
+    }
+    for (number, page) in numbers.as_chunks::<4>().0.iter().zip(pages.chunks_exact(PAGE_BYTES)) {
+        delta.push(u32::from_le_bytes(*number), page);
+    }
+    Some(())
+}
+
+/// One full snapshot that says what a chain says.
+fn merge(loaded: LoadedTask) -> TaskSnapshot {
+    let memory = loaded.memory.last().map(|last| {
+        let memories = last.memories.iter().enumerate().map(|(index, newest)| {
+            let mut pages = BTreeMap::new();
+            for snapshot in &loaded.memory {
+                pages.extend(snapshot.memories.get(index).into_iter().flat_map(MemoryDelta::pages));
+            }
+            let mut merged = MemoryDelta::new(newest.size_bytes());
+            pages.into_iter().for_each(|(page, bytes)| merged.push(page, bytes));
+            merged
+        });
+        let (globals, monotonic_ns) = (last.globals.clone(), last.monotonic_ns);
+        MemorySnapshot { memories: memories.collect(), globals, monotonic_ns }
+    });
+    let declared = (!loaded.declared.is_empty()).then(|| changes_of(loaded.declared.iter()));
+    TaskSnapshot { state: loaded.state, is_drained: loaded.is_drained, memory, declared }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::MemoryStorage;
+
+    fn identity() -> TaskIdentity {
+        TaskIdentity {
+            operator: "count".to_owned(),
+            index: 0,
+            parallelism: 1,
+            max_parallelism: 128,
+            digest: Some([1; 16]),
+            has_memory: true,
+        }
+    }
+
+    fn open() -> SnapshotStore {
+        SnapshotStore::open(Box::new(MemoryStorage::default()), "job", vec![identity()]).expect("opens").0
+    }
+
+    fn snapshot(pages: &[(u32, u8)], entries: &[(&str, Option<u8>)]) -> Arc<TaskSnapshot> {
+        let mut delta = MemoryDelta::new(1 << 20);
+        pages.iter().for_each(|(page, byte)| delta.push(*page, &[*byte; PAGE_BYTES]));
+        let mut changes = changes_of([].into_iter());
+        for (key, value) in entries {
+            changes.states.push(0);
+            changes.keys.extend_from_slice(key.as_bytes());
+            changes.key_ends.push(changes.keys.len() as u32);
+            changes.values.extend(value);
+            changes.value_ends.push(changes.values.len() as u32);
+            changes.removed.push(value.is_none());
+        }
+        Arc::new(TaskSnapshot {
+            state: vec![pages.len() as u8],
+            is_drained: false,
+            memory: Some(MemorySnapshot { memories: vec![delta], globals: vec![5], monotonic_ns: 1 }),
+            declared: Some(changes),
+        })
+    }
+
+    /// Page -> byte of the whole state, and its declared entries.
+    fn contents(store: &SnapshotStore, checkpoint: u64) -> (BTreeMap<u32, u8>, Vec<(Vec<u8>, Vec<u8>)>) {
+        let loaded = store.load(0, checkpoint).expect("whole");
+        let pages = loaded.memory.iter().flat_map(|snapshot| snapshot.memories[0].pages());
+        let pages = pages.map(|(page, bytes)| (page, bytes[0])).collect();
+        let mut entries: Vec<_> = loaded.declared.into_iter().map(|(key, value)| (key.key, value)).collect();
+        entries.sort();
+        (pages, entries)
+    }
+
+    fn written(store: &mut SnapshotStore) {
+        let steps = [
+            (1, snapshot(&[(0, 1), (1, 1), (40, 1)], &[("a", Some(1)), ("b", Some(1))])),
+            (2, snapshot(&[(1, 2)], &[("b", None), ("c", Some(2))])),
+            (3, snapshot(&[(40, 3), (41, 3)], &[("a", Some(3))])),
+        ];
+        for (checkpoint, snapshot) in steps {
+            store.write(vec![(0, checkpoint, snapshot)]).expect("written");
+            store.complete(checkpoint, 0).expect("complete");
+        }
+    }
+
+    #[test]
+    fn state_is_the_sum_of_its_chain_and_survives_compaction() {
+        let mut store = open();
+        written(&mut store);
+        let pages = BTreeMap::from([(0, 1), (1, 2), (40, 3), (41, 3)]);
+        let entries = vec![(b"a".to_vec(), vec![3]), (b"c".to_vec(), vec![2])];
+        assert_eq!(contents(&store, 3), (pages.clone(), entries.clone()));
+        store.compact(3).expect("compacts");
+        assert_eq!(store.storage.generations().expect("listed"), [2]);
+        assert_eq!(contents(&store, 3), (pages.clone(), entries.clone()));
+        store.write(vec![(0, 4, snapshot(&[(7, 4)], &[]))]).expect("written");
+        store.complete(4, 0).expect("complete");
+        assert_eq!(contents(&store, 4).0.get(&7), Some(&4));
+        assert_eq!(contents(&store, 4).1, entries);
+    }
+
+    #[test]
+    fn attempt_begins_from_its_checkpoint_and_leftovers_are_gone() {
+        let mut store = open();
+        written(&mut store);
+        store.write(vec![(0, 4, snapshot(&[(0, 9)], &[]))]).expect("written");
+        store.begin_attempt(Some(3)).expect("begins");
+        assert!(store.current.keys(&snapshot_prefix(4)).expect("listed").is_empty());
+        store.write(vec![(0, 5, snapshot(&[(1, 5)], &[]))]).expect("written");
+        store.complete(5, 0).expect("complete");
+        assert_eq!(contents(&store, 5).0, BTreeMap::from([(0, 1), (1, 5), (40, 3), (41, 3)]));
+        assert_eq!(store.next_id(), 6);
+    }
+
+    #[test]
+    fn damaged_value_is_found_and_named() {
+        let mut store = open();
+        written(&mut store);
+        let key = value_key(2, 0, KIND_MEMORY, 0);
+        let mut value = store.current.get(&key).expect("readable").expect("there");
+        value[100] ^= 4;
+        store.current.put(&key, &value).expect("written");
+        let error = store.load(0, 3).expect_err("damaged").to_string();
+        assert_eq!(error, "the snapshot of task 0 for checkpoint 2 is damaged: its checksum is wrong");
+        store.current.delete(&key).expect("deleted");
+        let error = store.load(0, 3).expect_err("damaged").to_string();
+        assert_eq!(error, "the snapshot of task 0 for checkpoint 2 is damaged: a part of it is not there");
+    }
+}

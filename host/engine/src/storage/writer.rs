@@ -1,0 +1,202 @@
+//! The one thread that writes checkpoints: what it has written and flushed, it reports.
+//!
+//! Snapshots that arrive while it is busy are written together and cost one flush.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use cofferdam_core::{
+    failure::FailureCause,
+    ids::{Attempt, CheckpointId, TaskId},
+    job::Event,
+};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::{
+    StorageError,
+    snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
+};
+
+enum Command {
+    Begin { attempt: Attempt, restored_from: Option<u64> },
+    Write(Snapshot),
+    Complete(u64),
+    Subsume { checkpoint: u64, newest: u64 },
+}
+
+struct Snapshot {
+    slot: usize,
+    task: TaskId,
+    attempt: Attempt,
+    checkpoint: CheckpointId,
+    content: Arc<TaskSnapshot>,
+}
+
+/// What the writer tells beside the core's events.
+pub(crate) trait Report: Send + 'static {
+    /// To the core.
+    fn event(&self, event: Event);
+    /// So many bytes were written for a checkpoint.
+    fn written(&self, checkpoint: CheckpointId, bytes: u64);
+    /// Something went wrong that ends nothing.
+    fn warning(&self, message: String);
+}
+
+/// The way to the writer, and to the store for reading.
+pub(crate) struct StorageHandle {
+    store: Arc<Mutex<SnapshotStore>>,
+    commands: UnboundedSender<Command>,
+}
+
+/// The thread, to be joined when the job is over.
+pub(crate) struct StorageThread {
+    store: Arc<Mutex<SnapshotStore>>,
+    thread: JoinHandle<()>,
+}
+
+impl StorageHandle {
+    /// Starts the thread.
+    pub(crate) fn start(store: SnapshotStore, report: impl Report) -> std::io::Result<(Self, StorageThread)> {
+        let store = Arc::new(Mutex::new(store));
+        let (commands, receiver) = unbounded_channel();
+        let thread = std::thread::Builder::new().name("cofferdam-storage".to_owned()).spawn({
+            let store = store.clone();
+            move || run(&store, receiver, &report)
+        })?;
+        Ok((Self { store: store.clone(), commands }, StorageThread { store, thread }))
+    }
+
+    /// Writes a snapshot. Answer: `SnapshotAcked` or `SnapshotDeclined`.
+    pub(crate) fn write(
+        &self,
+        slot: usize,
+        task: TaskId,
+        attempt: Attempt,
+        checkpoint: CheckpointId,
+        content: Arc<TaskSnapshot>,
+    ) {
+        self.send(Command::Write(Snapshot { slot, task, attempt, checkpoint, content }));
+    }
+
+    /// An attempt begins; what is written from now on is its own.
+    pub(crate) fn begin(&self, attempt: Attempt, restored_from: Option<CheckpointId>) {
+        self.send(Command::Begin { attempt, restored_from: restored_from.map(|id| id.0) });
+    }
+
+    /// Writes a manifest. Answer: `ManifestDurable` or `ManifestLost`.
+    pub(crate) fn complete(&self, checkpoint: CheckpointId) {
+        self.send(Command::Complete(checkpoint.0));
+    }
+
+    /// A completed checkpoint is no longer needed.
+    pub(crate) fn subsume(&self, checkpoint: CheckpointId, newest: CheckpointId) {
+        self.send(Command::Subsume { checkpoint: checkpoint.0, newest: newest.0 });
+    }
+
+    /// Reads a task's state. Blocks.
+    pub(crate) fn load(&self, slot: usize, checkpoint: u64) -> Result<LoadedTask, FailureCause> {
+        let loaded = lock(&self.store).load(slot, checkpoint);
+        loaded.map_err(|error| match error {
+            StorageError::Store { .. } => FailureCause::Environment { message: error.to_string() },
+            StorageError::Damaged { .. } | StorageError::Format { .. } => {
+                FailureCause::Permanent { message: error.to_string() }
+            }
+        })
+    }
+
+    fn send(&self, command: Command) {
+        // The thread ends only after this sender; if it has panicked, its join tells.
+        let _ = self.commands.send(command);
+    }
+}
+
+impl StorageThread {
+    /// Waits for the thread, whose handle must be gone, and gives the store back.
+    pub(crate) fn join(self) -> Option<SnapshotStore> {
+        self.thread.join().ok()?;
+        Arc::into_inner(self.store).map(|store| store.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn lock(store: &Mutex<SnapshotStore>) -> MutexGuard<'_, SnapshotStore> {
+    store.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run(store: &Mutex<SnapshotStore>, mut commands: UnboundedReceiver<Command>, report: &impl Report) {
+    let mut next = commands.blocking_recv();
+    while let Some(command) = next.take() {
+        let mut snapshots = Vec::new();
+        match command {
+            Command::Write(snapshot) => {
+                snapshots.push(snapshot);
+                loop {
+                    match commands.try_recv() {
+                        Ok(Command::Write(snapshot)) => snapshots.push(snapshot),
+                        Ok(other) => {
+                            next = Some(other);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+            }
+            other => perform(&mut lock(store), other, report),
+        }
+        if !snapshots.is_empty() {
+            write(&mut lock(store), snapshots, report);
+        }
+        if next.is_none() {
+            next = commands.blocking_recv();
+        }
+    }
+}
+
+fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Report) {
+    let contents = snapshots
+        .iter()
+        .map(|snapshot| (snapshot.slot, snapshot.checkpoint.0, snapshot.content.clone()))
+        .collect();
+    let written = store.write(contents);
+    for (place, snapshot) in snapshots.iter().enumerate() {
+        let Snapshot { task, attempt, checkpoint, .. } = *snapshot;
+        match &written {
+            Ok(bytes) => {
+                report.written(checkpoint, bytes[place]);
+                report.event(Event::SnapshotAcked { task, attempt, checkpoint });
+            }
+            Err(error) => {
+                let message = error.to_string();
+                report.event(Event::SnapshotDeclined { task, attempt, checkpoint, message });
+            }
+        }
+    }
+}
+
+fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
+    match command {
+        Command::Write(_) => {}
+        Command::Begin { attempt, restored_from } => {
+            if let Err(error) = store.begin_attempt(restored_from) {
+                let cause = FailureCause::Environment { message: error.to_string() };
+                report.event(Event::TaskFailed { task: None, attempt, cause });
+            }
+        }
+        Command::Complete(id) => {
+            let checkpoint = CheckpointId(id);
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let now_ms = now.map_or(0, |since| since.as_millis() as u64);
+            report.event(match store.complete(id, now_ms) {
+                Ok(()) => Event::ManifestDurable { checkpoint },
+                Err(error) => Event::ManifestLost { checkpoint, message: error.to_string() },
+            });
+        }
+        Command::Subsume { checkpoint, newest } => {
+            if let Err(error) = store.subsume(checkpoint, newest) {
+                report.warning(format!("reclaim the space of checkpoint {checkpoint}: {error}"));
+            }
+        }
+    }
+}

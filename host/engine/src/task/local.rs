@@ -1,0 +1,115 @@
+//! What this process keeps of a task between its attempts: the image of the last completed
+//! checkpoint, and the snapshots taken since.
+//!
+//! **Invariant:** the image is brought forward only by snapshots of completed checkpoints, so a
+//! restart always finds the state of one.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use cofferdam_sandbox::Image;
+
+use crate::storage::snapshot::{LoadedTask, TaskSnapshot};
+
+/// One task's local copy of its state.
+#[derive(Debug, Default)]
+pub(crate) struct TaskLocal(Mutex<Inner>);
+
+/// The state of a task as of a completed checkpoint.
+#[derive(Debug, Default)]
+pub(crate) struct Inner {
+    /// The checkpoint that everything below is of; `None`: nothing is here.
+    at: Option<u64>,
+    pub(crate) image: Image,
+    pub(crate) state: Vec<u8>,
+    pub(crate) is_drained: bool,
+    /// Snapshots of checkpoints that are not known to be complete, oldest first.
+    pending: VecDeque<(u64, Arc<TaskSnapshot>)>,
+}
+
+impl TaskLocal {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Keeps a snapshot until its checkpoint's fate is known.
+    pub(crate) fn push(&mut self, checkpoint: u64, snapshot: Arc<TaskSnapshot>) {
+        self.pending.push_back((checkpoint, snapshot));
+    }
+
+    /// A checkpoint is complete: brings the image forward to it. Costs a copy of the changed
+    /// pages, so not to be called where a guest waits.
+    ///
+    /// # Errors
+    /// Where there is no memory left; nothing is here then any more.
+    pub(crate) fn settle(&mut self, checkpoint: u64) -> io::Result<()> {
+        while let Some((taken_for, snapshot)) = self.pending.pop_front_if(|(id, _)| *id <= checkpoint) {
+            if let Some(memory) = &snapshot.memory
+                && let Err(error) = self.image.apply(memory)
+            {
+                *self = Self::default();
+                return Err(error);
+            }
+            self.state.clone_from(&snapshot.state);
+            self.is_drained = snapshot.is_drained;
+            self.at = Some(taken_for);
+        }
+        Ok(())
+    }
+
+    /// An attempt begins at `checkpoint`. False if the state is not here and must be loaded.
+    pub(crate) fn rewind(&mut self, checkpoint: Option<u64>) -> io::Result<bool> {
+        let Some(checkpoint) = checkpoint else {
+            *self = Self::default();
+            return Ok(true);
+        };
+        self.settle(checkpoint)?;
+        self.pending.clear();
+        Ok(self.at == Some(checkpoint))
+    }
+
+    /// Takes over what was loaded from the storage.
+    ///
+    /// # Errors
+    /// Where there is no memory left.
+    pub(crate) fn load(&mut self, checkpoint: u64, loaded: &LoadedTask) -> io::Result<()> {
+        *self = Self::default();
+        for snapshot in &loaded.memory {
+            self.image.apply(snapshot)?;
+        }
+        self.state.clone_from(&loaded.state);
+        self.is_drained = loaded.is_drained;
+        self.at = Some(checkpoint);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(state: u8) -> Arc<TaskSnapshot> {
+        Arc::new(TaskSnapshot { state: vec![state], ..TaskSnapshot::default() })
+    }
+
+    #[test]
+    fn only_completed_checkpoints_are_restored() {
+        let local = TaskLocal::default();
+        let mut inner = local.lock();
+        (1..=3).for_each(|id| inner.push(id, snapshot(id as u8)));
+        inner.settle(1).expect("memory");
+        assert_eq!(inner.state, [1]);
+        assert!(inner.rewind(Some(2)).expect("memory"), "2 completed unnoticed");
+        assert_eq!(inner.state, [2]);
+        inner.settle(3).expect("memory");
+        assert_eq!(inner.state, [2], "3 was taken by the attempt before");
+        assert!(!inner.rewind(Some(9)).expect("memory"), "9 is not here");
+        assert!(inner.rewind(None).expect("memory"));
+        assert!(inner.state.is_empty());
+    }
+}

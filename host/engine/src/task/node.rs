@@ -1,0 +1,421 @@
+//! One task within a chain: a source, an instance of an operator, or a sink.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use cofferdam_core::{
+    failure::FailureCause,
+    ids::{Attempt, CheckpointId, TaskId},
+    random::mix,
+};
+use cofferdam_sandbox::{
+    Batch, Component, Emission, GuestError, Host, Instance, InstanceSetup, Level, OpenContext,
+    RestoreError, SnapshotError,
+};
+
+use super::{TaskFailure, local::TaskLocal};
+use crate::{
+    batch::BatchExt,
+    driver::Shared,
+    metrics::Metrics,
+    sink::{self, Sink},
+    source::{self, Source},
+    spec::{OperatorSpec, SinkSpec},
+    storage::snapshot::{TaskSnapshot, changes_of},
+};
+
+type Result<T> = std::result::Result<T, FailureCause>;
+
+/// Entries of declared state that a guest takes back in one call.
+const RESTORE_ENTRIES_MAX: usize = 4096;
+
+/// Where records of an output go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Target {
+    /// To a node of the same chain.
+    Node { node: usize, input: u32 },
+    /// To an exchange.
+    Writer(usize),
+}
+
+/// What a node does.
+pub(crate) enum Work {
+    Source { plan: source::Prepared, source: Option<Box<dyn Source>> },
+    Operator(Box<OperatorTask>),
+    Sink { spec: SinkSpec, sink: Option<Box<dyn Sink>> },
+}
+
+/// An operator's component and, once it is open, its instance.
+pub(crate) struct OperatorTask {
+    pub(crate) name: String,
+    pub(crate) component: Component,
+    pub(crate) spec: Arc<OperatorSpec>,
+    pub(crate) has_states: bool,
+    pub(crate) instance: Option<Instance>,
+}
+
+/// One task of one attempt.
+pub(crate) struct Node {
+    pub(crate) task: TaskId,
+    /// Its number in the checkpoints.
+    pub(crate) slot: usize,
+    pub(crate) index: u32,
+    pub(crate) parallelism: u32,
+    pub(crate) work: Work,
+    /// By output.
+    pub(crate) targets: Vec<Vec<Target>>,
+    pub(crate) local: Arc<TaskLocal>,
+    pub(crate) is_drained: bool,
+}
+
+/// What came of a barrier.
+pub(crate) enum SnapshotOutcome {
+    Taken(Arc<TaskSnapshot>),
+    /// The checkpoint fails; the task goes on.
+    Declined(String),
+}
+
+impl Node {
+    /// Makes the node ready, in the state of a checkpoint where there is one. True if it had
+    /// processed the end of its inputs by then.
+    pub(crate) async fn open(
+        &mut self,
+        shared: &Arc<Shared>,
+        attempt: Attempt,
+        restore_from: Option<CheckpointId>,
+    ) -> Result<bool> {
+        let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
+        self.fetch_state(shared, checkpoint).await?;
+        let (state, was_drained) = {
+            let local = self.local.lock();
+            (checkpoint.map(|_| local.state.clone()), local.is_drained)
+        };
+        let (index, parallelism) = (self.index, self.parallelism);
+        match &mut self.work {
+            Work::Source { plan, source } => {
+                *source = Some(plan.open(index, parallelism, state.as_deref())?);
+            }
+            Work::Sink { spec, sink } => *sink = Some(sink::open(spec, index, state.as_deref())?),
+            Work::Operator(operator) => {
+                let mut instance = operator.open(shared, self.task, attempt, index, parallelism).await?;
+                if let Some(checkpoint) = checkpoint {
+                    operator.restore(shared, &self.local, self.slot, checkpoint, &mut instance).await?;
+                }
+                operator.instance = Some(instance);
+            }
+        }
+        Ok(was_drained)
+    }
+
+    /// Brings the local copy of the state to a checkpoint, from the storage if need be.
+    async fn fetch_state(&mut self, shared: &Arc<Shared>, checkpoint: Option<u64>) -> Result<()> {
+        let is_here = self.local.lock().rewind(checkpoint).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the local image is lost: it is read from the storage");
+            false
+        });
+        let Some(checkpoint) = checkpoint.filter(|_| !is_here) else { return Ok(()) };
+        let (local, slot, shared) = (self.local.clone(), self.slot, shared.clone());
+        blocking(move || {
+            let loaded = shared.storage.load(slot, checkpoint)?;
+            shared.note_loaded(loaded.bytes);
+            local.lock().load(checkpoint, &loaded).map_err(|error| FailureCause::Environment {
+                message: format!("make the image of a task: {error}"),
+            })
+        })
+        .await
+    }
+
+    pub(crate) fn source(&mut self) -> Result<&mut Box<dyn Source>> {
+        match &mut self.work {
+            Work::Source { source: Some(source), .. } => Ok(source),
+            _ => Err(host_bug("the head of a source chain is not an open source")),
+        }
+    }
+
+    pub(crate) async fn process(&mut self, shared: &Shared, input: u32, batch: Batch) -> Result<Vec<Emission>> {
+        shared.metrics.operators[self.task.operator.0 as usize].add_in(batch.record_count());
+        match &mut self.work {
+            Work::Operator(operator) => {
+                let emissions = operator.instance()?.process(input, &batch).await;
+                let emissions = emissions.map_err(cause_of)?;
+                shared.note_processed(self.task);
+                Ok(emissions)
+            }
+            Work::Sink { sink: Some(sink), .. } => sink.write(&batch).map(|()| Vec::new()),
+            _ => Err(host_bug("records were delivered to a source")),
+        }
+    }
+
+    pub(crate) async fn advance(&mut self, shared: &Shared, watermark: i64) -> Result<Vec<Emission>> {
+        shared.metrics.operators[self.task.operator.0 as usize].set_watermark(watermark);
+        match &mut self.work {
+            Work::Operator(operator) => {
+                operator.instance()?.advance(watermark).await.map_err(cause_of)
+            }
+            Work::Source { .. } | Work::Sink { .. } => Ok(Vec::new()),
+        }
+    }
+
+    pub(crate) async fn finish(&mut self, shared: &Shared) -> Result<Vec<Emission>> {
+        match &mut self.work {
+            Work::Operator(operator) => {
+                let emissions = operator.instance()?.finish().await.map_err(cause_of)?;
+                shared.note_processed(self.task);
+                Ok(emissions)
+            }
+            Work::Source { .. } | Work::Sink { .. } => Ok(Vec::new()),
+        }
+    }
+
+    pub(crate) fn count_out(&self, shared: &Shared, records: &Batch) {
+        shared.metrics.operators[self.task.operator.0 as usize].add_out(records.record_count());
+    }
+
+    pub(crate) fn targets(&self, output: u32) -> std::result::Result<&[Target], TaskFailure> {
+        self.targets.get(output as usize).map(Vec::as_slice).ok_or_else(|| TaskFailure {
+            task: self.task,
+            cause: FailureCause::Trap {
+                message: format!("it gave records to output {output}, which it has not described"),
+                backtrace: Vec::new(),
+            },
+        })
+    }
+
+    /// Takes the snapshot of this task, and keeps it until the checkpoint's fate is known.
+    pub(crate) async fn snapshot(&mut self, checkpoint: CheckpointId) -> Result<SnapshotOutcome> {
+        let mut snapshot = TaskSnapshot { is_drained: self.is_drained, ..TaskSnapshot::default() };
+        match &mut self.work {
+            Work::Source { .. } => snapshot.state = self.source()?.position(),
+            Work::Sink { sink: Some(sink), .. } => {
+                snapshot.state = tokio::task::block_in_place(|| sink.pre_commit(checkpoint))?;
+            }
+            Work::Sink { sink: None, .. } => return Err(host_bug("a sink that is not open")),
+            Work::Operator(operator) => {
+                if let Some(declined) = operator.snapshot(checkpoint, &mut snapshot).await? {
+                    return Ok(SnapshotOutcome::Declined(declined));
+                }
+            }
+        }
+        let snapshot = Arc::new(snapshot);
+        self.local.lock().push(checkpoint.0, snapshot.clone());
+        Ok(SnapshotOutcome::Taken(snapshot))
+    }
+
+    pub(crate) fn commit(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        match &mut self.work {
+            Work::Sink { sink: Some(sink), .. } => {
+                tokio::task::block_in_place(|| sink.commit(checkpoint))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) async fn close(self) -> Result<()> {
+        match self.work {
+            Work::Operator(mut operator) => match operator.instance.take() {
+                Some(instance) => instance.close().await.map_err(cause_of),
+                None => Ok(()),
+            },
+            Work::Source { .. } | Work::Sink { .. } => Ok(()),
+        }
+    }
+}
+
+impl OperatorTask {
+    fn instance(&mut self) -> Result<&mut Instance> {
+        self.instance.as_mut().ok_or_else(|| host_bug("an operator that is not open"))
+    }
+
+    async fn open(
+        &mut self,
+        shared: &Arc<Shared>,
+        task: TaskId,
+        attempt: Attempt,
+        index: u32,
+        parallelism: u32,
+    ) -> Result<Instance> {
+        let host = TaskHost::new(shared, task, &self.name, attempt);
+        // The same in every attempt: what a guest's library takes for random must not change.
+        let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
+        let setup = InstanceSetup { host: Arc::new(host), limits: self.spec.limits.clone(), seed };
+        let mut instance = self.component.instantiate(setup).await.map_err(cause_of)?;
+        let config: Vec<(&str, &str)> =
+            self.spec.config.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let context = OpenContext {
+            operator: &self.name,
+            task_index: index,
+            parallelism,
+            max_parallelism: self.spec.max_parallelism,
+            config: &config,
+        };
+        instance.open(context).await.map_err(cause_of)?;
+        Ok(instance)
+    }
+
+    async fn restore(
+        &mut self,
+        shared: &Arc<Shared>,
+        local: &Arc<TaskLocal>,
+        slot: usize,
+        checkpoint: u64,
+        instance: &mut Instance,
+    ) -> Result<()> {
+        if self.spec.snapshot.has_memory() {
+            // Taken out while the instance maps it, so that no lock is held over an await.
+            let image = std::mem::take(&mut local.lock().image);
+            let restored = instance.restore(&image).await;
+            local.lock().image = image;
+            return restored.map_err(restore_cause);
+        }
+        if !self.has_states {
+            return Ok(());
+        }
+        let shared = shared.clone();
+        let loaded = blocking(move || shared.storage.load(slot, checkpoint)).await?;
+        let entries: Vec<_> = loaded.declared.iter().collect();
+        for part in entries.chunks(RESTORE_ENTRIES_MAX) {
+            let changes = changes_of(part.iter().copied());
+            instance.take_back(&changes).await.map_err(cause_of)?;
+        }
+        Ok(())
+    }
+
+    /// Fills the snapshot; a reason if the checkpoint has to be declined.
+    async fn snapshot(
+        &mut self,
+        checkpoint: CheckpointId,
+        snapshot: &mut TaskSnapshot,
+    ) -> Result<Option<String>> {
+        let (mode, has_states) = (self.spec.snapshot, self.has_states);
+        let instance = self.instance()?;
+        // First, because handing over changes the memory that is snapshotted next.
+        if mode.has_declared() && has_states {
+            snapshot.declared = Some(instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?);
+        }
+        if mode.has_memory() {
+            match instance.snapshot().await {
+                Ok(memory) => snapshot.memory = Some(memory),
+                Err(error @ SnapshotError::HandlesHeld { .. }) => return Ok(Some(error.to_string())),
+                Err(SnapshotError::Guest(error)) => return Err(cause_of(error)),
+                Err(error) => {
+                    let message = format!("snapshot a guest's memory: {}", with_source(&error));
+                    return Err(FailureCause::Environment { message });
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Drop for OperatorTask {
+    /// Unmapping a large memory takes its time, and a restart should not wait for it.
+    fn drop(&mut self) {
+        if let Some(instance) = self.instance.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn_blocking(move || drop(instance));
+        }
+    }
+}
+
+/// Runs something that blocks where that harms nobody.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.unwrap_or_else(|error| Err(host_bug(&format!("a blocking call panicked: {error}"))))
+}
+
+pub(crate) fn host_bug(message: &str) -> FailureCause {
+    FailureCause::HostBug { message: message.to_owned() }
+}
+
+fn with_source(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", with_source(source)),
+        None => error.to_string(),
+    }
+}
+
+/// The class of a guest's error.
+pub(crate) fn cause_of(error: GuestError) -> FailureCause {
+    let at = |message: String, record: Option<u32>| match record {
+        Some(record) => format!("{message} (record {record} of its batch)"),
+        None => message,
+    };
+    match error {
+        GuestError::Trap { message, backtrace } => FailureCause::Trap { message, backtrace },
+        GuestError::Limit(limit) => FailureCause::LimitExceeded { message: limit.to_string() },
+        GuestError::Rejected { message, record } => FailureCause::Rejected { message: at(message, record) },
+        GuestError::Failed { message, record } => {
+            FailureCause::Trap { message: at(message, record), backtrace: Vec::new() }
+        }
+        other => FailureCause::HostBug { message: other.to_string() },
+    }
+}
+
+fn restore_cause(error: RestoreError) -> FailureCause {
+    match error {
+        RestoreError::Guest(error) => cause_of(error),
+        RestoreError::Map(_) => FailureCause::Environment { message: with_source(&error) },
+        other => FailureCause::Permanent { message: format!("restore a guest's memory: {other}") },
+    }
+}
+
+/// The host as one task's guest sees it.
+struct TaskHost {
+    name: String,
+    operator: usize,
+    attempt: Attempt,
+    metrics: Arc<Metrics>,
+    random: AtomicU64,
+}
+
+impl TaskHost {
+    fn new(shared: &Shared, task: TaskId, operator: &str, attempt: Attempt) -> Self {
+        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+        Self {
+            name: format!("{operator}/{}", task.index),
+            operator: task.operator.0 as usize,
+            attempt,
+            metrics: shared.metrics.clone(),
+            random: AtomicU64::new(mix(now_ns ^ mix(u64::from(task.index)))),
+        }
+    }
+}
+
+impl Host for TaskHost {
+    fn log(&self, level: Level, message: &str) {
+        let task = self.name.as_str();
+        match level {
+            Level::Trace => tracing::trace!(target: "guest", task, "{message}"),
+            Level::Debug => tracing::debug!(target: "guest", task, "{message}"),
+            Level::Info => tracing::info!(target: "guest", task, "{message}"),
+            Level::Warn => tracing::warn!(target: "guest", task, "{message}"),
+            Level::Error => tracing::error!(target: "guest", task, "{message}"),
+        }
+    }
+
+    fn add_to_counter(&self, name: &str, delta: u64) {
+        self.metrics.operators[self.operator].change_custom(name, |value| *value += delta as f64);
+    }
+
+    fn set_gauge(&self, name: &str, value: f64) {
+        self.metrics.operators[self.operator].change_custom(name, |known| *known = value);
+    }
+
+    fn now_ms(&self) -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    }
+
+    fn random(&self) -> u64 {
+        mix(self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed))
+    }
+
+    fn attempt(&self) -> u32 {
+        self.attempt.0
+    }
+}
