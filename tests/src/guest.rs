@@ -32,6 +32,22 @@ pub fn example(name: &str) -> PathBuf {
     built(&root().join("examples"), &BUILT).join(format!("{name}.wasm"))
 }
 
+/// The program, as the sources say it is.
+///
+/// # Panics
+/// If it cannot be built.
+#[must_use]
+pub fn program() -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "cofferdam"]).current_dir(root());
+        assert!(build.status().expect("run cargo").success(), "build the program");
+    });
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    target.join("debug/cofferdam")
+}
+
 fn built(workspace: &Path, once: &OnceLock<()>) -> PathBuf {
     once.get_or_init(|| {
         let status = Command::new(env!("CARGO"))

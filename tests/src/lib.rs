@@ -1,5 +1,7 @@
 //! The harness of the tests: guests built on demand, a host that records, jobs that can be run to
 //! their end in this process or killed in another.
 
+pub mod crash;
 pub mod guest;
 pub mod host;
+pub mod job;

@@ -1,2 +1,57 @@
-//! x
-fn main() {}
+//! The front door: everything that is done to this project is a verb of `cargo xtask`.
+
+mod demo;
+mod steps;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Build, test, show and measure Cofferdam.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Count words, trap once, recover, and compare with the undisturbed run
+    Demo,
+    /// Everything that must hold: format, lints, docs, tests
+    Test,
+    /// Build the components of examples and tests
+    Guests,
+    /// Simulate the core with this many seeds
+    Sim {
+        /// How many
+        seeds: u64,
+    },
+    /// Replay one seed of the simulation, with its trace
+    Seed {
+        /// Which one
+        seed: u64,
+    },
+    /// Kill a running job with SIGKILL this many times, and check that nothing is lost or doubled
+    Crash {
+        /// How often
+        rounds: u64,
+    },
+    /// Run a benchmark: call, recovery, checkpoint or wordcount
+    Bench {
+        /// Which one
+        name: String,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().verb {
+        Verb::Demo => demo::run(),
+        Verb::Test => steps::test(),
+        Verb::Guests => steps::guests(),
+        Verb::Sim { seeds } => steps::simulate("SIM_SEEDS", seeds),
+        Verb::Seed { seed } => steps::simulate("SEED", seed),
+        Verb::Crash { rounds } => steps::crash(rounds),
+        Verb::Bench { name } => steps::bench(&name),
+    }
+}

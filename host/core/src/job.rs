@@ -208,7 +208,8 @@ impl Default for Resume {
 
 #[derive(Debug, Clone)]
 enum Phase {
-    Starting,
+    /// Some tasks run already, and a short input may have ended before the last one does.
+    Starting { drained: BTreeSet<TaskId> },
     Running {
         drained: BTreeSet<TaskId>,
         /// After a failed last checkpoint: not before this.
@@ -220,6 +221,12 @@ enum Phase {
     Restarting { restart_at: Millis, is_stopped: bool },
     Cancelling { outcome: Outcome },
     Over,
+}
+
+impl Phase {
+    fn starting() -> Self {
+        Self::Starting { drained: BTreeSet::new() }
+    }
 }
 
 /// The decisions of one running job.
@@ -245,7 +252,7 @@ impl Job {
             restart: RestartState::new(restart),
             random: Random::new(seed),
             attempt: Attempt(0),
-            phase: Phase::Starting,
+            phase: Phase::starting(),
             is_stop_requested: false,
         };
         let effect =
@@ -345,7 +352,7 @@ impl Job {
                 if *restart_at <= now && !self.coordinator.is_in_doubt() =>
             {
                 self.attempt = self.attempt.next();
-                self.phase = Phase::Starting;
+                self.phase = Phase::starting();
                 let restore_from = self.coordinator.last_completed();
                 effects.push(Effect::StartTasks { attempt: self.attempt, restore_from });
             }
@@ -380,15 +387,18 @@ impl Job {
     }
 
     fn on_started(&mut self, now: Millis, attempt: Attempt) {
-        if attempt == self.attempt && matches!(self.phase, Phase::Starting) {
-            self.phase = Phase::Running { drained: BTreeSet::new(), retry_at: None };
+        if attempt == self.attempt
+            && let Phase::Starting { drained } = &mut self.phase
+        {
+            let drained = std::mem::take(drained);
+            self.phase = Phase::Running { drained, retry_at: None };
             self.coordinator.start(now, &mut self.random);
         }
     }
 
     fn on_drained(&mut self, task: TaskId, attempt: Attempt) {
         if attempt == self.attempt
-            && let Phase::Running { drained, .. } = &mut self.phase
+            && let Phase::Starting { drained } | Phase::Running { drained, .. } = &mut self.phase
         {
             drained.insert(task);
         }
@@ -445,7 +455,7 @@ impl Job {
         effects: &mut Vec<Effect>,
     ) {
         // While the tasks are being cancelled, further failures belong to the same incident.
-        if !matches!(self.phase, Phase::Starting | Phase::Running { .. } | Phase::Ending { .. }) {
+        if matches!(self.phase, Phase::Restarting { .. } | Phase::Cancelling { .. } | Phase::Over) {
             return;
         }
         if let Some(checkpoint) = self.coordinator.collecting() {

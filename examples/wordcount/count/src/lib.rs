@@ -22,7 +22,9 @@ impl Operator for Count {
     }
 
     fn finish(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
-        for (word, count) in self.counts.iter() {
+        let mut counts: Vec<_> = self.counts.iter().collect();
+        counts.sort();
+        for (word, count) in counts {
             let word = std::str::from_utf8(word)?;
             out.emit(Text(word), Text(&format!("{count} {word}")));
         }

@@ -310,3 +310,15 @@ fn expired_checkpoint_fails_the_job_unless_tolerated() {
          1150: tick       -> start @1 empty",
     );
 }
+
+/// A source of a few records ended before the slowest task had opened. Its event was taken for one
+/// of another phase and dropped, and the job waited for ever for a task that had drained already.
+#[test]
+fn task_may_drain_before_the_last_one_has_started() {
+    check(
+        fixed_delay(1),
+        "0: drained a @0 ->
+         1: started @0   ->
+         2: drained b @0 -> barrier #1 last",
+    );
+}

@@ -1,0 +1,252 @@
+//! Runs jobs in this process and collects what they commit.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock},
+};
+
+use cofferdam_core::job::Outcome;
+use cofferdam_engine::{
+    job::{CheckedJob, Job, JobOptions},
+    problem::Problem,
+    progress::{Observer, Progress},
+    spec::JobSpec,
+};
+use cofferdam_sandbox::{Sandbox, SandboxOptions};
+
+use crate::guest;
+
+/// The sandbox of all tests, with a cache of its own.
+///
+/// # Panics
+/// If it cannot be set up.
+pub fn sandbox() -> &'static Sandbox {
+    static SANDBOX: OnceLock<Sandbox> = OnceLock::new();
+    SANDBOX.get_or_init(|| {
+        let cache_dir = Some(guest::root().join("target/tests-cache"));
+        Sandbox::new(SandboxOptions { cache_dir, ..SandboxOptions::default() }).expect("a sandbox")
+    })
+}
+
+/// A job that counts words with the probe, in a directory of its own.
+#[derive(Debug, Clone)]
+pub struct Harness {
+    /// How many words.
+    pub count: u64,
+    /// Words a second; as fast as possible if `None`.
+    pub rate: Option<u64>,
+    /// Tasks of each node.
+    pub parallelism: u32,
+    /// Between checkpoints.
+    pub interval_ms: u64,
+    /// What a checkpoint holds.
+    pub snapshot: &'static str,
+    /// Restarts allowed.
+    pub attempts: u64,
+    /// What the probe does, as the `config` table.
+    pub config: String,
+    /// The edge from the source to the probe.
+    pub partition: &'static str,
+}
+
+impl Default for Harness {
+    fn default() -> Self {
+        Self {
+            count: 60_000,
+            rate: None,
+            parallelism: 2,
+            interval_ms: 20,
+            snapshot: "both",
+            attempts: 1_000,
+            config: String::new(),
+            partition: "hash",
+        }
+    }
+}
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Ran {
+    /// How it ended.
+    pub outcome: Result<Outcome, Problem>,
+    /// What it told.
+    pub progress: Vec<Progress>,
+}
+
+impl Ran {
+    /// How often the tasks were restarted.
+    #[must_use]
+    pub fn restart_count(&self) -> usize {
+        self.progress.iter().filter(|progress| matches!(progress, Progress::Restarting { .. })).count()
+    }
+
+    /// The checkpoints that tasks were started from.
+    #[must_use]
+    pub fn restored(&self) -> Vec<u64> {
+        let of = |progress: &Progress| match progress {
+            Progress::Started { restored_from, .. } => *restored_from,
+            _ => None,
+        };
+        self.progress.iter().filter_map(of).collect()
+    }
+}
+
+#[derive(Default)]
+struct Recorder(Mutex<Vec<Progress>>);
+
+impl Observer for Recorder {
+    fn observe(&self, progress: Progress) {
+        self.0.lock().expect("no panic while recording").push(progress);
+    }
+}
+
+impl Harness {
+    /// Writes the manifest into `dir`; gives its path.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    #[must_use]
+    pub fn write(&self, dir: &Path) -> PathBuf {
+        let path = dir.join("job.toml");
+        fs::write(&path, self.manifest()).expect("written");
+        path
+    }
+
+    /// The manifest.
+    #[must_use]
+    pub fn manifest(&self) -> String {
+        let Self { count, parallelism, interval_ms, snapshot, attempts, config, partition, .. } = self;
+        let mut text = format!(
+            r#"
+[job]
+name = "probe"
+parallelism = {parallelism}
+
+[execution.checkpointing]
+interval = "{interval_ms}ms"
+
+[restart-strategy]
+type = "fixed-delay"
+fixed-delay = {{ attempts = {attempts}, delay = "0s" }}
+
+[[source]]
+name = "words"
+connector = "generator"
+vocabulary = 500
+seed = 5
+count = {count}
+"#
+        );
+        if let Some(rate) = self.rate {
+            let _ = writeln!(text, "rate = {rate}");
+        }
+        let component = guest::probe();
+        let _ = write!(
+            text,
+            r#"
+[[operator]]
+name = "count"
+component = {component:?}
+inputs = [{{ from = "words", partition = "{partition}" }}]
+snapshot = "{snapshot}"
+config = {{ {config} }}
+
+[[sink]]
+name = "out"
+connector = "file"
+inputs = ["count"]
+path = "output"
+"#
+        );
+        text
+    }
+
+    /// Runs the job to its end, in `dir`, which may hold the state of an earlier run.
+    ///
+    /// # Panics
+    /// If the runtime cannot be made.
+    #[must_use]
+    pub fn run_in(&self, dir: &Path) -> Ran {
+        let manifest = self.write(dir);
+        run_manifest(&manifest, |_| {})
+    }
+
+    /// Runs the job to its end in a directory of its own; gives the committed lines, sorted.
+    ///
+    /// # Panics
+    /// If the directory cannot be made.
+    #[must_use]
+    pub fn run(&self) -> (Ran, Vec<String>) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let ran = self.run_in(dir.path());
+        let lines = committed(&dir.path().join("output"));
+        (ran, lines)
+    }
+}
+
+/// Runs the job of a manifest; `with` gets it before it starts.
+///
+/// # Panics
+/// If the runtime cannot be made.
+#[must_use]
+pub fn run_manifest(manifest: &Path, with: impl FnOnce(&Job)) -> Ran {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    let recorder = Arc::new(Recorder::default());
+    let outcome = runtime.block_on(async {
+        let checked = CheckedJob::new(JobSpec::read(manifest)?, sandbox()).await?;
+        let job = Job::prepare(checked, &JobOptions::default(), recorder.clone())?;
+        with(&job);
+        job.run().await
+    });
+    drop(runtime);
+    let progress = std::mem::take(&mut *recorder.0.lock().expect("no panic while recording"));
+    Ran { outcome, progress }
+}
+
+/// The lines of all committed parts, sorted.
+///
+/// # Panics
+/// If a part cannot be read.
+#[must_use]
+pub fn committed(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let mut lines: Vec<String> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("part-")))
+        .flat_map(|path| {
+            let text = fs::read_to_string(path).expect("a part can be read");
+            text.lines().map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    lines.sort_unstable();
+    lines
+}
+
+/// Whether every word has each of the counts from 1 to its last one, once: then nothing was lost
+/// and nothing came twice, whatever the golden run says.
+///
+/// # Errors
+/// The first line that is wrong.
+pub fn check_counts(lines: &[String], total: u64) -> Result<(), String> {
+    let mut counts = std::collections::BTreeMap::<&str, Vec<u64>>::new();
+    for line in lines {
+        let mut words = line.split(' ');
+        let (Some(word), Some(count)) = (words.next(), words.next()) else {
+            return Err(format!("a torn line: {line:?}"));
+        };
+        let count = count.parse().map_err(|_| format!("a torn line: {line:?}"))?;
+        counts.entry(word).or_default().push(count);
+    }
+    for (word, seen) in &mut counts {
+        seen.sort_unstable();
+        if !seen.iter().copied().eq(1..=seen.len() as u64) {
+            return Err(format!("the counts of {word:?} are not 1 to {}", seen.len()));
+        }
+    }
+    let seen: usize = counts.values().map(Vec::len).sum();
+    if seen as u64 == total { Ok(()) } else { Err(format!("{seen} records, {total} expected")) }
+}

@@ -1,0 +1,104 @@
+//! The verbs that run cargo in one way or another.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+
+const TARGET: &str = "wasm32-wasip2";
+
+/// The folder of the whole project.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// A cargo command in a folder of the project, free of what the outer cargo has set.
+fn cargo(dir: &str) -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command.current_dir(root().join(dir));
+    command.env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("RUSTFLAGS");
+    command
+}
+
+/// Runs a command and says what it was if it fails.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let shown = format!("{command:?}").replace('"', "");
+    let status = command.status().with_context(|| format!("run {shown}"))?;
+    if !status.success() {
+        bail!("{shown}: {status}");
+    }
+    Ok(())
+}
+
+/// Says what comes next.
+pub(crate) fn announce(step: &str) {
+    eprintln!("== {step}");
+}
+
+/// Adds the target of components to the toolchain if it is not there.
+fn add_target() -> Result<()> {
+    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()).output();
+    let sysroot = sysroot.context("run rustc")?;
+    let sysroot = String::from_utf8_lossy(&sysroot.stdout).trim().to_owned();
+    if Path::new(&sysroot).join("lib/rustlib").join(TARGET).is_dir() {
+        return Ok(());
+    }
+    announce(&format!("adding the target {TARGET}"));
+    let added = run(Command::new("rustup").args(["target", "add", TARGET]).current_dir(root()));
+    added.with_context(|| {
+        format!(
+            "the target {TARGET} is needed to build operators and could not be added; \
+             add it by hand: `rustup target add {TARGET}`, or the package of your distribution"
+        )
+    })
+}
+
+/// Builds every component.
+pub(crate) fn guests() -> Result<()> {
+    add_target()?;
+    for dir in ["examples", "tests/guests"] {
+        announce(&format!("building the components in {dir}"));
+        run(cargo(dir).args(["build", "--release", "--quiet", "--target", TARGET]))?;
+    }
+    Ok(())
+}
+
+/// Everything that must hold before a change is shared.
+pub(crate) fn test() -> Result<()> {
+    announce("format");
+    run(cargo(".").args(["fmt", "--all", "--check"]))?;
+    run(cargo("examples").args(["fmt", "--all", "--check"]))?;
+    run(cargo("tests/guests").args(["fmt", "--all", "--check"]))?;
+    guests()?;
+    announce("lints");
+    run(cargo(".").args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    announce("documentation");
+    run(cargo(".").args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
+    announce("tests of the examples");
+    run(cargo("examples").args(["test", "--quiet"]))?;
+    announce("tests");
+    // The program that the kill tests run must be the one under test.
+    run(cargo(".").args(["build", "--quiet", "--package", "cofferdam"]))?;
+    run(cargo(".").args(["test", "--workspace"]))
+}
+
+/// Runs the simulation of the core with a setting in its environment.
+pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
+    let filter = if setting == "SEED" { "simulation::one_seed" } else { "simulation::many_seeds" };
+    let mut command = cargo(".");
+    command.args(["test", "--release", "--quiet", "--package", "cofferdam-core", "--test", "simulation", "--", "--nocapture", "--ignored"]);
+    command.arg(filter.trim_start_matches("simulation::"));
+    run(command.env(setting, value.to_string()))
+}
+
+/// The kill -9 loop.
+pub(crate) fn crash(rounds: u64) -> Result<()> {
+    guests()?;
+    run(cargo(".").args(["build", "--quiet", "--package", "cofferdam"]))?;
+    run(cargo(".").args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", "crash", "--"]).arg(rounds.to_string()))
+}
+
+/// A benchmark, built for speed.
+pub(crate) fn bench(name: &str) -> Result<()> {
+    guests()?;
+    run(cargo(".").args(["run", "--release", "--quiet", "--package", "cofferdam-benches", "--", name]))
+}
