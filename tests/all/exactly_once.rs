@@ -65,7 +65,7 @@ fn trap_in_open_and_in_finish_are_faults_like_others() {
 #[test]
 fn job_gives_up_after_its_attempts_and_keeps_its_checkpoint() {
     let dir = tempfile::tempdir().expect("a directory");
-    let config = r#"do = "trap", at = 20000"#.to_owned();
+    let config = r#"do = "trap", at = 4000"#.to_owned();
     // Declared state: what `open` was told is part of a guest's memory, and a restore would bring it back.
     let snapshot = "declared";
     let failing =

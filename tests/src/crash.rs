@@ -70,7 +70,10 @@ fn kill_until_finished(dir: &Path, rounds: u64, random: &mut Random, tally: &mut
         if was_killed && log.contains("from checkpoint") {
             tally.resumed += 1;
         }
-        if status.success() {
+        // A kill may come between the end of the job and the end of the process. The next run is
+        // then a new one, and refuses to mix its output with that of the one that has finished.
+        let had_finished = was_killed && log.contains("holds the output of an earlier run");
+        if status.success() || had_finished {
             return Ok(());
         }
         if status.signal() != Some(SIGKILL) {

@@ -7,6 +7,10 @@ use super::{Generation, Result, Storage, StorageError};
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
 const CACHE_BYTES: u64 = 64 << 20;
 
+/// What the directories of generations begin with, and those of generations on their way out.
+const GENERATION: &str = "gen-";
+const REMOVED: &str = "removed-";
+
 /// A directory with one sled database for each generation.
 #[derive(Debug)]
 pub struct SledStorage {
@@ -21,17 +25,25 @@ impl SledStorage {
     }
 
     fn path(&self, number: u64) -> PathBuf {
-        self.dir.join(format!("gen-{number:08}"))
+        self.dir.join(format!("{GENERATION}{number:08}"))
     }
 }
 
 impl Storage for SledStorage {
     fn generations(&self) -> Result<Vec<u64>> {
         let entries = fs::read_dir(&self.dir).map_err(|error| StorageError::store("list the generations", error))?;
-        let mut numbers: Vec<u64> = entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("gen-")?.parse().ok())
-            .collect();
+        let mut numbers = Vec::new();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else { continue };
+            if let Some(number) = name.strip_prefix(GENERATION) {
+                numbers.extend(number.parse::<u64>().ok());
+            } else if name.starts_with(REMOVED) {
+                // Its removal was cut short.
+                let removed = fs::remove_dir_all(entry.path());
+                removed.map_err(|error| StorageError::store("remove a generation", error))?;
+            }
+        }
         numbers.sort_unstable();
         Ok(numbers)
     }
@@ -49,8 +61,13 @@ impl Storage for SledStorage {
         Ok(Box::new(SledGeneration { database }))
     }
 
+    /// Renames first: a directory that is half removed must not be taken for a generation.
     fn remove(&mut self, number: u64) -> Result<()> {
-        fs::remove_dir_all(self.path(number)).map_err(|error| StorageError::store("remove a generation", error))
+        let doomed = self.dir.join(format!("{REMOVED}{number:08}"));
+        fs::rename(self.path(number), &doomed)
+            .and_then(|()| sync_dir(&self.dir))
+            .and_then(|()| fs::remove_dir_all(doomed))
+            .map_err(|error| StorageError::store("remove a generation", error))
     }
 
     fn location(&self) -> Option<PathBuf> {
