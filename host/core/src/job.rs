@@ -367,7 +367,7 @@ impl Job {
 
     fn retry_at(&self) -> Option<Millis> {
         match &self.phase {
-            Phase::Running { retry_at, .. } if self.coordinator.is_idle() => *retry_at,
+            Phase::Running { retry_at, .. } if self.wants_last() => *retry_at,
             _ => None,
         }
     }
@@ -468,13 +468,17 @@ impl Job {
             true => self.restart.on_failure(now, &mut self.random).decision,
             false => RestartDecision::GiveUp,
         };
+        let checkpoint = self.coordinator.last_completed();
         self.phase = match decision {
-            RestartDecision::RestartAfter(delay_ms) if !self.is_stop_requested => {
+            // It would only be restarted to be stopped.
+            RestartDecision::RestartAfter(_) if self.is_stop_requested => {
+                Phase::Cancelling { outcome: Outcome::Stopped { checkpoint, is_last: false } }
+            }
+            RestartDecision::RestartAfter(delay_ms) => {
                 effects.push(Effect::AnnounceRestart { task, cause, delay_ms });
                 Phase::Restarting { restart_at: now.after(delay_ms), is_stopped: false }
             }
-            RestartDecision::RestartAfter(_) | RestartDecision::GiveUp => {
-                let checkpoint = self.coordinator.last_completed();
+            RestartDecision::GiveUp => {
                 Phase::Cancelling { outcome: Outcome::Failed { task, cause, checkpoint } }
             }
         };

@@ -322,3 +322,33 @@ fn task_may_drain_before_the_last_one_has_started() {
          2: drained b @0 -> barrier #1 last",
     );
 }
+
+#[test]
+fn failure_while_stopping_stops_at_the_last_completed_checkpoint() {
+    check(
+        fixed_delay(1),
+        "0: started @0 ->
+         5: stop       -> barrier #1 last
+         6: trap a @0  -> discard #1 restarted, cancel @0
+         7: stopped @0 -> stop at none not last",
+    );
+}
+
+/// A failed periodic checkpoint left a time to try the last one again, although no last one was
+/// wanted: the deadline lay in the past for ever and the driver span.
+#[test]
+fn failed_periodic_checkpoint_leaves_no_deadline_in_the_past() {
+    let mut job = job(RestartStrategy::None);
+    let mut effects = Vec::new();
+    job.coordinator = Coordinator::new(
+        CheckpointSettings { interval_ms: Some(60_000), tolerable_failures: 5, ..CheckpointSettings::default() },
+        None,
+        CheckpointId(1),
+    );
+    job.step(Millis(0), Event::TasksStarted { attempt: Attempt(0) }, &mut effects);
+    job.step(Millis(60_000), Event::Tick, &mut effects);
+    let declined = event_of("decline a @0 #1");
+    job.step(Millis(60_001), declined, &mut effects);
+    job.step(Millis(62_000), Event::Tick, &mut effects);
+    assert!(job.next_deadline().is_some_and(|at| Millis(62_000) < at), "{:?}", job.next_deadline());
+}
