@@ -1,2 +1,19 @@
-//! x
-fn main() {}
+//! Measures what Cofferdam promises, each figure beside its native counterpart in the same run.
+
+mod call;
+mod checkpoint;
+mod recovery;
+mod support;
+mod wordcount;
+
+use anyhow::{Result, bail};
+
+fn main() -> Result<()> {
+    match std::env::args().nth(1).as_deref() {
+        Some("call") => call::run(),
+        Some("recovery") => recovery::run(),
+        Some("checkpoint") => checkpoint::run(),
+        Some("wordcount") => wordcount::run(),
+        other => bail!("which benchmark: call, recovery, checkpoint or wordcount? (not {other:?})"),
+    }
+}

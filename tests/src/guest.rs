@@ -22,6 +22,15 @@ pub fn probe() -> PathBuf {
     built(&root().join("tests/guests"), &BUILT).join("probe.wasm")
 }
 
+/// The counter of the benchmarks.
+///
+/// # Panics
+/// If the guests cannot be built.
+#[must_use]
+pub fn counter() -> PathBuf {
+    probe().with_file_name("counter.wasm")
+}
+
 /// A component of `examples`.
 ///
 /// # Panics

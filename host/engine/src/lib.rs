@@ -13,3 +13,5 @@ mod source;
 pub mod spec;
 pub mod storage;
 mod task;
+
+pub use source::generate;

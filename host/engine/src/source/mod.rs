@@ -8,7 +8,10 @@ use std::{path::Path, time::Duration};
 use cofferdam_core::failure::FailureCause;
 use cofferdam_sandbox::Batch;
 
-use crate::{problem::Problem, spec::SourceSpec};
+use crate::{
+    problem::Problem,
+    spec::{GeneratorSpec, SourceSpec},
+};
 
 /// What a source has for the next turn.
 pub(crate) enum Step {
@@ -59,6 +62,17 @@ impl Prepared {
             }
         })
     }
+}
+
+/// The batches that one task of a generator gives out, for whoever wants to measure the same
+/// records without a job around them.
+pub fn generate(spec: &GeneratorSpec, index: u32, parallelism: u32) -> impl Iterator<Item = Batch> {
+    let plan = generator::GeneratorPlan::new(spec);
+    let mut source = generator::GeneratorSource::open(&plan, index, parallelism, None).ok();
+    std::iter::from_fn(move || match source.as_mut()?.next() {
+        Ok(Step::Records { batch, .. }) => Some(batch),
+        Ok(Step::Wait(_) | Step::End) | Err(_) => None,
+    })
 }
 
 fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {

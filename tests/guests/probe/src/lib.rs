@@ -2,7 +2,8 @@
 //!
 //! `do` is what it does, `at` the number of the record at which it does it (counted by the task),
 //! `attempts` in how many attempts (default: in all). Beside that, `ballast` is a number of bytes
-//! that it holds, and `dirty` a number of pages of them that it writes in each call of `process`.
+//! that it holds from the first record on, and `dirty` a number of pages of them that it writes for
+//! each record.
 
 use std::{hint::black_box, time::Instant};
 
@@ -20,6 +21,7 @@ pub struct Probe {
     deed: String,
     at: u64,
     attempts: u32,
+    ballast_bytes: usize,
     ballast: Vec<u8>,
     dirty: usize,
     next_page: usize,
@@ -41,10 +43,7 @@ impl Operator for Probe {
         self.dirty = context.config.get_or("dirty", 0)?;
         self.quiet = context.config.get_or("quiet", false)?;
         self.started = Some(Instant::now());
-        let ballast: usize = context.config.get_or("ballast", 0)?;
-        if 0 < ballast && !context.config.get_or("late-ballast", false)? {
-            self.ballast = vec![0; ballast];
-        }
+        self.ballast_bytes = context.config.get_or("ballast", 0)?;
         if self.deed == "trap-in-open" && host::attempt() < self.attempts {
             panic!("open does not want to");
         }
@@ -55,7 +54,11 @@ impl Operator for Probe {
     }
 
     fn process(&mut self, record: Record<'_, Self>, out: &mut Output<'_, Self>) -> Result<()> {
-        if self.at <= self.seen && self.seen <= self.at && host::attempt() < self.attempts {
+        if self.ballast.len() < self.ballast_bytes {
+            // Not in `open`, which also runs before a restore.
+            self.ballast = vec![1; self.ballast_bytes];
+        }
+        if self.at == self.seen && host::attempt() < self.attempts {
             self.misbehave(out)?;
         }
         self.seen += 1;

@@ -1,0 +1,109 @@
+//! The pause of a task, and what a checkpoint writes, against the share of memory that changed.
+
+use std::{fs::File, io::Write, sync::Arc, time::Instant};
+
+use anyhow::Result;
+use cofferdam_engine::{
+    batch::{BatchExt, RecordRef},
+    storage::{
+        manifest::TaskIdentity,
+        sled::SledStorage,
+        snapshot::{SnapshotStore, TaskSnapshot},
+    },
+};
+use cofferdam_sandbox::{Batch, MemorySnapshot};
+use cofferdam_tests::guest;
+
+use crate::support::{block_on, disk_bytes, load, median, open, sandbox};
+
+const ROUNDS: usize = 9;
+const PAGE: u64 = 4096;
+
+pub(crate) fn run() -> Result<()> {
+    let sandbox = sandbox()?;
+    println!("pages are found by {}; median of {ROUNDS} checkpoints; a plain file with fsync beside it\n", sandbox.tracking().name());
+    println!("| memory | dirty | changed pages | task pause | write + flush | bytes stored / changed | bytes on disk / changed | sled MB/s | file MB/s |");
+    println!("|---|---|---|---|---|---|---|---|---|");
+    let component = load(&sandbox, &guest::probe())?;
+    for mib in [256u64, 1024] {
+        for per_mille in [1u64, 10, 100] {
+            let ballast = mib << 20;
+            let pages = ballast / PAGE * per_mille / 1000;
+            let config = [("ballast", ballast.to_string()), ("dirty", pages.to_string()), ("quiet", "true".to_owned())];
+            let config: Vec<(&str, &str)> = config.iter().map(|(key, value)| (*key, value.as_str())).collect();
+            block_on(measure(&component, &config, mib, per_mille))??;
+        }
+    }
+    Ok(())
+}
+
+async fn measure(
+    component: &cofferdam_sandbox::Component,
+    config: &[(&str, &str)],
+    mib: u64,
+    per_mille: u64,
+) -> Result<()> {
+    let dir = tempfile::tempdir_in(guest::root().join("target"))?;
+    let task = TaskIdentity {
+        operator: "probe".to_owned(),
+        index: 0,
+        parallelism: 1,
+        max_parallelism: 128,
+        digest: None,
+        has_memory: true,
+    };
+    let (mut store, _) = SnapshotStore::open(Box::new(SledStorage::new(dir.path().to_owned())), "bench", vec![task])?;
+    let mut plain = File::create(dir.path().join("plain"))?;
+    let mut instance = open(component, config).await?;
+    let mut record = Batch::empty();
+    record.push(RecordRef { key: Some(b"key"), value: b"", timestamp: None });
+    let mut rows = Vec::new();
+    for round in 0..=ROUNDS as u64 {
+        instance.process(0, &record).await?;
+        let began = Instant::now();
+        let memory = instance.snapshot().await?;
+        let pause_us = began.elapsed().as_secs_f64() * 1e6;
+        let changed = memory.changed_bytes();
+        let file_s = write_plainly(&mut plain, &memory)?;
+        let snapshot = Arc::new(TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() });
+        let disk_before = disk_bytes();
+        let began = Instant::now();
+        let stored = store.write(vec![(0, round + 1, snapshot)])?[0];
+        store.complete(round + 1, 0)?;
+        let sled_s = began.elapsed().as_secs_f64();
+        let on_disk = disk_bytes() - disk_before;
+        // The first one writes the whole memory.
+        if 0 < round {
+            rows.push((pause_us, changed as f64, sled_s, stored as f64, on_disk as f64, file_s));
+        }
+    }
+    let of = |pick: &dyn Fn(&(f64, f64, f64, f64, f64, f64)) -> f64| median(rows.iter().map(pick).collect());
+    println!(
+        "| {mib} MiB | {:.1} % | {:.0} | {:.0} us | {:.1} ms | {:.3} | {:.3} | {:.0} | {:.0} |",
+        per_mille as f64 / 10.0,
+        of(&|row| row.1 / PAGE as f64),
+        of(&|row| row.0),
+        of(&|row| row.2 * 1e3),
+        of(&|row| row.3 / row.1),
+        of(&|row| row.4 / row.1),
+        of(&|row| row.1 / row.2 / 1e6),
+        of(&|row| row.1 / row.5 / 1e6),
+    );
+    Ok(())
+}
+
+/// The yardstick: the same pages appended to a file and synced.
+fn write_plainly(file: &mut File, memory: &MemorySnapshot) -> Result<f64> {
+    let began = Instant::now();
+    let mut buffer = Vec::with_capacity(1 << 20);
+    for (_, page) in memory.memories.iter().flat_map(|delta| delta.pages()) {
+        buffer.extend_from_slice(page);
+        if buffer.len() == buffer.capacity() {
+            file.write_all(&buffer)?;
+            buffer.clear();
+        }
+    }
+    file.write_all(&buffer)?;
+    file.sync_data()?;
+    Ok(began.elapsed().as_secs_f64())
+}

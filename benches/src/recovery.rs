@@ -1,0 +1,99 @@
+//! From a trap to the next record processed, at every size of guest memory; and from a process
+//! restart, out of sled.
+
+use std::{path::Path, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+use cofferdam_engine::{
+    progress::Progress,
+    storage::{manifest::TaskIdentity, sled::SledStorage, snapshot::SnapshotStore},
+};
+use cofferdam_sandbox::Image;
+use cofferdam_tests::{
+    guest,
+    job::{Harness, run_manifest},
+};
+
+use crate::support::{block_on, load, median, open, percentile_99, sandbox};
+
+const TRAPS: u64 = 40;
+
+pub(crate) fn run() -> Result<()> {
+    println!("a job of 1 source, 1 operator, 1 sink; {TRAPS} traps each; `full` failover, delay 0;");
+    println!("from the trap to the first batch processed by the restored instance\n");
+    println!("| guest memory | recovery, median | 99th percentile | from sled: load | rate | restore |");
+    println!("|---|---|---|---|---|---|");
+    for mib in [1u64, 16, 64, 256, 1024] {
+        let dir = tempfile::tempdir()?;
+        let recoveries = recoveries(dir.path(), mib << 20)?;
+        let (load_ms, bytes, restore_ms) = from_sled(dir.path())?;
+        println!(
+            "| {mib} MiB | {:.2} ms | {:.2} ms | {load_ms:.0} ms | {:.0} MB/s | {restore_ms:.2} ms |",
+            median(recoveries.clone()),
+            percentile_99(recoveries),
+            bytes as f64 / 1e3 / load_ms,
+        );
+    }
+    Ok(())
+}
+
+fn harness(ballast: u64, deed: &str) -> Harness {
+    let config = format!(
+        "ballast = {ballast}, dirty = 1, quiet = true, {deed} }}\nlimits = {{ memory = \"3GiB\", call = \"60s\""
+    );
+    Harness { count: 40_000, rate: Some(20_000), parallelism: 1, interval_ms: 200, snapshot: "memory", config, ..Harness::default() }
+}
+
+/// Milliseconds from each trap to the next record processed. Leaves a checkpoint behind.
+fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
+    let deed = format!("do = \"trap\", at = 12000, attempts = {TRAPS}");
+    let manifest = harness(ballast, &deed).write(dir);
+    let ran = run_manifest(&manifest, |job| {
+        let (stop, metrics) = (job.stop_handle(), job.metrics());
+        std::thread::spawn(move || {
+            while metrics.restarts.load(std::sync::atomic::Ordering::Relaxed) < TRAPS {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            stop.stop();
+        });
+    });
+    ran.outcome.map_err(|problem| anyhow::anyhow!("{problem}"))?;
+    let of = |progress: &Progress| match progress {
+        Progress::Recovered { recovery_us } => Some(*recovery_us as f64 / 1e3),
+        _ => None,
+    };
+    let recoveries: Vec<f64> = ran.progress.iter().filter_map(of).collect();
+    ensure!(TRAPS as usize <= recoveries.len() + 1, "only {} recoveries", recoveries.len());
+    Ok(recoveries)
+}
+
+/// Milliseconds to load the operator's state, its bytes, and milliseconds to restore an instance.
+fn from_sled(dir: &Path) -> Result<(f64, u64, f64)> {
+    let task = |operator: &str| TaskIdentity {
+        operator: operator.to_owned(),
+        index: 0,
+        parallelism: 1,
+        max_parallelism: 128,
+        digest: None,
+        has_memory: false,
+    };
+    let began = Instant::now();
+    let storage = Box::new(SledStorage::new(dir.join("probe.cofferdam")));
+    let tasks = vec![task("words"), task("count"), task("out")];
+    let (store, found) = SnapshotStore::open(storage, "probe", tasks)?;
+    let checkpoint = found.manifest.context("a checkpoint")?.checkpoint;
+    let loaded = store.load(1, checkpoint)?;
+    let mut image = Image::new();
+    loaded.memory.iter().try_for_each(|snapshot| image.apply(snapshot))?;
+    let load_ms = began.elapsed().as_secs_f64() * 1e3;
+    let sandbox = sandbox()?;
+    let component = load(&sandbox, &guest::probe())?;
+    let restore_ms = block_on(async {
+        let began = Instant::now();
+        let mut instance = open(&component, &[]).await?;
+        instance.restore(&image).await?;
+        anyhow::Ok(began.elapsed().as_secs_f64() * 1e3)
+    })??;
+    Ok((load_ms, loaded.bytes, restore_ms))
+}
