@@ -2,3 +2,5 @@
 
 mod exactly_once;
 mod sandbox;
+mod tidy;
+mod ui;
