@@ -24,7 +24,8 @@ use counter::Counter;
 use crate::support::{cpu_time, median, native_batch};
 
 const RECORDS: u64 = 60_000_000;
-const VOCABULARY: u32 = 100_000;
+/// The generator's default.
+const VOCABULARY: u32 = 10_000;
 const PARALLELISM: u32 = 2;
 const ROUNDS: usize = 3;
 const BATCH_RECORDS: usize = 1024;

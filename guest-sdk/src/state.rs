@@ -1,10 +1,7 @@
 //! Declared state: what an operator keeps by key, at the speed of its own memory, and hands over
 //! to the host as changes since the last checkpoint.
 
-use std::hash::Hasher;
-
 use hashbrown::HashTable;
-use rustc_hash::FxHasher;
 use serde::{Serialize, de::DeserializeOwned};
 use smallvec::SmallVec;
 
@@ -122,7 +119,7 @@ impl<V> ValueState<V> {
 
     #[inline]
     fn find(&self, key: &[u8]) -> Option<u32> {
-        let is_same = |place: &u32| self.entries[*place as usize].key.as_slice() == key;
+        let is_same = |place: &u32| is_same_key(&self.entries[*place as usize].key, key);
         self.index.find(hash(key), is_same).copied()
     }
 
@@ -211,11 +208,52 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
     }
 }
 
+/// Compares keys in place: most have at most 16 bytes, and a call to `memcmp` would cost more.
+#[inline]
+fn is_same_key(left: &[u8], right: &[u8]) -> bool {
+    if left.len() != right.len() {
+        return false;
+    }
+    match left.len() {
+        0 => true,
+        1..=3 => left.iter().eq(right),
+        len @ 4..=7 => word_at(left, 0) == word_at(right, 0) && word_at(left, len - 4) == word_at(right, len - 4),
+        len @ 8..=16 => long_at(left, 0) == long_at(right, 0) && long_at(left, len - 8) == long_at(right, len - 8),
+        _ => left == right,
+    }
+}
+
+/// Hashes a key by two multiplications for most: a guest only ever harms itself by its keys, so
+/// speed counts and resistance to chosen keys does not.
 #[inline]
 fn hash(key: &[u8]) -> u64 {
-    let mut hasher = FxHasher::default();
-    hasher.write(key);
-    hasher.finish()
+    const FIRST: u64 = 0x9e37_79b9_7f4a_7c15;
+    const SECOND: u64 = 0xd6e8_feb8_6659_fd93;
+    let (head, tail) = match key.len() {
+        0 => (0, 0),
+        1..=3 => (u64::from(key[0]) << 16 | u64::from(key[key.len() / 2]), u64::from(key[key.len() - 1])),
+        4..=7 => (u64::from(word_at(key, 0)), u64::from(word_at(key, key.len() - 4))),
+        8..=16 => (long_at(key, 0), long_at(key, key.len() - 8)),
+        len => {
+            let inner = key[..len - 8].chunks_exact(8).fold(0u64, |hash, chunk| {
+                (hash.rotate_left(23) ^ long_at(chunk, 0)).wrapping_mul(FIRST)
+            });
+            (inner, long_at(key, len - 8))
+        }
+    };
+    let mixed = (head ^ key.len() as u64).wrapping_mul(FIRST) ^ tail.rotate_left(32);
+    let hash = (mixed ^ (mixed >> 29)).wrapping_mul(SECOND);
+    hash ^ (hash >> 32)
+}
+
+#[inline]
+fn word_at(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..].first_chunk().map_or(0, |chunk| u32::from_le_bytes(*chunk))
+}
+
+#[inline]
+fn long_at(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..].first_chunk().map_or(0, |chunk| u64::from_le_bytes(*chunk))
 }
 
 /// Where changes are written during a hand-over.
@@ -281,6 +319,23 @@ mod tests {
         assert_eq!(state.entries.len(), 2, "the freed entry is used again");
         assert_eq!(state.iter().count(), 2);
         assert_eq!(state.get(b"a".as_slice()), Some(&4));
+    }
+
+    #[test]
+    fn keys_of_every_length_are_told_apart() {
+        let keys: Vec<Vec<u8>> = (0..40usize)
+            .flat_map(|len| (0..len.max(1)).map(move |at| (0..len).map(|place| u8::from(place == at)).collect()))
+            .collect();
+        for left in &keys {
+            for right in &keys {
+                assert_eq!(is_same_key(left, right), left == right, "{left:?} {right:?}");
+                if left == right {
+                    assert_eq!(hash(left), hash(right));
+                }
+            }
+        }
+        let hashes: std::collections::BTreeSet<u64> = keys.iter().map(|key| hash(key)).collect();
+        assert!(keys.len() * 9 / 10 < hashes.len(), "{} of {}", hashes.len(), keys.len());
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl BatchExt for Batch {
             + 8 * self.timestamps.len()
     }
 
-    #[inline]
+    #[inline(always)]
     fn push(&mut self, record: RecordRef<'_>) {
         if let Some(key) = record.key {
             self.keys.extend_from_slice(key);

@@ -19,7 +19,8 @@ pub(crate) const BATCH_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Writer {
     partitioner: Partitioner,
-    max_parallelism: u32,
+    /// Hash: the channel of each key group.
+    owners: Vec<u32>,
     channels: Vec<Outgoing>,
     /// Rebalance: the channel of the next batch.
     next: usize,
@@ -42,7 +43,10 @@ impl Writer {
         let outgoing = |sender| Outgoing { sender, batch: Batch::empty() };
         let channels: Vec<Outgoing> = senders.into_iter().map(outgoing).collect();
         let next = start % channels.len().max(1);
-        Self { partitioner, max_parallelism, channels, next }
+        let parallelism = u32::try_from(channels.len()).unwrap_or(u32::MAX);
+        let owner = |group| task_index(group, parallelism, max_parallelism);
+        let owners = (0..max_parallelism).map(owner).collect();
+        Self { partitioner, owners, channels, next }
     }
 
     /// Takes records in; sends what has become a full batch.
@@ -66,13 +70,12 @@ impl Writer {
     }
 
     async fn write_by_key(&mut self, batch: &Batch) {
-        let parallelism = u32::try_from(self.channels.len()).unwrap_or(u32::MAX);
+        let max_parallelism = u32::try_from(self.owners.len()).unwrap_or(u32::MAX);
         for record in batch.records() {
             // A hash edge without keys is refused before a job starts; an operator that leaves
             // some keys out sends those records to the task of the empty key.
-            let group = key_group(record.key.unwrap_or_default(), self.max_parallelism);
-            let index = task_index(group, parallelism, self.max_parallelism) as usize;
-            let channel = &mut self.channels[index];
+            let group = key_group(record.key.unwrap_or_default(), max_parallelism);
+            let channel = &mut self.channels[self.owners[group as usize] as usize];
             channel.push(record);
             if channel.is_full() {
                 channel.flush().await;
