@@ -17,7 +17,9 @@ const ROUNDS: usize = 7;
 pub(crate) fn run() -> Result<()> {
     let sandbox = sandbox()?;
     let component = load(&sandbox, &guest::counter())?;
-    println!("keyed running count, 10,000 words by Zipf's law, median of {ROUNDS} rounds of {RECORDS} records\n");
+    println!(
+        "keyed running count, 10,000 words by Zipf's law, median of {ROUNDS} rounds of {RECORDS} records\n"
+    );
     println!("| records a batch | guest ns/record | native ns/record | ratio |");
     println!("|---|---|---|---|");
     for size in [1usize, 16, 128, 1024, 8192] {
@@ -39,7 +41,9 @@ pub(crate) fn run() -> Result<()> {
             let began = Instant::now();
             for batch in &natives {
                 let emitted = task.process(0, batch);
-                std::hint::black_box(emitted.map_err(|error| anyhow::anyhow!("{}", error.message))?);
+                std::hint::black_box(
+                    emitted.map_err(|error| anyhow::anyhow!("{}", error.message))?,
+                );
             }
             native_ns.push(began.elapsed().as_nanos() as f64 / records as f64);
         }

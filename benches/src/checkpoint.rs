@@ -21,16 +21,26 @@ const PAGE: u64 = 4096;
 
 pub(crate) fn run() -> Result<()> {
     let sandbox = sandbox()?;
-    println!("pages are found by {}; median of {ROUNDS} checkpoints; a plain file with fsync beside it\n", sandbox.tracking().name());
-    println!("| memory | dirty | changed pages | task pause | write + flush | bytes stored / changed | bytes on disk / changed | sled MB/s | file MB/s |");
+    println!(
+        "pages are found by {}; median of {ROUNDS} checkpoints; a plain file with fsync beside it\n",
+        sandbox.tracking().name()
+    );
+    println!(
+        "| memory | dirty | changed pages | task pause | write + flush | bytes stored / changed | bytes on disk / changed | sled MB/s | file MB/s |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|");
     let component = load(&sandbox, &guest::probe())?;
     for mib in [256u64, 1024] {
         for per_mille in [1u64, 10, 100] {
             let ballast = mib << 20;
             let pages = ballast / PAGE * per_mille / 1000;
-            let config = [("ballast", ballast.to_string()), ("dirty", pages.to_string()), ("quiet", "true".to_owned())];
-            let config: Vec<(&str, &str)> = config.iter().map(|(key, value)| (*key, value.as_str())).collect();
+            let config = [
+                ("ballast", ballast.to_string()),
+                ("dirty", pages.to_string()),
+                ("quiet", "true".to_owned()),
+            ];
+            let config: Vec<(&str, &str)> =
+                config.iter().map(|(key, value)| (*key, value.as_str())).collect();
             block_on(measure(&component, &config, mib, per_mille))??;
         }
     }
@@ -52,7 +62,11 @@ async fn measure(
         digest: None,
         has_memory: true,
     };
-    let (mut store, _) = SnapshotStore::open(Box::new(SledStorage::new(dir.path().to_owned())), "bench", vec![task])?;
+    let (mut store, _) = SnapshotStore::open(
+        Box::new(SledStorage::new(dir.path().to_owned())),
+        "bench",
+        vec![task],
+    )?;
     let mut plain = File::create(dir.path().join("plain"))?;
     let mut instance = open(component, config).await?;
     let mut record = Batch::empty();
@@ -77,7 +91,9 @@ async fn measure(
             rows.push((pause_us, changed as f64, sled_s, stored as f64, on_disk as f64, file_s));
         }
     }
-    let of = |pick: &dyn Fn(&(f64, f64, f64, f64, f64, f64)) -> f64| median(rows.iter().map(pick).collect());
+    let of = |pick: &dyn Fn(&(f64, f64, f64, f64, f64, f64)) -> f64| {
+        median(rows.iter().map(pick).collect())
+    };
     println!(
         "| {mib} MiB | {:.1} % | {:.0} | {:.0} us | {:.1} ms | {:.3} | {:.3} | {:.0} | {:.0} |",
         per_mille as f64 / 10.0,

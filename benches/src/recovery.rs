@@ -19,9 +19,13 @@ use crate::support::{block_on, load, median, open, percentile_99, sandbox};
 const TRAPS: u64 = 40;
 
 pub(crate) fn run() -> Result<()> {
-    println!("a job of 1 source, 1 operator, 1 sink; {TRAPS} traps each; `full` failover, delay 0;");
+    println!(
+        "a job of 1 source, 1 operator, 1 sink; {TRAPS} traps each; `full` failover, delay 0;"
+    );
     println!("from the trap to the first batch processed by the restored instance\n");
-    println!("| guest memory | recovery, median | 99th percentile | from sled: load | rate | restore |");
+    println!(
+        "| guest memory | recovery, median | 99th percentile | from sled: load | rate | restore |"
+    );
     println!("|---|---|---|---|---|---|");
     for mib in [1u64, 16, 64, 256, 1024] {
         let dir = tempfile::tempdir()?;
@@ -41,7 +45,15 @@ fn harness(ballast: u64, deed: &str) -> Harness {
     let config = format!(
         "ballast = {ballast}, dirty = 1, quiet = true, {deed} }}\nlimits = {{ memory = \"3GiB\", call = \"60s\""
     );
-    Harness { count: 40_000, rate: Some(20_000), parallelism: 1, interval_ms: 200, snapshot: "memory", config, ..Harness::default() }
+    Harness {
+        count: 40_000,
+        rate: Some(20_000),
+        parallelism: 1,
+        interval_ms: 200,
+        snapshot: "memory",
+        config,
+        ..Harness::default()
+    }
 }
 
 /// Milliseconds from each trap to the next record processed. Leaves a checkpoint behind.

@@ -21,7 +21,8 @@ pub(crate) fn percentile_99(mut values: Vec<f64>) -> f64 {
 }
 
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("a runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("a runtime")?;
     Ok(runtime.block_on(future))
 }
 
@@ -40,16 +41,24 @@ pub(crate) fn limits() -> Limits {
 }
 
 pub(crate) async fn open(component: &Component, config: &[(&str, &str)]) -> Result<Instance> {
-    let setup = InstanceSetup { host: Arc::new(RecordingHost::default()), limits: limits(), seed: 1 };
+    let setup =
+        InstanceSetup { host: Arc::new(RecordingHost::default()), limits: limits(), seed: 1 };
     let mut instance = component.instantiate(setup).await?;
-    let context =
-        OpenContext { operator: "bench", task_index: 0, parallelism: 1, max_parallelism: 128, config };
+    let context = OpenContext {
+        operator: "bench",
+        task_index: 0,
+        parallelism: 1,
+        max_parallelism: 128,
+        config,
+    };
     instance.open(context).await?;
     Ok(instance)
 }
 
 /// The same records as columns of the SDK's type.
-pub(crate) fn native_batch(batch: &Batch) -> cofferdam_sdk::bindings::cofferdam::operator::types::Batch {
+pub(crate) fn native_batch(
+    batch: &Batch,
+) -> cofferdam_sdk::bindings::cofferdam::operator::types::Batch {
     cofferdam_sdk::bindings::cofferdam::operator::types::Batch {
         keys: batch.keys.clone(),
         key_ends: batch.key_ends.clone(),

@@ -34,7 +34,9 @@ const BATCH_RECORDS: usize = 1024;
 type Figure = (f64, f64);
 
 pub(crate) fn run() -> Result<()> {
-    println!("{RECORDS} words from {VOCABULARY} by Zipf's law, 2 sources, hash, 2 counters, discarded; median of {ROUNDS} rounds\n");
+    println!(
+        "{RECORDS} words from {VOCABULARY} by Zipf's law, 2 sources, hash, 2 counters, discarded; median of {ROUNDS} rounds\n"
+    );
     let mut figures: [Vec<Figure>; 3] = Default::default();
     // In turns, in an order that changes: the machine's moods fall on all alike.
     let mut random = Random::new(1);
@@ -49,7 +51,9 @@ pub(crate) fn run() -> Result<()> {
             });
         }
     }
-    println!("| pipeline | wall | M records/s a core (wall) | M records/s a core (processor time) | processor time / native |");
+    println!(
+        "| pipeline | wall | M records/s a core (wall) | M records/s a core (processor time) | processor time / native |"
+    );
     println!("|---|---|---|---|---|");
     let native_cpu = median(figures[0].iter().map(|figure| figure.1).collect());
     let names = ["native Rust", "Cofferdam, no checkpoints", "Cofferdam, checkpoints every second"];
@@ -85,7 +89,8 @@ fn timed(work: impl FnOnce()) -> Figure {
 
 fn job(interval_ms: Option<u64>) -> Result<Figure> {
     let dir = tempfile::tempdir_in(guest::root().join("target"))?;
-    let checkpointing = interval_ms.map_or(String::new(), |ms| format!("[execution.checkpointing]\ninterval = \"{ms}ms\"\n"));
+    let checkpointing = interval_ms
+        .map_or(String::new(), |ms| format!("[execution.checkpointing]\ninterval = \"{ms}ms\"\n"));
     let manifest = dir.path().join("job.toml");
     let text = format!(
         "[job]\nname = \"bench\"\nparallelism = {PARALLELISM}\n{checkpointing}\n\

@@ -139,7 +139,9 @@ impl<'a, T: Deserialize<'a>> Decode<'a> for Json<T> {
     const FORMAT: Option<Format> = Some(Format::Json);
 
     fn decode(bytes: &'a [u8]) -> Result<Self, String> {
-        serde_json::from_slice(bytes).map(Json).map_err(|error| format!("not the JSON expected: {error}"))
+        serde_json::from_slice(bytes)
+            .map(Json)
+            .map_err(|error| format!("not the JSON expected: {error}"))
     }
 }
 

@@ -40,11 +40,11 @@
 //! new version of the operator and another parallelism.
 
 mod codec;
+pub mod host;
 mod operator;
 mod output;
 #[doc(hidden)]
 pub mod runtime;
-pub mod host;
 pub mod state;
 pub mod testing;
 

@@ -112,9 +112,7 @@ impl<V> ValueState<V> {
 
     /// Every key with its value, in the order in which keys came first.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &V)> {
-        self.entries
-            .iter()
-            .filter_map(|entry| Some((entry.key.as_slice(), entry.value.as_ref()?)))
+        self.entries.iter().filter_map(|entry| Some((entry.key.as_slice(), entry.value.as_ref()?)))
     }
 
     #[inline]
@@ -217,8 +215,14 @@ fn is_same_key(left: &[u8], right: &[u8]) -> bool {
     match left.len() {
         0 => true,
         1..=3 => left.iter().eq(right),
-        len @ 4..=7 => word_at(left, 0) == word_at(right, 0) && word_at(left, len - 4) == word_at(right, len - 4),
-        len @ 8..=16 => long_at(left, 0) == long_at(right, 0) && long_at(left, len - 8) == long_at(right, len - 8),
+        len @ 4..=7 => {
+            word_at(left, 0) == word_at(right, 0)
+                && word_at(left, len - 4) == word_at(right, len - 4)
+        }
+        len @ 8..=16 => {
+            long_at(left, 0) == long_at(right, 0)
+                && long_at(left, len - 8) == long_at(right, len - 8)
+        }
         _ => left == right,
     }
 }
@@ -231,7 +235,9 @@ fn hash(key: &[u8]) -> u64 {
     const SECOND: u64 = 0xd6e8_feb8_6659_fd93;
     let (head, tail) = match key.len() {
         0 => (0, 0),
-        1..=3 => (u64::from(key[0]) << 16 | u64::from(key[key.len() / 2]), u64::from(key[key.len() - 1])),
+        1..=3 => {
+            (u64::from(key[0]) << 16 | u64::from(key[key.len() / 2]), u64::from(key[key.len() - 1]))
+        }
         4..=7 => (u64::from(word_at(key, 0)), u64::from(word_at(key, key.len() - 4))),
         8..=16 => (long_at(key, 0), long_at(key, key.len() - 8)),
         len => {
@@ -297,7 +303,10 @@ mod tests {
         state.set(b"a".as_slice(), 1u32);
         *state.get_or_default(b"b".as_slice()) += 2;
         *state.get_or_default(b"b".as_slice()) += 2;
-        assert_eq!(handed_over(&mut state, false), [(b"a".to_vec(), Some(1)), (b"b".to_vec(), Some(4))]);
+        assert_eq!(
+            handed_over(&mut state, false),
+            [(b"a".to_vec(), Some(1)), (b"b".to_vec(), Some(4))]
+        );
         assert_eq!(handed_over(&mut state, false), []);
         assert_eq!(state.remove(b"a".as_slice()), Some(1));
         assert_eq!(state.get(b"a".as_slice()), None);
@@ -324,7 +333,9 @@ mod tests {
     #[test]
     fn keys_of_every_length_are_told_apart() {
         let keys: Vec<Vec<u8>> = (0..40usize)
-            .flat_map(|len| (0..len.max(1)).map(move |at| (0..len).map(|place| u8::from(place == at)).collect()))
+            .flat_map(|len| {
+                (0..len.max(1)).map(move |at| (0..len).map(|place| u8::from(place == at)).collect())
+            })
             .collect();
         for left in &keys {
             for right in &keys {
@@ -346,7 +357,8 @@ mod tests {
         let mut seed = 1u64;
         for round in 0..20_000u32 {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let key = format!("key-{}{}", (seed >> 33) % 300, "x".repeat((seed >> 60) as usize * 3));
+            let key =
+                format!("key-{}{}", (seed >> 33) % 300, "x".repeat((seed >> 60) as usize * 3));
             let key = key.as_bytes();
             match (seed >> 20) % 4 {
                 0 => assert_eq!(state.remove(key), model.remove(key)),

@@ -35,19 +35,36 @@ fn output_equals_the_golden_run_wherever_a_guest_traps() {
         let mut random = Random::new(seed);
         let (at, attempts) = (random.between(0, 25_000), random.between(1, 4));
         let snapshot = ["both", "memory", "declared"][(seed % 3) as usize];
-        let config = format!(r#"do = "trap", at = {at}, attempts = {attempts}, ballast = 200000, dirty = 1"#);
+        let config = format!(
+            r#"do = "trap", at = {at}, attempts = {attempts}, ballast = 200000, dirty = 1"#
+        );
         // A rate keeps the job alive for some checkpoints before and after each trap.
-        let harness = Harness { config, snapshot, rate: Some(300_000), interval_ms: 10, ..Harness::default() };
-        restored += check(&harness, &format!("SEED={seed} trap at {at}, {attempts} times, {snapshot}"));
+        let harness = Harness {
+            config,
+            snapshot,
+            rate: Some(300_000),
+            interval_ms: 10,
+            ..Harness::default()
+        };
+        restored +=
+            check(&harness, &format!("SEED={seed} trap at {at}, {attempts} times, {snapshot}"));
     }
     assert!(5 < restored, "only {restored} restarts had a checkpoint to go on from");
 }
 
 #[test]
 fn output_equals_the_golden_run_whatever_kind_of_fault() {
-    for (deed, limits) in [("spin", true), ("eat-memory", true), ("recurse", false), ("reject", false), ("fail", false), ("exit", false)] {
+    for (deed, limits) in [
+        ("spin", true),
+        ("eat-memory", true),
+        ("recurse", false),
+        ("reject", false),
+        ("fail", false),
+        ("exit", false),
+    ] {
         let config = format!(r#"do = "{deed}", at = 9000, attempts = 1"#);
-        let mut harness = Harness { config, rate: Some(300_000), interval_ms: 10, ..Harness::default() };
+        let mut harness =
+            Harness { config, rate: Some(300_000), interval_ms: 10, ..Harness::default() };
         if limits {
             // Short limits, so that the deed ends soon.
             harness.config.push_str(" }\nlimits = { call = \"200ms\", memory = \"16MiB\"");
@@ -58,8 +75,20 @@ fn output_equals_the_golden_run_whatever_kind_of_fault() {
 
 #[test]
 fn trap_in_open_and_in_finish_are_faults_like_others() {
-    check(&Harness { config: r#"do = "trap-in-open", attempts = 2"#.to_owned(), ..Harness::default() }, "open");
-    check(&Harness { config: r#"do = "trap-in-finish", attempts = 2"#.to_owned(), ..Harness::default() }, "finish");
+    check(
+        &Harness {
+            config: r#"do = "trap-in-open", attempts = 2"#.to_owned(),
+            ..Harness::default()
+        },
+        "open",
+    );
+    check(
+        &Harness {
+            config: r#"do = "trap-in-finish", attempts = 2"#.to_owned(),
+            ..Harness::default()
+        },
+        "finish",
+    );
 }
 
 #[test]
@@ -68,13 +97,22 @@ fn job_gives_up_after_its_attempts_and_keeps_its_checkpoint() {
     let config = r#"do = "trap", at = 4000"#.to_owned();
     // Declared state: what `open` was told is part of a guest's memory, and a restore would bring it back.
     let snapshot = "declared";
-    let failing =
-        Harness { config, snapshot, attempts: 2, rate: Some(200_000), interval_ms: 10, ..Harness::default() };
+    let failing = Harness {
+        config,
+        snapshot,
+        attempts: 2,
+        rate: Some(200_000),
+        interval_ms: 10,
+        ..Harness::default()
+    };
     let ran = failing.run_in(dir.path());
     let problem = ran.outcome.as_ref().expect_err("it traps in every attempt");
     assert_eq!(problem.code.number(), "C0101");
     assert_eq!(problem.code.exit_code(), 1);
-    assert!(problem.message.contains("count/") && problem.message.contains("one too many"), "{problem}");
+    assert!(
+        problem.message.contains("count/") && problem.message.contains("one too many"),
+        "{problem}"
+    );
     assert_eq!(ran.restart_count(), 2);
 
     // The operator is mended by its config: the run goes on from the checkpoint that was kept.
@@ -99,9 +137,14 @@ fn stopped_job_goes_on_where_it_was() {
             stop.stop();
         });
     });
-    let Ok(Outcome::Stopped { checkpoint: Some(_), is_last: true }) = ran.outcome else { panic!("{:?}", ran.outcome) };
+    let Ok(Outcome::Stopped { checkpoint: Some(_), is_last: true }) = ran.outcome else {
+        panic!("{:?}", ran.outcome)
+    };
     let before = committed(&dir.path().join("output")).len();
-    assert!((5_000..60_000).contains(&before), "{before} records were committed by the last checkpoint");
+    assert!(
+        (5_000..60_000).contains(&before),
+        "{before} records were committed by the last checkpoint"
+    );
     let ran = run_manifest(&manifest, |_| {});
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     assert!(committed(&dir.path().join("output")) == golden());
@@ -109,7 +152,9 @@ fn stopped_job_goes_on_where_it_was() {
 
 #[test]
 fn every_exchange_brings_every_record() {
-    for (partition, parallelism, copies) in [("forward", 2, 1), ("rebalance", 3, 1), ("broadcast", 2, 2), ("hash", 3, 1)] {
+    for (partition, parallelism, copies) in
+        [("forward", 2, 1), ("rebalance", 3, 1), ("broadcast", 2, 2), ("hash", 3, 1)]
+    {
         let harness = Harness { partition, parallelism, count: 20_000, ..Harness::default() };
         let (ran, lines) = harness.run();
         assert_eq!(ran.outcome, Ok(Outcome::Finished), "{partition}");
@@ -122,7 +167,8 @@ fn finished_job_leaves_no_state_and_its_output_is_not_overwritten() {
     let dir = tempfile::tempdir().expect("a directory");
     let harness = Harness { count: 1_000, ..Harness::default() };
     assert_eq!(harness.run_in(dir.path()).outcome, Ok(Outcome::Finished));
-    let left: Vec<_> = std::fs::read_dir(dir.path().join("probe.cofferdam")).expect("listed").flatten().collect();
+    let left: Vec<_> =
+        std::fs::read_dir(dir.path().join("probe.cofferdam")).expect("listed").flatten().collect();
     assert_eq!(left.len(), 1, "only the lock is left: {left:?}");
     let problem = harness.run_in(dir.path()).outcome.expect_err("the output is there");
     assert_eq!(problem.code.number(), "C0017");
@@ -131,7 +177,13 @@ fn finished_job_leaves_no_state_and_its_output_is_not_overwritten() {
 #[test]
 fn checkpoints_hold_only_what_changed() {
     let config = r#"ballast = 33554432, dirty = 0"#.to_owned();
-    let harness = Harness { config, parallelism: 1, rate: Some(100_000), interval_ms: 50, ..Harness::default() };
+    let harness = Harness {
+        config,
+        parallelism: 1,
+        rate: Some(100_000),
+        interval_ms: 50,
+        ..Harness::default()
+    };
     let (ran, _) = harness.run();
     let bytes: Vec<u64> = ran
         .progress
@@ -142,12 +194,16 @@ fn checkpoints_hold_only_what_changed() {
         })
         .collect();
     assert!(3 < bytes.len(), "{bytes:?}");
-    assert!(bytes.iter().skip(1).all(|bytes| *bytes < 4 << 20), "32 MiB are never written again: {bytes:?}");
+    assert!(
+        bytes.iter().skip(1).all(|bytes| *bytes < 4 << 20),
+        "32 MiB are never written again: {bytes:?}"
+    );
 }
 
 #[test]
 fn kill_at_any_moment_loses_nothing_and_doubles_nothing() {
-    let rounds = std::env::var("CRASH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50);
+    let rounds =
+        std::env::var("CRASH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50);
     let tally = crash::run(rounds, 7, |_| {}).expect("exactly once");
     assert!(rounds <= tally.kills);
     assert!(rounds / 3 < tally.resumed, "the kills came before the first checkpoint: {tally:?}");

@@ -1,6 +1,9 @@
 //! What a sandbox promises: snapshots that restore exactly, limits that bind, faults told apart.
 
-use std::{sync::{Arc, OnceLock, atomic::Ordering}, time::Duration};
+use std::{
+    sync::{Arc, OnceLock, atomic::Ordering},
+    time::Duration,
+};
 
 use cofferdam_sandbox::{
     Batch, Component, ComponentError, GuestError, Image, Instance, InstanceSetup, Limit, Limits,
@@ -29,7 +32,11 @@ fn probe(tracking: TrackingChoice) -> Component {
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("tokio").block_on(future)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("tokio")
+        .block_on(future)
 }
 
 struct Probe {
@@ -37,7 +44,11 @@ struct Probe {
     host: Arc<RecordingHost>,
 }
 
-async fn open(tracking: TrackingChoice, limits: Limits, config: &[(&str, &str)]) -> Result<Probe, GuestError> {
+async fn open(
+    tracking: TrackingChoice,
+    limits: Limits,
+    config: &[(&str, &str)],
+) -> Result<Probe, GuestError> {
     let host = Arc::new(RecordingHost::default());
     open_on(tracking, host, limits, config).await
 }
@@ -81,7 +92,9 @@ fn batch(from: u64, count: u64) -> Batch {
 async fn output_of(probe: &mut Probe, batches: std::ops::Range<u64>) -> Vec<u8> {
     let mut output = Vec::new();
     for number in batches {
-        for emission in probe.instance.process(0, &batch(number * 100, 100)).await.expect("processes") {
+        for emission in
+            probe.instance.process(0, &batch(number * 100, 100)).await.expect("processes")
+        {
             output.extend(emission.records.values);
         }
     }
@@ -167,7 +180,8 @@ fn restoring_an_image_of_another_shape_is_refused() {
 #[test]
 fn memory_limit_binds_at_restore() {
     block_on(async {
-        let mut large = open(TrackingChoice::Best, Limits::default(), &[("do", "grow")]).await.expect("opens");
+        let mut large =
+            open(TrackingChoice::Best, Limits::default(), &[("do", "grow")]).await.expect("opens");
         large.instance.process(0, &batch(0, 1)).await.expect("grows");
         let mut image = Image::new();
         image.apply(&large.instance.snapshot().await.expect("sound")).expect("memory");
@@ -195,16 +209,23 @@ fn every_deed_is_told_apart() {
         ..Limits::default()
     };
     let roomy = Limits { memory_bytes_max: 1 << 30, ..short.clone() };
-    let limit = |deed_name: &'static str, limits: &Limits| {
-        match block_on(deed(limits.clone(), &[("do", deed_name)])) {
-            GuestError::Limit(limit) => limit,
-            other => panic!("{deed_name}: {other:?}"),
-        }
+    let limit = |deed_name: &'static str, limits: &Limits| match block_on(deed(
+        limits.clone(),
+        &[("do", deed_name)],
+    )) {
+        GuestError::Limit(limit) => limit,
+        other => panic!("{deed_name}: {other:?}"),
     };
     assert!(matches!(limit("spin", &short), Limit::Call { .. }));
-    assert!(matches!(limit("eat-memory", &Limits { call_max: Duration::from_secs(9), ..short.clone() }), Limit::Memory { .. }));
+    assert!(matches!(
+        limit("eat-memory", &Limits { call_max: Duration::from_secs(9), ..short.clone() }),
+        Limit::Memory { .. }
+    ));
     // A guest that keeps its stack in memory runs out of that before the host's stack ends.
-    match block_on(deed(Limits { call_max: Duration::from_secs(9), ..short.clone() }, &[("do", "recurse")])) {
+    match block_on(deed(
+        Limits { call_max: Duration::from_secs(9), ..short.clone() },
+        &[("do", "recurse")],
+    )) {
         GuestError::Limit(Limit::Stack) => {}
         GuestError::Trap { message, backtrace } => {
             assert!(message.contains("out of bounds"), "{message}");
@@ -214,7 +235,8 @@ fn every_deed_is_told_apart() {
     }
     let huge = Limits { call_max: Duration::from_secs(20), memory_bytes_max: 128 << 20, ..roomy };
     assert!(matches!(limit("huge-output", &huge), Limit::Memory { .. } | Limit::Output { .. }));
-    let own = |deed_name: &'static str| block_on(deed(short.clone(), &[("do", deed_name), ("at", "2")]));
+    let own =
+        |deed_name: &'static str| block_on(deed(short.clone(), &[("do", deed_name), ("at", "2")]));
     assert!(matches!(own("reject"), GuestError::Rejected { record: Some(2), .. }));
     assert!(matches!(own("fail"), GuestError::Failed { record: Some(2), .. }));
     assert!(matches!(own("exit"), GuestError::Trap { message, .. } if message.contains("exit")));
@@ -224,7 +246,11 @@ fn every_deed_is_told_apart() {
 
 #[test]
 fn output_limit_binds_below_the_memory_limit() {
-    let limits = Limits { output_bytes_max: 1 << 20, call_max: Duration::from_secs(20), ..Limits::default() };
+    let limits = Limits {
+        output_bytes_max: 1 << 20,
+        call_max: Duration::from_secs(20),
+        ..Limits::default()
+    };
     block_on(async {
         let mut probe = open(TrackingChoice::Best, limits, &[]).await.expect("opens");
         let error = probe.instance.process(0, &batch(0, 200_000)).await.expect_err("too much");
@@ -237,18 +263,21 @@ fn printing_works_before_and_after_a_restore() {
     block_on(async {
         for deed in ["println", "eprintln"] {
             let config = [("do", deed), ("at", "0"), ("attempts", "1")];
-            let mut first = open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
+            let mut first =
+                open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
             first.instance.process(0, &batch(0, 5)).await.expect("prints");
             assert_eq!(first.host.messages(), ["record 0"]);
             let mut image = Image::new();
             image.apply(&first.instance.snapshot().await.expect("no new handles")).expect("memory");
 
             let config = [("do", deed), ("at", "0")];
-            let mut before = open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
+            let mut before =
+                open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
             let mut image_before = Image::new();
             image_before.apply(&before.instance.snapshot().await.expect("sound")).expect("memory");
             for image in [&image, &image_before] {
-                let mut restored = open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
+                let mut restored =
+                    open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
                 restored.instance.restore(image).await.expect("restores");
                 restored.instance.process(0, &batch(0, 5)).await.expect("prints or counts");
                 let printed = restored.host.messages().len();
@@ -267,12 +296,14 @@ fn monotonic_clock_never_runs_backwards_over_a_restore() {
             let messages = host.messages();
             messages.last().and_then(|m| m.strip_prefix("elapsed ")?.parse().ok()).expect("a time")
         };
-        let mut first = open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
+        let mut first =
+            open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
         std::thread::sleep(Duration::from_millis(30));
         let mut image = Image::new();
         image.apply(&first.instance.snapshot().await.expect("sound")).expect("memory");
         first.instance.process(0, &batch(0, 1)).await.expect("prints");
-        let mut second = open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
+        let mut second =
+            open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
         second.instance.restore(&image).await.expect("restores");
         second.instance.process(0, &batch(0, 1)).await.expect("prints");
         assert!(30_000_000 <= elapsed(&second.host), "{}", elapsed(&second.host));
@@ -283,7 +314,8 @@ fn monotonic_clock_never_runs_backwards_over_a_restore() {
 fn flood_of_messages_is_cut_and_said_to_be() {
     block_on(async {
         let limits = Limits { call_max: Duration::from_secs(20), ..Limits::default() };
-        let mut probe = open(TrackingChoice::Best, limits, &[("do", "log-flood")]).await.expect("opens");
+        let mut probe =
+            open(TrackingChoice::Best, limits, &[("do", "log-flood")]).await.expect("opens");
         probe.instance.process(0, &batch(0, 1)).await.expect("goes on");
         let bytes: usize = probe.host.messages().iter().map(String::len).sum();
         assert!((60 << 10..640 << 10).contains(&bytes), "{bytes} bytes");
@@ -293,13 +325,17 @@ fn flood_of_messages_is_cut_and_said_to_be() {
 #[test]
 fn sleeping_guest_does_not_hold_the_thread() {
     block_on(async {
-        let mut probe = open(TrackingChoice::Best, Limits::default(), &[("do", "sleep")]).await.expect("opens");
+        let mut probe =
+            open(TrackingChoice::Best, Limits::default(), &[("do", "sleep")]).await.expect("opens");
         let records = batch(0, 1);
         let call = probe.instance.process(0, &records);
         let ended = tokio::time::timeout(Duration::from_millis(50), call).await;
         assert!(ended.is_err(), "it still sleeps");
         let after = probe.instance.process(0, &records).await;
-        assert!(matches!(after, Err(GuestError::Host(_))), "a call that was dropped poisons: {after:?}");
+        assert!(
+            matches!(after, Err(GuestError::Host(_))),
+            "a call that was dropped poisons: {after:?}"
+        );
     });
 }
 
@@ -308,13 +344,16 @@ fn attempt_is_live_and_not_part_of_the_snapshot() {
     block_on(async {
         let config = [("do", "trap"), ("at", "150"), ("attempts", "1")];
         let host = Arc::new(RecordingHost::default());
-        let mut probe = open_on(TrackingChoice::Best, host.clone(), Limits::default(), &config).await.expect("opens");
+        let mut probe = open_on(TrackingChoice::Best, host.clone(), Limits::default(), &config)
+            .await
+            .expect("opens");
         probe.instance.process(0, &batch(0, 100)).await.expect("before the trap");
         let mut image = Image::new();
         image.apply(&probe.instance.snapshot().await.expect("sound")).expect("memory");
         probe.instance.process(0, &batch(100, 100)).await.expect_err("the trap");
         host.attempt.store(1, Ordering::Relaxed);
-        let mut again = open_on(TrackingChoice::Best, host, Limits::default(), &config).await.expect("opens");
+        let mut again =
+            open_on(TrackingChoice::Best, host, Limits::default(), &config).await.expect("opens");
         again.instance.restore(&image).await.expect("restores");
         again.instance.process(0, &batch(100, 100)).await.expect("no trap in the second attempt");
     });
@@ -322,13 +361,16 @@ fn attempt_is_live_and_not_part_of_the_snapshot() {
 
 #[test]
 fn bytes_that_are_no_operator_are_refused_with_the_reason() {
-    let load = |bytes: &[u8]| sandbox(TrackingChoice::Best).load(bytes).map(|_| ()).expect_err("refused");
+    let load =
+        |bytes: &[u8]| sandbox(TrackingChoice::Best).load(bytes).map(|_| ()).expect_err("refused");
     let wat = |text: &str| wat::parse_str(text).expect("wat");
     assert!(matches!(load(b"#!/bin/sh\n"), ComponentError::NotWasm { .. }));
     assert!(matches!(load(b""), ComponentError::NotWasm { .. }));
     assert!(matches!(load(&wat("(module)")), ComponentError::CoreModule));
     assert!(matches!(load(&wat("(component)")), ComponentError::OtherWorld { .. }));
-    let import = load(&wat(r#"(component (import "wasi:sockets/udp@0.2.0" (instance (export "f" (func)))))"#));
+    let import = load(&wat(
+        r#"(component (import "wasi:sockets/udp@0.2.0" (instance (export "f" (func)))))"#,
+    ));
     assert!(matches!(import, ComponentError::Import { .. }), "{import}");
     let mut cut = std::fs::read(guest::probe()).expect("the probe");
     cut.truncate(cut.len() / 2);
@@ -348,18 +390,42 @@ fn component_whose_state_is_not_all_memory_cannot_be_checkpointed() {
         assert!(error.to_string().contains(expected), "{error}");
     };
     let one = "(core instance (instantiate $m))";
-    check("(memory 1)", "(core instance (instantiate $m)) (core instance (instantiate $m))", "2 times");
+    check(
+        "(memory 1)",
+        "(core instance (instantiate $m)) (core instance (instantiate $m))",
+        "2 times",
+    );
     check("(memory 1 1 shared)", one, "shared memory");
     check("(memory i64 1)", one, "64-bit memory");
     check(r#"(import "a" "m" (memory 1))"#, "", "imports a memory");
     check(r#"(import "a" "g" (global (mut i32)))"#, "", "imports a mutable global");
     check("(global (mut funcref) (ref.null func))", one, "not a 32- or 64-bit number");
     let table = "(table $t 1 funcref) (elem $e func)";
-    check(&format!("{table} (func (table.set $t (i32.const 0) (ref.null func)))"), one, "table.set");
-    check(&format!("{table} (func (drop (table.grow $t (ref.null func) (i32.const 1))))"), one, "table.grow");
-    check(&format!("{table} (func (table.fill $t (i32.const 0) (ref.null func) (i32.const 1)))"), one, "table.fill");
-    check(&format!("{table} (func (table.copy $t $t (i32.const 0) (i32.const 0) (i32.const 0)))"), one, "table.copy");
-    check(&format!("{table} (func (table.init $t $e (i32.const 0) (i32.const 0) (i32.const 0)))"), one, "table.init");
+    check(
+        &format!("{table} (func (table.set $t (i32.const 0) (ref.null func)))"),
+        one,
+        "table.set",
+    );
+    check(
+        &format!("{table} (func (drop (table.grow $t (ref.null func) (i32.const 1))))"),
+        one,
+        "table.grow",
+    );
+    check(
+        &format!("{table} (func (table.fill $t (i32.const 0) (ref.null func) (i32.const 1)))"),
+        one,
+        "table.fill",
+    );
+    check(
+        &format!("{table} (func (table.copy $t $t (i32.const 0) (i32.const 0) (i32.const 0)))"),
+        one,
+        "table.copy",
+    );
+    check(
+        &format!("{table} (func (table.init $t $e (i32.const 0) (i32.const 0) (i32.const 0)))"),
+        one,
+        "table.init",
+    );
     check(&format!("{table} (func (elem.drop $e))"), one, "elem.drop");
     check(r#"(memory 1) (data $d "x") (func (data.drop $d))"#, one, "data.drop");
     check("", "(type $r (resource (rep i32))) (core func (canon resource.new $r))", "ResourceNew");
@@ -373,9 +439,12 @@ fn handles_taken_after_open_make_a_snapshot_unsound() {
     // The sleeping call above shows that pollables come and go; one that stays is refused. A guest
     // that keeps one is made by asking while it holds it: its call is still running.
     block_on(async {
-        let mut probe = open(TrackingChoice::Best, Limits::default(), &[("do", "sleep")]).await.expect("opens");
+        let mut probe =
+            open(TrackingChoice::Best, Limits::default(), &[("do", "sleep")]).await.expect("opens");
         let records = batch(0, 1);
-        let _ = tokio::time::timeout(Duration::from_millis(50), probe.instance.process(0, &records)).await;
+        let _ =
+            tokio::time::timeout(Duration::from_millis(50), probe.instance.process(0, &records))
+                .await;
         let error = probe.instance.snapshot().await.expect_err("it holds a pollable");
         assert!(matches!(error, SnapshotError::HandlesHeld { .. }), "{error}");
     });
@@ -384,10 +453,12 @@ fn handles_taken_after_open_make_a_snapshot_unsound() {
 #[test]
 fn compiled_code_is_cached_and_damage_to_the_cache_is_harmless() {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = SandboxOptions { cache_dir: Some(dir.path().join("cache")), ..SandboxOptions::default() };
+    let options =
+        SandboxOptions { cache_dir: Some(dir.path().join("cache")), ..SandboxOptions::default() };
     let bytes = std::fs::read(guest::probe()).expect("the probe");
     Sandbox::new(options.clone()).expect("a sandbox").load(&bytes).expect("an operator");
-    let files: Vec<_> = std::fs::read_dir(dir.path().join("cache")).expect("the cache").flatten().collect();
+    let files: Vec<_> =
+        std::fs::read_dir(dir.path().join("cache")).expect("the cache").flatten().collect();
     assert_eq!(files.len(), 1);
     let written = files[0].metadata().expect("a file").modified().expect("a time");
     Sandbox::new(options.clone()).expect("a sandbox").load(&bytes).expect("an operator");

@@ -55,7 +55,8 @@ fn only_one_file_uses_sled() {
 
 #[test]
 fn the_core_has_no_dependencies() {
-    let manifest = fs::read_to_string(guest::root().join("host/core/Cargo.toml")).expect("readable");
+    let manifest =
+        fs::read_to_string(guest::root().join("host/core/Cargo.toml")).expect("readable");
     assert!(!manifest.contains("dependencies]"), "{manifest}");
 }
 
@@ -63,7 +64,16 @@ fn the_core_has_no_dependencies() {
 fn every_folder_stands_in_the_architecture() {
     let text = fs::read_to_string(guest::root().join("ARCHITECTURE.md")).expect("readable");
     for folder in [
-        "host/core", "host/sandbox", "host/engine", "host/cli", "guest-sdk", "wit", "examples", "tests", "benches", "xtask",
+        "host/core",
+        "host/sandbox",
+        "host/engine",
+        "host/cli",
+        "guest-sdk",
+        "wit",
+        "examples",
+        "tests",
+        "benches",
+        "xtask",
     ] {
         assert!(text.contains(&format!("`{folder}")), "{folder} is not in ARCHITECTURE.md");
     }

@@ -23,7 +23,8 @@ fn prepare(manifest: &Path, options: &JobOptions) -> Result<Job, Problem> {
 
 fn told(manifest: &Path) -> String {
     let state = tempfile::tempdir().expect("a directory");
-    let options = JobOptions { state_dir: Some(state.path().join("state")), ..JobOptions::default() };
+    let options =
+        JobOptions { state_dir: Some(state.path().join("state")), ..JobOptions::default() };
     match prepare(manifest, &options) {
         Ok(_) => "no problem\n".to_owned(),
         Err(problem) => {
@@ -38,7 +39,8 @@ fn write_components() {
     let dir = guest::root().join("tests/guests/target/ui");
     fs::create_dir_all(&dir).expect("a directory");
     let wat = |text: &str| wat::parse_str(text).expect("wat");
-    let shared = "(component (core module $m (memory 1 1 shared)) (core instance (instantiate $m)))";
+    let shared =
+        "(component (core module $m (memory 1 1 shared)) (core instance (instantiate $m)))";
     for (name, bytes) in [
         ("script.wasm", b"#!/bin/sh\n".to_vec()),
         ("core.wasm", wat("(module)")),
@@ -91,7 +93,9 @@ fn every_code_is_documented_and_nothing_else_is() {
 fn state_directory_belongs_to_one_run() {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = Harness::default().write(dir.path());
-    let running = prepare(&manifest, &JobOptions::default()).map_err(|problem| problem.to_string()).expect("the first");
+    let running = prepare(&manifest, &JobOptions::default())
+        .map_err(|problem| problem.to_string())
+        .expect("the first");
     let problem = prepare(&manifest, &JobOptions::default()).err().expect("the second");
     assert_eq!(problem.code, Code::StateInUse);
     drop(running);
@@ -103,18 +107,29 @@ fn state_and_output_directories_that_cannot_be_used_are_named() {
     let dir = tempfile::tempdir().expect("a directory");
     fs::write(dir.path().join("file"), "").expect("written");
     let manifest = Harness::default().write(dir.path());
-    let options = JobOptions { state_dir: Some(dir.path().join("file/state")), ..JobOptions::default() };
-    assert_eq!(prepare(&manifest, &options).err().map(|problem| problem.code), Some(Code::StateUnusable));
-    let text = fs::read_to_string(&manifest).expect("read").replace("path = \"output\"", "path = \"file/output\"");
+    let options =
+        JobOptions { state_dir: Some(dir.path().join("file/state")), ..JobOptions::default() };
+    assert_eq!(
+        prepare(&manifest, &options).err().map(|problem| problem.code),
+        Some(Code::StateUnusable)
+    );
+    let text = fs::read_to_string(&manifest)
+        .expect("read")
+        .replace("path = \"output\"", "path = \"file/output\"");
     fs::write(&manifest, text).expect("written");
     let problem = prepare(&manifest, &JobOptions::default()).err().expect("unwritable");
     assert_eq!(problem.code, Code::OutputUnwritable);
 }
 
 /// Stops a job half-way, changes something, and gives what the next run is told.
-fn resumed_with(before: &Harness, after: &Harness, component: Option<&Path>) -> Result<Outcome, Problem> {
+fn resumed_with(
+    before: &Harness,
+    after: &Harness,
+    component: Option<&Path>,
+) -> Result<Outcome, Problem> {
     let dir = tempfile::tempdir().expect("a directory");
-    let failing = Harness { config: r#"do = "trap", at = 5000"#.to_owned(), attempts: 0, ..before.clone() };
+    let failing =
+        Harness { config: r#"do = "trap", at = 5000"#.to_owned(), attempts: 0, ..before.clone() };
     assert!(failing.run_in(dir.path()).outcome.is_err(), "it leaves a checkpoint");
     let manifest = after.write(dir.path());
     if let Some(component) = component {
@@ -127,7 +142,13 @@ fn resumed_with(before: &Harness, after: &Harness, component: Option<&Path>) -> 
 
 #[test]
 fn checkpoint_of_another_component_is_refused() {
-    let harness = Harness { count: 20_000, rate: Some(100_000), interval_ms: 10, parallelism: 1, ..Harness::default() };
+    let harness = Harness {
+        count: 20_000,
+        rate: Some(100_000),
+        interval_ms: 10,
+        parallelism: 1,
+        ..Harness::default()
+    };
     // The same operator with other bytes: a custom section more.
     let mut bytes = fs::read(guest::probe()).expect("the probe");
     bytes.extend_from_slice(&[0, 3, 1, b'x', 0]);

@@ -53,14 +53,23 @@ pub fn run(rounds: u64, seed: u64, mut on_job: impl FnMut(&Tally)) -> Result<Tal
         check_counts(&found, harness().count)
             .map_err(anyhow::Error::msg)
             .with_context(|| format!("SEED={seed}, job {}: the output is wrong", tally.jobs))?;
-        ensure!(found == lines, "SEED={seed}, job {}: the output is not the golden run's", tally.jobs);
+        ensure!(
+            found == lines,
+            "SEED={seed}, job {}: the output is not the golden run's",
+            tally.jobs
+        );
         tally.jobs += 1;
         on_job(&tally);
     }
     Ok(tally)
 }
 
-fn kill_until_finished(dir: &Path, rounds: u64, random: &mut Random, tally: &mut Tally) -> Result<()> {
+fn kill_until_finished(
+    dir: &Path,
+    rounds: u64,
+    random: &mut Random,
+    tally: &mut Tally,
+) -> Result<()> {
     let manifest = harness().write(dir);
     let mut was_killed = false;
     loop {

@@ -53,7 +53,8 @@ pub fn program() -> PathBuf {
         build.args(["build", "--quiet", "--package", "cofferdam"]).current_dir(root());
         assert!(build.status().expect("run cargo").success(), "build the program");
     });
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     target.join("debug/cofferdam")
 }
 

@@ -79,7 +79,10 @@ impl Ran {
     /// How often the tasks were restarted.
     #[must_use]
     pub fn restart_count(&self) -> usize {
-        self.progress.iter().filter(|progress| matches!(progress, Progress::Restarting { .. })).count()
+        self.progress
+            .iter()
+            .filter(|progress| matches!(progress, Progress::Restarting { .. }))
+            .count()
     }
 
     /// The checkpoints that tasks were started from.
@@ -117,7 +120,8 @@ impl Harness {
     /// The manifest.
     #[must_use]
     pub fn manifest(&self) -> String {
-        let Self { count, parallelism, interval_ms, snapshot, attempts, config, partition, .. } = self;
+        let Self { count, parallelism, interval_ms, snapshot, attempts, config, partition, .. } =
+            self;
         let mut text = format!(
             r#"
 [job]
@@ -192,7 +196,8 @@ path = "output"
 /// If the runtime cannot be made.
 #[must_use]
 pub fn run_manifest(manifest: &Path, with: impl FnOnce(&Job)) -> Ran {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.expect("a runtime");
     let recorder = Arc::new(Recorder::default());
     let outcome = runtime.block_on(async {
@@ -216,7 +221,9 @@ pub fn committed(dir: &Path) -> Vec<String> {
     let mut lines: Vec<String> = entries
         .flatten()
         .map(|entry| entry.path())
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("part-")))
+        .filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("part-"))
+        })
         .flat_map(|path| {
             let text = fs::read_to_string(path).expect("a part can be read");
             text.lines().map(str::to_owned).collect::<Vec<_>>()

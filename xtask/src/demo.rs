@@ -33,7 +33,8 @@ pub(crate) fn run_job(example: &str) -> Result<String> {
 
 fn program() -> PathBuf {
     let name = format!("cofferdam{}", std::env::consts::EXE_SUFFIX);
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     target.join("debug").join(name)
 }
 
@@ -41,7 +42,9 @@ pub(crate) fn run() -> Result<()> {
     guests()?;
     announce("building cofferdam");
     crate::steps::run(
-        Command::new(env!("CARGO")).args(["build", "--quiet", "--package", "cofferdam"]).current_dir(root()),
+        Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--package", "cofferdam"])
+            .current_dir(root()),
     )?;
 
     announce("wordcount: the words of the King James Bible, undisturbed");
@@ -65,10 +68,15 @@ pub(crate) fn run() -> Result<()> {
     }
     println!("     ... and {} words more", top.len().saturating_sub(5));
     println!();
-    let restored = log.lines().find(|line| line.contains("attempt 1:")).and_then(|line| line.rsplit_once(", "));
+    let restored = log
+        .lines()
+        .find(|line| line.contains("attempt 1:"))
+        .and_then(|line| line.rsplit_once(", "));
     let place = restored.map_or("from its newest checkpoint", |(_, place)| place);
     println!("The operator of `faulty` trapped once, and the job recovered {place}.");
-    println!("The result equals the undisturbed run, byte for byte, and what counting natively gives.");
+    println!(
+        "The result equals the undisturbed run, byte for byte, and what counting natively gives."
+    );
     Ok(())
 }
 
@@ -91,7 +99,9 @@ fn bytes(example: &str) -> Result<Vec<u8>> {
         .with_context(|| format!("list {}", dir.display()))?
         .flatten()
         .map(|entry| entry.path())
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("part-")))
+        .filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("part-"))
+        })
         .collect();
     parts.sort();
     let mut all = Vec::new();
@@ -107,7 +117,10 @@ fn count_natively(dir: &Path) -> Result<BTreeMap<String, u64>> {
     for entry in fs::read_dir(dir).context("list the input")?.flatten() {
         if entry.path().extension().is_some_and(|extension| extension == "txt") {
             let text = fs::read_to_string(entry.path()).context("read the input")?;
-            for word in text.split(|letter: char| !letter.is_ascii_alphabetic()).filter(|word| !word.is_empty()) {
+            for word in text
+                .split(|letter: char| !letter.is_ascii_alphabetic())
+                .filter(|word| !word.is_empty())
+            {
                 *counts.entry(word.to_owned()).or_insert(0) += 1;
             }
         }

@@ -70,9 +70,19 @@ pub(crate) fn test() -> Result<()> {
     run(cargo("tests/guests").args(["fmt", "--all", "--check"]))?;
     guests()?;
     announce("lints");
-    run(cargo(".").args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo(".").args([
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
     announce("documentation");
-    run(cargo(".").args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
+    run(cargo(".")
+        .args(["doc", "--quiet", "--workspace", "--no-deps"])
+        .env("RUSTDOCFLAGS", "-D warnings"))?;
     announce("tests of the examples");
     run(cargo("examples").args(["test", "--quiet"]))?;
     announce("tests");
@@ -85,7 +95,18 @@ pub(crate) fn test() -> Result<()> {
 pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
     let filter = if setting == "SEED" { "simulation::one_seed" } else { "simulation::many_seeds" };
     let mut command = cargo(".");
-    command.args(["test", "--release", "--quiet", "--package", "cofferdam-core", "--test", "simulation", "--", "--nocapture", "--ignored"]);
+    command.args([
+        "test",
+        "--release",
+        "--quiet",
+        "--package",
+        "cofferdam-core",
+        "--test",
+        "simulation",
+        "--",
+        "--nocapture",
+        "--ignored",
+    ]);
     command.arg(filter.trim_start_matches("simulation::"));
     run(command.env(setting, value.to_string()))
 }
@@ -94,11 +115,21 @@ pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
 pub(crate) fn crash(rounds: u64) -> Result<()> {
     guests()?;
     run(cargo(".").args(["build", "--quiet", "--package", "cofferdam"]))?;
-    run(cargo(".").args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", "crash", "--"]).arg(rounds.to_string()))
+    run(cargo(".")
+        .args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", "crash", "--"])
+        .arg(rounds.to_string()))
 }
 
 /// A benchmark, built for speed.
 pub(crate) fn bench(name: &str) -> Result<()> {
     guests()?;
-    run(cargo(".").args(["run", "--release", "--quiet", "--package", "cofferdam-benches", "--", name]))
+    run(cargo(".").args([
+        "run",
+        "--release",
+        "--quiet",
+        "--package",
+        "cofferdam-benches",
+        "--",
+        name,
+    ]))
 }

@@ -23,21 +23,29 @@ Errors have codes; docs/errors.md explains each.";
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Make a crate for a new operator, with a job that runs it
-    #[command(after_help = "Example:\n  cofferdam new wordcount && cd wordcount && cofferdam build && cofferdam run job.toml")]
+    #[command(
+        after_help = "Example:\n  cofferdam new wordcount && cd wordcount && cofferdam build && cofferdam run job.toml"
+    )]
     New(NewArguments),
     /// Build an operator crate into a checked component
-    #[command(after_help = "Examples:\n  cofferdam build\n  cofferdam build split --output job/split.wasm")]
+    #[command(
+        after_help = "Examples:\n  cofferdam build\n  cofferdam build split --output job/split.wasm"
+    )]
     Build(BuildArguments),
     /// Check a manifest and its components without running anything
     #[command(after_help = "Example:\n  cofferdam check job.toml")]
     Check(CheckArguments),
     /// Run a job, or go on with one that was interrupted
-    #[command(after_help = "Examples:\n  cofferdam run job.toml\n  cofferdam run job.toml --json | jq -c 'select(.event == \"restarting\")'\n\n\
+    #[command(
+        after_help = "Examples:\n  cofferdam run job.toml\n  cofferdam run job.toml --json | jq -c 'select(.event == \"restarting\")'\n\n\
 Ctrl-C takes a last checkpoint and stops; a second one ends at once. What was committed stays\n\
-committed, and running the job again goes on from its newest checkpoint.")]
+committed, and running the job again goes on from its newest checkpoint."
+    )]
     Run(RunArguments),
     /// Print a script that completes the program's arguments in your shell
-    #[command(after_help = "Example:\n  cofferdam completions bash > ~/.local/share/bash-completion/completions/cofferdam")]
+    #[command(
+        after_help = "Example:\n  cofferdam completions bash > ~/.local/share/bash-completion/completions/cofferdam"
+    )]
     Completions {
         /// Which shell
         shell: Shell,
@@ -96,7 +104,9 @@ impl CacheArguments {
     /// The cache's directory; none where the environment names no home.
     pub(crate) fn dir(&self) -> Option<PathBuf> {
         let user_cache = || {
-            let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+            let of = |name: &str| {
+                std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+            };
             of("XDG_CACHE_HOME").or_else(|| Some(of("HOME")?.join(".cache")))
         };
         self.cache_dir.clone().or_else(|| Some(user_cache()?.join("cofferdam")))

@@ -17,16 +17,19 @@ const TARGET: &str = "wasm32-wasip2";
 
 pub(crate) async fn run(arguments: BuildArguments, is_json: bool) -> Result<(), Problem> {
     let built = cargo_build(&arguments.path)?;
-    let output = arguments.output.unwrap_or_else(|| {
-        arguments.path.join(built.file_name().unwrap_or_default())
-    });
+    let output = arguments
+        .output
+        .unwrap_or_else(|| arguments.path.join(built.file_name().unwrap_or_default()));
     let name = built.file_stem().and_then(|stem| stem.to_str()).unwrap_or("operator").to_owned();
     let sandbox = job::sandbox(None)?;
     let component = job::load_component(&sandbox, &name, &built)?;
     let description = job::describe(&component, &name).await?;
     std::fs::copy(&built, &output).map_err(|error| {
-        Problem::new(Code::BuildFailed, format!("cannot write the component to {}", output.display()))
-            .detail(error)
+        Problem::new(
+            Code::BuildFailed,
+            format!("cannot write the component to {}", output.display()),
+        )
+        .detail(error)
     })?;
     let digest = component.digest();
     if is_json {
@@ -56,13 +59,22 @@ fn cargo_build(path: &Path) -> Result<PathBuf, Problem> {
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["build", "--release", "--target", TARGET, "--message-format", "json-render-diagnostics"])
+        .args([
+            "build",
+            "--release",
+            "--target",
+            TARGET,
+            "--message-format",
+            "json-render-diagnostics",
+        ])
         .current_dir(path)
         .env_remove("RUSTFLAGS")
         .stderr(Stdio::inherit())
         .output()
         .map_err(|error| {
-            failed("cannot run cargo").detail(error).hint("install Rust with rustup, then `rustup target add wasm32-wasip2`")
+            failed("cannot run cargo")
+                .detail(error)
+                .hint("install Rust with rustup, then `rustup target add wasm32-wasip2`")
         })?;
     if !output.status.success() {
         return Err(failed(format!("cargo could not build {}", path.display())).hint(
@@ -73,7 +85,11 @@ fn cargo_build(path: &Path) -> Result<PathBuf, Problem> {
     let components = messages.lines().rev().filter_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;
         let files = message.get("filenames")?.as_array()?;
-        files.iter().filter_map(Value::as_str).find(|file| file.ends_with(".wasm")).map(PathBuf::from)
+        files
+            .iter()
+            .filter_map(Value::as_str)
+            .find(|file| file.ends_with(".wasm"))
+            .map(PathBuf::from)
     });
     components.into_iter().next().ok_or_else(|| {
         failed(format!("{} makes no component", path.display()))

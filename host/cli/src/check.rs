@@ -84,7 +84,11 @@ fn people(checked: &CheckedJob) {
         println!("  {kind:<8} {} x{}", operator.name, operator.parallelism);
         for edge in spec.graph.inputs(id) {
             let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
-            println!("    <- {} ({}{chained})", spec.node(edge.from).name, partitioner_name(edge.partitioner));
+            println!(
+                "    <- {} ({}{chained})",
+                spec.node(edge.from).name,
+                partitioner_name(edge.partitioner)
+            );
         }
     }
     for (name, description) in checked.descriptions() {

@@ -23,7 +23,12 @@ fn main() -> ExitCode {
         Verb::Check(arguments) => with_runtime(check::run(arguments, is_json)),
         Verb::Run(arguments) => with_runtime(run::run(arguments, is_json)),
         Verb::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "cofferdam", &mut std::io::stdout());
+            clap_complete::generate(
+                shell,
+                &mut Arguments::command(),
+                "cofferdam",
+                &mut std::io::stdout(),
+            );
             Ok(())
         }
     };
@@ -39,7 +44,8 @@ fn main() -> ExitCode {
 fn with_runtime<T>(future: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
-        Problem::new(cofferdam_engine::problem::Code::CannotStart, "start the runtime").detail(error)
+        Problem::new(cofferdam_engine::problem::Code::CannotStart, "start the runtime")
+            .detail(error)
     })?;
     let result = runtime.block_on(future);
     // What still blocks then (a read of standard input, a slow disk) must not hold the exit up.

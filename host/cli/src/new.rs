@@ -22,8 +22,14 @@ const SDK: &[(&str, &str)] = &[
     (".cofferdam/guest-sdk/src/runtime.rs", include_str!("../../../guest-sdk/src/runtime.rs")),
     (".cofferdam/guest-sdk/src/state.rs", include_str!("../../../guest-sdk/src/state.rs")),
     (".cofferdam/guest-sdk/src/testing.rs", include_str!("../../../guest-sdk/src/testing.rs")),
-    (".cofferdam/guest-sdk/macros/Cargo.toml", include_str!("../../../guest-sdk/macros/Cargo.toml")),
-    (".cofferdam/guest-sdk/macros/src/lib.rs", include_str!("../../../guest-sdk/macros/src/lib.rs")),
+    (
+        ".cofferdam/guest-sdk/macros/Cargo.toml",
+        include_str!("../../../guest-sdk/macros/Cargo.toml"),
+    ),
+    (
+        ".cofferdam/guest-sdk/macros/src/lib.rs",
+        include_str!("../../../guest-sdk/macros/src/lib.rs"),
+    ),
 ];
 
 /// The project's own files; `NAME` and `FILE` are replaced.
@@ -40,7 +46,9 @@ pub(crate) fn run(arguments: &NewArguments, is_json: bool) -> Result<(), Problem
     let path = &arguments.path;
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let is_name = name.starts_with(|letter: char| letter.is_ascii_lowercase())
-        && name.chars().all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || "-_".contains(letter));
+        && name.chars().all(|letter| {
+            letter.is_ascii_lowercase() || letter.is_ascii_digit() || "-_".contains(letter)
+        });
     if !is_name {
         return Err(Problem::new(Code::BadValue, format!("\"{name}\" cannot name a crate"))
             .hint("use lower-case letters, digits and `-`, beginning with a letter"));
@@ -61,7 +69,10 @@ pub(crate) fn run(arguments: &NewArguments, is_json: bool) -> Result<(), Problem
         report::line(&json!({ "created": path, "name": name }));
     } else {
         println!("{}: an operator, its test and a job\n", path.display());
-        println!("  cd {}\n  cargo test\n  cofferdam build\n  cofferdam run job.toml", path.display());
+        println!(
+            "  cd {}\n  cargo test\n  cofferdam build\n  cofferdam run job.toml",
+            path.display()
+        );
     }
     Ok(())
 }

@@ -27,14 +27,25 @@ const REPORT: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Problem> {
     let is_live = !is_json && !arguments.no_progress && io::stderr().is_terminal();
-    let screen = if is_live { MultiProgress::new() } else { MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()) };
+    let screen = if is_live {
+        MultiProgress::new()
+    } else {
+        MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden())
+    };
     start_log(arguments.log.as_deref(), is_json, &screen)?;
     let spec = JobSpec::read(&arguments.manifest)?;
     let cache_dir = arguments.cache.dir();
     let sandbox = job::sandbox(cache_dir)?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
-    let options = JobOptions { state_dir: arguments.state_dir, seed: seed(), ..JobOptions::default() };
-    let mode = if is_json { Mode::Json } else if is_live { Mode::Live } else { Mode::Log };
+    let options =
+        JobOptions { state_dir: arguments.state_dir, seed: seed(), ..JobOptions::default() };
+    let mode = if is_json {
+        Mode::Json
+    } else if is_live {
+        Mode::Live
+    } else {
+        Mode::Log
+    };
     let job = Job::prepare(checked, &options, Arc::new(Watcher { mode }))?;
 
     let view = View::new(&job, mode, &screen);
@@ -110,7 +121,11 @@ fn start_log(filter: Option<&str>, is_json: bool, screen: &MultiProgress) -> Res
         .with_env_filter(filter)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(AboveProgress(screen.clone()));
-    if is_json { builder.json().init() } else { builder.with_target(false).init() }
+    if is_json {
+        builder.json().init()
+    } else {
+        builder.with_target(false).init()
+    }
     Ok(())
 }
 
@@ -140,12 +155,16 @@ impl Observer for Watcher {
         }
         match progress {
             Progress::Started { attempt, restored_from, tasks } => match restored_from {
-                Some(checkpoint) => tracing::info!("attempt {attempt}: {tasks} tasks, from checkpoint {checkpoint}"),
+                Some(checkpoint) => {
+                    tracing::info!("attempt {attempt}: {tasks} tasks, from checkpoint {checkpoint}")
+                }
                 None => tracing::info!("attempt {attempt}: {tasks} tasks, from the beginning"),
             },
             Progress::CheckpointCompleted { checkpoint, duration_ms, pause_ms, bytes, .. } => {
                 let size = report::bytes(bytes);
-                let text = format!("checkpoint {checkpoint}: {duration_ms:.1} ms, pause {pause_ms:.2} ms, {size}");
+                let text = format!(
+                    "checkpoint {checkpoint}: {duration_ms:.1} ms, pause {pause_ms:.2} ms, {size}"
+                );
                 // On a terminal the line of progress says so already.
                 match self.mode {
                     Mode::Live => tracing::debug!("{text}"),
@@ -184,14 +203,23 @@ struct View {
 
 impl View {
     fn new(job: &Job, mode: Mode, screen: &MultiProgress) -> Self {
-        let is = |kind: &NodeKind| (matches!(kind, NodeKind::Source(_)), matches!(kind, NodeKind::Sink(_)));
+        let is = |kind: &NodeKind| {
+            (matches!(kind, NodeKind::Source(_)), matches!(kind, NodeKind::Sink(_)))
+        };
         let kinds = job.spec().nodes.iter().map(|node| is(&node.kind)).collect();
         let bar = screen.add(ProgressBar::new_spinner());
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
             bar.set_style(style);
         }
         let job_name = job.spec().name.clone();
-        Self { mode, job: job_name, metrics: job.metrics(), kinds: Arc::new(kinds), bar, started: Instant::now() }
+        Self {
+            mode,
+            job: job_name,
+            metrics: job.metrics(),
+            kinds: Arc::new(kinds),
+            bar,
+            started: Instant::now(),
+        }
     }
 
     fn read(&self) -> Reading {
@@ -280,7 +308,9 @@ impl View {
             match (checkpoint, is_last) {
                 (Some(id), true) => eprintln!("run it again and it goes on from checkpoint {id}"),
                 (Some(id), false) => {
-                    eprintln!("the last checkpoint failed: run it again and it goes on from checkpoint {id}");
+                    eprintln!(
+                        "the last checkpoint failed: run it again and it goes on from checkpoint {id}"
+                    );
                 }
                 (None, _) => eprintln!("no checkpoint was completed: run again, it begins anew"),
             }

@@ -81,8 +81,7 @@ impl Aligner {
 
     /// The coordinator gave up a checkpoint; true if channels are to be unblocked.
     pub fn on_abort(&mut self, checkpoint: CheckpointId) -> bool {
-        let aligning =
-            matches!(&self.phase, Phase::Aligning { checkpoint: current, .. } if *current <= checkpoint);
+        let aligning = matches!(&self.phase, Phase::Aligning { checkpoint: current, .. } if *current <= checkpoint);
         if aligning {
             self.phase = Phase::Open;
         }

@@ -88,8 +88,16 @@ pub enum Purpose {
 #[derive(Debug, Clone)]
 enum Phase {
     Idle,
-    Collecting { checkpoint: CheckpointId, deadline: Millis, missing: BTreeSet<TaskId>, purpose: Purpose },
-    Persisting { checkpoint: CheckpointId, purpose: Purpose },
+    Collecting {
+        checkpoint: CheckpointId,
+        deadline: Millis,
+        missing: BTreeSet<TaskId>,
+        purpose: Purpose,
+    },
+    Persisting {
+        checkpoint: CheckpointId,
+        purpose: Purpose,
+    },
 }
 
 /// Follows the one checkpoint that may be pending, and the newest completed one.
@@ -181,7 +189,12 @@ impl Coordinator {
     ///
     /// # Panics
     /// If one is pending.
-    pub fn trigger(&mut self, now: Millis, purpose: Purpose, tasks: BTreeSet<TaskId>) -> CheckpointId {
+    pub fn trigger(
+        &mut self,
+        now: Millis,
+        purpose: Purpose,
+        tasks: BTreeSet<TaskId>,
+    ) -> CheckpointId {
         assert!(self.is_idle(), "one checkpoint at a time");
         let checkpoint = self.next_id;
         self.next_id = checkpoint.next();

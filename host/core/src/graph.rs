@@ -157,8 +157,7 @@ fn topological_order(count: usize, edges: &[Edge]) -> Result<Vec<OperatorId>, Gr
         waiting_for[edge.to.0 as usize] += 1;
     }
     let ids = (0..).map(OperatorId).take(count);
-    let mut order: Vec<OperatorId> =
-        ids.filter(|id| waiting_for[id.0 as usize] == 0).collect();
+    let mut order: Vec<OperatorId> = ids.filter(|id| waiting_for[id.0 as usize] == 0).collect();
     let mut next = 0;
     while let Some(&id) = order.get(next) {
         next += 1;
@@ -202,7 +201,10 @@ mod tests {
     use super::*;
 
     /// Builds a graph from lines like `a -> b hash`; operators are numbered as they appear.
-    fn graph(parallelism: &[(&str, u32)], edges: &[(&str, &str, Partitioner)]) -> Result<JobGraph, GraphError> {
+    fn graph(
+        parallelism: &[(&str, u32)],
+        edges: &[(&str, &str, Partitioner)],
+    ) -> Result<JobGraph, GraphError> {
         let operators = parallelism
             .iter()
             .map(|&(name, parallelism)| Operator { name: name.to_owned(), parallelism })
@@ -256,7 +258,12 @@ mod tests {
         use Partitioner::Rebalance;
         let error = graph(
             &[("in", 1), ("a", 1), ("b", 1), ("c", 1)],
-            &[("in", "a", Rebalance), ("a", "b", Rebalance), ("b", "c", Rebalance), ("c", "a", Rebalance)],
+            &[
+                ("in", "a", Rebalance),
+                ("a", "b", Rebalance),
+                ("b", "c", Rebalance),
+                ("c", "a", Rebalance),
+            ],
         )
         .expect_err("a cycle");
         let GraphError::Cycle(cycle) = error else { panic!("{error:?}") };

@@ -209,17 +209,27 @@ impl Default for Resume {
 #[derive(Debug, Clone)]
 enum Phase {
     /// Some tasks run already, and a short input may have ended before the last one does.
-    Starting { drained: BTreeSet<TaskId> },
+    Starting {
+        drained: BTreeSet<TaskId>,
+    },
     Running {
         drained: BTreeSet<TaskId>,
         /// After a failed last checkpoint: not before this.
         retry_at: Option<Millis>,
     },
     /// The last checkpoint is complete; tasks commit it and close.
-    Ending { missing: BTreeSet<TaskId>, outcome: Outcome },
+    Ending {
+        missing: BTreeSet<TaskId>,
+        outcome: Outcome,
+    },
     /// The delay runs while the tasks are being cancelled; both must be over.
-    Restarting { restart_at: Millis, is_stopped: bool },
-    Cancelling { outcome: Outcome },
+    Restarting {
+        restart_at: Millis,
+        is_stopped: bool,
+    },
+    Cancelling {
+        outcome: Outcome,
+    },
     Over,
 }
 
@@ -255,8 +265,7 @@ impl Job {
             phase: Phase::starting(),
             is_stop_requested: false,
         };
-        let effect =
-            Effect::StartTasks { attempt: job.attempt, restore_from: resume.checkpoint };
+        let effect = Effect::StartTasks { attempt: job.attempt, restore_from: resume.checkpoint };
         (job, effect)
     }
 
@@ -287,7 +296,9 @@ impl Job {
                     [self.coordinator.expires_at(), self.periodic_at(), self.retry_at()];
                 candidates.into_iter().flatten().min()
             }
-            Phase::Restarting { restart_at, is_stopped: true } if !self.coordinator.is_in_doubt() => {
+            Phase::Restarting { restart_at, is_stopped: true }
+                if !self.coordinator.is_in_doubt() =>
+            {
                 Some(*restart_at)
             }
             _ => None,
@@ -378,7 +389,9 @@ impl Job {
     }
 
     fn wants_last(&self) -> bool {
-        self.is_ending() && self.coordinator.is_idle() && matches!(self.phase, Phase::Running { .. })
+        self.is_ending()
+            && self.coordinator.is_idle()
+            && matches!(self.phase, Phase::Running { .. })
     }
 
     fn trigger(&mut self, now: Millis, purpose: Purpose, effects: &mut Vec<Effect>) {

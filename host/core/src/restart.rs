@@ -211,7 +211,14 @@ mod tests {
         assert_eq!(answers, expected);
     }
 
-    fn exponential(b0: u64, max: u64, m: f64, reset: u64, j: f64, a: Option<u64>) -> RestartStrategy {
+    fn exponential(
+        b0: u64,
+        max: u64,
+        m: f64,
+        reset: u64,
+        j: f64,
+        a: Option<u64>,
+    ) -> RestartStrategy {
         RestartStrategy::ExponentialDelay(ExponentialDelay {
             initial_backoff_ms: b0,
             backoff_ms_max: max,

@@ -167,19 +167,26 @@ impl World {
         self.trace.push(format!("{} {effect:?}", self.now));
         match effect {
             Effect::StartTasks { attempt, restore_from } => self.start(attempt, restore_from),
-            Effect::InjectBarrier { checkpoint, attempt, purpose } => self.barrier(checkpoint, attempt, purpose),
+            Effect::InjectBarrier { checkpoint, attempt, purpose } => {
+                self.barrier(checkpoint, attempt, purpose)
+            }
             Effect::PersistManifest { checkpoint } => {
                 if self.strikes(self.options.manifest_lost_one_in) {
                     self.later(Event::ManifestLost { checkpoint, message: "disk".to_owned() });
                 } else {
-                    let all = self.tasks.keys().all(|task| self.snapshots.contains_key(&(checkpoint, *task)));
+                    let all = self
+                        .tasks
+                        .keys()
+                        .all(|task| self.snapshots.contains_key(&(checkpoint, *task)));
                     assert!(all, "a manifest without all snapshots");
                     // Durable from here on, whether or not anybody hears of it.
                     self.manifests.insert(checkpoint);
                     self.later(Event::ManifestDurable { checkpoint });
                 }
             }
-            Effect::NotifyComplete { checkpoint, attempt, purpose } => self.complete(checkpoint, attempt, purpose),
+            Effect::NotifyComplete { checkpoint, attempt, purpose } => {
+                self.complete(checkpoint, attempt, purpose)
+            }
             Effect::Discard { checkpoint, .. } => {
                 if self.completed.last() != Some(&checkpoint) {
                     self.tasks.values_mut().for_each(|task| task.is_held = false);
@@ -201,7 +208,11 @@ impl World {
         if let Some(checkpoint) = restore_from {
             assert!(self.manifests.contains(&checkpoint), "restored from what is not durable");
             let newest = self.manifests.last().copied();
-            assert_eq!(newest, Some(checkpoint), "restored from an older checkpoint than the newest durable one");
+            assert_eq!(
+                newest,
+                Some(checkpoint),
+                "restored from an older checkpoint than the newest durable one"
+            );
         }
         for id in self.tasks.keys().copied().collect::<Vec<_>>() {
             let mut task = Task { is_running: true, ..Task::default() };
@@ -266,7 +277,10 @@ impl World {
 
     fn complete(&mut self, checkpoint: CheckpointId, attempt: Attempt, purpose: Purpose) {
         assert!(self.manifests.contains(&checkpoint), "complete without a durable manifest");
-        assert!(self.completed.last().is_none_or(|last| *last < checkpoint), "completed out of order");
+        assert!(
+            self.completed.last().is_none_or(|last| *last < checkpoint),
+            "completed out of order"
+        );
         assert_eq!(attempt, self.attempt);
         self.completed.push(checkpoint);
         for id in self.tasks.keys().copied().collect::<Vec<_>>() {
@@ -300,7 +314,8 @@ impl World {
                 self.after(1, Event::TaskDrained { task: id, attempt });
             }
         }
-        if self.tasks.values().any(|task| task.is_running) && self.strikes(self.options.trap_one_in) {
+        if self.tasks.values().any(|task| task.is_running) && self.strikes(self.options.trap_one_in)
+        {
             let task = self.any_task();
             self.after(1, Event::TaskFailed { task: Some(task), attempt, cause: cause() });
         }
@@ -312,7 +327,10 @@ impl World {
         self.tasks.values_mut().for_each(|task| *task = Task::default());
         self.completed.clear();
         let next_id = CheckpointId(self.highest_id + 1);
-        Job::new(self.settings(seed), Resume { checkpoint: self.manifests.last().copied(), next_id })
+        Job::new(
+            self.settings(seed),
+            Resume { checkpoint: self.manifests.last().copied(), next_id },
+        )
     }
 }
 
@@ -345,7 +363,9 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
         };
         let event = match event {
             Some(event) => event,
-            None if world.strikes(world.options.stop_one_in.saturating_mul(50)) => Event::StopRequested,
+            None if world.strikes(world.options.stop_one_in.saturating_mul(50)) => {
+                Event::StopRequested
+            }
             None => Event::Tick,
         };
         job.step(Millis(world.now), event, &mut effects);
@@ -387,7 +407,8 @@ fn same_seed_gives_the_same_trace() {
 #[test]
 #[ignore = "the long run: cargo xtask sim N"]
 fn many_seeds() {
-    let seeds = std::env::var("SIM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(10_000);
+    let seeds =
+        std::env::var("SIM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(10_000);
     let faults: u64 = (0..seeds).map(check).sum();
     println!("{seeds} seeds, {faults} faults: all held");
 }

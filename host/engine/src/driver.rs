@@ -30,7 +30,10 @@ use crate::{
     job::Plan,
     metrics::Metrics,
     progress::{Observer, Progress},
-    storage::{snapshot::TaskSnapshot, writer::{Report, StorageHandle}},
+    storage::{
+        snapshot::TaskSnapshot,
+        writer::{Report, StorageHandle},
+    },
     task::{
         Control, Head, Worker,
         local::TaskLocal,
@@ -86,7 +89,12 @@ impl Shared {
         let _ = self.events.send(event);
     }
 
-    pub(crate) fn note_pause(&self, checkpoint: CheckpointId, pause: Duration, snapshot: &TaskSnapshot) {
+    pub(crate) fn note_pause(
+        &self,
+        checkpoint: CheckpointId,
+        pause: Duration,
+        snapshot: &TaskSnapshot,
+    ) {
         let state_bytes = snapshot.memory.as_ref().map_or(0, |memory| memory.size_bytes());
         self.stats.change(checkpoint, |stats| {
             stats.pause = stats.pause.max(pause);
@@ -104,7 +112,9 @@ impl Shared {
             return;
         }
         let mut recovery = self.recovery.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(done) = recovery.take_if(|recovery| recovery.operator.is_none_or(|id| id == task.operator)) {
+        if let Some(done) =
+            recovery.take_if(|recovery| recovery.operator.is_none_or(|id| id == task.operator))
+        {
             self.is_recovering.store(false, Ordering::Relaxed);
             let took = done.failed_at.elapsed().saturating_sub(done.delay);
             let recovery_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
@@ -227,12 +237,16 @@ impl Driver {
         match effect {
             Effect::StartTasks { attempt, restore_from } => self.start_tasks(attempt, restore_from),
             Effect::InjectBarrier { checkpoint, purpose, .. } => {
-                self.shared.stats.change(checkpoint, |stats| stats.triggered_at = Some(Instant::now()));
+                self.shared
+                    .stats
+                    .change(checkpoint, |stats| stats.triggered_at = Some(Instant::now()));
                 let sources = self.workers.iter().filter(|worker| worker.is_source);
                 tell(sources, Control::Barrier(checkpoint, purpose));
             }
             Effect::PersistManifest { checkpoint } => self.shared.storage.complete(checkpoint),
-            Effect::NotifyComplete { checkpoint, purpose, .. } => self.notify_complete(checkpoint, purpose),
+            Effect::NotifyComplete { checkpoint, purpose, .. } => {
+                self.notify_complete(checkpoint, purpose)
+            }
             Effect::Discard { checkpoint, reason: DiscardReason::Subsumed } => {
                 if let Some(newest) = self.core.last_completed() {
                     self.shared.storage.subsume(checkpoint, newest);
@@ -337,7 +351,8 @@ fn run(worker: Worker, control: UnboundedSender<Control>) -> RunningWorker {
             Ok(Err(failure)) => (failure.task, failure.cause),
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+                let text =
+                    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
                 (first, host_bug(text))
             }
         };
@@ -373,7 +388,9 @@ impl Plan {
             for index in 0..graph.operator(head).parallelism {
                 let (nodes, writers) = self.chain(head, index, &gates, locals);
                 let source_head = match gates.get(&TaskId { operator: head, index }) {
-                    Some(gate) => Head::Gate { gate: gate.clone(), inputs: channel_inputs(graph, head) },
+                    Some(gate) => {
+                        Head::Gate { gate: gate.clone(), inputs: channel_inputs(graph, head) }
+                    }
                     None => Head::Source,
                 };
                 let (sender, control) = mpsc::unbounded_channel();

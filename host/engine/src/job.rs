@@ -139,7 +139,9 @@ impl CheckedJob {
 
     /// Each operator's name with what its component says it is.
     pub fn descriptions(&self) -> impl Iterator<Item = (&str, &Description)> {
-        self.operators.iter().map(|(id, operator)| (self.spec.node(*id).name.as_str(), &operator.description))
+        self.operators
+            .iter()
+            .map(|(id, operator)| (self.spec.node(*id).name.as_str(), &operator.description))
     }
 }
 
@@ -160,7 +162,11 @@ pub fn sandbox(cache_dir: Option<PathBuf>) -> Result<Sandbox, Problem> {
     })
 }
 
-async fn load(sandbox: &Sandbox, name: &str, spec: &OperatorSpec) -> Result<CheckedOperator, Problem> {
+async fn load(
+    sandbox: &Sandbox,
+    name: &str,
+    spec: &OperatorSpec,
+) -> Result<CheckedOperator, Problem> {
     let component = load_component(sandbox, name, &spec.component)?;
     let description = describe(&component, name)
         .await
@@ -175,7 +181,8 @@ async fn load(sandbox: &Sandbox, name: &str, spec: &OperatorSpec) -> Result<Chec
 pub async fn describe(component: &Component, name: &str) -> Result<Description, Problem> {
     let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 0 };
     component.describe(setup).await.map_err(|error| {
-        Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is")).detail(error)
+        Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is"))
+            .detail(error)
     })
 }
 
@@ -238,12 +245,17 @@ fn resolve_edges(
                 node.inputs.len()
             );
             let ports = operators.get(&to).map(|operator| port_names(&operator.description.inputs));
-            return Err(Problem::new(Code::BadValue, message).detail(format!("its inputs, in order: {}", ports.unwrap_or_default())));
+            return Err(Problem::new(Code::BadValue, message)
+                .detail(format!("its inputs, in order: {}", ports.unwrap_or_default())));
         }
         for (place, input) in (0u32..).zip(&node.inputs) {
-            let Some(edge) = edges.iter_mut().find(|edge| edge.to == to && edge.input == place) else { continue };
+            let Some(edge) = edges.iter_mut().find(|edge| edge.to == to && edge.input == place)
+            else {
+                continue;
+            };
             // An operator with one input takes the records of all its edges through it.
-            let (output, produced) = output_of(spec, operators, input.from, input.output.as_deref())?;
+            let (output, produced) =
+                output_of(spec, operators, input.from, input.output.as_deref())?;
             edge.output = output;
             edge.input = if declared == 1 { 0 } else { place };
             let producer = &spec.node(input.from).name;
@@ -289,16 +301,26 @@ fn check_edge(
     produced: &Formats,
 ) -> Result<(), Problem> {
     if edge.partitioner == Partitioner::Hash && produced.key.is_none() {
-        let message = format!("the edge from \"{producer}\" to \"{}\" is by hash, but its records have no key", node.name);
-        return Err(Problem::new(Code::HashWithoutKey, message)
-            .hint("emit a key, let the source take one from a field, or use partition = \"rebalance\""));
+        let message = format!(
+            "the edge from \"{producer}\" to \"{}\" is by hash, but its records have no key",
+            node.name
+        );
+        return Err(Problem::new(Code::HashWithoutKey, message).hint(
+            "emit a key, let the source take one from a field, or use partition = \"rebalance\"",
+        ));
     }
     let mismatch = |what: &str, out: Option<Format>, into: Option<Format>| {
-        let message = format!("\"{producer}\" and \"{}\" disagree on the format of {what}", node.name);
-        Problem::new(Code::FormatMismatch, message)
-            .detail(format!("\"{producer}\" gives {}, \"{}\" takes {}", format_name(out), node.name, format_name(into)))
+        let message =
+            format!("\"{producer}\" and \"{}\" disagree on the format of {what}", node.name);
+        Problem::new(Code::FormatMismatch, message).detail(format!(
+            "\"{producer}\" gives {}, \"{}\" takes {}",
+            format_name(out),
+            node.name,
+            format_name(into)
+        ))
     };
-    let fits = |out: Format, into: Format| into == Format::Bytes || out == Format::Bytes || out == into;
+    let fits =
+        |out: Format, into: Format| into == Format::Bytes || out == Format::Bytes || out == into;
     if let Some(operator) = operator {
         let port = &operator.description.inputs[edge.input as usize];
         if !fits(produced.value, port.value) {
@@ -312,8 +334,9 @@ fn check_edge(
     }
     let NodeKind::Sink(sink) = &node.kind else { return Ok(()) };
     if *sink != SinkSpec::Discard && produced.value == Format::Postcard {
-        return Err(mismatch("values", Some(Format::Postcard), Some(Format::Text))
-            .hint("values leave a job as Text or Json: change the type `Out` of the last operator"));
+        return Err(mismatch("values", Some(Format::Postcard), Some(Format::Text)).hint(
+            "values leave a job as Text or Json: change the type `Out` of the last operator",
+        ));
     }
     Ok(())
 }
@@ -480,7 +503,8 @@ fn failure(
     let who = task.map_or("the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
     let mut problem = Problem::new(cause.into(), format!("{who} {cause}"));
     if let cofferdam_core::failure::FailureCause::Trap { backtrace, .. } = cause {
-        problem = backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")));
+        problem =
+            backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")));
     }
     problem.hint(match checkpoint {
         Some(checkpoint) => {
@@ -490,7 +514,11 @@ fn failure(
     })
 }
 
-fn identity(spec: &JobSpec, operators: &BTreeMap<OperatorId, CheckedOperator>, task: TaskId) -> TaskIdentity {
+fn identity(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    task: TaskId,
+) -> TaskIdentity {
     let node = spec.node(task.operator);
     let (max_parallelism, has_memory) = match &node.kind {
         NodeKind::Operator(operator) => (operator.max_parallelism, operator.snapshot.has_memory()),
@@ -536,7 +564,9 @@ fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Pro
     let place = location.map_or("memory".to_owned(), |path| path.display().to_string());
     Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
         .detail(error)
-        .hint("set --state-dir, or execution.checkpointing.dir, to a directory that you can write to")
+        .hint(
+            "set --state-dir, or execution.checkpointing.dir, to a directory that you can write to",
+        )
 }
 
 fn open_storage(
@@ -553,21 +583,31 @@ fn open_storage(
     let lock = lock.map_err(|error| unusable_state(Some(&dir), &error))?;
     match lock.try_lock() {
         Ok(()) => Ok((Box::new(SledStorage::new(dir)), Some(lock))),
-        Err(TryLockError::WouldBlock) => {
-            Err(Problem::new(Code::StateInUse, format!("another run is using the state directory {}", dir.display()))
-                .hint("wait for it to end, or give this run another one: --state-dir DIR"))
-        }
+        Err(TryLockError::WouldBlock) => Err(Problem::new(
+            Code::StateInUse,
+            format!("another run is using the state directory {}", dir.display()),
+        )
+        .hint("wait for it to end, or give this run another one: --state-dir DIR")),
         Err(TryLockError::Error(error)) => Err(unusable_state(Some(&dir), &error)),
     }
 }
 
 /// Whether what was found fits the job, and where it goes on from.
-fn resume(job: &str, store: &SnapshotStore, found: &Found, tasks: &[TaskIdentity]) -> Result<Resume, Problem> {
+fn resume(
+    job: &str,
+    store: &SnapshotStore,
+    found: &Found,
+    tasks: &[TaskIdentity],
+) -> Result<Resume, Problem> {
     let next_id = CheckpointId(store.next_id());
     match &found.manifest {
         Some(manifest) => {
             check_fit(job, manifest, tasks).map_err(|problem| {
-                problem.detail(format!("checkpoint {} in {}", manifest.checkpoint, store.location()))
+                problem.detail(format!(
+                    "checkpoint {} in {}",
+                    manifest.checkpoint,
+                    store.location()
+                ))
             })?;
             Ok(Resume { checkpoint: Some(CheckpointId(manifest.checkpoint)), next_id })
         }
@@ -576,16 +616,21 @@ fn resume(job: &str, store: &SnapshotStore, found: &Found, tasks: &[TaskIdentity
             let message = format!("no checkpoint in {} is whole", store.location());
             let problem = Problem::new(Code::StoreDamaged, message);
             let problem = found.damaged.iter().fold(problem, Problem::detail);
-            Err(problem.hint("to begin anew, move the directory away; what sinks have committed stays"))
+            Err(problem
+                .hint("to begin anew, move the directory away; what sinks have committed stays"))
         }
     }
 }
 
 fn check_fit(job: &str, manifest: &Manifest, tasks: &[TaskIdentity]) -> Result<(), Problem> {
-    let mismatch = |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    let mismatch =
+        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
     let anew = "to begin anew, move the state directory away or choose another with --state-dir";
     if manifest.job != job {
-        return mismatch(format!("the checkpoint is of job \"{}\", not of \"{job}\"", manifest.job), anew);
+        return mismatch(
+            format!("the checkpoint is of job \"{}\", not of \"{job}\"", manifest.job),
+            anew,
+        );
     }
     let stored = || manifest.tasks.iter().map(|task| &task.identity);
     for task in tasks {
@@ -596,12 +641,18 @@ fn check_fit(job: &str, manifest: &Manifest, tasks: &[TaskIdentity]) -> Result<(
         if known.parallelism != task.parallelism || known.max_parallelism != task.max_parallelism {
             let what = format!(
                 "the checkpoint has \"{}\" with parallelism {} of {}, the manifest with {} of {}",
-                task.operator, known.parallelism, known.max_parallelism, task.parallelism, task.max_parallelism
+                task.operator,
+                known.parallelism,
+                known.max_parallelism,
+                task.parallelism,
+                task.max_parallelism
             );
             return mismatch(what, "set the parallelism back; changing it is not supported yet");
         }
         let needs_same_component = known.has_memory || task.has_memory;
-        if needs_same_component && (known.digest != task.digest || known.has_memory != task.has_memory) {
+        if needs_same_component
+            && (known.digest != task.digest || known.has_memory != task.has_memory)
+        {
             let what = format!(
                 "the checkpoint of \"{}\" was written by another component ({} then, {} now)",
                 task.operator,
@@ -614,18 +665,34 @@ fn check_fit(job: &str, manifest: &Manifest, tasks: &[TaskIdentity]) -> Result<(
             );
         }
     }
-    if let Some(extra) = stored().find(|known| !tasks.iter().any(|task| task.operator == known.operator)) {
-        return mismatch(format!("the checkpoint has state of \"{}\", which is not in the manifest", extra.operator), anew);
+    if let Some(extra) =
+        stored().find(|known| !tasks.iter().any(|task| task.operator == known.operator))
+    {
+        return mismatch(
+            format!(
+                "the checkpoint has state of \"{}\", which is not in the manifest",
+                extra.operator
+            ),
+            anew,
+        );
     }
     // Snapshots are found by the place of their task.
-    if !stored().map(|known| (&known.operator, known.index)).eq(tasks.iter().map(|task| (&task.operator, task.index))) {
-        return mismatch("the checkpoint has the same nodes in another order".to_owned(), "put them back into their order");
+    if !stored()
+        .map(|known| (&known.operator, known.index))
+        .eq(tasks.iter().map(|task| (&task.operator, task.index)))
+    {
+        return mismatch(
+            "the checkpoint has the same nodes in another order".to_owned(),
+            "put them back into their order",
+        );
     }
     Ok(())
 }
 
 fn digest_text(digest: Option<[u8; 16]>) -> String {
-    digest.map_or("none".to_owned(), |digest| cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned())
+    digest.map_or("none".to_owned(), |digest| {
+        cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned()
+    })
 }
 
 /// For asking a component what it is: whatever it says meanwhile is of no interest.

@@ -93,7 +93,11 @@ impl Metrics {
     /// Reads the counters. Sources are the operators that take nothing, sinks those that give
     /// nothing.
     #[must_use]
-    pub fn read(&self, is_source: impl Fn(usize) -> bool, is_sink: impl Fn(usize) -> bool) -> Reading {
+    pub fn read(
+        &self,
+        is_source: impl Fn(usize) -> bool,
+        is_sink: impl Fn(usize) -> bool,
+    ) -> Reading {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let mut reading = Reading {
             checkpoints: load(&self.checkpoints),

@@ -132,7 +132,8 @@ impl Sandbox {
             Some(compiled) => compiled,
             None => self.compile(bytes, digest)?,
         };
-        let import = |error: wasmtime::Error| ComponentError::Import { message: format!("{error:#}") };
+        let import =
+            |error: wasmtime::Error| ComponentError::Import { message: format!("{error:#}") };
         let pre = self.shared.linker.instantiate_pre(&compiled).map_err(import)?;
         let operator = OperatorIndices::new(&pre)
             .map_err(|error| ComponentError::OtherWorld { message: format!("{error:#}") })?;
@@ -143,8 +144,9 @@ impl Sandbox {
 
     fn compile(&self, bytes: &[u8], digest: Digest) -> Result<Compiled, ComponentError> {
         check_kind(bytes)?;
-        let malformed =
-            |error: wasmparser::BinaryReaderError| ComponentError::Malformed { message: error.to_string() };
+        let malformed = |error: wasmparser::BinaryReaderError| ComponentError::Malformed {
+            message: error.to_string(),
+        };
         validate::check(bytes).map_err(|verdict| match verdict {
             Verdict::Malformed(error) => malformed(error),
             Verdict::Unsound(unsound) => ComponentError::Unsound(unsound),
@@ -152,8 +154,10 @@ impl Sandbox {
         // The rewriting relies on what validation guarantees, so validate what was given first.
         wasmparser::Validator::new().validate_all(bytes).map_err(malformed)?;
         let instrumented = instrument::instrument(bytes).map_err(malformed)?;
-        let compile = |error: wasmtime::Error| ComponentError::Compile { message: format!("{error:#}") };
-        let compiled = Compiled::from_binary(&self.shared.engine, &instrumented).map_err(compile)?;
+        let compile =
+            |error: wasmtime::Error| ComponentError::Compile { message: format!("{error:#}") };
+        let compiled =
+            Compiled::from_binary(&self.shared.engine, &instrumented).map_err(compile)?;
         if let Err(error) = self.store(&compiled, digest) {
             tracing::warn!(%error, "keep the compiled component: it will be compiled again");
         }

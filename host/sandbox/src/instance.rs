@@ -148,9 +148,10 @@ impl Component {
             .await
         };
         let instance = instance.map_err(|error| classify(&error, &mut store, &limits))?;
-        let loaded = self.inner.operator.load(&mut store, &instance).and_then(|operator| {
-            Ok((operator, self.inner.accessors.load(&mut store, &instance)?))
-        });
+        let loaded =
+            self.inner.operator.load(&mut store, &instance).and_then(|operator| {
+                Ok((operator, self.inner.accessors.load(&mut store, &instance)?))
+            });
         let (operator, accessors) =
             loaded.map_err(|error| GuestError::Host(format!("{error:#}")))?;
         if regions.len() != accessors.grow.len() {
@@ -229,7 +230,11 @@ impl Instance {
     ///
     /// # Errors
     /// See [`GuestError`].
-    pub async fn process(&mut self, input: u32, records: &Batch) -> Result<Vec<Emission>, GuestError> {
+    pub async fn process(
+        &mut self,
+        input: u32,
+        records: &Batch,
+    ) -> Result<Vec<Emission>, GuestError> {
         check_emissions(call!(self, call_process(input, records))??)
     }
 
@@ -311,7 +316,12 @@ impl Instance {
         let (memories, globals) = (self.regions.len(), self.accessors.set.len());
         let (image_memories, image_globals) = (image.memories.len(), image.globals.len());
         if (memories, globals) != (image_memories, image_globals) {
-            return Err(RestoreError::OtherShape { image_memories, image_globals, memories, globals });
+            return Err(RestoreError::OtherShape {
+                image_memories,
+                image_globals,
+                memories,
+                globals,
+            });
         }
         for (index, memory) in image.memories.iter().enumerate() {
             self.grow_to(index, memory.size_bytes).await?;
@@ -368,7 +378,9 @@ impl Instance {
         }
         let bytes_max = self.limits.memory_bytes_max;
         let refused = self.store.data().meter.refused();
-        Err(RestoreError::Limit(refused.unwrap_or(Limit::Memory { wanted_bytes: image, bytes_max })))
+        Err(RestoreError::Limit(
+            refused.unwrap_or(Limit::Memory { wanted_bytes: image, bytes_max }),
+        ))
     }
 
     fn begin(&mut self) -> Result<(), GuestError> {

@@ -97,7 +97,11 @@ pub(crate) fn instrument(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(out.finish())
 }
 
-fn count(payload: &Payload<'_>, counts: &mut Counts, instances: &mut Vec<(u32, u32)>) -> Result<()> {
+fn count(
+    payload: &Payload<'_>,
+    counts: &mut Counts,
+    instances: &mut Vec<(u32, u32)>,
+) -> Result<()> {
     match payload {
         Payload::ComponentTypeSection(section) => counts.types += section.count(),
         Payload::ComponentImportSection(section) => {

@@ -53,7 +53,9 @@ impl Default for Limits {
 impl Limits {
     /// The call's limit in ticks, at least one.
     pub(crate) fn call_ticks_max(&self) -> u64 {
-        u64::try_from(self.call_max.as_millis().div_ceil(TICK.as_millis())).unwrap_or(u64::MAX).max(1)
+        u64::try_from(self.call_max.as_millis().div_ceil(TICK.as_millis()))
+            .unwrap_or(u64::MAX)
+            .max(1)
     }
 }
 

@@ -2,7 +2,10 @@
 
 use wasmtime::{Error, Trap, WasmBacktrace};
 
-use crate::{bindings::cofferdam::operator::types::{ErrorClass, OperatorError}, limits::Limit};
+use crate::{
+    bindings::cofferdam::operator::types::{ErrorClass, OperatorError},
+    limits::Limit,
+};
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
 /// gone: its memory is not state any more.
@@ -91,10 +94,9 @@ impl GuestError {
             },
             // Bad pointers, invalid UTF-8, a host function that gave an error: the guest broke the
             // canonical ABI or misused a resource.
-            None => Self::Trap {
-                message: error.root_cause().to_string(),
-                backtrace: backtrace(error),
-            },
+            None => {
+                Self::Trap { message: error.root_cause().to_string(), backtrace: backtrace(error) }
+            }
         }
     }
 }

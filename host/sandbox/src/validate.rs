@@ -10,7 +10,9 @@ use wasmparser::{
 #[non_exhaustive]
 pub enum Unsound {
     /// Two instances of one module have memories of their own behind the same names.
-    #[error("core module {module} is instantiated {count} times; only one instance can be followed")]
+    #[error(
+        "core module {module} is instantiated {count} times; only one instance can be followed"
+    )]
     InstantiatedAgain {
         /// The module's number.
         module: u32,

@@ -141,7 +141,10 @@ fn restart_waits_for_manifest_in_doubt() {
          104: stopped @0  ->
          200: tick        ->";
     check(fixed_delay(1), &format!("{until_in_doubt}\n 201: durable #1 -> start @1 from #1"));
-    check(fixed_delay(1), &format!("{until_in_doubt}\n 201: lost #1 -> discard #1 lost, start @1 empty"));
+    check(
+        fixed_delay(1),
+        &format!("{until_in_doubt}\n 201: lost #1 -> discard #1 lost, start @1 empty"),
+    );
 }
 
 #[test]
@@ -341,7 +344,11 @@ fn failed_periodic_checkpoint_leaves_no_deadline_in_the_past() {
     let mut job = job(RestartStrategy::None);
     let mut effects = Vec::new();
     job.coordinator = Coordinator::new(
-        CheckpointSettings { interval_ms: Some(60_000), tolerable_failures: 5, ..CheckpointSettings::default() },
+        CheckpointSettings {
+            interval_ms: Some(60_000),
+            tolerable_failures: 5,
+            ..CheckpointSettings::default()
+        },
         None,
         CheckpointId(1),
     );

@@ -185,6 +185,10 @@ mod tests {
         assert!(received(Partitioner::Broadcast).await.iter().all(|keys| keys.len() == 3_000));
         let shares = received(Partitioner::Rebalance).await;
         assert_eq!(shares.iter().map(Vec::len).sum::<usize>(), 3_000);
-        assert!(shares.iter().all(|keys| 500 < keys.len()), "{:?}", shares.iter().map(Vec::len).collect::<Vec<_>>());
+        assert!(
+            shares.iter().all(|keys| 500 < keys.len()),
+            "{:?}",
+            shares.iter().map(Vec::len).collect::<Vec<_>>()
+        );
     }
 }

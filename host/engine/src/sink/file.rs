@@ -43,11 +43,19 @@ pub(crate) struct FileSink {
 }
 
 /// Makes the directory and proves that it can be written to.
-pub(super) fn prepare(name: &str, dir: &Path, if_exists: IfExists, is_fresh: bool) -> Result<(), Problem> {
+pub(super) fn prepare(
+    name: &str,
+    dir: &Path,
+    if_exists: IfExists,
+    is_fresh: bool,
+) -> Result<(), Problem> {
     let unusable = |error: io::Error| {
-        Problem::new(Code::OutputUnwritable, format!("sink \"{name}\" cannot write to {}", dir.display()))
-            .detail(error)
-            .hint("choose another path, or make the directory writable")
+        Problem::new(
+            Code::OutputUnwritable,
+            format!("sink \"{name}\" cannot write to {}", dir.display()),
+        )
+        .detail(error)
+        .hint("choose another path, or make the directory writable")
     };
     fs::create_dir_all(dir).map_err(unusable)?;
     tempfile::tempfile_in(dir).map_err(unusable)?;
@@ -55,8 +63,10 @@ pub(super) fn prepare(name: &str, dir: &Path, if_exists: IfExists, is_fresh: boo
         return Ok(());
     }
     let entries = fs::read_dir(dir).map_err(unusable)?.flatten();
-    let parts: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| is_part(path)).collect();
-    if let (Some(first), IfExists::Fail) = (parts.iter().find(|path| !is_pending(path)), if_exists) {
+    let parts: Vec<PathBuf> =
+        entries.map(|entry| entry.path()).filter(|path| is_part(path)).collect();
+    if let (Some(first), IfExists::Fail) = (parts.iter().find(|path| !is_pending(path)), if_exists)
+    {
         return Err(Problem::new(
             Code::OutputUnwritable,
             format!("sink \"{name}\": {} holds the output of an earlier run", dir.display()),
@@ -87,9 +97,11 @@ impl FileSink {
         state: Option<&[u8]>,
     ) -> Result<Self, FailureCause> {
         let state: State = match state {
-            Some(bytes) => postcard::from_bytes(bytes).map_err(|error| FailureCause::Permanent {
-                message: format!("the sink's state in the checkpoint cannot be read: {error}"),
-            })?,
+            Some(bytes) => {
+                postcard::from_bytes(bytes).map_err(|error| FailureCause::Permanent {
+                    message: format!("the sink's state in the checkpoint cannot be read: {error}"),
+                })?
+            }
             None => State::default(),
         };
         let mut sink = Self {
@@ -103,7 +115,8 @@ impl FileSink {
         // The checkpoint is complete, so everything it holds is to be seen; everything else that
         // is pending was written after it and will be written again.
         sink.commit(CheckpointId(u64::MAX))?;
-        sink.remove_leftovers().map_err(|error| sink.failed("remove what was not committed", &error))?;
+        sink.remove_leftovers()
+            .map_err(|error| sink.failed("remove what was not committed", &error))?;
         Ok(sink)
     }
 
@@ -175,14 +188,20 @@ impl Sink for FileSink {
             self.state.pending.push((self.state.next, checkpoint.0));
             self.state.next += 1;
         }
-        postcard::to_stdvec(&self.state)
-            .map_err(|error| FailureCause::HostBug { message: format!("encode a sink's state: {error}") })
+        postcard::to_stdvec(&self.state).map_err(|error| FailureCause::HostBug {
+            message: format!("encode a sink's state: {error}"),
+        })
     }
 
     fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause> {
         let due = |pending: &(u64, u64)| pending.1 <= checkpoint.0;
-        let numbers: Vec<u64> =
-            self.state.pending.iter().filter(|pending| due(pending)).map(|(number, _)| *number).collect();
+        let numbers: Vec<u64> = self
+            .state
+            .pending
+            .iter()
+            .filter(|pending| due(pending))
+            .map(|(number, _)| *number)
+            .collect();
         if numbers.is_empty() {
             return Ok(());
         }
@@ -208,8 +227,12 @@ mod tests {
     }
 
     fn visible(dir: &Path) -> Vec<String> {
-        let mut parts: Vec<PathBuf> =
-            fs::read_dir(dir).expect("listed").flatten().map(|entry| entry.path()).filter(|path| !is_pending(path)).collect();
+        let mut parts: Vec<PathBuf> = fs::read_dir(dir)
+            .expect("listed")
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| !is_pending(path))
+            .collect();
         parts.sort();
         parts.iter().map(|path| fs::read_to_string(path).expect("readable")).collect()
     }
@@ -237,7 +260,8 @@ mod tests {
         sink.pre_commit(CheckpointId(2)).expect("durable");
         drop(sink);
         for _ in 0..2 {
-            let mut sink = FileSink::open(dir.path(), LineContent::Value, 3, Some(&state)).expect("opens");
+            let mut sink =
+                FileSink::open(dir.path(), LineContent::Value, 3, Some(&state)).expect("opens");
             assert_eq!(visible(dir.path()), ["one\n"]);
             sink.write(&batch("two again")).expect("written");
         }
@@ -250,7 +274,8 @@ mod tests {
         sink.write(&batch("one")).expect("written");
         let state = sink.pre_commit(CheckpointId(1)).expect("durable");
         fs::remove_file(sink.pending_path(0)).expect("removed");
-        let error = FileSink::open(dir.path(), LineContent::Value, 0, Some(&state)).err().expect("lost");
+        let error =
+            FileSink::open(dir.path(), LineContent::Value, 0, Some(&state)).err().expect("lost");
         assert!(error.to_string().contains("commit a part"), "{error}");
     }
 

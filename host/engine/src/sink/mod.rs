@@ -35,9 +35,15 @@ pub(crate) fn prepare(name: &str, spec: &SinkSpec, is_fresh: bool) -> Result<(),
 }
 
 /// The sink of one task. With a state it commits what that state has pre-committed.
-pub(crate) fn open(spec: &SinkSpec, index: u32, state: Option<&[u8]>) -> Result<Box<dyn Sink>, FailureCause> {
+pub(crate) fn open(
+    spec: &SinkSpec,
+    index: u32,
+    state: Option<&[u8]>,
+) -> Result<Box<dyn Sink>, FailureCause> {
     Ok(match spec {
-        SinkSpec::File { path, line, .. } => Box::new(file::FileSink::open(path, *line, index, state)?),
+        SinkSpec::File { path, line, .. } => {
+            Box::new(file::FileSink::open(path, *line, index, state)?)
+        }
         SinkSpec::Stdout { line } => Box::new(StdoutSink { line: *line, buffer: Vec::new() }),
         SinkSpec::Discard => Box::new(DiscardSink),
     })
@@ -65,8 +71,8 @@ impl Sink for StdoutSink {
     fn write(&mut self, batch: &Batch) -> Result<(), FailureCause> {
         self.buffer.clear();
         push_lines(batch, self.line, &mut self.buffer);
-        std::io::stdout().lock().write_all(&self.buffer).map_err(|error| FailureCause::Environment {
-            message: format!("write to standard output: {error}"),
+        std::io::stdout().lock().write_all(&self.buffer).map_err(|error| {
+            FailureCause::Environment { message: format!("write to standard output: {error}") }
         })
     }
 

@@ -55,7 +55,8 @@ impl FilePlan {
         let pattern = base_dir.join(&spec.path);
         let pattern = pattern.to_string_lossy();
         let unreadable = |what: String| Problem::new(Code::SourceUnreadable, what);
-        let found = glob::glob(&pattern).map_err(|error| unreadable(format!("source \"{name}\": {error}")))?;
+        let found = glob::glob(&pattern)
+            .map_err(|error| unreadable(format!("source \"{name}\": {error}")))?;
         let mut files: Vec<PathBuf> = found.flatten().filter(|path| path.is_file()).collect();
         files.sort();
         if files.is_empty() {
@@ -67,7 +68,8 @@ impl FilePlan {
         let mut names = String::new();
         for path in files {
             let size = File::open(&path).and_then(|file| file.metadata()).map_err(|error| {
-                unreadable(format!("source \"{name}\" cannot read {}", path.display())).detail(error)
+                unreadable(format!("source \"{name}\" cannot read {}", path.display()))
+                    .detail(error)
             })?;
             let size = size.len();
             names.push_str(&format!("{}\0{size}\0", path.display()));
@@ -111,7 +113,14 @@ impl FileSource {
             return Err(FailureCause::Permanent { message });
         }
         let (index, parallelism) = (index as usize, parallelism as usize);
-        Ok(Self { plan: plan.clone(), index, parallelism, position, reader: None, line: Vec::new() })
+        Ok(Self {
+            plan: plan.clone(),
+            index,
+            parallelism,
+            position,
+            reader: None,
+            line: Vec::new(),
+        })
     }
 
     /// The split that is being read.
@@ -125,7 +134,8 @@ impl FileSource {
         let Some(split) = self.split() else { return Ok(false) };
         let failed = |error: std::io::Error| environment(&split.path, &error);
         let offset = split.start.max(self.position.offset);
-        let mut reader = BufReader::with_capacity(BUFFER_BYTES, File::open(&split.path).map_err(failed)?);
+        let mut reader =
+            BufReader::with_capacity(BUFFER_BYTES, File::open(&split.path).map_err(failed)?);
         let mut at = offset;
         if offset == split.start && 0 < offset {
             reader.seek(SeekFrom::Start(offset - 1)).map_err(failed)?;
@@ -149,7 +159,9 @@ impl FileSource {
         let Some(reader) = &mut self.reader else { return Ok(false) };
         self.line.clear();
         let mut limited = std::io::Read::take(&mut *reader, LINE_BYTES_MAX as u64 + 1);
-        let read = limited.read_until(b'\n', &mut self.line).map_err(|error| environment(&path, &error))?;
+        let read = limited
+            .read_until(b'\n', &mut self.line)
+            .map_err(|error| environment(&path, &error))?;
         if LINE_BYTES_MAX < self.line.len() && self.line.last() != Some(&b'\n') {
             let message = format!(
                 "a line longer than {LINE_BYTES_MAX} bytes begins at byte {} of {}",
@@ -174,12 +186,14 @@ impl FileSource {
             return Ok(());
         }
         let rejected = |what: String| {
-            let place = self.split().map_or(String::new(), |split| split.path.display().to_string());
-            let message = format!("{what}, in the line before byte {} of {place}", self.position.offset);
+            let place =
+                self.split().map_or(String::new(), |split| split.path.display().to_string());
+            let message =
+                format!("{what}, in the line before byte {} of {place}", self.position.offset);
             FailureCause::Rejected { message }
         };
-        let document: serde_json::Value =
-            serde_json::from_slice(&self.line).map_err(|error| rejected(format!("not JSON: {error}")))?;
+        let document: serde_json::Value = serde_json::from_slice(&self.line)
+            .map_err(|error| rejected(format!("not JSON: {error}")))?;
         let field = |pointer: &str| {
             document.pointer(pointer).ok_or_else(|| rejected(format!("there is no {pointer}")))
         };
@@ -193,12 +207,18 @@ impl FileSource {
         let timestamp = match &self.plan.spec.timestamp {
             Some(pointer) => {
                 let number = field(pointer)?.as_i64();
-                Some(number.ok_or_else(|| rejected(format!("{pointer} is no whole number of milliseconds")))?)
+                Some(number.ok_or_else(|| {
+                    rejected(format!("{pointer} is no whole number of milliseconds"))
+                })?)
             }
             None => None,
         };
         *latest = (*latest).max(timestamp);
-        batch.push(RecordRef { key: key.as_ref().map(String::as_bytes), value: &self.line, timestamp });
+        batch.push(RecordRef {
+            key: key.as_ref().map(String::as_bytes),
+            value: &self.line,
+            timestamp,
+        });
         Ok(())
     }
 }
@@ -279,8 +299,11 @@ mod tests {
         let mut out = Vec::new();
         let mut source = FileSource::open(plan, index, parallelism, None).expect("opens");
         while let Step::Records { batch, .. } = source.next().expect("reads") {
-            out.extend(batch.records().map(|record| String::from_utf8_lossy(record.value).into_owned()));
-            source = FileSource::open(plan, index, parallelism, Some(&source.position())).expect("opens");
+            out.extend(
+                batch.records().map(|record| String::from_utf8_lossy(record.value).into_owned()),
+            );
+            source = FileSource::open(plan, index, parallelism, Some(&source.position()))
+                .expect("opens");
         }
         out
     }
@@ -322,15 +345,26 @@ mod tests {
     #[test]
     fn json_lines_have_keys_and_times_and_bad_ones_are_rejected_with_their_place() {
         let dir = tempfile::tempdir().expect("a directory");
-        std::fs::write(dir.path().join("a.txt"), "{\"id\":\"x\",\"at\":5}\n{\"id\":7,\"at\":6}\n\n").expect("written");
-        let mut source = FileSource::open(&plan(dir.path(), 1 << 20, LineFormat::Json), 0, 1, None).expect("opens");
+        std::fs::write(
+            dir.path().join("a.txt"),
+            "{\"id\":\"x\",\"at\":5}\n{\"id\":7,\"at\":6}\n\n",
+        )
+        .expect("written");
+        let mut source = FileSource::open(&plan(dir.path(), 1 << 20, LineFormat::Json), 0, 1, None)
+            .expect("opens");
         let Ok(Step::Records { batch, watermark }) = source.next() else { panic!("records") };
         let keys: Vec<_> = batch.records().map(|record| (record.key, record.timestamp)).collect();
         assert_eq!(keys, [(Some(b"x".as_slice()), Some(5)), (Some(b"7".as_slice()), Some(6))]);
         assert_eq!(watermark, Some(6));
-        for (text, what) in [("{", "not JSON"), ("{\"at\":1}", "no /id"), ("{\"id\":1,\"at\":\"x\"}", "whole number")] {
+        for (text, what) in [
+            ("{", "not JSON"),
+            ("{\"at\":1}", "no /id"),
+            ("{\"id\":1,\"at\":\"x\"}", "whole number"),
+        ] {
             std::fs::write(dir.path().join("a.txt"), text).expect("written");
-            let mut source = FileSource::open(&plan(dir.path(), 1 << 20, LineFormat::Json), 0, 1, None).expect("opens");
+            let mut source =
+                FileSource::open(&plan(dir.path(), 1 << 20, LineFormat::Json), 0, 1, None)
+                    .expect("opens");
             let error = source.next().err().expect("rejected").to_string();
             assert!(error.contains(what) && error.contains("a.txt"), "{error}");
         }

@@ -73,7 +73,8 @@ impl Vocabulary {
     fn draw(&self, bits: u64) -> &[u8] {
         let place = ((bits >> 32) * self.columns.len() as u64) >> 32;
         let column = self.columns[place as usize];
-        let chosen = if (bits as u32) < column.threshold { place as usize } else { column.other as usize };
+        let chosen =
+            if (bits as u32) < column.threshold { place as usize } else { column.other as usize };
         &self.letters[self.starts[chosen] as usize..self.starts[chosen + 1] as usize]
     }
 }
@@ -99,11 +100,13 @@ fn word(rank: u32, random: &mut Random, letters: &mut Vec<u8>) {
 
 fn alias_columns(weights: &[f64]) -> Vec<Column> {
     let total: f64 = weights.iter().sum();
-    let mut scaled: Vec<f64> = weights.iter().map(|weight| weight * weights.len() as f64 / total).collect();
+    let mut scaled: Vec<f64> =
+        weights.iter().map(|weight| weight * weights.len() as f64 / total).collect();
     let (mut small, mut large): (Vec<usize>, Vec<usize>) =
         (0..scaled.len()).partition(|place| scaled[*place] < 1.0);
-    let mut columns: Vec<Column> =
-        (0..scaled.len()).map(|place| Column { threshold: u32::MAX, other: place as u32 }).collect();
+    let mut columns: Vec<Column> = (0..scaled.len())
+        .map(|place| Column { threshold: u32::MAX, other: place as u32 })
+        .collect();
     while let (Some(under), Some(&over)) = (small.pop(), large.last()) {
         columns[under] =
             Column { threshold: (scaled[under] * 4_294_967_296.0) as u32, other: over as u32 };
@@ -158,7 +161,8 @@ impl GeneratorSource {
         let given = self.given - given_then;
         match due.checked_sub(given) {
             Some(0) | None => {
-                let missing = ((given + 1) as f64 / rate - began.elapsed().as_secs_f64()).max(RATE_SLICE);
+                let missing =
+                    ((given + 1) as f64 / rate - began.elapsed().as_secs_f64()).max(RATE_SLICE);
                 Err(Duration::from_secs_f64(missing.min(1.0)))
             }
             Some(allowed) => Ok(allowed),
@@ -216,12 +220,22 @@ mod tests {
     use super::*;
 
     fn plan(content: GeneratorContent, count: u64) -> GeneratorPlan {
-        let spec =
-            GeneratorSpec { content, count: Some(count), rate: None, seed: 3, has_timestamps: false };
+        let spec = GeneratorSpec {
+            content,
+            count: Some(count),
+            rate: None,
+            seed: 3,
+            has_timestamps: false,
+        };
         GeneratorPlan::new(&spec)
     }
 
-    fn all(plan: &GeneratorPlan, index: u32, parallelism: u32, position: Option<&[u8]>) -> Vec<String> {
+    fn all(
+        plan: &GeneratorPlan,
+        index: u32,
+        parallelism: u32,
+        position: Option<&[u8]>,
+    ) -> Vec<String> {
         let mut source = GeneratorSource::open(plan, index, parallelism, position).expect("opens");
         let mut out = Vec::new();
         while let Step::Records { batch, .. } = source.next().expect("goes on") {

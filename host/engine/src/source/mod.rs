@@ -56,7 +56,9 @@ impl Prepared {
         position: Option<&[u8]>,
     ) -> Result<Box<dyn Source>, FailureCause> {
         Ok(match self {
-            Self::File(plan) => Box::new(file::FileSource::open(plan, index, parallelism, position)?),
+            Self::File(plan) => {
+                Box::new(file::FileSource::open(plan, index, parallelism, position)?)
+            }
             Self::Generator(plan) => {
                 Box::new(generator::GeneratorSource::open(plan, index, parallelism, position)?)
             }

@@ -245,9 +245,12 @@ impl JobSpec {
     /// The first problem.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| {
-            Problem::new(Code::ManifestUnreadable, format!("cannot read the manifest {}", path.display()))
-                .detail(error)
-                .hint("name the job's TOML file, for example `cofferdam run job.toml`")
+            Problem::new(
+                Code::ManifestUnreadable,
+                format!("cannot read the manifest {}", path.display()),
+            )
+            .detail(error)
+            .hint("name the job's TOML file, for example `cofferdam run job.toml`")
         })?;
         Self::parse(path, &text)
     }
@@ -278,7 +281,9 @@ impl JobSpec {
 }
 
 fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
-    let job = root.section("job")?.ok_or_else(|| root.missing("job", "a manifest begins with [job] and its name"))?;
+    let job = root
+        .section("job")?
+        .ok_or_else(|| root.missing("job", "a manifest begins with [job] and its name"))?;
     let name = job.text("name")?.ok_or_else(|| job.missing("name", "give the job a name"))?;
     if !is_name(&name.value) {
         let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
@@ -294,7 +299,15 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let (graph, nodes) = read_graph(root, base_dir, parallelism)?;
     root.finish()?;
     let (checkpoint, storage) = checkpoint;
-    Ok(JobSpec { name: name.value, base_dir: base_dir.to_owned(), checkpoint, storage, restart, graph, nodes })
+    Ok(JobSpec {
+        name: name.value,
+        base_dir: base_dir.to_owned(),
+        checkpoint,
+        storage,
+        restart,
+        graph,
+        nodes,
+    })
 }
 
 fn is_name(text: &str) -> bool {
@@ -326,8 +339,10 @@ fn read_checkpointing(
         return Ok((settings, StorageSpec::Sled(default_dir)));
     };
     // Flink: an interval below 10 ms counts as none.
-    settings.interval_ms =
-        section.duration_ms("interval")?.map(|interval| interval.value).filter(|ms| INTERVAL_MS_MIN <= *ms);
+    settings.interval_ms = section
+        .duration_ms("interval")?
+        .map(|interval| interval.value)
+        .filter(|ms| INTERVAL_MS_MIN <= *ms);
     if let Some(pause) = section.duration_ms("min-pause")? {
         settings.min_pause_ms = pause.value;
     }
@@ -339,22 +354,38 @@ fn read_checkpointing(
         }
         settings.timeout_ms = timeout.value;
     }
-    if let Some(number) = section.integer("tolerable-failed-checkpoints", 0..=u64::from(u32::MAX))? {
+    if let Some(number) =
+        section.integer("tolerable-failed-checkpoints", 0..=u64::from(u32::MAX))?
+    {
         settings.tolerable_failures = u32::try_from(number.value).unwrap_or(u32::MAX);
     }
     if let Some(Located { value: false, span }) =
         section.choice("mode", &[("EXACTLY_ONCE", true), ("AT_LEAST_ONCE", false)])?
     {
-        return Err(not_supported(&section, &span, "AT_LEAST_ONCE", "use EXACTLY_ONCE, which gives more"));
+        return Err(not_supported(
+            &section,
+            &span,
+            "AT_LEAST_ONCE",
+            "use EXACTLY_ONCE, which gives more",
+        ));
     }
     if let Some(number) = section.integer("max-concurrent-checkpoints", 1..=u64::from(u32::MAX))?
         && number.value != 1
     {
-        return Err(not_supported(&section, &number.span, "more than one concurrent checkpoint", "use 1, the default"));
+        return Err(not_supported(
+            &section,
+            &number.span,
+            "more than one concurrent checkpoint",
+            "use 1, the default",
+        ));
     }
     let retention = section.choice(
         "externalized-checkpoint-retention",
-        &[("NO_EXTERNALIZED_CHECKPOINTS", 0), ("DELETE_ON_CANCELLATION", 1), ("RETAIN_ON_CANCELLATION", 2)],
+        &[
+            ("NO_EXTERNALIZED_CHECKPOINTS", 0),
+            ("DELETE_ON_CANCELLATION", 1),
+            ("RETAIN_ON_CANCELLATION", 2),
+        ],
     )?;
     if let Some(Located { value: 1, span }) = retention {
         let instead = "leave it out: a job that was stopped or has failed keeps its newest checkpoint, a finished one none";
@@ -428,12 +459,18 @@ fn read_fixed_delay(strategies: &Section<'_>) -> Result<RestartStrategy> {
 fn read_failure_rate(strategies: &Section<'_>) -> Result<RestartStrategy> {
     let (mut failures_per_interval_max, mut interval_ms, mut delay_ms) = (1, 60_000, 1_000);
     if let Some(section) = strategies.section("failure-rate")? {
-        if let Some(number) = section.integer("max-failures-per-interval", 1..=u64::from(u32::MAX))? {
+        if let Some(number) =
+            section.integer("max-failures-per-interval", 1..=u64::from(u32::MAX))?
+        {
             failures_per_interval_max = u32::try_from(number.value).unwrap_or(u32::MAX);
         }
         if let Some(interval) = section.duration_ms("failure-rate-interval")? {
             if interval.value == 0 {
-                return Err(section.bad_value("failure-rate-interval", &interval.span, "it must be above 0"));
+                return Err(section.bad_value(
+                    "failure-rate-interval",
+                    &interval.span,
+                    "it must be above 0",
+                ));
             }
             interval_ms = interval.value;
         }
@@ -462,7 +499,11 @@ fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
     positive("reset-backoff-threshold", &mut settings.reset_threshold_ms)?;
     if let Some(number) = section.number("backoff-multiplier")? {
         if number.value <= 1.0 {
-            return Err(section.bad_value("backoff-multiplier", &number.span, "it must be above 1"));
+            return Err(section.bad_value(
+                "backoff-multiplier",
+                &number.span,
+                "it must be above 1",
+            ));
         }
         settings.backoff_multiplier = number.value;
     }
@@ -488,7 +529,12 @@ fn read_failover(root: &Section<'_>) -> Result<()> {
         if let Some(Located { value: true, span }) =
             section.choice("failover-strategy", &[("region", true), ("full", false)])?
         {
-            return Err(not_supported(&section, &span, "region failover", "use \"full\", which restarts every task"));
+            return Err(not_supported(
+                &section,
+                &span,
+                "region failover",
+                "use \"full\", which restarts every task",
+            ));
         }
         section.finish()?;
     }
@@ -508,7 +554,11 @@ struct RawInput {
     partitioner: Option<Partitioner>,
 }
 
-fn read_graph(root: &Section<'_>, base_dir: &Path, parallelism: u32) -> Result<(JobGraph, Vec<NodeSpec>)> {
+fn read_graph(
+    root: &Section<'_>,
+    base_dir: &Path,
+    parallelism: u32,
+) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let mut raw = Vec::new();
     for section in root.sections("source")? {
         raw.push(read_node(&section, None, |_| Ok(NodeKind::Source(read_source(&section)?)))?);
@@ -536,7 +586,9 @@ fn read_node(
     inputs: Option<Vec<RawInput>>,
     kind: impl FnOnce(Option<u32>) -> Result<NodeKind>,
 ) -> Result<RawNode> {
-    let name = section.text("name")?.ok_or_else(|| section.missing("name", "other nodes refer to it by name"))?;
+    let name = section
+        .text("name")?
+        .ok_or_else(|| section.missing("name", "other nodes refer to it by name"))?;
     if !is_name(&name.value) {
         let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
         return Err(section.bad_value("name", &name.span, why));
@@ -563,8 +615,11 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
             }
             DeValue::Table(table) => {
                 let input = section.nested("inputs", span, table);
-                let from = input.text("from")?.ok_or_else(|| input.missing("from", "name the node it comes from"))?;
-                let partitioner = input.choice("partition", PARTITIONERS)?.map(|choice| choice.value);
+                let from = input
+                    .text("from")?
+                    .ok_or_else(|| input.missing("from", "name the node it comes from"))?;
+                let partitioner =
+                    input.choice("partition", PARTITIONERS)?.map(|choice| choice.value);
                 input.finish()?;
                 RawInput { from, partitioner }
             }
@@ -580,7 +635,11 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
     Ok(inputs)
 }
 
-fn resolve(root: &Section<'_>, raw: Vec<RawNode>, parallelism: u32) -> Result<(JobGraph, Vec<NodeSpec>)> {
+fn resolve(
+    root: &Section<'_>,
+    raw: Vec<RawNode>,
+    parallelism: u32,
+) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
     for (id, node) in (0..).map(OperatorId).zip(&raw) {
         if ids.insert(&node.name.value, id).is_some() {
@@ -595,7 +654,9 @@ fn resolve(root: &Section<'_>, raw: Vec<RawNode>, parallelism: u32) -> Result<(J
         let followed = match (&node.kind, node.inputs.as_slice()) {
             (NodeKind::Sink(_), [only]) => {
                 let producer = only.from.value.split('.').next().unwrap_or_default();
-                ids.get(producer).and_then(|id| operators.get(id.0 as usize)).map(|operator| operator.parallelism)
+                ids.get(producer)
+                    .and_then(|id| operators.get(id.0 as usize))
+                    .map(|operator| operator.parallelism)
             }
             _ => None,
         };
@@ -618,7 +679,8 @@ fn resolve(root: &Section<'_>, raw: Vec<RawNode>, parallelism: u32) -> Result<(J
                 let message = format!("\"{producer}\" is a sink: nothing comes out of it");
                 return Err(root.problem(Code::UnknownInput, &raw_input.from.span, message));
             }
-            let is_equal = operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
+            let is_equal =
+                operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
             let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
             let partitioner = raw_input.partitioner.unwrap_or(default);
             // Which output a name means is known once the component has been asked.
@@ -630,18 +692,27 @@ fn resolve(root: &Section<'_>, raw: Vec<RawNode>, parallelism: u32) -> Result<(J
     }
     let graph = JobGraph::new(operators, edges.clone()).map_err(|error| match error {
         GraphError::Cycle(cycle) => {
-            let names: Vec<&str> = cycle.iter().map(|id| raw[id.0 as usize].name.value.as_str()).collect();
+            let names: Vec<&str> =
+                cycle.iter().map(|id| raw[id.0 as usize].name.value.as_str()).collect();
             let first = cycle.first().map_or(0, |id| id.0 as usize);
-            let path = format!("{} -> {}", names.join(" -> "), names.first().copied().unwrap_or_default());
-            root.problem(Code::Cycle, &raw[first].name.span, format!("the inputs form a cycle: {path}"))
-                .hint("a job's records flow one way; remove one of these inputs")
+            let path =
+                format!("{} -> {}", names.join(" -> "), names.first().copied().unwrap_or_default());
+            root.problem(
+                Code::Cycle,
+                &raw[first].name.span,
+                format!("the inputs form a cycle: {path}"),
+            )
+            .hint("a job's records flow one way; remove one of these inputs")
         }
         GraphError::ForwardNeedsEqualParallelism(edge) => {
             let place = edges.iter().position(|other| *other == edge).unwrap_or(0);
-            let (from, to) = (&raw[edge.from.0 as usize].name.value, &raw[edge.to.0 as usize].name.value);
-            let message = format!("a forward edge needs equal parallelism: \"{from}\" and \"{to}\" differ");
-            root.problem(Code::ForwardParallelism, &spans[place], message)
-                .hint("use partition = \"rebalance\" or \"hash\", or give both the same parallelism")
+            let (from, to) =
+                (&raw[edge.from.0 as usize].name.value, &raw[edge.to.0 as usize].name.value);
+            let message =
+                format!("a forward edge needs equal parallelism: \"{from}\" and \"{to}\" differ");
+            root.problem(Code::ForwardParallelism, &spans[place], message).hint(
+                "use partition = \"rebalance\" or \"hash\", or give both the same parallelism",
+            )
         }
     })?;
     Ok((graph, nodes))
@@ -654,7 +725,8 @@ fn unknown_input<'n>(
     producer: &str,
     names: impl Iterator<Item = &'n str> + Clone,
 ) -> Problem {
-    let message = format!("\"{}\" takes its input from \"{producer}\", which is not there", node.name.value);
+    let message =
+        format!("\"{}\" takes its input from \"{producer}\", which is not there", node.name.value);
     let problem = root.problem(Code::UnknownInput, &input.from.span, message);
     match closest(producer, names.clone()) {
         Some(name) => problem.hint(format!("did you mean \"{name}\"?")),
@@ -686,19 +758,30 @@ fn read_source(section: &Section<'_>) -> Result<SourceSpec> {
 }
 
 fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
-    let path = section.text("path")?.ok_or_else(|| section.missing("path", "a file or a glob such as \"input/*.txt\""))?;
+    let path = section
+        .text("path")?
+        .ok_or_else(|| section.missing("path", "a file or a glob such as \"input/*.txt\""))?;
     if let Err(error) = glob::Pattern::new(&path.value) {
         return Err(section.bad_value("path", &path.span, format!("not a glob: {error}")));
     }
-    let format = section.choice("format", &[("text", LineFormat::Text), ("json", LineFormat::Json)])?;
+    let format =
+        section.choice("format", &[("text", LineFormat::Text), ("json", LineFormat::Json)])?;
     let format = format.map_or(LineFormat::Text, |choice| choice.value);
     let pointer = |key: &'static str| -> Result<Option<String>> {
         let Some(Located { value, span }) = section.text(key)? else { return Ok(None) };
         if format != LineFormat::Json {
-            return Err(section.bad_value(key, &span, "only lines with format = \"json\" have fields"));
+            return Err(section.bad_value(
+                key,
+                &span,
+                "only lines with format = \"json\" have fields",
+            ));
         }
         if !value.starts_with('/') {
-            return Err(section.bad_value(key, &span, "a JSON pointer begins with `/`, for example \"/user/id\""));
+            return Err(section.bad_value(
+                key,
+                &span,
+                "a JSON pointer begins with `/`, for example \"/user/id\"",
+            ));
         }
         Ok(Some(value))
     };
@@ -725,7 +808,8 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
     let content = match is_words {
         Some(Located { value: false, .. }) => GeneratorContent::Sequence,
         _ => GeneratorContent::Words {
-            vocabulary: vocabulary.map_or(10_000, |number| u32::try_from(number.value).unwrap_or(u32::MAX)),
+            vocabulary: vocabulary
+                .map_or(10_000, |number| u32::try_from(number.value).unwrap_or(u32::MAX)),
             exponent: exponent.map_or(1.0, |number| number.value),
         },
     };
@@ -738,11 +822,19 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
     }
     let seed = section.integer("seed", 0..=u64::MAX)?.map_or(0, |number| number.value);
     let has_timestamps = section.boolean("timestamps")?.unwrap_or(false);
-    Ok(GeneratorSpec { content, count, rate: rate.map(|number| number.value), seed, has_timestamps })
+    Ok(GeneratorSpec {
+        content,
+        count,
+        rate: rate.map(|number| number.value),
+        seed,
+        has_timestamps,
+    })
 }
 
 fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Result<OperatorSpec> {
-    let component = section.text("component")?.ok_or_else(|| section.missing("component", "the .wasm file to run"))?;
+    let component = section
+        .text("component")?
+        .ok_or_else(|| section.missing("component", "the .wasm file to run"))?;
     let config = section.free("config")?;
     let limits = match section.section("limits")? {
         Some(limits) => read_limits(&limits)?,
@@ -750,7 +842,11 @@ fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Re
     };
     let snapshot = section.choice(
         "snapshot",
-        &[("memory", SnapshotMode::Memory), ("declared", SnapshotMode::Declared), ("both", SnapshotMode::Both)],
+        &[
+            ("memory", SnapshotMode::Memory),
+            ("declared", SnapshotMode::Declared),
+            ("both", SnapshotMode::Both),
+        ],
     )?;
     let max_parallelism = match section.integer("max-parallelism", 1..=PARALLELISM_MAX)? {
         Some(number) if number.value < u64::from(parallelism) => {
@@ -797,7 +893,8 @@ fn read_limits(section: &Section<'_>) -> Result<Limits> {
 }
 
 fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
-    let choices = [("file", Connector::File), ("stdout", Connector::Stdout), ("discard", Connector::Discard)];
+    let choices =
+        [("file", Connector::File), ("stdout", Connector::Stdout), ("discard", Connector::Discard)];
     let connector = connector(section, &choices)?;
     let line = || -> Result<LineContent> {
         let choices = [("value", LineContent::Value), ("key-value", LineContent::KeyValue)];
@@ -807,7 +904,9 @@ fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
         Connector::Discard => Ok(SinkSpec::Discard),
         Connector::Stdout => Ok(SinkSpec::Stdout { line: line()? }),
         _ => {
-            let path = section.text("path")?.ok_or_else(|| section.missing("path", "the directory for the parts"))?;
+            let path = section
+                .text("path")?
+                .ok_or_else(|| section.missing("path", "the directory for the parts"))?;
             let choices = [("fail", IfExists::Fail), ("replace", IfExists::Replace)];
             let if_exists = section.choice("if-exists", &choices)?;
             Ok(SinkSpec::File {
@@ -838,4 +937,3 @@ impl SourceSpec {
         }
     }
 }
-

@@ -16,7 +16,12 @@ pub(crate) struct Text<'a> {
 
 impl Text<'_> {
     /// A problem at a place in the text.
-    pub(crate) fn problem(&self, code: Code, span: &Range<usize>, message: impl Into<String>) -> Problem {
+    pub(crate) fn problem(
+        &self,
+        code: Code,
+        span: &Range<usize>,
+        message: impl Into<String>,
+    ) -> Problem {
         let before = &self.text[..span.start.min(self.text.len())];
         let line = before.matches('\n').count() + 1;
         let start = before.rfind('\n').map_or(0, |at| at + 1);
@@ -47,7 +52,12 @@ pub(crate) struct Located<T> {
 type Result<T> = std::result::Result<T, Problem>;
 
 impl<'a> Section<'a> {
-    pub(crate) fn new(text: &'a Text<'a>, name: String, span: Range<usize>, table: &'a DeTable<'a>) -> Self {
+    pub(crate) fn new(
+        text: &'a Text<'a>,
+        name: String,
+        span: Range<usize>,
+        table: &'a DeTable<'a>,
+    ) -> Self {
         let entries = table
             .iter()
             .map(|(key, value)| {
@@ -66,13 +76,24 @@ impl<'a> Section<'a> {
         self.entries.get(key).map(|(_, value, span)| (*value, span.clone()))
     }
 
-    fn wrong_type(&self, key: &str, span: &Range<usize>, value: &DeValue<'_>, wanted: &str) -> Problem {
+    fn wrong_type(
+        &self,
+        key: &str,
+        span: &Range<usize>,
+        value: &DeValue<'_>,
+        wanted: &str,
+    ) -> Problem {
         let message = format!("`{}` must be {wanted}, not {}", self.path_of(key), type_name(value));
         self.text.problem(Code::BadValue, span, message)
     }
 
     /// A problem with a value that was read.
-    pub(crate) fn bad_value(&self, key: &str, span: &Range<usize>, why: impl std::fmt::Display) -> Problem {
+    pub(crate) fn bad_value(
+        &self,
+        key: &str,
+        span: &Range<usize>,
+        why: impl std::fmt::Display,
+    ) -> Problem {
         self.text.problem(Code::BadValue, span, format!("`{}`: {why}", self.path_of(key)))
     }
 
@@ -83,7 +104,12 @@ impl<'a> Section<'a> {
     }
 
     /// A problem of another kind, at a place.
-    pub(crate) fn problem(&self, code: Code, span: &Range<usize>, message: impl Into<String>) -> Problem {
+    pub(crate) fn problem(
+        &self,
+        code: Code,
+        span: &Range<usize>,
+        message: impl Into<String>,
+    ) -> Problem {
         self.text.problem(code, span, message)
     }
 
@@ -106,7 +132,11 @@ impl<'a> Section<'a> {
     }
 
     /// A whole number from `low` to `high`.
-    pub(crate) fn integer(&self, key: &'static str, range: std::ops::RangeInclusive<u64>) -> Result<Option<Located<u64>>> {
+    pub(crate) fn integer(
+        &self,
+        key: &'static str,
+        range: std::ops::RangeInclusive<u64>,
+    ) -> Result<Option<Located<u64>>> {
         let Some((value, span)) = self.get(key) else { return Ok(None) };
         let DeValue::Integer(number) = value else {
             return Err(self.wrong_type(key, &span, value, "a whole number"));
@@ -115,7 +145,8 @@ impl<'a> Section<'a> {
         match parsed.and_then(|number| u64::try_from(number).ok()) {
             Some(value) if range.contains(&value) => Ok(Some(Located { value, span })),
             _ => {
-                let why = format!("{} is not from {} to {}", number.as_str(), range.start(), range.end());
+                let why =
+                    format!("{} is not from {} to {}", number.as_str(), range.start(), range.end());
                 Err(self.bad_value(key, &span, why))
             }
         }
@@ -136,7 +167,11 @@ impl<'a> Section<'a> {
     }
 
     pub(crate) fn duration_ms(&self, key: &'static str) -> Result<Option<Located<u64>>> {
-        self.quantity(key, "a duration such as \"1s\" or \"500ms\"", super::value::parse_duration_ms)
+        self.quantity(
+            key,
+            "a duration such as \"1s\" or \"500ms\"",
+            super::value::parse_duration_ms,
+        )
     }
 
     pub(crate) fn bytes(&self, key: &'static str) -> Result<Option<Located<u64>>> {
@@ -151,8 +186,12 @@ impl<'a> Section<'a> {
     ) -> Result<Option<Located<u64>>> {
         let Some((value, span)) = self.get(key) else { return Ok(None) };
         let parsed = match value {
-            DeValue::String(text) => parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}")),
-            DeValue::Integer(number) => parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str())),
+            DeValue::String(text) => {
+                parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}"))
+            }
+            DeValue::Integer(number) => {
+                parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str()))
+            }
             other => return Err(self.wrong_type(key, &span, other, wanted)),
         };
         let value = parsed.map_err(|why| self.bad_value(key, &span, why))?;
@@ -160,13 +199,21 @@ impl<'a> Section<'a> {
     }
 
     /// One of some words; case does not matter, as in Flink's enums.
-    pub(crate) fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Result<Option<Located<T>>> {
+    pub(crate) fn choice<T: Copy>(
+        &self,
+        key: &'static str,
+        choices: &[(&str, T)],
+    ) -> Result<Option<Located<T>>> {
         let Some(Located { value, span }) = self.text(key)? else { return Ok(None) };
         match choices.iter().find(|(word, _)| word.eq_ignore_ascii_case(&value)) {
             Some((_, choice)) => Ok(Some(Located { value: *choice, span })),
             None => {
                 let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
-                let problem = self.bad_value(key, &span, format!("\"{value}\" is none of {}", words.join(", ")));
+                let problem = self.bad_value(
+                    key,
+                    &span,
+                    format!("\"{value}\" is none of {}", words.join(", ")),
+                );
                 Err(match closest(&value, words) {
                     Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
                     None => problem,
@@ -187,7 +234,12 @@ impl<'a> Section<'a> {
     }
 
     /// A table that is an item of this one's array `key`.
-    pub(crate) fn nested(&self, key: &str, span: Range<usize>, table: &'a DeTable<'a>) -> Section<'a> {
+    pub(crate) fn nested(
+        &self,
+        key: &str,
+        span: Range<usize>,
+        table: &'a DeTable<'a>,
+    ) -> Section<'a> {
         Section::new(self.text, key.to_owned(), span, table)
     }
 
@@ -197,7 +249,9 @@ impl<'a> Section<'a> {
             .into_iter()
             .map(|(value, span)| match value {
                 DeValue::Table(table) => Ok(self.nested(key, span, table)),
-                other => Err(self.wrong_type(key, &span, other, &format!("tables: write [[{key}]]"))),
+                other => {
+                    Err(self.wrong_type(key, &span, other, &format!("tables: write [[{key}]]")))
+                }
             })
             .collect()
     }
@@ -233,7 +287,8 @@ impl<'a> Section<'a> {
             .filter(|(key, _)| !asked.contains(&key.as_str()))
             .min_by_key(|(_, (span, ..))| span.start);
         let Some((key, (span, ..))) = unknown else { return Ok(()) };
-        let problem = self.problem(Code::UnknownKey, span, format!("unknown key `{}`", self.path_of(key)));
+        let problem =
+            self.problem(Code::UnknownKey, span, format!("unknown key `{}`", self.path_of(key)));
         let mut known = asked.clone();
         known.sort_unstable();
         known.dedup();
@@ -259,7 +314,10 @@ fn flatten(prefix: &str, table: &DeTable<'_>, flat: &mut Vec<(String, String)>) 
             DeValue::Datetime(value) => flat.push((key, value.to_string())),
             DeValue::Array(items) => {
                 for (place, item) in items.iter().enumerate() {
-                    let text = item.get_ref().as_str().map_or_else(|| format!("{:?}", item.get_ref()), str::to_owned);
+                    let text = item
+                        .get_ref()
+                        .as_str()
+                        .map_or_else(|| format!("{:?}", item.get_ref()), str::to_owned);
                     flat.push((format!("{key}.{place}"), text));
                 }
             }

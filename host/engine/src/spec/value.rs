@@ -40,7 +40,8 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 fn split(text: &str) -> Result<(u64, String), String> {
     let text = text.trim();
     let end = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-    let number = text[..end].parse().map_err(|_| "it does not begin with a whole number".to_owned())?;
+    let number =
+        text[..end].parse().map_err(|_| "it does not begin with a whole number".to_owned())?;
     Ok((number, text[end..].trim().to_lowercase()))
 }
 
@@ -50,9 +51,14 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_flink_reads_them() {
-        for (text, ms) in
-            [("0", 0), ("250", 250), ("1s", 1_000), ("10 min", 600_000), ("2 H", 7_200_000), ("1d", 86_400_000)]
-        {
+        for (text, ms) in [
+            ("0", 0),
+            ("250", 250),
+            ("1s", 1_000),
+            ("10 min", 600_000),
+            ("2 H", 7_200_000),
+            ("1d", 86_400_000),
+        ] {
             assert_eq!(parse_duration_ms(text), Ok(ms), "{text}");
         }
         for text in ["", "s", "-1s", "1.5s", "3 parsecs", "99999999999999 d"] {

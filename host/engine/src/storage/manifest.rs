@@ -60,7 +60,8 @@ impl Manifest {
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
-        postcard::to_extend(self, bytes).map_err(|error| StorageError::store("encode a manifest", error))
+        postcard::to_extend(self, bytes)
+            .map_err(|error| StorageError::store("encode a manifest", error))
     }
 
     /// Reads what `encode` wrote.
@@ -139,8 +140,12 @@ mod tests {
     fn other_version_is_refused_with_words() {
         let mut bytes = manifest().encode().expect("encodes");
         bytes[4] = 99;
-        let error = Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
-        assert_eq!(error.to_string(), "the manifest of checkpoint 9 has format 99, this program reads format 1");
+        let error =
+            Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
+        assert_eq!(
+            error.to_string(),
+            "the manifest of checkpoint 9 has format 99, this program reads format 1"
+        );
     }
 
     proptest! {

@@ -31,7 +31,8 @@ impl SledStorage {
 
 impl Storage for SledStorage {
     fn generations(&self) -> Result<Vec<u64>> {
-        let entries = fs::read_dir(&self.dir).map_err(|error| StorageError::store("list the generations", error))?;
+        let entries = fs::read_dir(&self.dir)
+            .map_err(|error| StorageError::store("list the generations", error))?;
         let mut numbers = Vec::new();
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -57,7 +58,8 @@ impl Storage for SledStorage {
             .flush_every_ms(None)
             .open()
             .map_err(|error| StorageError::store("open a generation", error))?;
-        sync_dir(&self.dir).map_err(|error| StorageError::store("make the generation durable", error))?;
+        sync_dir(&self.dir)
+            .map_err(|error| StorageError::store("make the generation durable", error))?;
         Ok(Box::new(SledGeneration { database }))
     }
 

@@ -135,12 +135,19 @@ impl SnapshotStore {
     ///
     /// # Errors
     /// Where the storage cannot be listed, or not even an empty generation can be made.
-    pub fn open(mut storage: Box<dyn Storage>, job: &str, tasks: Vec<TaskIdentity>) -> Result<(Self, Found)> {
+    pub fn open(
+        mut storage: Box<dyn Storage>,
+        job: &str,
+        tasks: Vec<TaskIdentity>,
+    ) -> Result<(Self, Found)> {
         let numbers = storage.generations()?;
         let mut found = Found { manifest: None, damaged: Vec::new() };
         let mut usable = None;
         for number in numbers.iter().rev() {
-            match storage.open(*number).and_then(|open| Ok((newest_manifest(&*open, &mut found)?, open))) {
+            match storage
+                .open(*number)
+                .and_then(|open| Ok((newest_manifest(&*open, &mut found)?, open)))
+            {
                 Ok((Some(manifest), open)) => {
                     usable = Some((*number, open));
                     found.manifest = Some(manifest);
@@ -200,7 +207,9 @@ impl SnapshotStore {
     /// Where the store is, for messages.
     #[must_use]
     pub fn location(&self) -> String {
-        self.storage.location().map_or_else(|| "memory".to_owned(), |path| path.display().to_string())
+        self.storage
+            .location()
+            .map_or_else(|| "memory".to_owned(), |path| path.display().to_string())
     }
 
     /// A new attempt begins: chains go on from this checkpoint, or anew.
@@ -291,7 +300,10 @@ impl SnapshotStore {
             // A failed write or flush proves nothing: it must not be there, or it is complete.
             match self.current.delete(&key).and_then(|()| self.current.flush()) {
                 Ok(()) => Err(error),
-                Err(again) => Err(StorageError::store("withdraw a manifest", format!("{again}, after {error}"))),
+                Err(again) => Err(StorageError::store(
+                    "withdraw a manifest",
+                    format!("{again}, after {error}"),
+                )),
             }
         })
     }
@@ -317,7 +329,8 @@ impl SnapshotStore {
     pub fn compact(&mut self, checkpoint: u64) -> Result<()> {
         let manifest = self.read_manifest(checkpoint)?;
         // Increments taken since belong to a checkpoint that is still pending: they would be lost.
-        let is_settled = manifest.tasks.iter().zip(&self.chains).all(|(task, chain)| task.chain == *chain);
+        let is_settled =
+            manifest.tasks.iter().zip(&self.chains).all(|(task, chain)| task.chain == *chain);
         if !is_settled || !self.unwritten.is_empty() {
             return Ok(());
         }
@@ -346,7 +359,8 @@ impl SnapshotStore {
         next.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &self.highest_id.to_be_bytes()))?;
         for (task, entry) in manifest.tasks.iter().enumerate() {
             let merged = merge(self.load_chain(task, &entry.chain)?);
-            bytes += write_snapshot(next, task, checkpoint, &merged, entry.identity.max_parallelism)?;
+            bytes +=
+                write_snapshot(next, task, checkpoint, &merged, entry.identity.max_parallelism)?;
         }
         next.flush()?;
         let tasks = manifest
@@ -368,7 +382,9 @@ impl SnapshotStore {
         let manifest = self.read_manifest(checkpoint)?;
         match manifest.tasks.get(task) {
             Some(entry) => self.load_chain(task, &entry.chain),
-            None => Err(StorageError::damaged(format!("checkpoint {checkpoint}"), "it has fewer tasks")),
+            None => {
+                Err(StorageError::damaged(format!("checkpoint {checkpoint}"), "it has fewer tasks"))
+            }
         }
     }
 
@@ -437,7 +453,11 @@ fn write_snapshot(
     };
     let memory = snapshot.memory.as_ref();
     let sizes = |memory: &MemorySnapshot| {
-        memory.memories.iter().map(|delta| (delta.size_bytes(), delta.page_count() as u64)).collect()
+        memory
+            .memories
+            .iter()
+            .map(|delta| (delta.size_bytes(), delta.page_count() as u64))
+            .collect()
     };
     let header = Header {
         state: snapshot.state.clone(),
@@ -448,7 +468,8 @@ fn write_snapshot(
         memory_packs,
         declared_packs,
     };
-    let payload = postcard::to_stdvec(&header).map_err(|error| StorageError::store("encode a header", error))?;
+    let payload = postcard::to_stdvec(&header)
+        .map_err(|error| StorageError::store("encode a header", error))?;
     writer.put(KIND_HEADER, 0, &payload)?;
     Ok(writer.bytes)
 }
@@ -505,7 +526,8 @@ impl PackWriter<'_> {
             };
             let count = rest.iter().map(fits).take_while(|fits| *fits).count().max(1);
             let (pack, after) = rest.split_at(count);
-            let payload = postcard::to_stdvec(pack).map_err(|error| StorageError::store("encode declared state", error))?;
+            let payload = postcard::to_stdvec(pack)
+                .map_err(|error| StorageError::store("encode declared state", error))?;
             self.put(KIND_DECLARED, sequence, &payload)?;
             sequence += 1;
             rest = after;
@@ -528,7 +550,9 @@ fn entries_of(changes: &StateChanges) -> impl Iterator<Item = (u32, &[u8], Optio
 
 /// Entries as the columns that a guest takes back.
 #[must_use]
-pub fn changes_of<'a>(entries: impl Iterator<Item = (&'a DeclaredKey, &'a Vec<u8>)>) -> StateChanges {
+pub fn changes_of<'a>(
+    entries: impl Iterator<Item = (&'a DeclaredKey, &'a Vec<u8>)>,
+) -> StateChanges {
     let mut changes = StateChanges {
         states: Vec::new(),
         keys: Vec::new(),
@@ -552,7 +576,13 @@ fn value_name(task: usize, checkpoint: u64) -> String {
     format!("the snapshot of task {task} for checkpoint {checkpoint}")
 }
 
-fn read_value(generation: &dyn Generation, task: usize, checkpoint: u64, kind: u8, sequence: u32) -> Result<Vec<u8>> {
+fn read_value(
+    generation: &dyn Generation,
+    task: usize,
+    checkpoint: u64,
+    kind: u8,
+    sequence: u32,
+) -> Result<Vec<u8>> {
     let key = value_key(checkpoint, task, kind, sequence);
     let name = || value_name(task, checkpoint);
     let Some(framed) = generation.get(&key)? else {
@@ -564,10 +594,16 @@ fn read_value(generation: &dyn Generation, task: usize, checkpoint: u64, kind: u
 
 fn read_header(generation: &dyn Generation, task: usize, checkpoint: u64) -> Result<Header> {
     let framed = read_value(generation, task, checkpoint, KIND_HEADER, 0)?;
-    postcard::from_bytes(&framed[8..]).map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
+    postcard::from_bytes(&framed[8..])
+        .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
 }
 
-fn read_snapshot(generation: &dyn Generation, task: usize, checkpoint: u64, into: &mut LoadedTask) -> Result<()> {
+fn read_snapshot(
+    generation: &dyn Generation,
+    task: usize,
+    checkpoint: u64,
+    into: &mut LoadedTask,
+) -> Result<()> {
     let header = read_header(generation, task, checkpoint)?;
     let damaged = |why: &str| StorageError::damaged(value_name(task, checkpoint), why);
     if !header.memories.is_empty() || !header.globals.is_empty() {
@@ -576,7 +612,8 @@ fn read_snapshot(generation: &dyn Generation, task: usize, checkpoint: u64, into
         for sequence in 0..header.memory_packs {
             let framed = read_value(generation, task, checkpoint, KIND_MEMORY, sequence)?;
             into.bytes += framed.len() as u64;
-            unpack_pages(&framed[8..], &mut memories).ok_or_else(|| damaged("a pack is cut short"))?;
+            unpack_pages(&framed[8..], &mut memories)
+                .ok_or_else(|| damaged("a pack is cut short"))?;
         }
         let counts = memories.iter().map(|delta| delta.page_count() as u64);
         if !counts.eq(header.memories.iter().map(|(_, pages)| *pages)) {
@@ -653,7 +690,9 @@ mod tests {
     }
 
     fn open() -> SnapshotStore {
-        SnapshotStore::open(Box::new(MemoryStorage::default()), "job", vec![identity()]).expect("opens").0
+        SnapshotStore::open(Box::new(MemoryStorage::default()), "job", vec![identity()])
+            .expect("opens")
+            .0
     }
 
     fn snapshot(pages: &[(u32, u8)], entries: &[(&str, Option<u8>)]) -> Arc<TaskSnapshot> {
@@ -671,17 +710,25 @@ mod tests {
         Arc::new(TaskSnapshot {
             state: vec![pages.len() as u8],
             is_drained: false,
-            memory: Some(MemorySnapshot { memories: vec![delta], globals: vec![5], monotonic_ns: 1 }),
+            memory: Some(MemorySnapshot {
+                memories: vec![delta],
+                globals: vec![5],
+                monotonic_ns: 1,
+            }),
             declared: Some(changes),
         })
     }
 
     /// Page -> byte of the whole state, and its declared entries.
-    fn contents(store: &SnapshotStore, checkpoint: u64) -> (BTreeMap<u32, u8>, Vec<(Vec<u8>, Vec<u8>)>) {
+    fn contents(
+        store: &SnapshotStore,
+        checkpoint: u64,
+    ) -> (BTreeMap<u32, u8>, Vec<(Vec<u8>, Vec<u8>)>) {
         let loaded = store.load(0, checkpoint).expect("whole");
         let pages = loaded.memory.iter().flat_map(|snapshot| snapshot.memories[0].pages());
         let pages = pages.map(|(page, bytes)| (page, bytes[0])).collect();
-        let mut entries: Vec<_> = loaded.declared.into_iter().map(|(key, value)| (key.key, value)).collect();
+        let mut entries: Vec<_> =
+            loaded.declared.into_iter().map(|(key, value)| (key.key, value)).collect();
         entries.sort();
         (pages, entries)
     }
@@ -736,9 +783,15 @@ mod tests {
         value[100] ^= 4;
         store.current.put(&key, &value).expect("written");
         let error = store.load(0, 3).expect_err("damaged").to_string();
-        assert_eq!(error, "the snapshot of task 0 for checkpoint 2 is damaged: its checksum is wrong");
+        assert_eq!(
+            error,
+            "the snapshot of task 0 for checkpoint 2 is damaged: its checksum is wrong"
+        );
         store.current.delete(&key).expect("deleted");
         let error = store.load(0, 3).expect_err("damaged").to_string();
-        assert_eq!(error, "the snapshot of task 0 for checkpoint 2 is damaged: a part of it is not there");
+        assert_eq!(
+            error,
+            "the snapshot of task 0 for checkpoint 2 is damaged: a part of it is not there"
+        );
     }
 }

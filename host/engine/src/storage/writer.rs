@@ -59,7 +59,10 @@ pub(crate) struct StorageThread {
 
 impl StorageHandle {
     /// Starts the thread.
-    pub(crate) fn start(store: SnapshotStore, report: impl Report) -> std::io::Result<(Self, StorageThread)> {
+    pub(crate) fn start(
+        store: SnapshotStore,
+        report: impl Report,
+    ) -> std::io::Result<(Self, StorageThread)> {
         let store = Arc::new(Mutex::new(store));
         let (commands, receiver) = unbounded_channel();
         let thread = std::thread::Builder::new().name("cofferdam-storage".to_owned()).spawn({
@@ -117,7 +120,8 @@ impl StorageThread {
     /// Waits for the thread, whose handle must be gone, and gives the store back.
     pub(crate) fn join(self) -> Option<SnapshotStore> {
         self.thread.join().ok()?;
-        Arc::into_inner(self.store).map(|store| store.into_inner().unwrap_or_else(PoisonError::into_inner))
+        Arc::into_inner(self.store)
+            .map(|store| store.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -125,7 +129,11 @@ fn lock(store: &Mutex<SnapshotStore>) -> MutexGuard<'_, SnapshotStore> {
     store.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn run(store: &Mutex<SnapshotStore>, mut commands: UnboundedReceiver<Command>, report: &impl Report) {
+fn run(
+    store: &Mutex<SnapshotStore>,
+    mut commands: UnboundedReceiver<Command>,
+    report: &impl Report,
+) {
     let mut next = commands.blocking_recv();
     while let Some(command) = next.take() {
         let mut snapshots = Vec::new();

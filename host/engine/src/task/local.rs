@@ -48,7 +48,9 @@ impl Inner {
     /// # Errors
     /// Where there is no memory left; nothing is here then any more.
     pub(crate) fn settle(&mut self, checkpoint: u64) -> io::Result<()> {
-        while let Some((taken_for, snapshot)) = self.pending.pop_front_if(|(id, _)| *id <= checkpoint) {
+        while let Some((taken_for, snapshot)) =
+            self.pending.pop_front_if(|(id, _)| *id <= checkpoint)
+        {
             if let Some(memory) = &snapshot.memory
                 && let Err(error) = self.image.apply(memory)
             {

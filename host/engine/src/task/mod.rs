@@ -191,7 +191,9 @@ impl Worker {
         loop {
             // Between two batches, so that a busy stream does not keep sinks from committing.
             while let Ok(control) = self.control.try_recv() {
-                if self.on_gate_control(control, gate, &mut aligner, &mut intake).await? == Turn::Done {
+                if self.on_gate_control(control, gate, &mut aligner, &mut intake).await?
+                    == Turn::Done
+                {
                     return Ok(());
                 }
             }
@@ -419,7 +421,9 @@ impl Worker {
         let first = waiting.len();
         for Emission { output, records } in emissions {
             self.nodes[node].count_out(&self.shared, &records);
-            let Some((last, others)) = self.nodes[node].targets(output)?.split_last() else { continue };
+            let Some((last, others)) = self.nodes[node].targets(output)?.split_last() else {
+                continue;
+            };
             let (last, others) = (*last, others.to_vec());
             for target in others {
                 self.send_to(target, records.clone(), waiting).await;
@@ -430,7 +434,12 @@ impl Worker {
         Ok(())
     }
 
-    async fn send_to(&mut self, target: Target, records: Batch, waiting: &mut Vec<(usize, u32, Batch)>) {
+    async fn send_to(
+        &mut self,
+        target: Target,
+        records: Batch,
+        waiting: &mut Vec<(usize, u32, Batch)>,
+    ) {
         match target {
             Target::Node { node, input } => waiting.push((node, input, records)),
             Target::Writer(writer) => self.writers[writer].write(records).await,

@@ -102,9 +102,12 @@ impl Node {
             }
             Work::Sink { spec, sink } => *sink = Some(sink::open(spec, index, state.as_deref())?),
             Work::Operator(operator) => {
-                let mut instance = operator.open(shared, self.task, attempt, index, parallelism).await?;
+                let mut instance =
+                    operator.open(shared, self.task, attempt, index, parallelism).await?;
                 if let Some(checkpoint) = checkpoint {
-                    operator.restore(shared, &self.local, self.slot, checkpoint, &mut instance).await?;
+                    operator
+                        .restore(shared, &self.local, self.slot, checkpoint, &mut instance)
+                        .await?;
                 }
                 operator.instance = Some(instance);
             }
@@ -137,7 +140,12 @@ impl Node {
         }
     }
 
-    pub(crate) async fn process(&mut self, shared: &Shared, input: u32, batch: Batch) -> Result<Vec<Emission>> {
+    pub(crate) async fn process(
+        &mut self,
+        shared: &Shared,
+        input: u32,
+        batch: Batch,
+    ) -> Result<Vec<Emission>> {
         shared.metrics.operators[self.task.operator.0 as usize].add_in(batch.record_count());
         match &mut self.work {
             Work::Operator(operator) => {
@@ -151,7 +159,11 @@ impl Node {
         }
     }
 
-    pub(crate) async fn advance(&mut self, shared: &Shared, watermark: i64) -> Result<Vec<Emission>> {
+    pub(crate) async fn advance(
+        &mut self,
+        shared: &Shared,
+        watermark: i64,
+    ) -> Result<Vec<Emission>> {
         shared.metrics.operators[self.task.operator.0 as usize].set_watermark(watermark);
         match &mut self.work {
             Work::Operator(operator) => {
@@ -295,12 +307,15 @@ impl OperatorTask {
         let instance = self.instance()?;
         // First, because handing over changes the memory that is snapshotted next.
         if mode.has_declared() && has_states {
-            snapshot.declared = Some(instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?);
+            snapshot.declared =
+                Some(instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?);
         }
         if mode.has_memory() {
             match instance.snapshot().await {
                 Ok(memory) => snapshot.memory = Some(memory),
-                Err(error @ SnapshotError::HandlesHeld { .. }) => return Ok(Some(error.to_string())),
+                Err(error @ SnapshotError::HandlesHeld { .. }) => {
+                    return Ok(Some(error.to_string()));
+                }
                 Err(SnapshotError::Guest(error)) => return Err(cause_of(error)),
                 Err(error) => {
                     let message = format!("snapshot a guest's memory: {}", with_source(&error));
@@ -324,7 +339,9 @@ impl Drop for OperatorTask {
 }
 
 /// Runs something that blocks where that harms nobody.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let joined = tokio::task::spawn_blocking(work).await;
     joined.unwrap_or_else(|error| Err(host_bug(&format!("a blocking call panicked: {error}"))))
 }
@@ -349,7 +366,9 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
     match error {
         GuestError::Trap { message, backtrace } => FailureCause::Trap { message, backtrace },
         GuestError::Limit(limit) => FailureCause::LimitExceeded { message: limit.to_string() },
-        GuestError::Rejected { message, record } => FailureCause::Rejected { message: at(message, record) },
+        GuestError::Rejected { message, record } => {
+            FailureCause::Rejected { message: at(message, record) }
+        }
         GuestError::Failed { message, record } => {
             FailureCause::Trap { message: at(message, record), backtrace: Vec::new() }
         }
@@ -376,7 +395,8 @@ struct TaskHost {
 
 impl TaskHost {
     fn new(shared: &Shared, task: TaskId, operator: &str, attempt: Attempt) -> Self {
-        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+        let now_ns =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
         Self {
             name: format!("{operator}/{}", task.index),
             operator: task.operator.0 as usize,

@@ -12,8 +12,7 @@ use std::{
     cell::RefCell,
     ffi::c_void,
     fs::File,
-    io,
-    ptr,
+    io, ptr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -46,7 +45,12 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    fn reserve(minimum: usize, capacity: usize, guard: usize, tracking: &Tracking) -> io::Result<Self> {
+    fn reserve(
+        minimum: usize,
+        capacity: usize,
+        guard: usize,
+        tracking: &Tracking,
+    ) -> io::Result<Self> {
         let page = rustix::param::page_size();
         let mapped_bytes = (capacity + guard).next_multiple_of(page);
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;

@@ -203,7 +203,12 @@ impl WriteProtect {
     /// protects them again.
     ///
     /// A page of a private file mapping that was only read is not written: it still is the file's.
-    pub(crate) fn scan(&self, base: *const u8, len: usize, found: &mut Vec<PageRange>) -> io::Result<()> {
+    pub(crate) fn scan(
+        &self,
+        base: *const u8,
+        len: usize,
+        found: &mut Vec<PageRange>,
+    ) -> io::Result<()> {
         let mut ranges = [ScanRange::default(); SCAN_RANGES];
         let end = (base.addr() + len) as u64;
         let mut start = base.addr() as u64;
@@ -224,7 +229,8 @@ impl WriteProtect {
             // SAFETY: `ranges` is as long as `ranges_len` says and lives during the call; the scan
             // only reads page tables and sets the protection that `register` asked for.
             let count = unsafe { ioctl::ioctl(self.pagemap.as_fd(), PagemapScan(&mut arguments))? };
-            let page_of = |address: u64| ((address - base.addr() as u64) / PAGE_BYTES as u64) as u32;
+            let page_of =
+                |address: u64| ((address - base.addr() as u64) / PAGE_BYTES as u64) as u32;
             for range in &ranges[..count.min(SCAN_RANGES)] {
                 let range = page_of(range.start)..page_of(range.end);
                 match found.last_mut() {
