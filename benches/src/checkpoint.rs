@@ -19,6 +19,9 @@ use crate::support::{block_on, disk_bytes, load, median, open, sandbox};
 const ROUNDS: usize = 9;
 const PAGE: u64 = 4096;
 
+/// Pause in us, changed bytes, seconds into sled, bytes stored, bytes on disk, seconds into a file.
+type Row = (f64, f64, f64, f64, f64, f64);
+
 pub(crate) fn run() -> Result<()> {
     let sandbox = sandbox()?;
     println!(
@@ -91,9 +94,7 @@ async fn measure(
             rows.push((pause_us, changed as f64, sled_s, stored as f64, on_disk as f64, file_s));
         }
     }
-    let of = |pick: &dyn Fn(&(f64, f64, f64, f64, f64, f64)) -> f64| {
-        median(rows.iter().map(pick).collect())
-    };
+    let of = |pick: &dyn Fn(&Row) -> f64| median(rows.iter().map(pick).collect());
     println!(
         "| {mib} MiB | {:.1} % | {:.0} | {:.0} us | {:.1} ms | {:.3} | {:.3} | {:.0} | {:.0} |",
         per_mille as f64 / 10.0,

@@ -76,7 +76,8 @@ fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
         _ => None,
     };
     let recoveries: Vec<f64> = ran.progress.iter().filter_map(of).collect();
-    ensure!(TRAPS as usize <= recoveries.len() + 1, "only {} recoveries", recoveries.len());
+    // A trap in the very first batch after a restore leaves nothing to measure.
+    ensure!(10 <= recoveries.len(), "only {} recoveries", recoveries.len());
     Ok(recoveries)
 }
 

@@ -4,6 +4,8 @@
 //! job's state *is* (how many records each task has counted), so that the checkers can say whether
 //! an output was lost or doubled, and not only whether the core followed its own rules.
 
+#![expect(clippy::disallowed_methods, reason = "the test's own settings come from the environment")]
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use cofferdam_core::{

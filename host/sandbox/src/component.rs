@@ -105,7 +105,7 @@ pub(crate) struct AccessorIndices {
 impl AccessorIndices {
     fn new(compiled: &Compiled) -> Self {
         let all = |access: Access| {
-            let index = |number: usize| compiled.get_export_index(None, &access.name(number));
+            let index = |number: usize| compiled.get_export_index(None, access.name(number));
             (0..).map_while(index).collect()
         };
         Self { get: all(Access::Get), set: all(Access::Set), grow: all(Access::Grow) }

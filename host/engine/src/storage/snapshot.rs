@@ -18,7 +18,7 @@ use super::{
     manifest::{Manifest, ManifestTask, TaskIdentity, seal, unseal},
 };
 
-/// Pages in one stored value: 64 KiB, where sled is fastest.
+/// Pages in one stored value: 64 KiB, where sled writes fastest and least.
 const PACK_PAGES: usize = 16;
 /// Bytes of declared state in one stored value.
 const PACK_BYTES: usize = 64 << 10;
@@ -296,14 +296,13 @@ impl SnapshotStore {
         let key = manifest_key(checkpoint);
         let value = seal(&key, &manifest.encode()?);
         let written = self.current.put(&key, &value).and_then(|()| self.current.flush());
-        written.or_else(|error| {
+        written.map_err(|error| {
             // A failed write or flush proves nothing: it must not be there, or it is complete.
             match self.current.delete(&key).and_then(|()| self.current.flush()) {
-                Ok(()) => Err(error),
-                Err(again) => Err(StorageError::store(
-                    "withdraw a manifest",
-                    format!("{again}, after {error}"),
-                )),
+                Ok(()) => error,
+                Err(again) => {
+                    StorageError::store("withdraw a manifest", format!("{again}, after {error}"))
+                }
             }
         })
     }
@@ -719,11 +718,10 @@ mod tests {
         })
     }
 
+    type Contents = (BTreeMap<u32, u8>, Vec<(Vec<u8>, Vec<u8>)>);
+
     /// Page -> byte of the whole state, and its declared entries.
-    fn contents(
-        store: &SnapshotStore,
-        checkpoint: u64,
-    ) -> (BTreeMap<u32, u8>, Vec<(Vec<u8>, Vec<u8>)>) {
+    fn contents(store: &SnapshotStore, checkpoint: u64) -> Contents {
         let loaded = store.load(0, checkpoint).expect("whole");
         let pages = loaded.memory.iter().flat_map(|snapshot| snapshot.memories[0].pages());
         let pages = pages.map(|(page, bytes)| (page, bytes[0])).collect();
