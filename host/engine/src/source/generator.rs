@@ -157,7 +157,8 @@ impl GeneratorSource {
         let Some(rate) = self.plan.spec.rate else { return Ok(u64::MAX) };
         let rate = rate / self.parallelism as f64;
         let (began, given_then) = *self.pace.get_or_insert((Instant::now(), self.given));
-        let due = (began.elapsed().as_secs_f64() * rate) as u64;
+        // The first slice is due at once, so that a restart does not begin with a wait.
+        let due = ((began.elapsed().as_secs_f64() + RATE_SLICE) * rate) as u64;
         let given = self.given - given_then;
         match due.checked_sub(given) {
             Some(0) | None => {
