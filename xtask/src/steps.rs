@@ -82,7 +82,7 @@ pub(crate) fn test() -> Result<()> {
     announce("documentation");
     run(cargo(".")
         .args(["doc", "--quiet", "--workspace", "--no-deps"])
-        .env("RUSTDOCFLAGS", "-D warnings"))?;
+        .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"))?;
     announce("tests of the examples");
     run(cargo("examples").args(["test", "--quiet"]))?;
     announce("tests");
