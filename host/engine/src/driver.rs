@@ -7,7 +7,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -51,7 +51,6 @@ pub(crate) struct Shared {
     recovery: Mutex<Option<Recovery>>,
     /// Whether `recovery` is worth a look: asked once a batch.
     is_recovering: AtomicBool,
-    loaded_bytes: AtomicU64,
 }
 
 /// A restart under way.
@@ -100,10 +99,6 @@ impl Shared {
             stats.pause = stats.pause.max(pause);
             stats.state_bytes += state_bytes;
         });
-    }
-
-    pub(crate) fn note_loaded(&self, bytes: u64) {
-        self.loaded_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// An operator has processed something: if it is the one that had failed, the job has recovered.
@@ -180,7 +175,6 @@ impl Driver {
             stats: report.stats.clone(),
             recovery: Mutex::new(None),
             is_recovering: AtomicBool::new(false),
-            loaded_bytes: AtomicU64::new(0),
         };
         let locals = plan.graph.tasks().into_iter().map(|task| (task, Arc::default())).collect();
         Self {

@@ -125,7 +125,6 @@ impl Node {
         let (local, slot, shared) = (self.local.clone(), self.slot, shared.clone());
         blocking(move || {
             let loaded = shared.storage.load(slot, checkpoint)?;
-            shared.note_loaded(loaded.bytes);
             local.lock().load(checkpoint, &loaded).map_err(|error| FailureCause::Environment {
                 message: format!("make the image of a task: {error}"),
             })
