@@ -46,7 +46,7 @@ fn harness(ballast: u64, deed: &str) -> Harness {
         "ballast = {ballast}, dirty = 1, quiet = true, {deed} }}\nlimits = {{ memory = \"3GiB\", call = \"60s\""
     );
     Harness {
-        count: 40_000,
+        count: 1_000_000,
         rate: Some(20_000),
         parallelism: 1,
         interval_ms: 200,
@@ -58,7 +58,8 @@ fn harness(ballast: u64, deed: &str) -> Harness {
 
 /// Milliseconds from each trap to the next record processed. Leaves a checkpoint behind.
 fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
-    let deed = format!("do = \"trap\", at = 12000, attempts = {TRAPS}");
+    // Each trap comes 200 ms of records after the one before, so that a batch lies between.
+    let deed = format!("do = \"trap\", at = 12000, step = 4000, attempts = {TRAPS}");
     let manifest = harness(ballast, &deed).write(dir);
     let ran = run_manifest(&manifest, |job| {
         let (stop, metrics) = (job.stop_handle(), job.metrics());

@@ -5,6 +5,8 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
+use crate::short::{append, short_text};
+
 pub use crate::bindings::cofferdam::operator::types::Format;
 
 /// A type that can be read from a record. Every serde type can, as postcard.
@@ -62,9 +64,6 @@ impl Deref for Raw<'_> {
     }
 }
 
-/// Values up to this size are encoded on the stack.
-const SMALL_BYTES: usize = 32;
-
 /// `()` is no bytes at all, and the key of records that have none.
 const fn postcard_format<T>() -> Option<Format> {
     if size_of::<T>() == 0 { None } else { Some(Format::Postcard) }
@@ -86,16 +85,34 @@ impl<T: Serialize> Encode for T {
 
     #[inline]
     fn encode(&self, out: &mut Vec<u8>) {
-        // Most values are small, and written into a buffer of fixed size ten times faster.
-        if let Ok(bytes) = postcard::to_slice(self, &mut [0; SMALL_BYTES]) {
-            out.extend_from_slice(bytes);
-            return;
-        }
         // Writing into a vector fails only where `Serialize` itself gives an error, which the
         // author has to see: a trap with these last words.
-        *out = postcard::to_extend(self, std::mem::take(out)).unwrap_or_else(|error| {
+        postcard::serialize_with_flavor(self, Appending(out)).unwrap_or_else(|error| {
             panic!("cannot encode {}: {error}", std::any::type_name::<T>())
         });
+    }
+}
+
+/// Where postcard writes to: the end of a column.
+struct Appending<'a>(&'a mut Vec<u8>);
+
+impl postcard::ser_flavors::Flavor for Appending<'_> {
+    type Output = ();
+
+    #[inline]
+    fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
+        self.0.push(byte);
+        Ok(())
+    }
+
+    #[inline]
+    fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
+        append(self.0, bytes);
+        Ok(())
+    }
+
+    fn finalize(self) -> postcard::Result<()> {
+        Ok(())
     }
 }
 
@@ -104,6 +121,9 @@ impl<'a> Decode<'a> for Text<'a> {
 
     #[inline]
     fn decode(bytes: &'a [u8]) -> Result<Self, String> {
+        if let Some(text) = short_text(bytes) {
+            return Ok(Text(text));
+        }
         std::str::from_utf8(bytes).map(Text).map_err(|error| format!("not UTF-8 text: {error}"))
     }
 }
@@ -113,7 +133,7 @@ impl Encode for Text<'_> {
 
     #[inline]
     fn encode(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(self.0.as_bytes());
+        append(out, self.0.as_bytes());
     }
 }
 
@@ -131,7 +151,7 @@ impl Encode for Raw<'_> {
 
     #[inline]
     fn encode(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(self.0);
+        append(out, self.0);
     }
 }
 

@@ -41,10 +41,12 @@
 
 mod codec;
 pub mod host;
+mod index;
 mod operator;
 mod output;
 #[doc(hidden)]
 pub mod runtime;
+mod short;
 pub mod state;
 pub mod testing;
 

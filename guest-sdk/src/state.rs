@@ -1,11 +1,14 @@
 //! Declared state: what an operator keeps by key, at the speed of its own memory, and hands over
 //! to the host as changes since the last checkpoint.
 
-use hashbrown::HashTable;
 use serde::{Serialize, de::DeserializeOwned};
 use smallvec::SmallVec;
 
-use crate::bindings::cofferdam::operator::types::{StateChanges, StateKind};
+use crate::{
+    bindings::cofferdam::operator::types::{StateChanges, StateKind},
+    index::Index,
+    short::{append, hash, is_same},
+};
 
 /// Something that has a key in bytes: a [`Record`](crate::Record), or the bytes themselves.
 pub trait Keyed {
@@ -49,7 +52,7 @@ pub trait StateField {
 pub struct ValueState<V> {
     entries: Vec<Entry<V>>,
     /// Places in `entries`, by the hash of the key.
-    index: HashTable<u32>,
+    index: Index,
     /// Places of entries that changed since the last hand-over.
     changed: Vec<u32>,
     /// Places of entries that were removed and handed over: free for another key.
@@ -62,11 +65,13 @@ struct Entry<V> {
     /// `None`: removed, or free.
     value: Option<V>,
     is_changed: bool,
+    /// Its place is in no index, and waits for another key.
+    is_free: bool,
 }
 
 impl<V> Default for ValueState<V> {
     fn default() -> Self {
-        Self { entries: Vec::new(), index: HashTable::new(), changed: Vec::new(), free: Vec::new() }
+        Self { entries: Vec::new(), index: Index::default(), changed: Vec::new(), free: Vec::new() }
     }
 }
 
@@ -117,8 +122,7 @@ impl<V> ValueState<V> {
 
     #[inline]
     fn find(&self, key: &[u8]) -> Option<u32> {
-        let is_same = |place: &u32| is_same_key(&self.entries[*place as usize].key, key);
-        self.index.find(hash(key), is_same).copied()
+        self.index.find(hash(key), |place| is_same(&self.entries[place as usize].key, key))
     }
 
     #[inline]
@@ -131,7 +135,12 @@ impl<V> ValueState<V> {
 
     #[cold]
     fn insert(&mut self, key: &[u8]) -> u32 {
-        let entry = Entry { key: SmallVec::from_slice(key), value: None, is_changed: false };
+        let entry = Entry {
+            key: SmallVec::from_slice(key),
+            value: None,
+            is_changed: false,
+            is_free: false,
+        };
         let place = match self.free.pop() {
             Some(place) => {
                 self.entries[place as usize] = entry;
@@ -143,7 +152,7 @@ impl<V> ValueState<V> {
             }
         };
         let entries = &self.entries;
-        self.index.insert_unique(hash(key), place, |place| hash(&entries[*place as usize].key));
+        self.index.insert(hash(key), place, |place| hash(&entries[place as usize].key));
         place
     }
 
@@ -159,17 +168,21 @@ impl<V> ValueState<V> {
 
     /// After a hand-over: nothing has changed, and what was removed makes room.
     fn settle(&mut self) {
-        for place in self.changed.drain(..) {
+        let mut changed = std::mem::take(&mut self.changed);
+        for place in changed.drain(..) {
             let entry = &mut self.entries[place as usize];
             entry.is_changed = false;
-            if entry.value.is_none() {
-                let key = std::mem::take(&mut entry.key);
-                if let Ok(found) = self.index.find_entry(hash(&key), |other| *other == place) {
-                    found.remove();
-                    self.free.push(place);
-                }
+            if entry.value.is_none() && !entry.is_free {
+                let entries = &self.entries;
+                let hash_of = |place: u32| hash(&entries[place as usize].key);
+                self.index.remove(hash_of(place), place, hash_of);
+                let entry = &mut self.entries[place as usize];
+                entry.key = SmallVec::new();
+                entry.is_free = true;
+                self.free.push(place);
             }
         }
+        self.changed = changed;
     }
 }
 
@@ -206,62 +219,6 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
     }
 }
 
-/// Compares keys in place: most have at most 16 bytes, and a call to `memcmp` would cost more.
-#[inline]
-fn is_same_key(left: &[u8], right: &[u8]) -> bool {
-    if left.len() != right.len() {
-        return false;
-    }
-    match left.len() {
-        0 => true,
-        1..=3 => left.iter().eq(right),
-        len @ 4..=7 => {
-            word_at(left, 0) == word_at(right, 0)
-                && word_at(left, len - 4) == word_at(right, len - 4)
-        }
-        len @ 8..=16 => {
-            long_at(left, 0) == long_at(right, 0)
-                && long_at(left, len - 8) == long_at(right, len - 8)
-        }
-        _ => left == right,
-    }
-}
-
-/// Hashes a key by two multiplications for most: a guest only ever harms itself by its keys, so
-/// speed counts and resistance to chosen keys does not.
-#[inline]
-fn hash(key: &[u8]) -> u64 {
-    const FIRST: u64 = 0x9e37_79b9_7f4a_7c15;
-    const SECOND: u64 = 0xd6e8_feb8_6659_fd93;
-    let (head, tail) = match key.len() {
-        0 => (0, 0),
-        1..=3 => {
-            (u64::from(key[0]) << 16 | u64::from(key[key.len() / 2]), u64::from(key[key.len() - 1]))
-        }
-        4..=7 => (u64::from(word_at(key, 0)), u64::from(word_at(key, key.len() - 4))),
-        8..=16 => (long_at(key, 0), long_at(key, key.len() - 8)),
-        len => {
-            let inner = key[..len - 8].chunks_exact(8).fold(0u64, |hash, chunk| {
-                (hash.rotate_left(23) ^ long_at(chunk, 0)).wrapping_mul(FIRST)
-            });
-            (inner, long_at(key, len - 8))
-        }
-    };
-    let mixed = (head ^ key.len() as u64).wrapping_mul(FIRST) ^ tail.rotate_left(32);
-    let hash = (mixed ^ (mixed >> 29)).wrapping_mul(SECOND);
-    hash ^ (hash >> 32)
-}
-
-#[inline]
-fn word_at(bytes: &[u8], at: usize) -> u32 {
-    bytes[at..].first_chunk().map_or(0, |chunk| u32::from_le_bytes(*chunk))
-}
-
-#[inline]
-fn long_at(bytes: &[u8], at: usize) -> u64 {
-    bytes[at..].first_chunk().map_or(0, |chunk| u64::from_le_bytes(*chunk))
-}
-
 /// Where changes are written during a hand-over.
 pub struct Changes<'a> {
     pub(crate) state: u32,
@@ -272,7 +229,7 @@ impl Changes<'_> {
     fn push<V: Serialize>(&mut self, key: &[u8], value: Option<&V>) {
         let columns = &mut *self.columns;
         columns.states.push(self.state);
-        columns.keys.extend_from_slice(key);
+        append(&mut columns.keys, key);
         columns.key_ends.push(columns.keys.len() as u32);
         if let Some(value) = value {
             crate::Encode::encode(value, &mut columns.values);
@@ -339,7 +296,7 @@ mod tests {
             .collect();
         for left in &keys {
             for right in &keys {
-                assert_eq!(is_same_key(left, right), left == right, "{left:?} {right:?}");
+                assert_eq!(is_same(left, right), left == right, "{left:?} {right:?}");
                 if left == right {
                     assert_eq!(hash(left), hash(right));
                 }

@@ -78,3 +78,12 @@ fn every_folder_stands_in_the_architecture() {
         assert!(text.contains(&format!("`{folder}")), "{folder} is not in ARCHITECTURE.md");
     }
 }
+
+#[test]
+fn a_new_project_carries_every_file_of_the_sdk() {
+    let list = fs::read_to_string(guest::root().join("host/cli/src/new.rs")).expect("readable");
+    for (path, _) in sources("guest-sdk") {
+        let place = path.strip_prefix(guest::root()).expect("inside").display().to_string();
+        assert!(list.contains(&format!("\".cofferdam/{place}\"")), "{place} is not carried");
+    }
+}

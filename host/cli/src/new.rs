@@ -14,12 +14,14 @@ use crate::{args::NewArguments, report};
 const SDK: &[(&str, &str)] = &[
     (".cofferdam/wit/operator.wit", include_str!("../../../wit/operator.wit")),
     (".cofferdam/guest-sdk/Cargo.toml", include_str!("../../../guest-sdk/Cargo.toml")),
+    (".cofferdam/guest-sdk/src/index.rs", include_str!("../../../guest-sdk/src/index.rs")),
     (".cofferdam/guest-sdk/src/lib.rs", include_str!("../../../guest-sdk/src/lib.rs")),
     (".cofferdam/guest-sdk/src/codec.rs", include_str!("../../../guest-sdk/src/codec.rs")),
     (".cofferdam/guest-sdk/src/host.rs", include_str!("../../../guest-sdk/src/host.rs")),
     (".cofferdam/guest-sdk/src/operator.rs", include_str!("../../../guest-sdk/src/operator.rs")),
     (".cofferdam/guest-sdk/src/output.rs", include_str!("../../../guest-sdk/src/output.rs")),
     (".cofferdam/guest-sdk/src/runtime.rs", include_str!("../../../guest-sdk/src/runtime.rs")),
+    (".cofferdam/guest-sdk/src/short.rs", include_str!("../../../guest-sdk/src/short.rs")),
     (".cofferdam/guest-sdk/src/state.rs", include_str!("../../../guest-sdk/src/state.rs")),
     (".cofferdam/guest-sdk/src/testing.rs", include_str!("../../../guest-sdk/src/testing.rs")),
     (

@@ -28,7 +28,13 @@ pub fn default_max_parallelism(parallelism: u32) -> u32 {
 #[must_use]
 #[inline]
 pub fn key_group(key: &[u8], max_parallelism: u32) -> u32 {
-    murmur3(key) % max_parallelism
+    let hash = murmur3(key);
+    // The usual case, and a division costs as much as the hash.
+    if max_parallelism.is_power_of_two() {
+        hash & (max_parallelism - 1)
+    } else {
+        hash % max_parallelism
+    }
 }
 
 /// The task that owns a key group.

@@ -7,7 +7,7 @@ use cofferdam_core::{
 use cofferdam_sandbox::Batch;
 
 use super::{Element, Sender};
-use crate::batch::{BatchExt, RecordRef};
+use crate::batch::BatchExt;
 
 /// A batch is sent when it has this many records: enough for the cost of a guest's call to vanish,
 /// few enough to stay in the processor's cache.
@@ -71,15 +71,20 @@ impl Writer {
 
     async fn write_by_key(&mut self, batch: &Batch) {
         let max_parallelism = u32::try_from(self.owners.len()).unwrap_or(u32::MAX);
-        for record in batch.records() {
+        let (mut key_start, mut value_start) = (0, 0);
+        for (place, &value_end) in batch.value_ends.iter().enumerate() {
             // A hash edge without keys is refused before a job starts; an operator that leaves
             // some keys out sends those records to the task of the empty key.
-            let group = key_group(record.key.unwrap_or_default(), max_parallelism);
-            let channel = &mut self.channels[self.owners[group as usize] as usize];
-            channel.push(record);
+            let key_end = batch.key_ends.get(place).copied().unwrap_or(0);
+            let key = &batch.keys[key_start as usize..key_end as usize];
+            let owner = self.owners[key_group(key, max_parallelism) as usize];
+            let channel = &mut self.channels[owner as usize];
+            channel.reserve();
+            channel.batch.push_from(batch, place, key_start..key_end, value_start..value_end);
             if channel.is_full() {
                 channel.flush().await;
             }
+            (key_start, value_start) = (key_end, value_end);
         }
     }
 
@@ -101,13 +106,12 @@ impl Writer {
 
 impl Outgoing {
     #[inline]
-    fn push(&mut self, record: RecordRef<'_>) {
+    fn reserve(&mut self) {
         if self.batch.value_ends.capacity() == 0 {
             self.batch.value_ends.reserve(BATCH_RECORDS_MAX);
             self.batch.key_ends.reserve(BATCH_RECORDS_MAX);
             self.batch.keys.reserve(BATCH_RECORDS_MAX * 8);
         }
-        self.batch.push(record);
     }
 
     async fn append(&mut self, batch: Batch) {
@@ -135,7 +139,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::exchange::Gate;
+    use crate::{batch::RecordRef, exchange::Gate};
 
     /// Writes 3,000 records through a partitioner to 3 tasks; gives the keys that each received.
     async fn received(partitioner: Partitioner) -> Vec<Vec<String>> {

@@ -2,6 +2,7 @@
 //! and the seed, so a position is a number.
 
 use std::{
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,7 +15,7 @@ use cofferdam_sandbox::Batch;
 
 use super::{Source, Step, unreadable_position};
 use crate::{
-    batch::{BatchExt, RecordRef},
+    batch::{BatchExt, RecordRef, append_range},
     exchange::writer::BATCH_RECORDS_MAX,
     spec::{GeneratorContent, GeneratorSpec},
 };
@@ -69,13 +70,14 @@ impl Vocabulary {
         Self { letters, starts, columns: alias_columns(&weights) }
     }
 
+    /// Where the drawn word lies in `letters`.
     #[inline]
-    fn draw(&self, bits: u64) -> &[u8] {
+    fn draw(&self, bits: u64) -> Range<u32> {
         let place = ((bits >> 32) * self.columns.len() as u64) >> 32;
         let column = self.columns[place as usize];
         let chosen =
             if (bits as u32) < column.threshold { place as usize } else { column.other as usize };
-        &self.letters[self.starts[chosen] as usize..self.starts[chosen + 1] as usize]
+        self.starts[chosen]..self.starts[chosen + 1]
     }
 }
 
@@ -196,7 +198,10 @@ impl Source for GeneratorSource {
             match &self.plan.words {
                 Some(words) => {
                     let bits = mix(self.plan.spec.seed ^ mix(number.wrapping_add(1)));
-                    batch.push(RecordRef { key: Some(words.draw(bits)), value: b"", timestamp });
+                    append_range(&mut batch.keys, &words.letters, words.draw(bits));
+                    batch.key_ends.push(batch.keys.len() as u32);
+                    batch.value_ends.push(0);
+                    batch.timestamps.extend(timestamp);
                 }
                 None => {
                     let text = number.to_string();

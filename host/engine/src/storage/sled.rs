@@ -1,17 +1,39 @@
 //! Generations in sled, the default. The only file that names it.
+//!
+//! sled rewrites the neighbours of what is inserted, which costs three times the bytes of a large
+//! value. So values of [`PACKED_BYTES_MIN`] and more are appended to a file beside the database,
+//! written once and never moved, and sled keeps their place: the separation of keys from values
+//! of WiscKey (Lu et al., FAST 2016). Flush order is file, then database, so a place that is
+//! durable points at bytes that are.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use super::{Generation, Result, Storage, StorageError};
 
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
-const CACHE_BYTES: u64 = 64 << 20;
+const CACHE_BYTES: u64 = 16 << 20;
+
+/// Values from here on go into the pack file; below, a place would save little.
+const PACKED_BYTES_MIN: usize = 2 << 10;
 
 /// What the directories of generations begin with, and those of generations on their way out.
 const GENERATION: &str = "gen-";
 const REMOVED: &str = "removed-";
 
-/// A directory with one sled database for each generation.
+/// In a generation: the database, and the file of large values.
+const INDEX: &str = "index";
+const PACK: &str = "pack";
+
+/// The first byte of what sled keeps for a key: the value itself follows, or its place.
+const INLINE: u8 = 0;
+const PLACE: u8 = 1;
+
+/// A directory with one sled database and one pack file for each generation.
 #[derive(Debug)]
 pub struct SledStorage {
     dir: PathBuf,
@@ -50,17 +72,21 @@ impl Storage for SledStorage {
     }
 
     fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
-        let database = sled::Config::new()
-            .path(self.path(number))
+        let path = self.path(number);
+        let opened = fs::create_dir_all(&path).and_then(|()| Pack::open(&path.join(PACK)));
+        let pack = opened.map_err(|error| StorageError::store("open a pack file", error))?;
+        let index = sled::Config::new()
+            .path(path.join(INDEX))
             .cache_capacity(CACHE_BYTES)
             .mode(sled::Mode::HighThroughput)
             // Durability is asked for, never assumed: see `flush`.
             .flush_every_ms(None)
             .open()
             .map_err(|error| StorageError::store("open a generation", error))?;
-        sync_dir(&self.dir)
+        sync_dir(&path)
+            .and_then(|()| sync_dir(&self.dir))
             .map_err(|error| StorageError::store("make the generation durable", error))?;
-        Ok(Box::new(SledGeneration { database }))
+        Ok(Box::new(SledGeneration { index, pack }))
     }
 
     /// Renames first: a directory that is half removed must not be taken for a generation.
@@ -77,32 +103,125 @@ impl Storage for SledStorage {
     }
 }
 
-fn sync_dir(dir: &std::path::Path) -> io::Result<()> {
-    fs::File::open(dir)?.sync_all()
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Large values, one after the other. What a crash left behind the last flush is never pointed at.
+#[derive(Debug)]
+struct Pack {
+    file: File,
+    len: u64,
+    is_dirty: bool,
+}
+
+/// Where a value lies in the pack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    offset: u64,
+    len: u32,
+}
+
+impl Place {
+    fn encode(self) -> [u8; 13] {
+        let mut bytes = [PLACE; 13];
+        bytes[1..9].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[9..].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (offset, rest) = bytes.split_first_chunk::<8>()?;
+        let len = rest.try_into().ok()?;
+        Some(Self { offset: u64::from_le_bytes(*offset), len: u32::from_le_bytes(len) })
+    }
+}
+
+impl Pack {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file =
+            File::options().create(true).truncate(false).read(true).write(true).open(path)?;
+        let len = file.metadata()?.len();
+        Ok(Self { file, len, is_dirty: false })
+    }
+
+    fn append(&mut self, value: &[u8]) -> io::Result<Place> {
+        let len = u32::try_from(value.len())
+            .map_err(|_| io::Error::other("a value of more than 4 GiB"))?;
+        let place = Place { offset: self.len, len };
+        self.is_dirty = true;
+        // Where this fails half-way, the next value is written over it.
+        self.file.write_all_at(value, place.offset)?;
+        self.len += u64::from(len);
+        Ok(place)
+    }
+
+    /// The bytes at a place; `None` where the file ends before them.
+    fn read(&self, place: Place) -> io::Result<Option<Vec<u8>>> {
+        // A place whose bits have rotted must not make us ask for more memory than there is file.
+        if place.offset.checked_add(u64::from(place.len)).is_none_or(|end| self.len < end) {
+            return Ok(None);
+        }
+        let mut value = vec![0; place.len as usize];
+        match self.file.read_exact_at(&mut value, place.offset) {
+            Ok(()) => Ok(Some(value)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.is_dirty)
+            && let Err(error) = self.file.sync_data()
+        {
+            // The kernel may have dropped what it could not write: never call it synced.
+            self.is_dirty = true;
+            return Err(error);
+        }
+        Ok(())
+    }
 }
 
 struct SledGeneration {
-    database: sled::Db,
+    index: sled::Db,
+    pack: Pack,
 }
 
 impl Generation for SledGeneration {
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        self.database.insert(key, value).map_err(|error| StorageError::store("write", error))?;
+        let write = |error: &dyn std::fmt::Display| StorageError::store("write", error);
+        let inserted = if value.len() < PACKED_BYTES_MIN {
+            self.index.insert(key, [&[INLINE], value].concat())
+        } else {
+            let place = self.pack.append(value).map_err(|error| write(&error))?;
+            self.index.insert(key, &place.encode())
+        };
+        inserted.map_err(|error| write(&error))?;
         Ok(())
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let value = self.database.get(key).map_err(|error| StorageError::store("read", error))?;
-        Ok(value.map(|bytes| bytes.to_vec()))
+        let read = |error: &dyn std::fmt::Display| StorageError::store("read", error);
+        let Some(kept) = self.index.get(key).map_err(|error| read(&error))? else {
+            return Ok(None);
+        };
+        match kept.split_first() {
+            Some((&INLINE, value)) => Ok(Some(value.to_vec())),
+            Some((&PLACE, place)) => match Place::decode(place) {
+                Some(place) => self.pack.read(place).map_err(|error| read(&error)),
+                None => Ok(None),
+            },
+            _ => Ok(None),
+        }
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<()> {
-        self.database.remove(key).map_err(|error| StorageError::store("delete", error))?;
+        self.index.remove(key).map_err(|error| StorageError::store("delete", error))?;
         Ok(())
     }
 
     fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let keys = self.database.scan_prefix(prefix).keys();
+        let keys = self.index.scan_prefix(prefix).keys();
         keys.map(|key| {
             key.map(|key| key.to_vec()).map_err(|error| StorageError::store("list the keys", error))
         })
@@ -110,7 +229,53 @@ impl Generation for SledGeneration {
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.database.flush().map_err(|error| StorageError::store("flush", error))?;
+        self.pack.sync().map_err(|error| StorageError::store("flush the pack file", error))?;
+        self.index.flush().map_err(|error| StorageError::store("flush", error))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &Path) -> Box<dyn Generation> {
+        SledStorage::new(dir.to_owned()).open(1).expect("opens")
+    }
+
+    #[test]
+    fn small_and_large_values_survive_reopening() {
+        let dir = tempfile::tempdir().expect("dir");
+        let large = |byte: u8| vec![byte; PACKED_BYTES_MIN];
+        let mut generation = open(dir.path());
+        generation.put(b"small", b"1").expect("put");
+        generation.put(b"a", &large(1)).expect("put");
+        generation.put(b"b", &large(2)).expect("put");
+        generation.put(b"a", &large(3)).expect("put again");
+        generation.flush().expect("flush");
+        drop(generation);
+        let mut generation = open(dir.path());
+        generation.put(b"c", &large(4)).expect("put");
+        let get = |key: &[u8]| generation.get(key).expect("readable");
+        assert_eq!(get(b"small"), Some(b"1".to_vec()));
+        assert_eq!(get(b"a"), Some(large(3)));
+        assert_eq!(get(b"b"), Some(large(2)));
+        assert_eq!(get(b"c"), Some(large(4)));
+        assert_eq!(get(b"d"), None);
+        generation.delete(b"a").expect("delete");
+        assert_eq!(generation.get(b"a").expect("readable"), None);
+        assert_eq!(generation.keys(b"").expect("list"), [&b"b"[..], b"c", b"small"]);
+    }
+
+    #[test]
+    fn value_whose_bytes_are_gone_is_not_there() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut generation = open(dir.path());
+        generation.put(b"a", &[7; 5000]).expect("put");
+        generation.flush().expect("flush");
+        drop(generation);
+        let pack = dir.path().join("gen-00000001").join(PACK);
+        File::options().write(true).open(pack).expect("there").set_len(4999).expect("shorter");
+        assert_eq!(open(dir.path()).get(b"a").expect("readable"), None);
     }
 }

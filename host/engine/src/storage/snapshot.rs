@@ -18,8 +18,8 @@ use super::{
     manifest::{Manifest, ManifestTask, TaskIdentity, seal, unseal},
 };
 
-/// Pages in one stored value: 64 KiB, where sled writes fastest and least.
-const PACK_PAGES: usize = 16;
+/// Pages in one stored value: 256 KiB.
+const PACK_PAGES: usize = 64;
 /// Bytes of declared state in one stored value.
 const PACK_BYTES: usize = 64 << 10;
 /// A generation is replaced when its increments are larger than this, and than twice its images.

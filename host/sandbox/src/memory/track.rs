@@ -125,6 +125,37 @@ unsafe impl Ioctl for PagemapScan<'_> {
     }
 }
 
+/// What is known of the pages that are scanned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// Fresh or just mapped: a page that is not populated, or still is the image file's, was not
+    /// written. The kernel has to look each of them up.
+    Unprotected,
+    /// Each was protected before, so the protection alone tells, which the kernel sees in the page
+    /// table.
+    Protected,
+}
+
+impl ScanArguments {
+    fn of(pages: Pages) -> Self {
+        let (category_inverted, category_mask, category_anyof_mask) = match pages {
+            Pages::Unprotected => {
+                let anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+                (PAGE_IS_FILE, PAGE_IS_WRITTEN | PAGE_IS_FILE, anyof)
+            }
+            Pages::Protected => (0, PAGE_IS_WRITTEN, 0),
+        };
+        Self {
+            size: size_of::<Self>() as u64,
+            flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+            category_inverted,
+            category_mask,
+            category_anyof_mask,
+            ..Self::default()
+        }
+    }
+}
+
 impl Tracking {
     /// The kernel's way where it works on this machine, else the portable one; with the reason
     /// why not.
@@ -201,12 +232,11 @@ impl WriteProtect {
 
     /// Adds the pages of `base..base + len` written since the last scan to `found`, in order, and
     /// protects them again.
-    ///
-    /// A page of a private file mapping that was only read is not written: it still is the file's.
     pub(crate) fn scan(
         &self,
         base: *const u8,
         len: usize,
+        pages: Pages,
         found: &mut Vec<PageRange>,
     ) -> io::Result<()> {
         let mut ranges = [ScanRange::default(); SCAN_RANGES];
@@ -214,17 +244,12 @@ impl WriteProtect {
         let mut start = base.addr() as u64;
         while start < end {
             let mut arguments = ScanArguments {
-                size: size_of::<ScanArguments>() as u64,
-                flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
                 start,
                 end,
                 ranges: ranges.as_mut_ptr().addr() as u64,
                 ranges_len: SCAN_RANGES as u64,
-                category_inverted: PAGE_IS_FILE,
-                category_mask: PAGE_IS_WRITTEN | PAGE_IS_FILE,
-                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 return_mask: PAGE_IS_WRITTEN,
-                ..ScanArguments::default()
+                ..ScanArguments::of(pages)
             };
             // SAFETY: `ranges` is as long as `ranges_len` says and lives during the call; the scan
             // only reads page tables and sets the protection that `register` asked for.
@@ -248,6 +273,17 @@ impl WriteProtect {
         Ok(())
     }
 
+    /// Protects every page, also those that are not populated.
+    fn protect(&self, base: *const u8, len: usize) -> io::Result<()> {
+        let start = base.addr() as u64;
+        let end = start + len as u64;
+        let mut arguments = ScanArguments { start, end, ..ScanArguments::of(Pages::Protected) };
+        // SAFETY: without ranges the scan writes nothing to this process's memory; it only sets
+        // the protection that `register` asked for.
+        unsafe { ioctl::ioctl(self.pagemap.as_fd(), PagemapScan(&mut arguments))? };
+        Ok(())
+    }
+
     /// Tries it on three pages: the features may be announced and still be forbidden.
     fn check(&self) -> io::Result<()> {
         let len = 3 * PAGE_BYTES;
@@ -263,7 +299,7 @@ impl WriteProtect {
                 let mut found = Vec::new();
                 // SAFETY: the page lies within the mapping.
                 unsafe { base.add(page * PAGE_BYTES).write_volatile(1) };
-                self.scan(base, len, &mut found)?;
+                self.scan(base, len, Pages::Unprotected, &mut found)?;
                 seen.extend(found);
             }
             if seen != [1..2, 2..3, 1..2] {
@@ -283,6 +319,8 @@ impl WriteProtect {
 pub(crate) struct Baseline {
     /// For the comparison: the memory as it was at the last snapshot.
     copy: Vec<u8>,
+    /// For the kernel's way: up to here every page has been protected since the region was mapped.
+    protected_bytes: usize,
 }
 
 impl Baseline {
@@ -297,9 +335,7 @@ impl Baseline {
     ) -> io::Result<Vec<PageRange>> {
         let mut found = Vec::new();
         match tracking {
-            Tracking::WriteProtect(tracker) => {
-                tracker.scan(region.base(), region.size_bytes(), &mut found)?;
-            }
+            Tracking::WriteProtect(tracker) => self.scan(tracker, region, &mut found)?,
             // SAFETY: the caller's promise.
             Tracking::Compare => self.compare(unsafe { region.bytes() }, &mut found),
         }
@@ -312,14 +348,36 @@ impl Baseline {
     /// No guest code may run during the call.
     pub(crate) unsafe fn reset(&mut self, tracking: &Tracking, region: &Region) {
         match tracking {
-            // The new mapping was registered by whoever mapped it.
-            Tracking::WriteProtect(_) => {}
+            // The new mapping was registered by whoever mapped it, and protects nothing yet:
+            // that would make a restore as long as the memory is large.
+            Tracking::WriteProtect(_) => self.protected_bytes = 0,
             Tracking::Compare => {
                 self.copy.clear();
                 // SAFETY: the caller's promise.
                 self.copy.extend_from_slice(unsafe { region.bytes() });
             }
         }
+    }
+
+    fn scan(
+        &mut self,
+        tracker: &WriteProtect,
+        region: &Region,
+        found: &mut Vec<PageRange>,
+    ) -> io::Result<()> {
+        let (known, size) = (self.protected_bytes, region.size_bytes());
+        tracker.scan(region.base(), known, Pages::Protected, found)?;
+        if known < size {
+            let first = (known / PAGE_BYTES) as u32;
+            // SAFETY: `known` lies within the region.
+            let (base, len) = (unsafe { region.base().add(known) }, size - known);
+            let mut grown = Vec::new();
+            tracker.scan(base, len, Pages::Unprotected, &mut grown)?;
+            tracker.protect(base, len)?;
+            found.extend(grown.iter().map(|range| first + range.start..first + range.end));
+            self.protected_bytes = size;
+        }
+        Ok(())
     }
 
     fn compare(&mut self, now: &[u8], found: &mut Vec<PageRange>) {
@@ -371,6 +429,54 @@ mod tests {
         let (best, why) = Tracking::probe();
         eprintln!("tracking by {} {why:?}", best.name());
         assert_eq!(check(&best, &rounds), expected);
+    }
+
+    /// Reads or writes one byte of a page and gives what is found after that.
+    fn touched(
+        tracking: &Tracking,
+        region: &Region,
+        baseline: &mut Baseline,
+        reads: &[usize],
+        writes: &[usize],
+    ) -> Vec<PageRange> {
+        for page in reads {
+            // SAFETY: the page lies within the region.
+            unsafe { region.base().add(page * PAGE_BYTES).read_volatile() };
+        }
+        for page in writes {
+            // SAFETY: the page lies within the region and no reference to it lives.
+            unsafe {
+                let at = region.base().add(page * PAGE_BYTES);
+                at.write_volatile(at.read_volatile().wrapping_add(1));
+            }
+        }
+        // SAFETY: there is no guest.
+        unsafe { baseline.written_pages(tracking, region) }.expect("scan")
+    }
+
+    #[test]
+    fn page_that_was_only_read_is_not_written_fresh_grown_or_mapped() {
+        let (tracking, _) = Tracking::probe();
+        let region = Region::reserve(64 << 10, 1 << 20, 0, &tracking).expect("memory");
+        let mut baseline = Baseline::default();
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[1], &[2]), [2..3]);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[1, 3], &[]), []);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[2], &[1, 3]), [1..2, 3..4]);
+        region.grow_to(128 << 10).expect("grows");
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[20], &[0, 17]), [0..1, 17..18]);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[17], &[18, 20]), [18..19, 20..21]);
+
+        let file = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = File::from(file.expect("memory"));
+        file.set_len(128 << 10).expect("memory");
+        // SAFETY: no reference into the region lives, and the file is as large as the region.
+        unsafe {
+            region.map_privately(&file, &tracking).expect("maps");
+            baseline.reset(&tracking, &region);
+        }
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[3, 4], &[5]), [5..6]);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[4, 6], &[]), []);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[7], &[4, 5, 8]), [4..6, 8..9]);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! A keyed running count that misbehaves as its config says.
 //!
 //! `do` is what it does, `at` the number of the record at which it does it (counted by the task),
-//! `attempts` in how many attempts (default: in all). Beside that, `ballast` is a number of bytes
+//! `attempts` in how many attempts (default: in all), `step` how many records later in each further
+//! attempt (default: 0). Beside that, `ballast` is a number of bytes
 //! that it holds from the first record on, and `dirty` a number of pages of them that it writes for
 //! each record.
 
@@ -20,6 +21,7 @@ pub struct Probe {
     seen: u64,
     deed: String,
     at: u64,
+    step: u64,
     attempts: u32,
     ballast_bytes: usize,
     ballast: Vec<u8>,
@@ -39,6 +41,7 @@ impl Operator for Probe {
     fn open(&mut self, context: &Context) -> Result<()> {
         self.deed = context.config.get("do").unwrap_or_default().to_owned();
         self.at = context.config.get_or("at", 0)?;
+        self.step = context.config.get_or("step", 0)?;
         self.attempts = context.config.get_or("attempts", u32::MAX)?;
         self.dirty = context.config.get_or("dirty", 0)?;
         self.quiet = context.config.get_or("quiet", false)?;
@@ -58,7 +61,7 @@ impl Operator for Probe {
             // Not in `open`, which also runs before a restore.
             self.ballast = vec![1; self.ballast_bytes];
         }
-        if self.at == self.seen && host::attempt() < self.attempts {
+        if self.at <= self.seen && self.is_due() {
             self.misbehave(out)?;
         }
         self.seen += 1;
@@ -92,6 +95,11 @@ impl Operator for Probe {
 }
 
 impl Probe {
+    fn is_due(&self) -> bool {
+        let attempt = host::attempt();
+        attempt < self.attempts && self.at + u64::from(attempt) * self.step == self.seen
+    }
+
     fn misbehave(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
         match self.deed.as_str() {
             "trap" => panic!("record {} is one too many", self.seen),
