@@ -64,6 +64,7 @@ async fn measure(
         max_parallelism: 128,
         digest: None,
         has_memory: true,
+        has_declared: false,
     };
     let (mut store, _) = SnapshotStore::open(
         Box::new(SledStorage::new(dir.path().to_owned())),

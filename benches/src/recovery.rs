@@ -47,7 +47,7 @@ fn harness(ballast: u64, deed: &str) -> Harness {
     );
     Harness {
         count: 1_000_000,
-        rate: Some(20_000),
+        rate: Some(2_000),
         parallelism: 1,
         interval_ms: 200,
         snapshot: "memory",
@@ -59,10 +59,10 @@ fn harness(ballast: u64, deed: &str) -> Harness {
 /// Milliseconds from each trap to the next record processed. Leaves a checkpoint behind.
 fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
     // Each trap comes 200 ms of records after the one before, so that a batch lies between.
-    let deed = format!("do = \"trap\", at = 12000, step = 4000, attempts = {TRAPS}");
+    let deed = format!("do = \"trap\", at = 1200, step = 400, attempts = {TRAPS}");
     let manifest = harness(ballast, &deed).write(dir);
     let ran = run_manifest(&manifest, |job| {
-        let (stop, metrics) = (job.stop_handle(), job.metrics());
+        let (stop, metrics) = (job.handle(), job.metrics());
         std::thread::spawn(move || {
             while metrics.restarts.load(std::sync::atomic::Ordering::Relaxed) < TRAPS {
                 std::thread::sleep(std::time::Duration::from_millis(5));
@@ -91,12 +91,13 @@ fn from_sled(dir: &Path) -> Result<(f64, u64, f64)> {
         max_parallelism: 128,
         digest: None,
         has_memory: false,
+        has_declared: false,
     };
     let began = Instant::now();
     let storage = Box::new(SledStorage::new(dir.join("probe.cofferdam")));
     let tasks = vec![task("words"), task("count"), task("out")];
     let (store, found) = SnapshotStore::open(storage, "probe", tasks)?;
-    let checkpoint = found.manifest.context("a checkpoint")?.checkpoint;
+    let checkpoint = found.manifests.last().context("a checkpoint")?.checkpoint;
     let loaded = store.load(1, checkpoint)?;
     let mut image = Image::new();
     loaded.memory.iter().try_for_each(|snapshot| image.apply(snapshot))?;

@@ -128,7 +128,7 @@ fn stopped_job_goes_on_where_it_was() {
     let harness = Harness { rate: Some(100_000), interval_ms: 10_000, ..Harness::default() };
     let manifest = harness.write(dir.path());
     let ran = run_manifest(&manifest, |job| {
-        let (stop, metrics) = (job.stop_handle(), job.metrics());
+        let (stop, metrics) = (job.handle(), job.metrics());
         std::thread::spawn(move || {
             let read = |_: &()| metrics.read(|index| index == 0, |_| false).records_read;
             while read(&()) < 5_000 {
@@ -137,7 +137,7 @@ fn stopped_job_goes_on_where_it_was() {
             stop.stop();
         });
     });
-    let Ok(Outcome::Stopped { checkpoint: Some(_), is_last: true }) = ran.outcome else {
+    let Ok(Outcome::Stopped { checkpoint: Some(_), is_last: true, .. }) = ran.outcome else {
         panic!("{:?}", ran.outcome)
     };
     let before = committed(&dir.path().join("output")).len();

@@ -1,6 +1,8 @@
 //! Every test that needs more than one crate, in one binary.
 
+mod checkpoints;
 mod exactly_once;
+mod failover;
 mod sandbox;
 mod tidy;
 mod ui;

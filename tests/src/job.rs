@@ -49,6 +49,8 @@ pub struct Harness {
     pub config: String,
     /// The edge from the source to the probe.
     pub partition: &'static str,
+    /// Further lines of `[execution.checkpointing]`.
+    pub checkpointing: String,
 }
 
 impl Default for Harness {
@@ -62,6 +64,8 @@ impl Default for Harness {
             attempts: 1_000,
             config: String::new(),
             partition: "hash",
+            checkpointing: r#"externalized-checkpoint-retention = "RETAIN_ON_CANCELLATION""#
+                .to_owned(),
         }
     }
 }
@@ -120,8 +124,17 @@ impl Harness {
     /// The manifest.
     #[must_use]
     pub fn manifest(&self) -> String {
-        let Self { count, parallelism, interval_ms, snapshot, attempts, config, partition, .. } =
-            self;
+        let Self {
+            count,
+            parallelism,
+            interval_ms,
+            snapshot,
+            attempts,
+            config,
+            partition,
+            checkpointing,
+            ..
+        } = self;
         let mut text = format!(
             r#"
 [job]
@@ -130,6 +143,7 @@ parallelism = {parallelism}
 
 [execution.checkpointing]
 interval = "{interval_ms}ms"
+{checkpointing}
 
 [restart-strategy]
 type = "fixed-delay"
@@ -196,13 +210,22 @@ path = "output"
 /// If the runtime cannot be made.
 #[must_use]
 pub fn run_manifest(manifest: &Path, with: impl FnOnce(&Job)) -> Ran {
+    run_with(manifest, &JobOptions::default(), with)
+}
+
+/// Runs the job of a manifest with options; `with` gets it before it starts.
+///
+/// # Panics
+/// If the runtime cannot be made.
+#[must_use]
+pub fn run_with(manifest: &Path, options: &JobOptions, with: impl FnOnce(&Job)) -> Ran {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.expect("a runtime");
     let recorder = Arc::new(Recorder::default());
     let outcome = runtime.block_on(async {
         let checked = CheckedJob::new(JobSpec::read(manifest)?, sandbox()).await?;
-        let job = Job::prepare(checked, &JobOptions::default(), recorder.clone())?;
+        let job = Job::prepare(checked, options, recorder.clone())?;
         with(&job);
         job.run().await
     });

@@ -42,6 +42,32 @@ Ctrl-C takes a last checkpoint and stops; a second one ends at once. What was co
 committed, and running the job again goes on from its newest checkpoint."
     )]
     Run(RunArguments),
+    /// Say what runs together, what restarts if a task fails, and when
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "Examples:\n  cofferdam explain job.toml\n  cofferdam explain failover job.toml --fail count/1\n  \
+cofferdam explain restarts --set restart-strategy.type=failure-rate --failures 0,100,61000"
+    )]
+    Explain(ExplainArguments),
+    /// Look into the checkpoints of a job that is not running, or into a savepoint
+    #[command(
+        after_help = "Examples:\n  cofferdam checkpoints list job.toml\n  cofferdam checkpoints inspect job.toml\n  cofferdam checkpoints verify savepoints/savepoint-job-18f"
+    )]
+    Checkpoints {
+        #[command(subcommand)]
+        verb: CheckpointsVerb,
+    },
+    /// Write a savepoint of a running job, which goes on
+    #[command(after_help = "Example:\n  cofferdam savepoint job.toml savepoints")]
+    Savepoint(SavepointArguments),
+    /// Write a savepoint of a running job and end it
+    #[command(after_help = "Example:\n  cofferdam stop job.toml --savepoint-path savepoints\n\n\
+To go on from it: cofferdam run job.toml --from savepoints/savepoint-...")]
+    Stop(StopArguments),
+    /// End a running job at once
+    #[command(after_help = "Example:\n  cofferdam cancel job.toml\n\n\
+Its checkpoints are kept only with externalized-checkpoint-retention = \"RETAIN_ON_CANCELLATION\".")]
+    Cancel(CancelArguments),
     /// Print a script that completes the program's arguments in your shell
     #[command(
         after_help = "Example:\n  cofferdam completions bash > ~/.local/share/bash-completion/completions/cofferdam"
@@ -76,6 +102,15 @@ pub(crate) struct CheckArguments {
     pub(crate) cache: CacheArguments,
 }
 
+/// Flink's `execution.state-recovery.claim-mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ClaimMode {
+    /// It is copied and then removed
+    Claim,
+    /// It is copied and never touched
+    NoClaim,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct RunArguments {
     /// The job's manifest
@@ -83,6 +118,15 @@ pub(crate) struct RunArguments {
     /// Where checkpoints are kept [default: as the manifest says, or JOB.cofferdam beside it]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
+    /// Begin from this savepoint, or from the newest checkpoint of this state directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: Option<PathBuf>,
+    /// Whether that belongs to this run from then on (and is removed), or is never touched
+    #[arg(long, value_name = "MODE", requires = "from", default_value = "no-claim")]
+    pub(crate) claim_mode: ClaimMode,
+    /// Leave state behind whose operator is not in the manifest
+    #[arg(long, requires = "from")]
+    pub(crate) ignore_unclaimed_state: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
     /// Show no progress, even on a terminal
@@ -91,6 +135,134 @@ pub(crate) struct RunArguments {
     /// What is logged: a level, or a filter such as `info,guest=debug`
     #[arg(long, value_name = "FILTER", env = "COFFERDAM_LOG")]
     pub(crate) log: Option<String>,
+}
+
+/// A job, by its manifest or its state directory.
+#[derive(Debug, Args)]
+pub(crate) struct JobArgument {
+    /// The job's manifest, or its state directory
+    #[arg(value_name = "JOB")]
+    pub(crate) job: PathBuf,
+    /// Where its checkpoints are, if it was run with --state-dir
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SavepointArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArgument,
+    /// The directory to make it in [default: execution.checkpointing.savepoint-dir]
+    pub(crate) target: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArgument,
+    /// The directory to make it in [default: execution.checkpointing.savepoint-dir]
+    #[arg(long, short = 'p', value_name = "DIR")]
+    pub(crate) savepoint_path: Option<PathBuf>,
+    /// End the sources first, and process and emit everything that waits in the job
+    #[arg(long, short)]
+    pub(crate) drain: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CancelArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArgument,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CheckpointsVerb {
+    /// Every checkpoint that is kept
+    List {
+        #[command(flatten)]
+        job: JobArgument,
+    },
+    /// What a checkpoint consists of, task by task
+    Inspect {
+        #[command(flatten)]
+        job: JobArgument,
+        /// Which [default: the newest]
+        #[arg(long)]
+        id: Option<u64>,
+    },
+    /// Read everything and compare it with its checksums
+    Verify {
+        #[command(flatten)]
+        job: JobArgument,
+    },
+    /// Remove a checkpoint
+    Delete {
+        #[command(flatten)]
+        job: JobArgument,
+        /// Which
+        #[arg(long)]
+        id: u64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArguments {
+    #[command(subcommand)]
+    pub(crate) verb: Option<ExplainVerb>,
+    /// The job's manifest
+    pub(crate) manifest: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ExplainVerb {
+    /// Which tasks restart if one fails
+    #[command(
+        after_help = "Example:\n  cofferdam explain failover job.toml --fail out/0 --lost 'count/1->out' --state in/0=FINISHED"
+    )]
+    Failover(FailoverArguments),
+    /// What the restart strategy says to failures at these times
+    #[command(
+        after_help = "Example:\n  cofferdam explain restarts --set restart-strategy.type=fixed-delay --failures 0,10,20 --json"
+    )]
+    Restarts(RestartsArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FailoverArguments {
+    /// The job's manifest; its components need not be there
+    pub(crate) manifest: PathBuf,
+    /// The task that fails, for example count/1
+    #[arg(long, value_name = "TASK")]
+    pub(crate) fail: String,
+    /// A result partition that the failure names as lost, for example 'count/1->out'
+    #[arg(long, value_name = "PARTITION")]
+    pub(crate) lost: Vec<String>,
+    /// A result partition that is not tracked any more
+    #[arg(long, value_name = "PARTITION")]
+    pub(crate) unavailable: Vec<String>,
+    /// The execution state of a task, for example count/1=CREATED [default: RUNNING]
+    #[arg(long, value_name = "TASK=STATE")]
+    pub(crate) state: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestartsArguments {
+    /// The job's manifest
+    #[arg(required_unless_present = "set", conflicts_with = "set")]
+    pub(crate) manifest: Option<PathBuf>,
+    /// A setting, for example restart-strategy.fixed-delay.attempts=3
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
+    pub(crate) set: Vec<(String, String)>,
+    /// When failures happen, in milliseconds since the start, ascending
+    #[arg(long, value_name = "MS,MS,...", value_delimiter = ',', required = true)]
+    pub(crate) failures: Vec<u64>,
+    /// Seeds the jitter
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
 #[derive(Debug, Args)]

@@ -1,10 +1,9 @@
 //! `cofferdam check`: everything that can be known about a job before it runs.
 
-use cofferdam_core::graph::Partitioner;
 use cofferdam_engine::{
     job::{self, CheckedJob},
     problem::Problem,
-    spec::{JobSpec, NodeKind},
+    spec::{JobSpec, NodeKind, partitioner_name},
 };
 use serde_json::json;
 
@@ -20,15 +19,6 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
         people(&checked);
     }
     Ok(())
-}
-
-fn partitioner_name(partitioner: Partitioner) -> &'static str {
-    match partitioner {
-        Partitioner::Forward => "forward",
-        Partitioner::Hash => "hash",
-        Partitioner::Rebalance => "rebalance",
-        Partitioner::Broadcast => "broadcast",
-    }
 }
 
 fn kind_name(kind: &NodeKind) -> &'static str {

@@ -3,9 +3,13 @@
 mod args;
 mod build;
 mod check;
+mod checkpoints;
+mod control;
+mod explain;
 mod new;
 mod report;
 mod run;
+mod socket;
 
 use std::process::ExitCode;
 
@@ -22,6 +26,11 @@ fn main() -> ExitCode {
         Verb::Build(arguments) => with_runtime(build::run(arguments, is_json)),
         Verb::Check(arguments) => with_runtime(check::run(arguments, is_json)),
         Verb::Run(arguments) => with_runtime(run::run(arguments, is_json)),
+        Verb::Explain(arguments) => explain::run(&arguments, is_json),
+        Verb::Checkpoints { verb } => checkpoints::run(&verb, is_json),
+        Verb::Savepoint(arguments) => with_runtime(control::savepoint(&arguments, is_json)),
+        Verb::Stop(arguments) => with_runtime(control::stop(&arguments, is_json)),
+        Verb::Cancel(arguments) => with_runtime(control::cancel(&arguments, is_json)),
         Verb::Completions { shell } => {
             clap_complete::generate(
                 shell,

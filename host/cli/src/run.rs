@@ -8,22 +8,30 @@ use std::{
 
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
-    job::{self, CheckedJob, Job, JobOptions, StopHandle},
+    control::JobHandle,
+    job::{self, CheckedJob, Job, JobOptions},
     metrics::{Metrics, Reading},
     problem::{Code, Problem},
     progress::{Observer, Progress},
+    restore::RestoreFrom,
     spec::{JobSpec, NodeKind},
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
-use crate::{args::RunArguments, report};
+use crate::{
+    args::{ClaimMode, RunArguments},
+    report,
+    socket::Server,
+};
 
 /// How often the line of a terminal is drawn anew.
 const REDRAW: Duration = Duration::from_millis(200);
 /// How often figures are given out elsewhere.
 const REPORT: Duration = Duration::from_secs(1);
+/// How long the last answers on the control socket may take.
+const ANSWER_TIME: Duration = Duration::from_millis(50);
 
 pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Problem> {
     let is_live = !is_json && !arguments.no_progress && io::stderr().is_terminal();
@@ -37,8 +45,13 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     let cache_dir = arguments.cache.dir();
     let sandbox = job::sandbox(cache_dir)?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
+    let from = arguments.from.map(|dir| RestoreFrom {
+        dir,
+        claim: arguments.claim_mode == ClaimMode::Claim,
+        ignore_unclaimed_state: arguments.ignore_unclaimed_state,
+    });
     let options =
-        JobOptions { state_dir: arguments.state_dir, seed: seed(), ..JobOptions::default() };
+        JobOptions { state_dir: arguments.state_dir, seed: seed(), from, ..JobOptions::default() };
     let mode = if is_json {
         Mode::Json
     } else if is_live {
@@ -49,15 +62,33 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     let job = Job::prepare(checked, &options, Arc::new(Watcher { mode }))?;
 
     let view = View::new(&job, mode, &screen);
-    let stop = job.stop_handle();
-    let interrupts = tokio::spawn(obey_interrupts(stop));
+    let interrupts = tokio::spawn(obey_interrupts(job.handle()));
+    let requests = serve_requests(&job);
     let watching = tokio::spawn(view.clone().watch());
     let outcome = job.run().await;
     interrupts.abort();
+    if let Some(requests) = requests {
+        // Whoever asked for what ended the job still gets the answer.
+        tokio::time::sleep(ANSWER_TIME).await;
+        requests.abort();
+        let _ = requests.await;
+    }
     watching.abort();
     let _ = screen.clear();
     view.summarise(&outcome);
     outcome.map(|_| ())
+}
+
+/// Answers `savepoint`, `stop` and `cancel`, if there is a directory for the socket.
+fn serve_requests(job: &Job) -> Option<tokio::task::JoinHandle<()>> {
+    let (name, default) = (job.spec().name.clone(), job.spec().savepoint_dir.clone());
+    match Server::bind(job.state_dir()?) {
+        Ok(server) => Some(tokio::spawn(server.serve(job.handle(), name, default))),
+        Err(error) => {
+            tracing::warn!(%error, "no control socket: savepoint, stop and cancel cannot reach this job");
+            None
+        }
+    }
 }
 
 fn seed() -> u64 {
@@ -66,7 +97,7 @@ fn seed() -> u64 {
 }
 
 /// The first signal stops in good order, the second one at once.
-async fn obey_interrupts(stop: StopHandle) {
+async fn obey_interrupts(job: JobHandle) {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
@@ -84,7 +115,7 @@ async fn obey_interrupts(stop: StopHandle) {
             std::process::exit(130);
         }
         tracing::info!("taking a last checkpoint and stopping; once more to end at once");
-        stop.stop();
+        job.stop();
     }
 }
 
@@ -171,14 +202,22 @@ impl Observer for Watcher {
                     Mode::Json | Mode::Log => tracing::info!("{text}"),
                 }
             }
-            Progress::CheckpointFailed { checkpoint, reason } => {
+            Progress::CheckpointFailed { checkpoint, reason, .. } => {
                 tracing::warn!("checkpoint {checkpoint} given up: {reason}");
             }
-            Progress::Restarting { task, class, message, backtrace, delay_ms } => {
+            Progress::Restarting {
+                task,
+                class,
+                message,
+                backtrace,
+                delay_ms,
+                restarting,
+                tasks,
+            } => {
                 let who = task.unwrap_or_else(|| "the job".to_owned());
                 tracing::warn!("{who}: {class}: {message}");
                 backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
-                tracing::warn!("restarting in {delay_ms} ms");
+                tracing::warn!("restarting {} of {tasks} tasks in {delay_ms} ms", restarting.len());
             }
             Progress::Recovered { recovery_us } => {
                 tracing::info!("recovered in {:.2} ms", recovery_us as f64 / 1e3);
@@ -278,6 +317,7 @@ impl View {
         let (word, checkpoint) = match outcome {
             Ok(Outcome::Finished) => ("finished", None),
             Ok(Outcome::Stopped { checkpoint, .. }) => ("stopped", *checkpoint),
+            Ok(Outcome::Canceled { checkpoint }) => ("canceled", *checkpoint),
             Ok(Outcome::Failed { checkpoint, .. }) => ("failed", *checkpoint),
             Err(_) => ("failed", None),
         };
@@ -304,7 +344,7 @@ impl View {
             reading.checkpoints,
             reading.restarts,
         );
-        if let Ok(Outcome::Stopped { is_last, .. }) = outcome {
+        if let Ok(Outcome::Stopped { is_last, has_savepoint: false, .. }) = outcome {
             match (checkpoint, is_last) {
                 (Some(id), true) => eprintln!("run it again and it goes on from checkpoint {id}"),
                 (Some(id), false) => {

@@ -6,7 +6,7 @@
 //!
 //! **Invariant:** at most one checkpoint is being aligned. A newer barrier aborts the older one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{ChannelId, CheckpointId};
 
@@ -106,6 +106,79 @@ impl Aligner {
     }
 }
 
+/// Checkpoints whose barriers a tracker waits for at once; older ones are given up.
+const TRACKED_MAX: usize = 50;
+
+/// Counts the barriers of one task without blocking a channel: the task's records may count for
+/// both sides of a barrier, which is at least once. Flink's `CheckpointBarrierTracker`.
+#[derive(Debug, Clone)]
+pub struct Tracker {
+    channel_count: u32,
+    pending: BTreeMap<CheckpointId, BTreeSet<ChannelId>>,
+    last: Option<CheckpointId>,
+}
+
+impl Tracker {
+    /// A task with this many input channels; none has delivered a barrier.
+    #[must_use]
+    pub fn new(channel_count: u32) -> Self {
+        Self { channel_count, pending: BTreeMap::new(), last: None }
+    }
+
+    /// A barrier has arrived on a channel.
+    pub fn on_barrier(&mut self, channel: ChannelId, checkpoint: CheckpointId) -> AlignStep {
+        if self.last.is_some_and(|last| checkpoint <= last) {
+            return AlignStep::Ignore;
+        }
+        let arrived = self.pending.entry(checkpoint).or_default();
+        arrived.insert(channel);
+        if arrived.len() == self.channel_count as usize {
+            self.on_abort(checkpoint);
+            return AlignStep::SnapshotNow;
+        }
+        if TRACKED_MAX < self.pending.len() {
+            self.pending.pop_first();
+        }
+        AlignStep::Ignore
+    }
+
+    /// The coordinator gave up a checkpoint, and with it those before.
+    pub fn on_abort(&mut self, checkpoint: CheckpointId) {
+        self.pending = self.pending.split_off(&checkpoint.next());
+        self.last = self.last.max(Some(checkpoint));
+    }
+}
+
+/// How a task treats barriers: by the job's checkpointing mode.
+#[derive(Debug, Clone)]
+pub enum Barriers {
+    /// Exactly once.
+    Aligned(Aligner),
+    /// At least once.
+    Tracked(Tracker),
+}
+
+impl Barriers {
+    /// A barrier has arrived on a channel.
+    pub fn on_barrier(&mut self, channel: ChannelId, checkpoint: CheckpointId) -> AlignStep {
+        match self {
+            Self::Aligned(aligner) => aligner.on_barrier(channel, checkpoint),
+            Self::Tracked(tracker) => tracker.on_barrier(channel, checkpoint),
+        }
+    }
+
+    /// The coordinator gave up a checkpoint; true if channels are to be unblocked.
+    pub fn on_abort(&mut self, checkpoint: CheckpointId) -> bool {
+        match self {
+            Self::Aligned(aligner) => aligner.on_abort(checkpoint),
+            Self::Tracked(tracker) => {
+                tracker.on_abort(checkpoint);
+                false
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +246,23 @@ mod tests {
              barrier 0 #3 -> ignore
              barrier 0 #4 -> block",
         );
+    }
+
+    #[test]
+    fn tracker_blocks_nothing_and_snapshots_on_the_last_barrier() {
+        let mut tracker = Tracker::new(2);
+        let mut arrive = |channel, id| tracker.on_barrier(ChannelId(channel), CheckpointId(id));
+        assert_eq!(arrive(0, 1), AlignStep::Ignore);
+        assert_eq!(arrive(0, 2), AlignStep::Ignore);
+        assert_eq!(arrive(1, 2), AlignStep::SnapshotNow);
+        assert_eq!(arrive(1, 1), AlignStep::Ignore, "an older one is over with it");
+        assert_eq!(arrive(0, 3), AlignStep::Ignore);
+        tracker.on_abort(CheckpointId(3));
+        assert_eq!(tracker.on_barrier(ChannelId(1), CheckpointId(3)), AlignStep::Ignore);
+        for id in 10..10 + 2 * TRACKED_MAX as u64 {
+            tracker.on_barrier(ChannelId(0), CheckpointId(id));
+        }
+        assert!(tracker.pending.len() <= TRACKED_MAX);
     }
 
     #[test]

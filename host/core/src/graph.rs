@@ -1,8 +1,11 @@
 //! Turns a job graph (operators and edges) into tasks, channels and chains.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, ops::Range};
 
-use crate::ids::{OperatorId, TaskId};
+use crate::{
+    exchange::ExchangeType,
+    ids::{OperatorId, TaskId},
+};
 
 /// How an edge picks the channel of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,8 +16,32 @@ pub enum Partitioner {
     Hash,
     /// To one channel after the other.
     Rebalance,
+    /// As rebalance, among the few tasks that are nearest by index.
+    Rescale,
     /// To every channel.
     Broadcast,
+    /// To task 0.
+    Global,
+}
+
+impl Partitioner {
+    /// Each task talks to few others, and not to all.
+    #[must_use]
+    pub fn is_pointwise(self) -> bool {
+        matches!(self, Self::Forward | Self::Rescale)
+    }
+}
+
+/// The tasks that a producing task of a pointwise edge sends to. Flink's formula
+/// (`VertexInputInfoComputationUtils`, 2.0).
+#[must_use]
+pub fn consumer_range(source: u32, sources: u32, targets: u32) -> Range<u32> {
+    if sources < targets {
+        return (source * targets).div_ceil(sources)..((source + 1) * targets).div_ceil(sources);
+    }
+    // Target i reads from floor(i * S / T) up to floor((i + 1) * S / T).
+    let target = (0..targets).find(|target| source < (target + 1) * sources / targets);
+    target.map_or(0..0, |target| target..target + 1)
 }
 
 /// A node of the job graph.
@@ -39,6 +66,8 @@ pub struct Edge {
     pub input: u32,
     /// How a record finds its task.
     pub partitioner: Partitioner,
+    /// How records get from one side to the other.
+    pub exchange: ExchangeType,
 }
 
 /// A job graph without cycles. Operators are numbered as they were given.
@@ -131,7 +160,9 @@ impl JobGraph {
     /// other. A forward edge is chained where it is its receiver's only input.
     #[must_use]
     pub fn is_chained(&self, edge: &Edge) -> bool {
-        edge.partitioner == Partitioner::Forward && self.inputs(edge.to).count() == 1
+        edge.partitioner == Partitioner::Forward
+            && edge.exchange.must_be_pipelined()
+            && self.inputs(edge.to).count() == 1
     }
 
     /// The operators that head a chain, in topological order: every one that is not chained to
@@ -221,6 +252,7 @@ mod tests {
                 to: id(to),
                 input: 0,
                 partitioner,
+                exchange: ExchangeType::PipelinedBounded,
             })
             .collect();
         JobGraph::new(operators, edges)
@@ -272,6 +304,19 @@ mod tests {
         assert_eq!(turned, [OperatorId(1), OperatorId(2), OperatorId(3)]);
         let follows = |a: OperatorId| OperatorId(a.0 % 3 + 1);
         assert!(cycle.windows(2).all(|pair| follows(pair[0]) == pair[1]), "{cycle:?}");
+    }
+
+    #[test]
+    fn pointwise_ranges_cover_every_task_once() {
+        for (sources, targets) in [(1, 1), (2, 5), (5, 2), (3, 3), (4, 6), (7, 3)] {
+            let ranges = (0..sources).map(|source| consumer_range(source, sources, targets));
+            let mut reached: Vec<u32> = ranges.clone().flatten().collect();
+            reached.dedup();
+            assert!(reached.into_iter().eq(0..targets), "{sources} -> {targets}");
+            let each = if sources < targets { targets / sources } else { 1 };
+            assert!(ranges.into_iter().all(|range| each <= range.len() as u32));
+        }
+        assert_eq!((0..2).map(|s| consumer_range(s, 2, 5)).collect::<Vec<_>>(), [0..3, 3..5]);
     }
 
     #[test]

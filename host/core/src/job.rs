@@ -1,34 +1,46 @@
 //! Composes the decisions of a job: one `step(now, Event, &mut Vec<Effect>)` for all of it.
 //!
 //! The shell performs effects and reports events; it decides nothing. Every message of a task
-//! carries its attempt, and one of an earlier attempt is ignored.
+//! carries its attempt, and one of an earlier attempt is ignored. A failure makes an *incident*:
+//! the tasks that restart together, after a delay, once all of them have stopped. A task that a
+//! later incident wants as well restarts with that one (Flink: vertex versions).
 //!
 //! **Invariant:** the restore point is chosen only after the fate of a manifest in flight is
 //! known. Restarting from checkpoint `n - 1` while the manifest of `n` turns out durable would
 //! commit the sinks' records of `n` and then produce them again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    checkpoint::{CheckpointSettings, Coordinator, DiscardReason, FailureWeight, Purpose},
+    checkpoint::{
+        AbortReason, CheckpointSettings, Coordinator, Purpose, SavepointPurpose, Step, Trigger,
+    },
+    failover::{
+        FailoverStrategy, RestartReason, Situation, tasks_to_restart,
+        topology::{PartitionId, Topology},
+    },
     failure::FailureCause,
+    graph::JobGraph,
     ids::{Attempt, CheckpointId, Millis, TaskId},
     random::Random,
-    restart::{RestartDecision, RestartState, RestartStrategy},
+    restart::{RestartState, RestartStrategy},
 };
 
 /// After a failed last checkpoint, the time until the next try.
 const LAST_CHECKPOINT_RETRY_MS: u64 = 1_000;
+
+/// A task and the attempt that is meant.
+pub type TaskAttempt = (TaskId, Attempt);
 
 /// Everything that can happen to a job, as seen by the core.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A deadline has passed.
     Tick,
-    /// Every task of the attempt runs.
+    /// After `StartTasks`: every task that was to be started runs.
     TasksStarted {
-        /// The attempt that was to be started.
-        attempt: Attempt,
+        /// As in the effect.
+        tasks: Vec<TaskAttempt>,
     },
     /// A task has processed the end of all its inputs. It still answers barriers.
     TaskDrained {
@@ -46,7 +58,7 @@ pub enum Event {
         /// The checkpoint the snapshot belongs to.
         checkpoint: CheckpointId,
     },
-    /// A task could not take or store its snapshot.
+    /// A task could not take its snapshot, or its snapshot could not be stored.
     SnapshotDeclined {
         /// The task.
         task: TaskId,
@@ -55,7 +67,7 @@ pub enum Event {
         /// The checkpoint it declines.
         checkpoint: CheckpointId,
         /// Why.
-        message: String,
+        reason: AbortReason,
     },
     /// The manifest is written and flushed.
     ManifestDurable {
@@ -69,14 +81,28 @@ pub enum Event {
         /// The storage's reason.
         message: String,
     },
-    /// A task has ended by a failure.
+    /// The savepoint is written and flushed.
+    SavepointDurable {
+        /// Its checkpoint.
+        checkpoint: CheckpointId,
+    },
+    /// The savepoint could not be written.
+    SavepointLost {
+        /// Its checkpoint.
+        checkpoint: CheckpointId,
+        /// The storage's reason.
+        message: String,
+    },
+    /// After `Subsume`: the checkpoint's data are gone.
+    CheckpointCleaned,
+    /// Something has ended by a failure.
     TaskFailed {
-        /// The task; `None` for a failure that is not one task's (it could not be started).
-        task: Option<TaskId>,
-        /// Its attempt.
-        attempt: Attempt,
+        /// The task; `None` for a failure that is not one task's and restarts all.
+        task: Option<TaskAttempt>,
         /// What ended it.
         cause: FailureCause,
+        /// The result partition that it could not read.
+        lost: Option<PartitionId>,
     },
     /// A task has committed the last checkpoint and closed.
     TaskFinished {
@@ -85,22 +111,34 @@ pub enum Event {
         /// Its attempt.
         attempt: Attempt,
     },
-    /// After `CancelTasks`: nothing of the attempt runs any more.
+    /// After `CancelTasks`: none of them runs any more.
     TasksStopped {
-        /// The attempt that has ended.
-        attempt: Attempt,
+        /// As in the effect.
+        tasks: Vec<TaskAttempt>,
     },
-    /// Someone wants the job to take a last checkpoint and end.
-    StopRequested,
+    /// Somebody wants a savepoint of the running job.
+    SavepointRequested {
+        /// Names the request in the answer.
+        ticket: u64,
+    },
+    /// Somebody wants the job to take a last checkpoint and end.
+    StopRequested {
+        /// The last checkpoint is to be a savepoint, too; it is answered under this ticket.
+        savepoint: Option<u64>,
+        /// Sources end first, and everything that waits in the job is processed and emitted.
+        drain: bool,
+    },
+    /// Somebody wants the job to end at once.
+    CancelRequested,
 }
 
 /// Everything the core can ask the shell to do. Order within one step matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    /// Instantiate every task, from a checkpoint or empty. Answer: `TasksStarted`.
+    /// Instantiate tasks, from a checkpoint or empty. Answer: `TasksStarted`.
     StartTasks {
-        /// The attempt that the tasks carry in everything they send.
-        attempt: Attempt,
+        /// Each with the attempt that it carries in everything it sends.
+        tasks: Vec<TaskAttempt>,
         /// Whose snapshots they get.
         restore_from: Option<CheckpointId>,
     },
@@ -108,45 +146,66 @@ pub enum Effect {
     InjectBarrier {
         /// The checkpoint that begins.
         checkpoint: CheckpointId,
-        /// The attempt that takes it.
-        attempt: Attempt,
         /// Whether sources go on behind the barrier.
         purpose: Purpose,
     },
+    /// Sources have reached the end of their input, wherever they are.
+    EndInput,
     /// Write the manifest and flush. Answer: `ManifestDurable` or `ManifestLost`.
     PersistManifest {
         /// The checkpoint whose snapshots are all durable.
         checkpoint: CheckpointId,
     },
+    /// Write a savepoint and flush. Answer: `SavepointDurable` or `SavepointLost`.
+    PersistSavepoint {
+        /// The checkpoint whose snapshots are all durable.
+        checkpoint: CheckpointId,
+        /// Who knows where to.
+        ticket: u64,
+    },
     /// Tell the tasks that the checkpoint is complete, so that sinks commit.
     NotifyComplete {
         /// The completed checkpoint.
         checkpoint: CheckpointId,
-        /// The attempt to tell.
-        attempt: Attempt,
         /// After the last one, tasks close and answer `TaskFinished`.
         purpose: Purpose,
     },
-    /// Forget a checkpoint: unblock tasks that align for it, drop what was stored for it.
+    /// A pending checkpoint is given up: unblock tasks that align for it.
     Discard {
         /// The checkpoint.
         checkpoint: CheckpointId,
-        /// Why it is not needed.
-        reason: DiscardReason,
+        /// Why.
+        reason: AbortReason,
     },
-    /// End every task of the attempt. Answer: `TasksStopped`.
+    /// Remove a completed checkpoint that is not kept any more. Answer: `CheckpointCleaned`.
+    Subsume {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+    },
+    /// Answer whoever asked for a savepoint.
+    AnswerSavepoint {
+        /// Their ticket.
+        ticket: u64,
+        /// The checkpoint, or why there is none.
+        result: Result<CheckpointId, AbortReason>,
+    },
+    /// End these tasks. Answer: `TasksStopped`.
     CancelTasks {
-        /// The attempt to end.
-        attempt: Attempt,
+        /// Each with the attempt to end.
+        tasks: Vec<TaskAttempt>,
     },
     /// Tell people that a failure leads to a restart.
     AnnounceRestart {
         /// The task that failed, if it was one.
-        task: Option<TaskId>,
+        task: Option<TaskAttempt>,
         /// What ended it.
         cause: FailureCause,
         /// When the tasks start again, counted from now.
         delay_ms: u64,
+        /// False where the restart strategy counts it to an attempt that was under way.
+        is_new_attempt: bool,
+        /// What restarts and why.
+        tasks: BTreeMap<TaskId, RestartReason>,
     },
     /// The job is over.
     Finish {
@@ -166,6 +225,13 @@ pub enum Outcome {
         checkpoint: Option<CheckpointId>,
         /// False where the last checkpoint failed, so that the newest is an older one.
         is_last: bool,
+        /// The last checkpoint is a savepoint, too: that is what to go on from.
+        has_savepoint: bool,
+    },
+    /// Ended at once, on request.
+    Canceled {
+        /// The newest completed checkpoint.
+        checkpoint: Option<CheckpointId>,
     },
     /// Failed, and the restart strategy allows no restart.
     Failed {
@@ -181,8 +247,10 @@ pub enum Outcome {
 /// What a job is, as far as decisions go.
 #[derive(Debug, Clone)]
 pub struct JobSettings {
-    /// Every task of the job.
-    pub tasks: BTreeSet<TaskId>,
+    /// Its operators and edges.
+    pub graph: JobGraph,
+    /// What restarts when a task fails.
+    pub failover: FailoverStrategy,
     /// When checkpoints are taken.
     pub checkpoint: CheckpointSettings,
     /// What a failure leads to.
@@ -192,87 +260,111 @@ pub struct JobSettings {
 }
 
 /// Where a job begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resume {
-    /// The completed checkpoint to restore, if there is one.
-    pub checkpoint: Option<CheckpointId>,
+    /// The completed checkpoints that are kept, oldest first; the last one is restored.
+    pub completed: Vec<CheckpointId>,
     /// An id above every one ever used by the job.
     pub next_id: CheckpointId,
 }
 
 impl Default for Resume {
     fn default() -> Self {
-        Self { checkpoint: None, next_id: CheckpointId(1) }
+        Self { completed: Vec::new(), next_id: CheckpointId(1) }
     }
+}
+
+/// What the core knows of a task.
+#[derive(Debug, Clone)]
+struct TaskRun {
+    attempt: Attempt,
+    state: TaskState,
+    is_drained: bool,
+    /// The incident that restarts it.
+    incident: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TaskState {
+    Starting,
+    Running,
+    /// Being cancelled.
+    Stopping,
+    /// Gone; an incident starts it again.
+    Stopped,
+    /// Has committed the last checkpoint and closed.
+    Finished,
 }
 
 #[derive(Debug, Clone)]
 enum Phase {
-    /// Some tasks run already, and a short input may have ended before the last one does.
-    Starting {
-        drained: BTreeSet<TaskId>,
-    },
-    Running {
-        drained: BTreeSet<TaskId>,
-        /// After a failed last checkpoint: not before this.
-        retry_at: Option<Millis>,
-    },
+    Active,
     /// The last checkpoint is complete; tasks commit it and close.
-    Ending {
-        missing: BTreeSet<TaskId>,
-        outcome: Outcome,
-    },
-    /// The delay runs while the tasks are being cancelled; both must be over.
-    Restarting {
-        restart_at: Millis,
-        is_stopped: bool,
-    },
-    Cancelling {
-        outcome: Outcome,
-    },
+    Ending(Outcome),
+    /// Everything is being cancelled.
+    Cancelling(Outcome),
     Over,
 }
 
-impl Phase {
-    fn starting() -> Self {
-        Self::Starting { drained: BTreeSet::new() }
-    }
+/// What a stop was asked for with.
+#[derive(Debug, Clone, Copy)]
+struct Stop {
+    savepoint: Option<u64>,
+    drain: bool,
 }
 
 /// The decisions of one running job.
 #[derive(Debug, Clone)]
 pub struct Job {
-    tasks: BTreeSet<TaskId>,
+    tasks: BTreeMap<TaskId, TaskRun>,
+    topology: Topology,
+    failover: FailoverStrategy,
     coordinator: Coordinator,
     restart: RestartState,
     random: Random,
-    attempt: Attempt,
     phase: Phase,
-    is_stop_requested: bool,
+    /// When each incident's delay is over.
+    incidents: BTreeMap<u64, Millis>,
+    next_incident: u64,
+    /// After a failed last checkpoint: not before this.
+    retry_at: Option<Millis>,
+    stop: Option<Stop>,
+    /// Whoever waits for the savepoint of the stop.
+    stop_ticket: Option<u64>,
 }
 
 impl Job {
     /// A job whose tasks are to be started: perform the effect that is given back.
     #[must_use]
     pub fn new(settings: JobSettings, resume: Resume) -> (Self, Effect) {
-        let JobSettings { tasks, checkpoint, restart, seed } = settings;
+        let JobSettings { graph, failover, checkpoint, restart, seed } = settings;
+        let fresh = |task| {
+            let (attempt, state) = (Attempt(0), TaskState::Starting);
+            (task, TaskRun { attempt, state, is_drained: false, incident: None })
+        };
         let job = Self {
-            tasks,
-            coordinator: Coordinator::new(checkpoint, resume.checkpoint, resume.next_id),
+            tasks: graph.tasks().into_iter().map(fresh).collect(),
+            topology: Topology::new(&graph),
+            failover,
+            coordinator: Coordinator::new(checkpoint, &resume.completed, resume.next_id),
             restart: RestartState::new(restart),
             random: Random::new(seed),
-            attempt: Attempt(0),
-            phase: Phase::starting(),
-            is_stop_requested: false,
+            phase: Phase::Active,
+            incidents: BTreeMap::new(),
+            next_incident: 0,
+            retry_at: None,
+            stop: None,
+            stop_ticket: None,
         };
-        let effect = Effect::StartTasks { attempt: job.attempt, restore_from: resume.checkpoint };
+        let tasks = job.tasks.keys().map(|task| (*task, Attempt(0))).collect();
+        let effect = Effect::StartTasks { tasks, restore_from: job.coordinator.last_completed() };
         (job, effect)
     }
 
-    /// The attempt that runs or is about to.
+    /// The attempt of a task that runs or is about to.
     #[must_use]
-    pub fn attempt(&self) -> Attempt {
-        self.attempt
+    pub fn attempt(&self, task: TaskId) -> Option<Attempt> {
+        self.tasks.get(&task).map(|run| run.attempt)
     }
 
     /// The checkpoint a restart would restore.
@@ -290,259 +382,507 @@ impl Job {
     /// When to send a `Tick` at the latest; `None` where only an event can change anything.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
-        match &self.phase {
-            Phase::Running { .. } => {
-                let candidates =
-                    [self.coordinator.expires_at(), self.periodic_at(), self.retry_at()];
-                candidates.into_iter().flatten().min()
-            }
-            Phase::Restarting { restart_at, is_stopped: true }
-                if !self.coordinator.is_in_doubt() =>
-            {
-                Some(*restart_at)
-            }
-            _ => None,
+        if !matches!(self.phase, Phase::Active) {
+            return None;
         }
+        let retry_at = self.retry_at.filter(|_| self.wants_last());
+        let incidents = self.incidents.iter().filter(|(id, _)| self.is_stopped(**id));
+        let restart_at = incidents.map(|(_, at)| *at).min();
+        let restart_at = restart_at.filter(|_| !self.coordinator.is_in_doubt());
+        [self.coordinator.next_deadline(), retry_at, restart_at].into_iter().flatten().min()
     }
 
     /// Takes one event in and gives the effects out, in the order they are to be performed.
     pub fn step(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        let mut steps = Vec::new();
         match event {
             Event::Tick => {}
-            Event::TasksStarted { attempt } => self.on_started(now, attempt),
-            Event::TaskDrained { task, attempt } => self.on_drained(task, attempt),
+            Event::TasksStarted { tasks } => self.on_started(now, &tasks, effects),
+            Event::TaskDrained { task, attempt } => {
+                if let Some(run) = self.current(task, attempt) {
+                    run.is_drained = true;
+                }
+            }
             Event::SnapshotAcked { task, attempt, checkpoint } => {
-                if attempt == self.attempt
-                    && let Some(checkpoint) = self.coordinator.ack(task, checkpoint)
+                if self.current(task, attempt).is_some() {
+                    self.coordinator.ack(task, checkpoint, &mut steps);
+                }
+            }
+            Event::SnapshotDeclined { task, attempt, checkpoint, reason } => {
+                if self.current(task, attempt).is_some()
+                    && self.coordinator.is_collecting(checkpoint)
                 {
-                    effects.push(Effect::PersistManifest { checkpoint });
+                    self.coordinator.abort(checkpoint, reason, &mut steps);
                 }
             }
-            Event::SnapshotDeclined { task, attempt, checkpoint, message } => {
-                if attempt == self.attempt && self.coordinator.collecting() == Some(checkpoint) {
-                    let reason = DiscardReason::Declined { task, message };
-                    self.fail_checkpoint(now, checkpoint, reason, effects);
+            Event::ManifestDurable { checkpoint } => {
+                self.coordinator.complete(now, checkpoint, &mut steps);
+            }
+            Event::ManifestLost { checkpoint, message }
+            | Event::SavepointLost { checkpoint, message } => {
+                if self.coordinator.persisting(checkpoint).is_some() {
+                    let reason = AbortReason::NotFinalized { message };
+                    self.coordinator.abort(checkpoint, reason, &mut steps);
                 }
             }
-            Event::ManifestDurable { checkpoint } => self.on_durable(now, checkpoint, effects),
-            Event::ManifestLost { checkpoint, message } => {
-                if self.coordinator.persisting() == Some(checkpoint) {
-                    let reason = DiscardReason::ManifestLost { message };
-                    self.fail_checkpoint(now, checkpoint, reason, effects);
-                }
+            Event::SavepointDurable { checkpoint } => {
+                self.on_savepoint_durable(now, checkpoint, &mut steps, effects);
             }
-            Event::TaskFailed { task, attempt, cause } => {
-                if attempt == self.attempt {
-                    self.on_failure(now, task, cause, effects);
+            Event::CheckpointCleaned => self.coordinator.on_cleaned(),
+            Event::TaskFailed { task, cause, lost } => {
+                let is_current = task.is_none_or(|(task, attempt)| {
+                    self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping)
+                });
+                if is_current {
+                    self.on_failure(now, task, cause, lost, effects);
                 }
             }
             Event::TaskFinished { task, attempt } => self.on_finished(task, attempt, effects),
-            Event::TasksStopped { attempt } => self.on_stopped(attempt, effects),
-            Event::StopRequested => self.on_stop_requested(effects),
+            Event::TasksStopped { tasks } => self.on_stopped(&tasks, effects),
+            Event::SavepointRequested { ticket } => {
+                self.on_savepoint_requested(now, ticket, &mut steps)
+            }
+            Event::StopRequested { savepoint, drain } => {
+                self.on_stop_requested(now, Stop { savepoint, drain }, effects);
+            }
+            Event::CancelRequested => {
+                let checkpoint = self.coordinator.last_completed();
+                self.give_up(now, Outcome::Canceled { checkpoint }, effects);
+            }
         }
+        self.apply(now, steps, effects);
         self.act_on_time(now, effects);
+    }
+
+    /// A task that runs in this attempt.
+    fn current(&mut self, task: TaskId, attempt: Attempt) -> Option<&mut TaskRun> {
+        let run = self.tasks.get_mut(&task).filter(|run| run.attempt == attempt)?;
+        (run.state != TaskState::Stopped).then_some(run)
+    }
+
+    fn task_ids(&self) -> BTreeSet<TaskId> {
+        self.tasks.keys().copied().collect()
+    }
+
+    fn all(&self, is: impl Fn(&TaskRun) -> bool) -> bool {
+        self.tasks.values().all(is)
     }
 
     /// What is due now, whatever the event was.
     fn act_on_time(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        if self.coordinator.expires_at().is_some_and(|at| at <= now)
-            && let Some(checkpoint) = self.coordinator.collecting()
-        {
-            self.fail_checkpoint(now, checkpoint, DiscardReason::Expired, effects);
+        if !matches!(self.phase, Phase::Active) {
+            return;
         }
-        // The expiry may have ended the phase, so look only now.
-        match &self.phase {
-            Phase::Running { .. } => {
-                if self.wants_last() && self.retry_at().is_none_or(|at| at <= now) {
-                    self.trigger(now, Purpose::Last, effects);
-                } else if self.periodic_at().is_some_and(|at| at <= now) {
-                    self.trigger(now, Purpose::Periodic, effects);
-                }
-            }
-            Phase::Restarting { restart_at, is_stopped: true }
-                if *restart_at <= now && !self.coordinator.is_in_doubt() =>
-            {
-                self.attempt = self.attempt.next();
-                self.phase = Phase::starting();
-                let restore_from = self.coordinator.last_completed();
-                effects.push(Effect::StartTasks { attempt: self.attempt, restore_from });
-            }
-            _ => {}
+        let mut steps = Vec::new();
+        if self.is_ending() {
+            self.coordinator.stop_periodic(&mut steps);
         }
+        let tasks = self.task_ids();
+        self.coordinator.on_time(now, &tasks, &mut steps);
+        self.apply(now, std::mem::take(&mut steps), effects);
+        if self.wants_last() && self.retry_at.is_none_or(|at| at <= now) {
+            let savepoint = self.stop.and_then(|stop| stop.savepoint);
+            let trigger = savepoint.map_or(Trigger::Last, |ticket| Trigger::Savepoint {
+                ticket,
+                purpose: SavepointPurpose::Stop,
+            });
+            self.coordinator.begin(now, trigger, tasks, &mut steps);
+            self.apply(now, steps, effects);
+        }
+        self.restart_what_is_due(now, effects);
     }
 
-    /// A job that is to end takes no more periodic checkpoints.
-    fn periodic_at(&self) -> Option<Millis> {
-        self.coordinator.trigger_at().filter(|_| !self.is_ending())
-    }
-
-    fn retry_at(&self) -> Option<Millis> {
-        match &self.phase {
-            Phase::Running { retry_at, .. } if self.wants_last() => *retry_at,
-            _ => None,
-        }
-    }
-
+    /// True while the only checkpoint to come is the last one.
     fn is_ending(&self) -> bool {
-        self.is_stop_requested
-            || matches!(&self.phase, Phase::Running { drained, .. } if *drained == self.tasks)
+        self.all(|run| run.is_drained) || self.stop.is_some_and(|stop| !stop.drain)
     }
 
     fn wants_last(&self) -> bool {
-        self.is_ending()
+        matches!(self.phase, Phase::Active)
+            && self.is_ending()
+            && self.all(|run| run.state == TaskState::Running)
             && self.coordinator.is_idle()
-            && matches!(self.phase, Phase::Running { .. })
     }
 
-    fn trigger(&mut self, now: Millis, purpose: Purpose, effects: &mut Vec<Effect>) {
-        let checkpoint = self.coordinator.trigger(now, purpose, self.tasks.clone());
-        effects.push(Effect::InjectBarrier { checkpoint, attempt: self.attempt, purpose });
-    }
-
-    fn on_started(&mut self, now: Millis, attempt: Attempt) {
-        if attempt == self.attempt
-            && let Phase::Starting { drained } = &mut self.phase
-        {
-            let drained = std::mem::take(drained);
-            self.phase = Phase::Running { drained, retry_at: None };
-            self.coordinator.start(now, &mut self.random);
-        }
-    }
-
-    fn on_drained(&mut self, task: TaskId, attempt: Attempt) {
-        if attempt == self.attempt
-            && let Phase::Starting { drained } | Phase::Running { drained, .. } = &mut self.phase
-        {
-            drained.insert(task);
-        }
-    }
-
-    fn on_durable(&mut self, now: Millis, checkpoint: CheckpointId, effects: &mut Vec<Effect>) {
-        let Some((purpose, subsumed)) = self.coordinator.complete(now, checkpoint) else { return };
-        if matches!(self.phase, Phase::Running { .. }) {
-            effects.push(Effect::NotifyComplete { checkpoint, attempt: self.attempt, purpose });
-            if purpose == Purpose::Last {
-                let outcome = self.outcome_of_last(checkpoint);
-                self.phase = Phase::Ending { missing: self.tasks.clone(), outcome };
+    /// Makes effects of what the coordinator has decided.
+    fn apply(&mut self, now: Millis, steps: Vec<Step>, effects: &mut Vec<Effect>) {
+        for step in steps {
+            match step {
+                Step::Begin { checkpoint, trigger } => {
+                    let purpose = trigger.purpose();
+                    effects.push(Effect::InjectBarrier { checkpoint, purpose });
+                }
+                Step::Persist { checkpoint, trigger } => effects.push(match trigger.ticket() {
+                    Some(ticket) => Effect::PersistSavepoint { checkpoint, ticket },
+                    None => Effect::PersistManifest { checkpoint },
+                }),
+                Step::Completed { checkpoint, trigger } => {
+                    self.on_completed(now, checkpoint, trigger, effects);
+                }
+                Step::Subsumed { checkpoint } => effects.push(Effect::Subsume { checkpoint }),
+                Step::Refused { trigger, reason } => self.answer(trigger, Err(reason), effects),
+                Step::Aborted { checkpoint, trigger, reason } => {
+                    effects.push(Effect::Discard { checkpoint, reason: reason.clone() });
+                    self.on_aborted(now, trigger, reason, effects);
+                }
+                // What restarts already is not to restart for a checkpoint of its last run.
+                Step::Exceeded { .. } if !self.incidents.is_empty() => {}
+                Step::Exceeded { message } => {
+                    let cause = FailureCause::CheckpointsFailed { message };
+                    self.on_failure(now, None, cause, None, effects);
+                }
             }
         }
-        if let Some(subsumed) = subsumed {
-            let reason = DiscardReason::Subsumed;
-            effects.push(Effect::Discard { checkpoint: subsumed, reason });
+    }
+
+    /// The savepoint that ends a job is a checkpoint as well: what sinks commit is in its manifest.
+    fn on_savepoint_durable(
+        &mut self,
+        now: Millis,
+        checkpoint: CheckpointId,
+        steps: &mut Vec<Step>,
+        effects: &mut Vec<Effect>,
+    ) {
+        match self.coordinator.persisting(checkpoint).map(Trigger::purpose) {
+            Some(Purpose::Last) if matches!(self.phase, Phase::Active) => {
+                effects.push(Effect::PersistManifest { checkpoint });
+            }
+            Some(Purpose::Last) => {
+                let reason = AbortReason::CoordinatorShutdown;
+                self.coordinator.abort(checkpoint, reason, steps);
+            }
+            Some(_) => self.coordinator.complete(now, checkpoint, steps),
+            None => {}
+        }
+    }
+
+    fn on_completed(
+        &mut self,
+        now: Millis,
+        checkpoint: CheckpointId,
+        trigger: Trigger,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.answer(trigger, Ok(checkpoint), effects);
+        let mut purpose = trigger.purpose();
+        if purpose == Purpose::Savepoint || !matches!(self.phase, Phase::Active) {
+            return;
+        }
+        // Tasks that are being restarted commit it when they are restored from it.
+        if purpose == Purpose::Last {
+            if self.all(|run| run.state == TaskState::Running) {
+                self.phase = Phase::Ending(self.outcome_of_last(checkpoint));
+            } else if self.stop.is_some_and(|stop| !stop.drain) {
+                // Nobody is left to commit it; whoever runs the job again begins with that.
+                return self.give_up(now, self.stopped_at(checkpoint), effects);
+            } else {
+                purpose = Purpose::Periodic;
+            }
+        }
+        if self.tasks.values().any(|run| run.state == TaskState::Running) {
+            effects.push(Effect::NotifyComplete { checkpoint, purpose });
+        }
+    }
+
+    fn on_aborted(
+        &mut self,
+        now: Millis,
+        trigger: Trigger,
+        reason: AbortReason,
+        effects: &mut Vec<Effect>,
+    ) {
+        let is_restarting = reason == AbortReason::FailoverRegion;
+        self.answer(trigger, Err(reason), effects);
+        if trigger.purpose() != Purpose::Last || !matches!(self.phase, Phase::Active) {
+            return;
+        }
+        self.retry_at = Some(now.after(LAST_CHECKPOINT_RETRY_MS));
+        match self.stop {
+            // Whoever wanted a savepoint has their answer; the job goes on as before.
+            Some(Stop { savepoint: Some(_), .. }) => {
+                self.stop = None;
+                if !is_restarting && self.all(|run| run.state == TaskState::Running) {
+                    self.coordinator.start(now, &mut self.random);
+                }
+            }
+            // The last checkpoint of a stop failed: end all the same, from the newest one.
+            Some(_) if !is_restarting => {
+                let checkpoint = self.coordinator.last_completed();
+                self.give_up(
+                    now,
+                    Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false },
+                    effects,
+                );
+            }
+            Some(_) | None => {}
         }
     }
 
     /// A job that was asked to stop has finished all the same if nothing was left to do.
     fn outcome_of_last(&self, checkpoint: CheckpointId) -> Outcome {
-        match &self.phase {
-            Phase::Running { drained, .. } if *drained == self.tasks => Outcome::Finished,
-            _ => Outcome::Stopped { checkpoint: Some(checkpoint), is_last: true },
+        match self.all(|run| run.is_drained) {
+            true => Outcome::Finished,
+            false => self.stopped_at(checkpoint),
         }
     }
 
-    fn fail_checkpoint(
-        &mut self,
-        now: Millis,
-        checkpoint: CheckpointId,
-        reason: DiscardReason,
-        effects: &mut Vec<Effect>,
-    ) {
-        let message = reason.message();
-        let weight = self.coordinator.fail(&reason);
-        effects.push(Effect::Discard { checkpoint, reason });
-        let Phase::Running { retry_at, .. } = &mut self.phase else { return };
-        *retry_at = Some(now.after(LAST_CHECKPOINT_RETRY_MS));
-        if self.is_stop_requested {
-            self.cancel_for_stop(effects);
-        } else if weight == FailureWeight::Exceeded {
-            let message = format!("checkpoint {checkpoint}: {message}");
-            self.on_failure(now, None, FailureCause::CheckpointsFailed { message }, effects);
+    fn stopped_at(&self, checkpoint: CheckpointId) -> Outcome {
+        let has_savepoint = self.stop.is_some_and(|stop| stop.savepoint.is_some());
+        Outcome::Stopped { checkpoint: Some(checkpoint), is_last: true, has_savepoint }
+    }
+
+    fn on_started(&mut self, now: Millis, tasks: &[TaskAttempt], effects: &mut Vec<Effect>) {
+        for (task, attempt) in tasks {
+            if let Some(run) = self.current(*task, *attempt)
+                && run.state == TaskState::Starting
+            {
+                run.state = TaskState::Running;
+            }
+        }
+        if self.all(|run| run.state == TaskState::Running) {
+            self.coordinator.start(now, &mut self.random);
+        }
+        // Sources that start again do not know that they are to end.
+        if self.stop.is_some_and(|stop| stop.drain) {
+            effects.push(Effect::EndInput);
         }
     }
 
     fn on_failure(
         &mut self,
         now: Millis,
-        task: Option<TaskId>,
+        task: Option<TaskAttempt>,
         cause: FailureCause,
+        lost: Option<PartitionId>,
         effects: &mut Vec<Effect>,
     ) {
-        // While the tasks are being cancelled, further failures belong to the same incident.
-        if matches!(self.phase, Phase::Restarting { .. } | Phase::Cancelling { .. } | Phase::Over) {
+        if matches!(self.phase, Phase::Cancelling(_) | Phase::Over) {
             return;
         }
-        if let Some(checkpoint) = self.coordinator.collecting() {
-            let reason = DiscardReason::TasksRestarted;
-            self.coordinator.fail(&reason);
-            effects.push(Effect::Discard { checkpoint, reason });
-        }
-        effects.push(Effect::CancelTasks { attempt: self.attempt });
-        let decision = match cause.is_restartable() {
-            true => self.restart.on_failure(now, &mut self.random).decision,
-            false => RestartDecision::GiveUp,
+        // What cannot help to repeat is not even counted.
+        let verdict = match cause.is_restartable() {
+            true => Some(self.restart.on_failure(now, &mut self.random)),
+            false => None,
         };
         let checkpoint = self.coordinator.last_completed();
-        self.phase = match decision {
-            // It would only be restarted to be stopped.
-            RestartDecision::RestartAfter(_) if self.is_stop_requested => {
-                Phase::Cancelling { outcome: Outcome::Stopped { checkpoint, is_last: false } }
-            }
-            RestartDecision::RestartAfter(delay_ms) => {
-                effects.push(Effect::AnnounceRestart { task, cause, delay_ms });
-                Phase::Restarting { restart_at: now.after(delay_ms), is_stopped: false }
-            }
-            RestartDecision::GiveUp => {
-                Phase::Cancelling { outcome: Outcome::Failed { task, cause, checkpoint } }
-            }
+        let Some(verdict) = verdict.filter(|verdict| verdict.can_restart) else {
+            let task = task.map(|(task, _)| task);
+            return self.give_up(now, Outcome::Failed { task, cause, checkpoint }, effects);
         };
+        let (delay_ms, is_new_attempt) = (verdict.backoff_ms, verdict.is_new_attempt);
+        // It would only be restarted to be stopped.
+        if matches!(self.stop, Some(Stop { savepoint: None, .. })) {
+            return self.give_up(
+                now,
+                Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false },
+                effects,
+            );
+        }
+        let reasons = self.restart_set(task, lost);
+        self.phase = Phase::Active;
+        let restarting: Vec<TaskId> = reasons.keys().copied().collect();
+        self.suspend_checkpoints(now, effects);
+        self.cancel(&restarting, effects);
+        let tasks = reasons;
+        effects.push(Effect::AnnounceRestart { task, cause, delay_ms, is_new_attempt, tasks });
+        self.next_incident += 1;
+        let incident = self.next_incident;
+        for task in restarting {
+            if let Some(run) = self.tasks.get_mut(&task) {
+                run.incident = Some(incident);
+            }
+        }
+        self.incidents.insert(incident, now.after(delay_ms));
+    }
+
+    /// Which tasks restart. A failure that is not one task's, and one while others are closing
+    /// already, restarts all.
+    fn restart_set(
+        &self,
+        task: Option<TaskAttempt>,
+        lost: Option<PartitionId>,
+    ) -> BTreeMap<TaskId, RestartReason> {
+        let is_ending = matches!(self.phase, Phase::Ending(_));
+        let Some((task, _)) = task.filter(|_| !is_ending) else {
+            let every = self.tasks.keys().map(|task| (*task, RestartReason::EveryTask));
+            return every.collect();
+        };
+        let situation =
+            Situation { is_lost: &|partition| Some(partition) == lost, is_created: &|_| false };
+        tasks_to_restart(self.failover, &self.topology, task, situation)
+    }
+
+    fn suspend_checkpoints(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let mut steps = Vec::new();
+        self.coordinator.stop(&AbortReason::FailoverRegion, &mut steps);
+        self.apply(now, steps, effects);
+    }
+
+    /// Ends those of the tasks that run.
+    fn cancel(&mut self, tasks: &[TaskId], effects: &mut Vec<Effect>) {
+        let mut ending = Vec::new();
+        for task in tasks {
+            let Some(run) = self.tasks.get_mut(task) else { continue };
+            match run.state {
+                TaskState::Starting | TaskState::Running => {
+                    run.state = TaskState::Stopping;
+                    ending.push((*task, run.attempt));
+                }
+                TaskState::Finished => run.state = TaskState::Stopped,
+                TaskState::Stopping | TaskState::Stopped => {}
+            }
+        }
+        if !ending.is_empty() {
+            effects.push(Effect::CancelTasks { tasks: ending });
+        }
+    }
+
+    /// Ends everything, and then the job.
+    fn give_up(&mut self, now: Millis, outcome: Outcome, effects: &mut Vec<Effect>) {
+        if matches!(self.phase, Phase::Cancelling(_) | Phase::Over) {
+            return;
+        }
+        self.phase = Phase::Cancelling(outcome);
+        let mut steps = Vec::new();
+        self.coordinator.stop(&AbortReason::CoordinatorShutdown, &mut steps);
+        self.apply(now, steps, effects);
+        self.stop = None;
+        if let Some(ticket) = self.stop_ticket.take() {
+            let result = Err(AbortReason::CoordinatorShutdown);
+            effects.push(Effect::AnswerSavepoint { ticket, result });
+        }
+        let all: Vec<TaskId> = self.tasks.keys().copied().collect();
+        self.cancel(&all, effects);
+        self.finish_if_stopped(effects);
+    }
+
+    fn finish_if_stopped(&mut self, effects: &mut Vec<Effect>) {
+        let is_gone = |run: &TaskRun| matches!(run.state, TaskState::Stopped | TaskState::Finished);
+        if let Phase::Cancelling(outcome) = &self.phase
+            && self.all(is_gone)
+        {
+            effects.push(Effect::Finish { outcome: outcome.clone() });
+            self.phase = Phase::Over;
+        }
     }
 
     fn on_finished(&mut self, task: TaskId, attempt: Attempt, effects: &mut Vec<Effect>) {
-        if attempt != self.attempt {
+        let Some(run) = self.current(task, attempt) else { return };
+        if run.state == TaskState::Running {
+            run.state = TaskState::Finished;
+        }
+        if let Phase::Ending(outcome) = &self.phase
+            && self.all(|run| run.state == TaskState::Finished)
+        {
+            effects.push(Effect::Finish { outcome: outcome.clone() });
+            self.phase = Phase::Over;
+        }
+    }
+
+    fn on_stopped(&mut self, tasks: &[TaskAttempt], effects: &mut Vec<Effect>) {
+        for (task, attempt) in tasks {
+            if let Some(run) = self.current(*task, *attempt)
+                && run.state == TaskState::Stopping
+            {
+                run.state = TaskState::Stopped;
+            }
+        }
+        self.finish_if_stopped(effects);
+    }
+
+    /// True if every task of the incident has stopped.
+    fn is_stopped(&self, incident: u64) -> bool {
+        self.all(|run| run.incident != Some(incident) || run.state == TaskState::Stopped)
+    }
+
+    fn restart_what_is_due(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        if self.coordinator.is_in_doubt() {
             return;
         }
-        if let Phase::Ending { missing, outcome } = &mut self.phase {
-            missing.remove(&task);
-            if missing.is_empty() {
-                effects.push(Effect::Finish { outcome: outcome.clone() });
-                self.phase = Phase::Over;
+        let due: Vec<u64> = self
+            .incidents
+            .iter()
+            .filter(|(id, at)| **at <= now && self.is_stopped(**id))
+            .map(|(id, _)| *id)
+            .collect();
+        for incident in due {
+            self.incidents.remove(&incident);
+            let mut tasks = Vec::new();
+            for (task, run) in &mut self.tasks {
+                // What a later incident wants restarts with that one.
+                if run.incident == Some(incident) {
+                    run.incident = None;
+                    run.attempt = run.attempt.next();
+                    run.state = TaskState::Starting;
+                    run.is_drained = false;
+                    tasks.push((*task, run.attempt));
+                }
+            }
+            if !tasks.is_empty() {
+                let restore_from = self.coordinator.last_completed();
+                effects.push(Effect::StartTasks { tasks, restore_from });
             }
         }
     }
 
-    fn on_stopped(&mut self, attempt: Attempt, effects: &mut Vec<Effect>) {
-        if attempt != self.attempt {
-            return;
-        }
-        match &mut self.phase {
-            Phase::Restarting { is_stopped, .. } => *is_stopped = true,
-            Phase::Cancelling { outcome } => {
-                effects.push(Effect::Finish { outcome: outcome.clone() });
-                self.phase = Phase::Over;
-            }
-            _ => {}
+    /// Answers whoever waits for a savepoint, once.
+    fn answer(
+        &mut self,
+        trigger: Trigger,
+        result: Result<CheckpointId, AbortReason>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Trigger::Savepoint { ticket, purpose } = trigger else { return };
+        let is_open = match purpose {
+            SavepointPurpose::Keep => true,
+            SavepointPurpose::Stop => self.stop_ticket.take_if(|open| *open == ticket).is_some(),
+        };
+        if is_open {
+            effects.push(Effect::AnswerSavepoint { ticket, result });
         }
     }
 
-    fn on_stop_requested(&mut self, effects: &mut Vec<Effect>) {
-        self.is_stop_requested = true;
-        if let Phase::Restarting { is_stopped, .. } = self.phase {
+    fn on_savepoint_requested(&mut self, now: Millis, ticket: u64, steps: &mut Vec<Step>) {
+        let trigger = Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep };
+        if matches!(self.phase, Phase::Active) && !self.is_ending() {
+            self.coordinator.request(now, trigger, steps);
+        } else {
+            let reason = AbortReason::CoordinatorShutdown;
+            steps.push(Step::Refused { trigger, reason });
+        }
+    }
+
+    fn on_stop_requested(&mut self, now: Millis, stop: Stop, effects: &mut Vec<Effect>) {
+        let refuse = |reason, effects: &mut Vec<Effect>| {
+            if let Some(ticket) = stop.savepoint {
+                effects.push(Effect::AnswerSavepoint { ticket, result: Err(reason) });
+            }
+        };
+        if !matches!(self.phase, Phase::Active) {
+            return refuse(AbortReason::CoordinatorShutdown, effects);
+        }
+        if let Some(under_way) = &mut self.stop {
+            // Whoever asks again is in more of a hurry: nothing is drained any more.
+            under_way.drain &= stop.drain;
+            return refuse(AbortReason::CoordinatorShutdown, effects);
+        }
+        if self.incidents.is_empty() {
+            self.stop = Some(stop);
+            self.stop_ticket = stop.savepoint;
+            if stop.drain {
+                effects.push(Effect::EndInput);
+            }
+        } else if stop.savepoint.is_some() {
+            refuse(AbortReason::NotAllTasksRunning, effects);
+        } else {
+            // It would only be restarted to be stopped.
             let checkpoint = self.coordinator.last_completed();
-            let outcome = Outcome::Stopped { checkpoint, is_last: false };
-            if is_stopped {
-                effects.push(Effect::Finish { outcome });
-                self.phase = Phase::Over;
-            } else {
-                self.phase = Phase::Cancelling { outcome };
-            }
+            self.give_up(
+                now,
+                Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false },
+                effects,
+            );
         }
-    }
-
-    /// The last checkpoint of a stop failed: end all the same, from the newest completed one.
-    fn cancel_for_stop(&mut self, effects: &mut Vec<Effect>) {
-        let checkpoint = self.coordinator.last_completed();
-        effects.push(Effect::CancelTasks { attempt: self.attempt });
-        self.phase = Phase::Cancelling { outcome: Outcome::Stopped { checkpoint, is_last: false } };
     }
 }
 

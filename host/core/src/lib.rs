@@ -6,6 +6,8 @@
 
 pub mod align;
 pub mod checkpoint;
+pub mod exchange;
+pub mod failover;
 pub mod failure;
 pub mod graph;
 pub mod ids;

@@ -68,17 +68,10 @@ impl Default for ExponentialDelay {
 pub struct Verdict {
     /// False where the failure belongs to a restart that is already scheduled.
     pub is_new_attempt: bool,
-    /// What to do about it.
-    pub decision: RestartDecision,
-}
-
-/// Whether and when to restart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RestartDecision {
-    /// Restart after this many milliseconds.
-    RestartAfter(u64),
-    /// The strategy allows no restart any more.
-    GiveUp,
+    /// False where the strategy allows no restart any more.
+    pub can_restart: bool,
+    /// The delay of the restart, in milliseconds from the failure.
+    pub backoff_ms: u64,
 }
 
 /// A strategy and what it remembers of earlier failures. One for the whole life of a job.
@@ -144,12 +137,8 @@ impl RestartState {
     }
 }
 
-fn verdict(is_new_attempt: bool, can_restart: bool, delay_ms: u64) -> Verdict {
-    let decision = match can_restart {
-        true => RestartDecision::RestartAfter(delay_ms),
-        false => RestartDecision::GiveUp,
-    };
-    Verdict { is_new_attempt, decision }
+fn verdict(is_new_attempt: bool, can_restart: bool, backoff_ms: u64) -> Verdict {
+    Verdict { is_new_attempt, can_restart, backoff_ms }
 }
 
 impl ExponentialDelay {
@@ -175,16 +164,12 @@ impl ExponentialDelay {
     }
 
     fn delay_ms(&self, attempts: u64, random: &mut Random) -> u64 {
-        let mut base = self.initial_backoff_ms as f64;
-        for _ in 0..attempts {
-            if self.backoff_ms_max as f64 <= base {
-                break;
-            }
-            base *= self.backoff_multiplier;
-        }
-        let base_ms = base as u64;
+        // Not capped yet: Flink's jitter is a share of the delay before the cap. The cast saturates.
+        let base_ms =
+            (self.initial_backoff_ms as f64 * self.backoff_multiplier.powf(attempts as f64)) as u64;
         let jitter_ms = (base_ms as f64 * self.jitter_factor) as u64;
-        let delay_ms = (base_ms - jitter_ms).saturating_add(random.between(0, 2 * jitter_ms));
+        let delay_ms =
+            (base_ms - jitter_ms).saturating_add(random.between(0, jitter_ms.saturating_mul(2)));
         delay_ms.clamp(self.initial_backoff_ms, self.backoff_ms_max)
     }
 }
@@ -202,9 +187,9 @@ mod tests {
             .map(|&at| {
                 let verdict = state.on_failure(Millis(at), &mut random);
                 let kind = if verdict.is_new_attempt { "new" } else { "merged" };
-                match verdict.decision {
-                    RestartDecision::RestartAfter(delay) => format!("{kind} {delay}"),
-                    RestartDecision::GiveUp => format!("{kind} give up"),
+                match verdict.can_restart {
+                    true => format!("{kind} {}", verdict.backoff_ms),
+                    false => format!("{kind} give up"),
                 }
             })
             .collect();
@@ -264,7 +249,7 @@ mod tests {
             let verdict = state.on_failure(Millis(round * 4), &mut random);
             assert!(verdict.is_new_attempt, "round {round}");
             // Flink asks before it notifies; here the 14th failure itself is the one too many.
-            assert_eq!(verdict.decision == RestartDecision::GiveUp, round == 13, "round {round}");
+            assert_eq!(!verdict.can_restart, round == 13, "round {round}");
         }
     }
 
@@ -279,10 +264,8 @@ mod tests {
             let mut state = RestartState::new(exponential(1, 6, 2.0, 8, 0.25, None));
             let mut random = Random::new(seed);
             for _ in 0..10 {
-                match state.on_failure(Millis(0), &mut random).decision {
-                    RestartDecision::RestartAfter(delay) => assert!(delay <= 6),
-                    RestartDecision::GiveUp => panic!("gave up without a limit"),
-                }
+                let verdict = state.on_failure(Millis(0), &mut random);
+                assert!(verdict.can_restart && verdict.backoff_ms <= 6, "{verdict:?}");
             }
         }
     }
@@ -309,10 +292,9 @@ mod tests {
         let mut now = 0;
         for _ in 0..5_000 {
             now += 60_001;
-            match state.on_failure(Millis(now), &mut random).decision {
-                RestartDecision::RestartAfter(delay) => assert!((1_000..=60_000).contains(&delay)),
-                RestartDecision::GiveUp => panic!("gave up without a limit"),
-            }
+            let verdict = state.on_failure(Millis(now), &mut random);
+            assert!(verdict.can_restart);
+            assert!((1_000..=60_000).contains(&verdict.backoff_ms), "{verdict:?}");
         }
     }
 }

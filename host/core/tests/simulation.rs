@@ -9,10 +9,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cofferdam_core::{
-    checkpoint::{CheckpointSettings, Purpose},
+    checkpoint::{AbortReason, CheckpointSettings, Purpose},
+    exchange::ExchangeType,
+    failover::FailoverStrategy,
     failure::FailureCause,
+    graph::{Edge, JobGraph, Operator, Partitioner},
     ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
-    job::{Effect, Event, Job, JobSettings, Outcome, Resume},
+    job::{Effect, Event, Job, JobSettings, Outcome, Resume, TaskAttempt},
     random::Random,
     restart::RestartStrategy,
 };
@@ -32,6 +35,11 @@ struct Options {
     min_pause_ms: u64,
     timeout_ms: u64,
     tolerable: u32,
+    concurrent_max: usize,
+    retained_max: usize,
+    /// Neighbours that are joined by a channel, so that they are in one region.
+    joined: Vec<bool>,
+    failover: FailoverStrategy,
     latency_ms: u64,
     trap_one_in: u64,
     decline_one_in: u64,
@@ -39,6 +47,7 @@ struct Options {
     late_ack_one_in: u64,
     process_killed_one_in: u64,
     stop_one_in: u64,
+    savepoint_one_in: u64,
 }
 
 impl Options {
@@ -46,6 +55,11 @@ impl Options {
         let rarely = |random: &mut Random| [8, 40, 200, u64::MAX][random.between(0, 3) as usize];
         Self {
             tasks: random.between(1, 6) as u32,
+            concurrent_max: random.between(1, 3) as usize,
+            retained_max: random.between(1, 3) as usize,
+            joined: (0..5).map(|_| random.one_in(2)).collect(),
+            failover: [FailoverStrategy::Full, FailoverStrategy::Region]
+                [random.between(0, 1) as usize],
             interval_ms: random.between(10, 400),
             min_pause_ms: random.between(0, 100),
             timeout_ms: random.between(50, 1_000),
@@ -57,13 +71,15 @@ impl Options {
             late_ack_one_in: rarely(random),
             process_killed_one_in: rarely(random),
             stop_one_in: rarely(random),
+            savepoint_one_in: rarely(random),
         }
     }
 }
 
 /// One task: it counts records, and writes each into the transaction of the next checkpoint.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 struct Task {
+    attempt: Attempt,
     produced: u64,
     /// First records of transactions that are pre-committed, by checkpoint: committed when that
     /// completes. Each holds the records from its begin to its end.
@@ -72,6 +88,20 @@ struct Task {
     is_held: bool,
     is_drained: bool,
     is_running: bool,
+}
+
+impl Default for Task {
+    fn default() -> Self {
+        Self {
+            attempt: Attempt(0),
+            produced: 0,
+            pending: BTreeMap::new(),
+            open_from: 0,
+            is_held: false,
+            is_drained: false,
+            is_running: false,
+        }
+    }
 }
 
 /// The state that a snapshot holds.
@@ -89,7 +119,6 @@ struct World {
     queue: BTreeMap<(u64, u64), Event>,
     sequence: u64,
     tasks: BTreeMap<TaskId, Task>,
-    attempt: Attempt,
     snapshots: BTreeMap<(CheckpointId, TaskId), Snapshot>,
     manifests: BTreeSet<CheckpointId>,
     highest_id: u64,
@@ -99,6 +128,8 @@ struct World {
     trace: Vec<String>,
     outcome: Option<Outcome>,
     faults: u64,
+    /// Tickets of savepoints that were not answered yet.
+    tickets: BTreeSet<u64>,
 }
 
 fn cause() -> FailureCause {
@@ -110,7 +141,7 @@ impl World {
         let mut random = Random::new(seed);
         let options = Options::from_seed(&mut random);
         let ids: Vec<TaskId> =
-            (0..options.tasks).map(|index| TaskId { operator: OperatorId(0), index }).collect();
+            (0..options.tasks).map(|n| TaskId { operator: OperatorId(n), index: 0 }).collect();
         Self {
             options,
             random,
@@ -118,7 +149,6 @@ impl World {
             queue: BTreeMap::new(),
             sequence: 0,
             tasks: ids.iter().map(|id| (*id, Task::default())).collect(),
-            attempt: Attempt(0),
             snapshots: BTreeMap::new(),
             manifests: BTreeSet::new(),
             highest_id: 0,
@@ -127,17 +157,33 @@ impl World {
             trace: Vec::new(),
             outcome: None,
             faults: 0,
+            tickets: BTreeSet::new(),
         }
     }
 
     fn settings(&self, seed: u64) -> JobSettings {
+        let operators = (0..self.options.tasks)
+            .map(|index| Operator { name: format!("op{index}"), parallelism: 1 })
+            .collect();
+        let joined = (1..self.options.tasks).filter(|to| self.options.joined[*to as usize - 1]);
+        let edge = |to: u32| Edge {
+            from: OperatorId(to - 1),
+            output: 0,
+            to: OperatorId(to),
+            input: 0,
+            partitioner: Partitioner::Hash,
+            exchange: ExchangeType::PipelinedBounded,
+        };
         JobSettings {
-            tasks: self.tasks.keys().copied().collect(),
+            graph: JobGraph::new(operators, joined.map(edge).collect()).expect("no cycle"),
+            failover: self.options.failover,
             checkpoint: CheckpointSettings {
                 interval_ms: Some(self.options.interval_ms.max(self.options.min_pause_ms)),
                 min_pause_ms: self.options.min_pause_ms,
                 timeout_ms: self.options.timeout_ms,
-                tolerable_failures: self.options.tolerable,
+                tolerable_failures: Some(self.options.tolerable),
+                concurrent_max: self.options.concurrent_max,
+                retained_max: self.options.retained_max,
             },
             restart: RestartStrategy::FixedDelay { attempts: u64::MAX, delay_ms: 20 },
             seed,
@@ -168,10 +214,9 @@ impl World {
     fn perform(&mut self, effect: Effect) {
         self.trace.push(format!("{} {effect:?}", self.now));
         match effect {
-            Effect::StartTasks { attempt, restore_from } => self.start(attempt, restore_from),
-            Effect::InjectBarrier { checkpoint, attempt, purpose } => {
-                self.barrier(checkpoint, attempt, purpose)
-            }
+            Effect::StartTasks { tasks, restore_from } => self.start(tasks, restore_from),
+            Effect::InjectBarrier { checkpoint, purpose } => self.barrier(checkpoint, purpose),
+            Effect::EndInput => {}
             Effect::PersistManifest { checkpoint } => {
                 if self.strikes(self.options.manifest_lost_one_in) {
                     self.later(Event::ManifestLost { checkpoint, message: "disk".to_owned() });
@@ -186,59 +231,79 @@ impl World {
                     self.later(Event::ManifestDurable { checkpoint });
                 }
             }
-            Effect::NotifyComplete { checkpoint, attempt, purpose } => {
-                self.complete(checkpoint, attempt, purpose)
-            }
-            Effect::Discard { checkpoint, .. } => {
-                if self.completed.last() != Some(&checkpoint) {
-                    self.tasks.values_mut().for_each(|task| task.is_held = false);
+            Effect::PersistSavepoint { checkpoint, .. } => {
+                if self.strikes(self.options.manifest_lost_one_in) {
+                    self.later(Event::SavepointLost { checkpoint, message: "disk".to_owned() });
+                } else {
+                    self.later(Event::SavepointDurable { checkpoint });
                 }
             }
-            Effect::CancelTasks { attempt } => {
-                assert_eq!(attempt, self.attempt);
-                self.tasks.values_mut().for_each(|task| task.is_running = false);
-                self.later(Event::TasksStopped { attempt });
+            Effect::NotifyComplete { checkpoint, purpose } => self.complete(checkpoint, purpose),
+            Effect::Discard { checkpoint, .. } => {
+                assert!(!self.manifests.contains(&checkpoint), "gave up what is complete");
+                self.tasks.values_mut().for_each(|task| task.is_held = false);
+            }
+            Effect::Subsume { checkpoint } => {
+                assert!(self.manifests.remove(&checkpoint), "subsumed what is not complete");
+                assert!(!self.manifests.is_empty(), "subsumed the last one");
+                self.later(Event::CheckpointCleaned);
+            }
+            Effect::AnswerSavepoint { ticket, .. } => {
+                assert!(self.tickets.remove(&ticket), "answered twice");
+            }
+            Effect::CancelTasks { tasks } => {
+                for (id, attempt) in &tasks {
+                    let task = self.tasks.get_mut(id).expect("known");
+                    // It may have finished, and its word be on the way.
+                    assert_eq!(task.attempt, *attempt, "cancelled an attempt that is over: {id:?}");
+                    task.is_running = false;
+                }
+                self.later(Event::TasksStopped { tasks });
             }
             Effect::AnnounceRestart { .. } => {}
             Effect::Finish { outcome } => self.outcome = Some(outcome),
         }
     }
 
-    fn start(&mut self, attempt: Attempt, restore_from: Option<CheckpointId>) {
-        assert!(self.tasks.values().all(|task| !task.is_running), "tasks of two attempts at once");
-        self.attempt = attempt;
+    fn start(&mut self, tasks: Vec<TaskAttempt>, restore_from: Option<CheckpointId>) {
         if let Some(checkpoint) = restore_from {
             assert!(self.manifests.contains(&checkpoint), "restored from what is not durable");
-            let newest = self.manifests.last().copied();
-            assert_eq!(
-                newest,
-                Some(checkpoint),
-                "restored from an older checkpoint than the newest durable one"
-            );
         }
-        for id in self.tasks.keys().copied().collect::<Vec<_>>() {
-            let mut task = Task { is_running: true, ..Task::default() };
+        let newest = self.manifests.last().copied();
+        assert_eq!(newest, restore_from, "not restored from the newest durable checkpoint");
+        for (id, attempt) in &tasks {
+            assert!(!self.tasks[id].is_running, "a task twice at once");
+            let mut task = Task { is_running: true, attempt: *attempt, ..Task::default() };
             if let Some(checkpoint) = restore_from {
-                let snapshot = self.snapshots[&(checkpoint, id)].clone();
+                let snapshot = self.snapshots[&(checkpoint, *id)].clone();
                 task.produced = snapshot.produced;
                 task.open_from = snapshot.produced;
                 // A sink commits on restore what its snapshot has pre-committed.
                 for (part, records) in snapshot.pending {
-                    self.commit(id, part, records);
+                    self.commit(*id, part, records);
                 }
             }
-            self.tasks.insert(id, task);
+            self.tasks.insert(*id, task);
         }
         if self.strikes(self.options.trap_one_in) {
-            let task = self.any_task();
-            self.later(Event::TaskFailed { task: Some(task), attempt, cause: cause() });
+            let failed = tasks[self.random.between(0, tasks.len() as u64 - 1) as usize];
+            self.later(Event::TaskFailed { task: Some(failed), cause: cause(), lost: None });
         }
-        self.later(Event::TasksStarted { attempt });
+        self.later(Event::TasksStarted { tasks });
     }
 
-    fn any_task(&mut self) -> TaskId {
-        let index = self.random.between(0, u64::from(self.options.tasks) - 1) as u32;
-        TaskId { operator: OperatorId(0), index }
+    /// A task that runs; `None` is a failure of no task.
+    fn any_running(&mut self) -> Option<TaskAttempt> {
+        let running: Vec<TaskAttempt> = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| task.is_running)
+            .map(|(id, task)| (*id, task.attempt))
+            .collect();
+        if running.is_empty() || self.random.one_in(20) {
+            return None;
+        }
+        Some(running[self.random.between(0, running.len() as u64 - 1) as usize])
     }
 
     /// Commits a part that a sink has pre-committed. Doing it again does nothing, as renaming a
@@ -251,13 +316,15 @@ impl World {
         }
     }
 
-    fn barrier(&mut self, checkpoint: CheckpointId, attempt: Attempt, purpose: Purpose) {
+    fn barrier(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
+        assert!(self.tasks.values().all(|task| task.is_running), "a checkpoint of some tasks");
         assert!(self.highest_id < checkpoint.0, "ids ascend over the whole life of a job");
         self.highest_id = checkpoint.0;
         for id in self.tasks.keys().copied().collect::<Vec<_>>() {
+            let attempt = self.tasks[&id].attempt;
             if self.strikes(self.options.decline_one_in) {
-                let message = "no".to_owned();
-                self.later(Event::SnapshotDeclined { task: id, attempt, checkpoint, message });
+                let reason = AbortReason::Declined { task: Some(id), message: "no".to_owned() };
+                self.later(Event::SnapshotDeclined { task: id, attempt, checkpoint, reason });
                 continue;
             }
             let task = self.tasks.get_mut(&id).expect("known");
@@ -277,16 +344,20 @@ impl World {
         }
     }
 
-    fn complete(&mut self, checkpoint: CheckpointId, attempt: Attempt, purpose: Purpose) {
+    fn complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
         assert!(self.manifests.contains(&checkpoint), "complete without a durable manifest");
         assert!(
             self.completed.last().is_none_or(|last| *last < checkpoint),
             "completed out of order"
         );
-        assert_eq!(attempt, self.attempt);
         self.completed.push(checkpoint);
         for id in self.tasks.keys().copied().collect::<Vec<_>>() {
             let task = self.tasks.get_mut(&id).expect("known");
+            if !task.is_running {
+                assert!(purpose != Purpose::Last, "the last one without {id:?}");
+                continue;
+            }
+            let attempt = task.attempt;
             let later = task.pending.split_off(&(checkpoint.0 + 1));
             let due = std::mem::replace(&mut task.pending, later);
             for (part, records) in due {
@@ -303,7 +374,6 @@ impl World {
     fn work(&mut self, until: u64) {
         let elapsed = until - self.now;
         self.now = until;
-        let attempt = self.attempt;
         for id in self.tasks.keys().copied().collect::<Vec<_>>() {
             let speed = self.random.between(0, 2);
             let task = self.tasks.get_mut(&id).expect("known");
@@ -313,13 +383,28 @@ impl World {
             task.produced = RECORDS.min(task.produced + elapsed * speed);
             if task.produced == RECORDS && !task.is_drained {
                 task.is_drained = true;
+                let attempt = task.attempt;
                 self.after(1, Event::TaskDrained { task: id, attempt });
             }
         }
         if self.tasks.values().any(|task| task.is_running) && self.strikes(self.options.trap_one_in)
         {
-            let task = self.any_task();
-            self.after(1, Event::TaskFailed { task: Some(task), attempt, cause: cause() });
+            let task = self.any_running();
+            self.after(1, Event::TaskFailed { task, cause: cause(), lost: None });
+        }
+    }
+
+    fn ticket(&mut self) -> u64 {
+        self.sequence += 1;
+        self.tickets.insert(self.sequence);
+        self.sequence
+    }
+
+    fn any_stop(&mut self) -> Event {
+        match self.random.between(0, 2) {
+            0 => Event::StopRequested { savepoint: None, drain: false },
+            1 => Event::StopRequested { savepoint: Some(self.ticket()), drain: false },
+            _ => Event::CancelRequested,
         }
     }
 
@@ -328,10 +413,11 @@ impl World {
         self.queue.clear();
         self.tasks.values_mut().for_each(|task| *task = Task::default());
         self.completed.clear();
+        self.tickets.clear();
         let next_id = CheckpointId(self.highest_id + 1);
         Job::new(
             self.settings(seed),
-            Resume { checkpoint: self.manifests.last().copied(), next_id },
+            Resume { completed: self.manifests.iter().copied().collect(), next_id },
         )
     }
 }
@@ -365,8 +451,9 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
         };
         let event = match event {
             Some(event) => event,
-            None if world.strikes(world.options.stop_one_in.saturating_mul(50)) => {
-                Event::StopRequested
+            None if world.strikes(world.options.stop_one_in.saturating_mul(50)) => world.any_stop(),
+            None if world.strikes(world.options.savepoint_one_in) => {
+                Event::SavepointRequested { ticket: world.ticket() }
             }
             None => Event::Tick,
         };
@@ -374,7 +461,7 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
         for effect in effects.drain(..) {
             world.perform(effect);
         }
-        if let Some(Outcome::Stopped { .. }) = &world.outcome {
+        if let Some(Outcome::Stopped { .. } | Outcome::Canceled { .. }) = &world.outcome {
             // Whoever stops a job runs it again.
             world.outcome = None;
             let first;

@@ -3,21 +3,23 @@
 //! Performing starts work; its result comes back as an event. Nothing here decides.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
     panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use cofferdam_core::{
-    checkpoint::{DiscardReason, Purpose},
+    checkpoint::Purpose,
+    failover::RestartReason,
     failure::FailureCause,
-    graph::{JobGraph, Partitioner},
-    ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
-    job::{Effect, Event, Job, Outcome},
+    graph::{Edge, JobGraph, Partitioner, consumer_range},
+    ids::{CheckpointId, Millis, OperatorId, TaskId},
+    job::{Effect, Event, Job, Outcome, TaskAttempt},
 };
 use futures::FutureExt;
 use tokio::{
@@ -26,6 +28,7 @@ use tokio::{
 };
 
 use crate::{
+    control::Desk,
     exchange::{Gate, Sender, writer::Writer},
     job::Plan,
     metrics::Metrics,
@@ -35,7 +38,7 @@ use crate::{
         writer::{Report, StorageHandle},
     },
     task::{
-        Control, Head, Worker,
+        Control, Head, Opening, Worker,
         local::TaskLocal,
         node::{Node, Target, host_bug},
     },
@@ -150,9 +153,11 @@ pub(crate) struct Driver {
     workers: Vec<RunningWorker>,
     failed_at: Option<Instant>,
     outcome: Option<Outcome>,
+    desk: Arc<Desk>,
 }
 
 struct RunningWorker {
+    tasks: Vec<TaskId>,
     is_source: bool,
     control: UnboundedSender<Control>,
     handle: JoinHandle<()>,
@@ -166,6 +171,8 @@ impl Driver {
         report: &WriterReport,
         inbox: UnboundedReceiver<Event>,
         metrics: Arc<Metrics>,
+        locals: BTreeMap<TaskId, Arc<TaskLocal>>,
+        desk: Arc<Desk>,
     ) -> Self {
         let shared = Shared {
             events: report.events.clone(),
@@ -176,7 +183,6 @@ impl Driver {
             recovery: Mutex::new(None),
             is_recovering: AtomicBool::new(false),
         };
-        let locals = plan.graph.tasks().into_iter().map(|task| (task, Arc::default())).collect();
         Self {
             plan,
             core,
@@ -187,6 +193,7 @@ impl Driver {
             workers: Vec::new(),
             failed_at: None,
             outcome: None,
+            desk,
         }
     }
 
@@ -196,8 +203,8 @@ impl Driver {
         let mut effects = Vec::new();
         loop {
             let event = self.next_event().await;
-            if let Event::TaskFailed { attempt, .. } = &event
-                && *attempt == self.core.attempt()
+            if let Event::TaskFailed { task, .. } = &event
+                && task.is_none_or(|(task, attempt)| self.core.attempt(task) == Some(attempt))
             {
                 self.failed_at.get_or_insert_with(Instant::now);
             }
@@ -229,19 +236,29 @@ impl Driver {
 
     fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::StartTasks { attempt, restore_from } => self.start_tasks(attempt, restore_from),
-            Effect::InjectBarrier { checkpoint, purpose, .. } => {
+            Effect::StartTasks { tasks, restore_from } => self.start_tasks(tasks, restore_from),
+            Effect::InjectBarrier { checkpoint, purpose } => {
                 self.shared
                     .stats
                     .change(checkpoint, |stats| stats.triggered_at = Some(Instant::now()));
-                let sources = self.workers.iter().filter(|worker| worker.is_source);
-                tell(sources, Control::Barrier(checkpoint, purpose));
+                self.tell_sources(Control::Barrier(checkpoint, purpose));
             }
+            Effect::EndInput => self.tell_sources(Control::EndInput),
             Effect::PersistManifest { checkpoint } => self.shared.storage.complete(checkpoint),
-            Effect::NotifyComplete { checkpoint, purpose, .. } => {
+            Effect::PersistSavepoint { checkpoint, ticket } => match self.desk.dir(ticket) {
+                Some(dir) => self.shared.storage.export(checkpoint, dir),
+                None => {
+                    let message = "nobody said where to write it".to_owned();
+                    self.shared.report(Event::SavepointLost { checkpoint, message });
+                }
+            },
+            Effect::AnswerSavepoint { ticket, result } => {
+                self.desk.answer(ticket, result.map_err(|reason| reason.message()));
+            }
+            Effect::NotifyComplete { checkpoint, purpose } => {
                 self.notify_complete(checkpoint, purpose)
             }
-            Effect::Discard { checkpoint, reason: DiscardReason::Subsumed } => {
+            Effect::Subsume { checkpoint } => {
                 if let Some(newest) = self.core.last_completed() {
                     self.shared.storage.subsume(checkpoint, newest);
                 }
@@ -249,27 +266,37 @@ impl Driver {
             Effect::Discard { checkpoint, reason } => {
                 tell(&self.workers, Control::Abort(checkpoint));
                 self.shared.stats.lock().remove(&checkpoint.0);
-                let reason = match &reason {
-                    DiscardReason::Declined { task, .. } => {
-                        format!("{} {}", self.plan.graph.task_name(*task), reason.message())
-                    }
-                    _ => reason.message(),
+                let task = reason.task().map(|task| self.plan.graph.task_name(task));
+                let words = match task {
+                    Some(task) => format!("{task} {}", reason.message()),
+                    None => reason.message(),
                 };
-                self.observe(Progress::checkpoint_failed(checkpoint, reason));
+                self.observe(Progress::checkpoint_failed(checkpoint, reason.name(), words));
             }
-            Effect::CancelTasks { attempt } => self.cancel_tasks(attempt),
-            Effect::AnnounceRestart { task, cause, delay_ms } => {
-                self.announce_restart(task, &cause, delay_ms);
+            Effect::CancelTasks { tasks } => self.cancel_tasks(tasks),
+            Effect::AnnounceRestart { task, cause, delay_ms, tasks, .. } => {
+                self.announce_restart(task, &cause, delay_ms, &tasks);
             }
             Effect::Finish { outcome } => self.outcome = Some(outcome),
         }
+    }
+
+    fn tell_sources(&self, control: Control) {
+        tell(self.workers.iter().filter(|worker| worker.is_source), control);
     }
 
     fn observe(&self, progress: Progress) {
         self.shared.observer.observe(progress);
     }
 
-    fn announce_restart(&mut self, task: Option<TaskId>, cause: &FailureCause, delay_ms: u64) {
+    fn announce_restart(
+        &mut self,
+        task: Option<TaskAttempt>,
+        cause: &FailureCause,
+        delay_ms: u64,
+        restarting: &BTreeMap<TaskId, RestartReason>,
+    ) {
+        let task = task.map(|(task, _)| task);
         let failed_at = self.failed_at.take().unwrap_or_else(Instant::now);
         let delay = Duration::from_millis(delay_ms);
         let recovery = Recovery { operator: task.map(|task| task.operator), failed_at, delay };
@@ -277,7 +304,9 @@ impl Driver {
         self.shared.is_recovering.store(true, Ordering::Relaxed);
         self.shared.metrics.restarts.fetch_add(1, Ordering::Relaxed);
         let task = task.map(|task| self.plan.graph.task_name(task));
-        self.observe(Progress::restarting(task, cause, delay_ms));
+        let names = restarting.keys().map(|task| self.plan.graph.task_name(*task)).collect();
+        let count = self.locals.len();
+        self.observe(Progress::restarting(task, cause, delay_ms, names, count));
     }
 
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
@@ -302,28 +331,34 @@ impl Driver {
         });
     }
 
-    fn start_tasks(&mut self, attempt: Attempt, restore_from: Option<CheckpointId>) {
+    fn start_tasks(&mut self, tasks: Vec<TaskAttempt>, restore_from: Option<CheckpointId>) {
         self.failed_at = None;
-        self.shared.storage.begin(attempt, restore_from);
-        let workers = self.plan.workers(attempt, restore_from, &self.shared, &self.locals);
+        let slots = tasks.iter().map(|(task, _)| self.plan.slot(*task)).collect();
+        self.shared.storage.begin(slots, restore_from);
         self.observe(Progress::Started {
-            attempt: attempt.0,
+            attempt: tasks.iter().map(|(_, attempt)| attempt.0).max().unwrap_or(0),
             restored_from: restore_from.map(|checkpoint| checkpoint.0),
-            tasks: self.plan.graph.tasks().len(),
+            tasks: tasks.len(),
         });
-        self.workers = workers.into_iter().map(|(worker, control)| run(worker, control)).collect();
+        let workers = self.plan.workers(tasks, restore_from, &self.shared, &self.locals);
+        self.workers.extend(workers.into_iter().map(|(worker, control)| run(worker, control)));
     }
 
-    fn cancel_tasks(&mut self, attempt: Attempt) {
-        let workers = std::mem::take(&mut self.workers);
-        workers.iter().for_each(|worker| worker.handle.abort());
+    fn cancel_tasks(&mut self, tasks: Vec<TaskAttempt>) {
+        let is_meant =
+            |worker: &RunningWorker| tasks.iter().any(|(task, _)| worker.tasks.contains(task));
+        let (ending, others) =
+            std::mem::take(&mut self.workers).into_iter().partition(|worker| is_meant(worker));
+        self.workers = others;
+        let ending: Vec<RunningWorker> = ending;
+        ending.iter().for_each(|worker| worker.handle.abort());
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            for worker in workers {
+            for worker in ending {
                 // An abort is what was asked for, and a panic was reported by the worker itself.
                 let _ = worker.handle.await;
             }
-            shared.report(Event::TasksStopped { attempt });
+            shared.report(Event::TasksStopped { tasks });
         });
     }
 }
@@ -337,7 +372,9 @@ fn tell<'w>(workers: impl IntoIterator<Item = &'w RunningWorker>, control: Contr
 
 fn run(worker: Worker, control: UnboundedSender<Control>) -> RunningWorker {
     let is_source = matches!(worker.head, Head::Source);
-    let (shared, attempt, first) = (worker.shared.clone(), worker.attempt, worker.nodes[0].task);
+    let (shared, attempt) = (worker.shared.clone(), worker.attempt);
+    let tasks: Vec<TaskId> = worker.nodes.iter().map(|node| node.task).collect();
+    let first = tasks[0];
     let handle = tokio::spawn(async move {
         let ended = AssertUnwindSafe(worker.run()).catch_unwind().await;
         let (task, cause) = match ended {
@@ -350,56 +387,52 @@ fn run(worker: Worker, control: UnboundedSender<Control>) -> RunningWorker {
                 (first, host_bug(text))
             }
         };
-        shared.report(Event::TaskFailed { task: Some(task), attempt, cause });
+        shared.report(Event::TaskFailed { task: Some((task, attempt)), cause, lost: None });
     });
-    RunningWorker { is_source, control, handle }
+    RunningWorker { tasks, is_source, control, handle }
 }
 
 impl Plan {
-    /// Builds every worker of an attempt, with its channels.
+    /// Builds the workers of these tasks, with their channels. No channel leads out of a region, so
+    /// those of other tasks are not concerned.
     fn workers(
         &self,
-        attempt: Attempt,
+        tasks: Vec<TaskAttempt>,
         restore_from: Option<CheckpointId>,
         shared: &Arc<Shared>,
         locals: &BTreeMap<TaskId, Arc<TaskLocal>>,
     ) -> Vec<(Worker, UnboundedSender<Control>)> {
         let graph = &self.graph;
-        let heads: Vec<OperatorId> = graph.chain_heads().collect();
-        let gates: BTreeMap<TaskId, Arc<Gate>> = heads
-            .iter()
-            .filter(|head| graph.inputs(**head).next().is_some())
-            .flat_map(|&head| {
-                let count = channel_counts(graph, head).iter().sum();
-                let tasks = 0..graph.operator(head).parallelism;
-                tasks.map(move |index| (TaskId { operator: head, index }, Gate::new(count)))
-            })
+        let is_head: BTreeSet<OperatorId> = graph.chain_heads().collect();
+        let heads = || tasks.iter().filter(|(task, _)| is_head.contains(&task.operator));
+        let gates: BTreeMap<TaskId, Arc<Gate>> = heads()
+            .filter(|(task, _)| graph.inputs(task.operator).next().is_some())
+            .map(|(task, _)| (*task, Gate::new(channel_counts(graph, *task).iter().sum())))
             .collect();
-        let count: u32 = heads.iter().map(|head| graph.operator(*head).parallelism).sum();
-        let opening = Arc::new(AtomicUsize::new(count as usize));
-        let mut workers = Vec::with_capacity(count as usize);
-        for &head in &heads {
-            for index in 0..graph.operator(head).parallelism {
-                let (nodes, writers) = self.chain(head, index, &gates, locals);
-                let source_head = match gates.get(&TaskId { operator: head, index }) {
-                    Some(gate) => {
-                        Head::Gate { gate: gate.clone(), inputs: channel_inputs(graph, head) }
-                    }
-                    None => Head::Source,
-                };
-                let (sender, control) = mpsc::unbounded_channel();
-                let worker = Worker {
-                    attempt,
-                    shared: shared.clone(),
-                    head: source_head,
-                    nodes,
-                    writers,
-                    control,
-                    opening: opening.clone(),
-                    restore_from,
-                };
-                workers.push((worker, sender));
-            }
+        let opening = Arc::new(Opening::new(heads().count(), tasks.clone()));
+        let mut workers = Vec::with_capacity(heads().count());
+        for &(task, attempt) in heads() {
+            let (nodes, writers) = self.chain(task.operator, task.index, &gates, locals);
+            let head = match gates.get(&task) {
+                Some(gate) => {
+                    let inputs = channel_inputs(graph, task);
+                    let barriers = self.barriers(inputs.len());
+                    Head::Gate { gate: gate.clone(), inputs, barriers }
+                }
+                None => Head::Source,
+            };
+            let (sender, control) = mpsc::unbounded_channel();
+            let worker = Worker {
+                attempt,
+                shared: shared.clone(),
+                head,
+                nodes,
+                writers,
+                control,
+                opening: opening.clone(),
+                restore_from,
+            };
+            workers.push((worker, sender));
         }
         workers
     }
@@ -446,41 +479,57 @@ fn add_target(node: &mut Node, output: u32, target: Target) {
     node.targets[output].push(target);
 }
 
-/// How many channels each input edge of an operator brings to each of its tasks.
-fn channel_counts(graph: &JobGraph, to: OperatorId) -> Vec<usize> {
-    let count = |edge: &cofferdam_core::graph::Edge| match edge.partitioner {
-        Partitioner::Forward => 1,
-        Partitioner::Hash | Partitioner::Rebalance | Partitioner::Broadcast => {
-            graph.operator(edge.from).parallelism as usize
+/// The producing tasks of an edge that one receiving task reads from.
+fn producers(graph: &JobGraph, edge: &Edge, to: u32) -> Range<u32> {
+    let (sources, targets) =
+        (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
+    match edge.partitioner {
+        // Also what sends everything to one task sends barriers to all.
+        Partitioner::Hash
+        | Partitioner::Rebalance
+        | Partitioner::Broadcast
+        | Partitioner::Global => 0..sources,
+        Partitioner::Forward | Partitioner::Rescale => {
+            let feeds = |from: &u32| consumer_range(*from, sources, targets).contains(&to);
+            let first = (0..sources).find(feeds).unwrap_or(0);
+            first..first + (first..sources).take_while(feeds).count() as u32
         }
-    };
-    graph.inputs(to).map(count).collect()
+    }
+}
+
+/// How many channels each input edge brings to a task.
+fn channel_counts(graph: &JobGraph, to: TaskId) -> Vec<usize> {
+    graph.inputs(to.operator).map(|edge| producers(graph, edge, to.index).len()).collect()
 }
 
 /// The input that each channel of a task belongs to.
-fn channel_inputs(graph: &JobGraph, to: OperatorId) -> Vec<u32> {
-    let counts = channel_counts(graph, to);
-    let edges = graph.inputs(to).zip(counts);
+fn channel_inputs(graph: &JobGraph, to: TaskId) -> Vec<u32> {
+    let edges = graph.inputs(to.operator).zip(channel_counts(graph, to));
     edges.flat_map(|(edge, count)| std::iter::repeat_n(edge.input, count)).collect()
 }
 
 /// The channels of an edge that begin at one of its producing tasks.
 fn senders(
     graph: &JobGraph,
-    edge: &cofferdam_core::graph::Edge,
+    edge: &Edge,
     index: u32,
     gates: &BTreeMap<TaskId, Arc<Gate>>,
 ) -> Vec<Sender> {
-    let before = graph.inputs(edge.to).take_while(|other| *other != edge).count();
-    let first: usize = channel_counts(graph, edge.to).iter().take(before).sum();
-    let receiver = |index: u32, channel: usize| {
-        Sender::new(&gates[&TaskId { operator: edge.to, index }], first + channel)
+    let (sources, targets) =
+        (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
+    let receivers = match edge.partitioner {
+        Partitioner::Hash
+        | Partitioner::Rebalance
+        | Partitioner::Broadcast
+        | Partitioner::Global => 0..targets,
+        Partitioner::Forward | Partitioner::Rescale => consumer_range(index, sources, targets),
     };
-    match edge.partitioner {
-        Partitioner::Forward => vec![receiver(index, 0)],
-        Partitioner::Hash | Partitioner::Rebalance | Partitioner::Broadcast => {
-            let tasks = 0..graph.operator(edge.to).parallelism;
-            tasks.map(|to| receiver(to, index as usize)).collect()
-        }
-    }
+    let before = graph.inputs(edge.to).take_while(|other| *other != edge).count();
+    let sender = |to: u32| {
+        let task = TaskId { operator: edge.to, index: to };
+        let first: usize = channel_counts(graph, task).iter().take(before).sum();
+        let place = index - producers(graph, edge, to).start;
+        Sender::new(&gates[&task], first + place as usize)
+    };
+    receivers.map(sender).collect()
 }

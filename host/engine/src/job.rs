@@ -9,8 +9,11 @@ use std::{
 };
 
 use cofferdam_core::{
+    align::{Aligner, Barriers, Tracker},
+    checkpoint::retention::End,
+    failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner},
-    ids::{CheckpointId, OperatorId, TaskId},
+    ids::{OperatorId, TaskId},
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_sandbox::{
@@ -20,20 +23,18 @@ use cofferdam_sandbox::{
 use tokio::sync::mpsc;
 
 use crate::{
+    control::{Desk, JobHandle},
     driver::{Driver, Stats, WriterReport},
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
     progress::{Observer, Progress},
+    restore::{self, RestoreFrom},
     sink,
     source::Prepared,
     spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StorageSpec},
     storage::{
-        Storage,
-        manifest::{Manifest, TaskIdentity},
-        memory::MemoryStorage,
-        sled::SledStorage,
-        snapshot::{Found, SnapshotStore},
-        writer::StorageHandle,
+        Storage, faulty::Faults, manifest::TaskIdentity, memory::MemoryStorage, sled::SledStorage,
+        snapshot::SnapshotStore, writer::StorageHandle,
     },
     task::{
         local::TaskLocal,
@@ -50,6 +51,10 @@ pub struct JobOptions {
     pub cache_dir: Option<PathBuf>,
     /// Seeds jitter and the first checkpoint.
     pub seed: u64,
+    /// What to begin from, instead of the newest checkpoint of the state directory.
+    pub from: Option<RestoreFrom>,
+    /// Makes the storage fail, for tests of what follows from that.
+    pub faults: Option<Faults>,
 }
 
 /// A job whose manifest and components fit together. Nothing runs yet, nothing was written.
@@ -72,6 +77,7 @@ pub(crate) struct Plan {
     pub(crate) graph: JobGraph,
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
+    is_exactly_once: bool,
 }
 
 enum NodePlan {
@@ -81,6 +87,20 @@ enum NodePlan {
 }
 
 impl Plan {
+    /// A task's number in the checkpoints.
+    pub(crate) fn slot(&self, task: TaskId) -> usize {
+        self.slots[&task]
+    }
+
+    /// How the tasks treat barriers.
+    pub(crate) fn barriers(&self, channels: usize) -> Barriers {
+        let channels = u32::try_from(channels).unwrap_or(u32::MAX);
+        match self.is_exactly_once {
+            true => Barriers::Aligned(Aligner::new(channels)),
+            false => Barriers::Tracked(Tracker::new(channels)),
+        }
+    }
+
     pub(crate) fn node(&self, task: TaskId, local: Arc<TaskLocal>) -> Node {
         let work = match &self.nodes[task.operator.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
@@ -123,6 +143,7 @@ impl CheckedJob {
     /// # Errors
     /// The first problem.
     pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
+        refuse_other_exchanges(&spec)?;
         let mut operators = BTreeMap::new();
         for (id, node) in (0..).map(OperatorId).zip(&spec.nodes) {
             if let NodeKind::Operator(operator) = &node.kind {
@@ -143,6 +164,24 @@ impl CheckedJob {
             .iter()
             .map(|(id, operator)| (self.spec.node(*id).name.as_str(), &operator.description))
     }
+}
+
+/// What can be explained and cannot be run yet.
+fn refuse_other_exchanges(spec: &JobSpec) -> Result<(), Problem> {
+    for edge in spec.graph.edges().iter().filter(|edge| !edge.exchange.must_be_pipelined()) {
+        let node = spec.node(edge.to);
+        let place = node.inputs.get(edge.input as usize).map_or("", |input| &input.place);
+        let message = format!(
+            "the exchange \"{}\" between \"{}\" and \"{}\" cannot be run yet",
+            edge.exchange.name(),
+            spec.node(edge.from).name,
+            node.name
+        );
+        return Err(Problem::new(Code::NotSupported, message).detail(place).hint(
+            "use \"pipelined-bounded\", the default of a stream; `cofferdam explain` knows them all",
+        ));
+    }
+    Ok(())
 }
 
 /// Sets up the sandbox of a program.
@@ -357,24 +396,15 @@ pub struct Job {
     spec: JobSpec,
     store: SnapshotStore,
     resume: Resume,
+    locals: BTreeMap<TaskId, Arc<TaskLocal>>,
     _lock: Option<File>,
+    state_dir: Option<PathBuf>,
     seed: u64,
     observer: Arc<dyn Observer>,
     metrics: Arc<Metrics>,
-    stop: mpsc::UnboundedSender<Event>,
+    events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
-}
-
-/// Asks a running job to take a last checkpoint and end.
-#[derive(Clone)]
-pub struct StopHandle(mpsc::UnboundedSender<Event>);
-
-impl StopHandle {
-    /// Asks once; asking again changes nothing.
-    pub fn stop(&self) {
-        // A job that is over needs no stopping.
-        let _ = self.0.send(Event::StopRequested);
-    }
+    desk: Arc<Desk>,
 }
 
 impl Job {
@@ -393,16 +423,33 @@ impl Job {
             tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
         let nodes = prepare_nodes(&spec, &operators)?;
         let (storage, lock) = open_storage(&spec, options)?;
-        let location = storage.location();
-        let (store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
-            .map_err(|error| unusable_state(location.as_deref(), &error))?;
-        let resume = resume(&spec.name, &store, &found, &identities)?;
-        for damage in &found.damaged {
-            observer.observe(Progress::Warning { message: damage.clone() });
+        let state_dir = storage.location();
+        let storage = match &options.faults {
+            Some(faults) => faults.around(storage),
+            None => storage,
+        };
+        let (mut store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
+            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+        let locals: BTreeMap<TaskId, Arc<TaskLocal>> =
+            tasks.iter().map(|task| (*task, Arc::default())).collect();
+        let sources = spec.nodes.iter().zip(&nodes).filter_map(|(node, plan)| match plan {
+            NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
+            _ => None,
+        });
+        let targets = restore::Tasks {
+            spec: &spec,
+            identities: &identities,
+            locals: &locals,
+            sources: &sources.collect(),
+        };
+        let restored = restore::restore(&targets, &mut store, found, options.from.as_ref())?;
+        for message in restored.warnings {
+            observer.observe(Progress::Warning { message });
         }
+        let resume = restored.resume;
         for node in &spec.nodes {
             if let NodeKind::Sink(sink) = &node.kind {
-                sink::prepare(&node.name, sink, resume.checkpoint.is_none())?;
+                sink::prepare(&node.name, sink, resume.completed.is_empty())?;
             }
         }
         let slots = tasks.iter().copied().zip(0..).collect();
@@ -410,18 +457,22 @@ impl Job {
             operators: spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect(),
             ..Metrics::default()
         };
-        let (stop, inbox) = mpsc::unbounded_channel();
+        let (events, inbox) = mpsc::unbounded_channel();
+        let (graph, is_exactly_once) = (spec.graph.clone(), spec.is_exactly_once);
         Ok(Self {
-            plan: Plan { graph: spec.graph.clone(), nodes, slots },
+            plan: Plan { graph, nodes, slots, is_exactly_once },
             spec,
             store,
             resume,
+            locals,
             _lock: lock,
+            state_dir,
             seed: options.seed,
             observer,
             metrics: Arc::new(metrics),
-            stop,
+            events,
             inbox,
+            desk: Arc::default(),
         })
     }
 
@@ -437,16 +488,22 @@ impl Job {
         &self.spec
     }
 
+    /// The directory that it has locked; `None` where its state is in memory.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
+    }
+
     /// The checkpoint it goes on from.
     #[must_use]
     pub fn resumes_from(&self) -> Option<u64> {
-        self.resume.checkpoint.map(|checkpoint| checkpoint.0)
+        self.resume.completed.last().map(|checkpoint| checkpoint.0)
     }
 
-    /// The way to stop it.
+    /// The way to it while it runs.
     #[must_use]
-    pub fn stop_handle(&self) -> StopHandle {
-        StopHandle(self.stop.clone())
+    pub fn handle(&self) -> JobHandle {
+        JobHandle::new(self.events.clone(), self.desk.clone())
     }
 
     /// Runs the job to its end, on a tokio runtime with several threads.
@@ -455,7 +512,8 @@ impl Job {
     /// Where the job failed: the failure that the restart strategy did not allow to restart.
     pub async fn run(self) -> Result<Outcome, Problem> {
         let settings = JobSettings {
-            tasks: self.plan.graph.tasks(),
+            graph: self.plan.graph.clone(),
+            failover: self.spec.failover,
             checkpoint: self.spec.checkpoint.clone(),
             restart: self.spec.restart.clone(),
             seed: self.seed,
@@ -463,7 +521,7 @@ impl Job {
         let (core, first) = CoreJob::new(settings, self.resume);
         let stats = Arc::new(Stats::default());
         let report = || WriterReport {
-            events: self.stop.clone(),
+            events: self.events.clone(),
             observer: self.observer.clone(),
             stats: stats.clone(),
         };
@@ -471,47 +529,70 @@ impl Job {
             Problem::new(Code::CannotStart, "start the storage thread").detail(error)
         })?;
         let graph = self.plan.graph.clone();
-        let driver = Driver::new(self.plan, core, storage, &report(), self.inbox, self.metrics);
+        let desk = self.desk.clone();
+        let driver = Driver::new(
+            self.plan,
+            core,
+            storage,
+            &report(),
+            self.inbox,
+            self.metrics,
+            self.locals,
+            self.desk,
+        );
         let outcome = driver.run(first).await;
+        desk.close();
         // The driver's handle is gone, but blocking calls of tasks that have ended may still have
         // the store: joining waits for them.
         let store = tokio::task::spawn_blocking(move || thread.join()).await.ok().flatten();
+        let end = end_of(&outcome);
+        let is_kept = end.is_none_or(|end| self.spec.retention.keeps(end));
+        if !is_kept
+            && let Some(store) = store
+            && let Err(error) = store.clear()
+        {
+            let message = format!("remove the state of the job: {error}");
+            self.observer.observe(Progress::Warning { message });
+        }
         match outcome {
-            Outcome::Finished => {
-                if let Some(store) = store
-                    && let Err(error) = store.clear()
-                {
-                    let message = format!("remove the state of the finished job: {error}");
-                    self.observer.observe(Progress::Warning { message });
-                }
-                Ok(Outcome::Finished)
-            }
             Outcome::Failed { task, cause, checkpoint } => {
-                Err(failure(&graph, task, &cause, checkpoint))
+                let problem = failure(&graph, task, &cause);
+                Err(problem.hint(match checkpoint {
+                    Some(id) if is_kept => {
+                        format!("run it again and it goes on from checkpoint {id}")
+                    }
+                    Some(_) => format!(
+                        "its checkpoints were removed, as externalized-checkpoint-retention = \"{}\" says; \
+                         with RETAIN_ON_CANCELLATION they are kept",
+                        self.spec.retention.name()
+                    ),
+                    None => "no checkpoint was completed: run again, it begins anew".to_owned(),
+                }))
             }
-            stopped => Ok(stopped),
+            ended => Ok(ended),
         }
     }
 }
 
-fn failure(
-    graph: &JobGraph,
-    task: Option<TaskId>,
-    cause: &cofferdam_core::failure::FailureCause,
-    checkpoint: Option<CheckpointId>,
-) -> Problem {
-    let who = task.map_or("the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
-    let mut problem = Problem::new(cause.into(), format!("{who} {cause}"));
-    if let cofferdam_core::failure::FailureCause::Trap { backtrace, .. } = cause {
-        problem =
-            backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")));
+/// Flink's terminal status; none for a job that was only interrupted and resumes by itself.
+fn end_of(outcome: &Outcome) -> Option<End> {
+    match outcome {
+        Outcome::Finished | Outcome::Stopped { has_savepoint: true, .. } => Some(End::Finished),
+        Outcome::Stopped { has_savepoint: false, .. } => None,
+        Outcome::Canceled { .. } => Some(End::Canceled),
+        Outcome::Failed { .. } => Some(End::Failed),
     }
-    problem.hint(match checkpoint {
-        Some(checkpoint) => {
-            format!("run it again and it goes on from checkpoint {checkpoint}")
+}
+
+fn failure(graph: &JobGraph, task: Option<TaskId>, cause: &FailureCause) -> Problem {
+    let who = task.map_or("the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
+    let problem = Problem::new(cause.into(), format!("{who} {cause}"));
+    match cause {
+        FailureCause::Trap { backtrace, .. } => {
+            backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")))
         }
-        None => "no checkpoint was completed: run again, it begins anew".to_owned(),
-    })
+        _ => problem,
+    }
 }
 
 fn identity(
@@ -520,10 +601,15 @@ fn identity(
     task: TaskId,
 ) -> TaskIdentity {
     let node = spec.node(task.operator);
-    let (max_parallelism, has_memory) = match &node.kind {
-        NodeKind::Operator(operator) => (operator.max_parallelism, operator.snapshot.has_memory()),
-        NodeKind::Source(_) | NodeKind::Sink(_) => (0, false),
-    };
+    let (max_parallelism, has_memory, has_declared) =
+        match (&node.kind, operators.get(&task.operator)) {
+            (NodeKind::Operator(operator), Some(checked)) => (
+                operator.max_parallelism,
+                operator.snapshot.has_memory(),
+                operator.snapshot.has_declared() && !checked.description.states.is_empty(),
+            ),
+            _ => (0, false, false),
+        };
     TaskIdentity {
         operator: node.name.clone(),
         index: task.index,
@@ -531,6 +617,7 @@ fn identity(
         max_parallelism,
         digest: operators.get(&task.operator).map(|operator| operator.component.digest().0),
         has_memory,
+        has_declared,
     }
 }
 
@@ -590,109 +677,6 @@ fn open_storage(
         .hint("wait for it to end, or give this run another one: --state-dir DIR")),
         Err(TryLockError::Error(error)) => Err(unusable_state(Some(&dir), &error)),
     }
-}
-
-/// Whether what was found fits the job, and where it goes on from.
-fn resume(
-    job: &str,
-    store: &SnapshotStore,
-    found: &Found,
-    tasks: &[TaskIdentity],
-) -> Result<Resume, Problem> {
-    let next_id = CheckpointId(store.next_id());
-    match &found.manifest {
-        Some(manifest) => {
-            check_fit(job, manifest, tasks).map_err(|problem| {
-                problem.detail(format!(
-                    "checkpoint {} in {}",
-                    manifest.checkpoint,
-                    store.location()
-                ))
-            })?;
-            Ok(Resume { checkpoint: Some(CheckpointId(manifest.checkpoint)), next_id })
-        }
-        None if found.damaged.is_empty() => Ok(Resume { checkpoint: None, next_id }),
-        None => {
-            let message = format!("no checkpoint in {} is whole", store.location());
-            let problem = Problem::new(Code::StoreDamaged, message);
-            let problem = found.damaged.iter().fold(problem, Problem::detail);
-            Err(problem
-                .hint("to begin anew, move the directory away; what sinks have committed stays"))
-        }
-    }
-}
-
-fn check_fit(job: &str, manifest: &Manifest, tasks: &[TaskIdentity]) -> Result<(), Problem> {
-    let mismatch =
-        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
-    let anew = "to begin anew, move the state directory away or choose another with --state-dir";
-    if manifest.job != job {
-        return mismatch(
-            format!("the checkpoint is of job \"{}\", not of \"{job}\"", manifest.job),
-            anew,
-        );
-    }
-    let stored = || manifest.tasks.iter().map(|task| &task.identity);
-    for task in tasks {
-        let Some(known) = stored().find(|known| known.operator == task.operator) else {
-            let what = format!("the checkpoint has no state of \"{}\"", task.operator);
-            return mismatch(what, anew);
-        };
-        if known.parallelism != task.parallelism || known.max_parallelism != task.max_parallelism {
-            let what = format!(
-                "the checkpoint has \"{}\" with parallelism {} of {}, the manifest with {} of {}",
-                task.operator,
-                known.parallelism,
-                known.max_parallelism,
-                task.parallelism,
-                task.max_parallelism
-            );
-            return mismatch(what, "set the parallelism back; changing it is not supported yet");
-        }
-        let needs_same_component = known.has_memory || task.has_memory;
-        if needs_same_component
-            && (known.digest != task.digest || known.has_memory != task.has_memory)
-        {
-            let what = format!(
-                "the checkpoint of \"{}\" was written by another component ({} then, {} now)",
-                task.operator,
-                digest_text(known.digest),
-                digest_text(task.digest)
-            );
-            return mismatch(
-                what,
-                "linear memory fits only the component that wrote it: put that one back, or begin anew with another --state-dir",
-            );
-        }
-    }
-    if let Some(extra) =
-        stored().find(|known| !tasks.iter().any(|task| task.operator == known.operator))
-    {
-        return mismatch(
-            format!(
-                "the checkpoint has state of \"{}\", which is not in the manifest",
-                extra.operator
-            ),
-            anew,
-        );
-    }
-    // Snapshots are found by the place of their task.
-    if !stored()
-        .map(|known| (&known.operator, known.index))
-        .eq(tasks.iter().map(|task| (&task.operator, task.index)))
-    {
-        return mismatch(
-            "the checkpoint has the same nodes in another order".to_owned(),
-            "put them back into their order",
-        );
-    }
-    Ok(())
-}
-
-fn digest_text(digest: Option<[u8; 16]>) -> String {
-    digest.map_or("none".to_owned(), |digest| {
-        cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned()
-    })
 }
 
 /// For asking a component what it is: whatever it says meanwhile is of no interest.

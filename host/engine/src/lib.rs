@@ -2,12 +2,14 @@
 //! core and does what it says. Decides nothing that a restart or a checkpoint depends on.
 
 pub mod batch;
+pub mod control;
 mod driver;
 mod exchange;
 pub mod job;
 pub mod metrics;
 pub mod problem;
 pub mod progress;
+pub mod restore;
 mod sink;
 mod source;
 pub mod spec;

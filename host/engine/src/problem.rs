@@ -65,11 +65,13 @@ codes! {
     CannotStart = "C0023", 2, "The program cannot set itself up";
     BuildFailed = "C0024", 2, "An operator crate cannot be built";
     ProjectExists = "C0025", 2, "The directory of the new project is taken";
+    NotRunning = "C0026", 2, "No job runs there";
     Trapped = "C0101", 1, "A task trapped and the job gave up";
     LimitExceeded = "C0102", 1, "A task exceeded a limit and the job gave up";
     Rejected = "C0103", 1, "A task rejected its input and the job gave up";
     Environment = "C0104", 1, "The machine could not do its part and the job gave up";
     CheckpointsFailed = "C0105", 1, "Too many checkpoints failed and the job gave up";
+    RequestRefused = "C0106", 1, "The running job refuses";
     HostBug = "C0170", 70, "An invariant of the host broke";
 }
 

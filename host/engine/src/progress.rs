@@ -8,9 +8,9 @@ use serde::Serialize;
 #[serde(tag = "event", rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Progress {
-    /// All tasks run.
+    /// Tasks are started.
     Started {
-        /// How often the tasks were restarted before, in this run of the program.
+        /// How often they were restarted before, in this run of the program.
         attempt: u32,
         /// The checkpoint they were restored from.
         restored_from: Option<u64>,
@@ -34,6 +34,8 @@ pub enum Progress {
     CheckpointFailed {
         /// Which.
         checkpoint: u64,
+        /// Flink's name of the reason.
+        code: &'static str,
         /// Why.
         reason: String,
     },
@@ -49,6 +51,10 @@ pub enum Progress {
         backtrace: Vec<String>,
         /// The tasks start again after this.
         delay_ms: u64,
+        /// The tasks that restart, `operator/index`; all others go on.
+        restarting: Vec<String>,
+        /// How many tasks there are.
+        tasks: usize,
     },
     /// After a restart, the failed task's operator has processed its first records again.
     Recovered {
@@ -63,17 +69,27 @@ pub enum Progress {
 }
 
 impl Progress {
-    pub(crate) fn checkpoint_failed(checkpoint: CheckpointId, reason: String) -> Self {
-        Self::CheckpointFailed { checkpoint: checkpoint.0, reason }
+    pub(crate) fn checkpoint_failed(
+        checkpoint: CheckpointId,
+        code: &'static str,
+        reason: String,
+    ) -> Self {
+        Self::CheckpointFailed { checkpoint: checkpoint.0, code, reason }
     }
 
-    pub(crate) fn restarting(task: Option<String>, cause: &FailureCause, delay_ms: u64) -> Self {
+    pub(crate) fn restarting(
+        task: Option<String>,
+        cause: &FailureCause,
+        delay_ms: u64,
+        restarting: Vec<String>,
+        tasks: usize,
+    ) -> Self {
         let backtrace = match cause {
             FailureCause::Trap { backtrace, .. } => backtrace.clone(),
             _ => Vec::new(),
         };
         let (class, message) = (cause.class(), cause.message().to_owned());
-        Self::Restarting { task, class, message, backtrace, delay_ms }
+        Self::Restarting { task, class, message, backtrace, delay_ms, restarting, tasks }
     }
 }
 

@@ -1,112 +1,205 @@
 //! The laws of a job's life, each as a script of events and the effects they lead to.
 
 use super::*;
-use crate::ids::OperatorId;
+use crate::{
+    exchange::ExchangeType,
+    graph::{Edge, Operator, Partitioner},
+    ids::OperatorId,
+};
 
 const A: TaskId = TaskId { operator: OperatorId(0), index: 0 };
 const B: TaskId = TaskId { operator: OperatorId(1), index: 0 };
 
-fn job(restart: RestartStrategy) -> Job {
+const C: TaskId = TaskId { operator: OperatorId(2), index: 0 };
+
+/// Operators `a`, `b` and `c`, as many as there are names, and edges between them.
+fn graph(names: &[&str], edges: &[(u32, u32, ExchangeType)]) -> JobGraph {
+    let operators =
+        names.iter().map(|name| Operator { name: (*name).to_owned(), parallelism: 1 }).collect();
+    let edge = |&(from, to, exchange): &(u32, u32, ExchangeType)| Edge {
+        from: OperatorId(from),
+        output: 0,
+        to: OperatorId(to),
+        input: 0,
+        partitioner: Partitioner::Hash,
+        exchange,
+    };
+    JobGraph::new(operators, edges.iter().map(edge).collect()).expect("a job")
+}
+
+fn settings(restart: RestartStrategy) -> JobSettings {
     let checkpoint = CheckpointSettings {
         interval_ms: Some(100),
         min_pause_ms: 100,
         timeout_ms: 1_000,
-        tolerable_failures: 0,
+        ..CheckpointSettings::default()
     };
-    let tasks = BTreeSet::from([A, B]);
-    Job::new(JobSettings { tasks, checkpoint, restart, seed: 1 }, Resume::default()).0
+    let graph = graph(&["a", "b"], &[(0, 1, ExchangeType::PipelinedBounded)]);
+    JobSettings { graph, failover: FailoverStrategy::Region, checkpoint, restart, seed: 1 }
 }
 
 fn fixed_delay(attempts: u64) -> RestartStrategy {
     RestartStrategy::FixedDelay { attempts, delay_ms: 50 }
 }
 
-/// Runs `time: event -> effects` lines; an attempt is written `@n`, a checkpoint `#n`.
+/// Runs `time: event -> effects` lines on a job of one region, `a` and `b`.
 fn check(restart: RestartStrategy, script: &str) {
-    let mut job = job(restart);
+    check_with(settings(restart), script);
+}
+
+/// An attempt of all tasks is written `@n`, one of a task `a@n`, a checkpoint `#n`.
+fn check_with(settings: JobSettings, script: &str) {
+    let names = ["a", "b", "c"];
+    let all: Vec<TaskId> = settings.graph.tasks().into_iter().collect();
+    let mut job = Job::new(settings, Resume::default()).0;
     for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let (input, expected) = line.split_once("->").expect("event -> effects");
         let (time, event) = input.split_once(':').expect("time: event");
         let now = Millis(time.trim().parse().expect("a time"));
         let mut effects = Vec::new();
-        job.step(now, event_of(event.trim()), &mut effects);
-        let effects: Vec<String> = effects.iter().map(show).collect();
+        job.step(now, event_of(event.trim(), &all), &mut effects);
+        let effects: Vec<String> = effects.iter().map(|effect| show(effect, &all)).collect();
         assert_eq!(effects.join(", "), expected.trim(), "{line}");
+    }
+    assert!(all.len() <= names.len());
+}
+
+fn task_of(name: &str) -> TaskId {
+    match name {
+        "a" => A,
+        "b" => B,
+        _ => C,
     }
 }
 
-fn event_of(text: &str) -> Event {
+/// `@1` is every task, `a@1 b@2` are those.
+fn tasks_of(words: &[&str], all: &[TaskId]) -> Vec<TaskAttempt> {
+    let one = |word: &&str| {
+        let (name, attempt) = word.split_once('@').expect("task@attempt");
+        let attempt = Attempt(attempt.parse().expect("attempt"));
+        let named = |task: &&TaskId| name.is_empty() || **task == task_of(name);
+        all.iter().filter(named).map(|task| (*task, attempt)).collect::<Vec<_>>()
+    };
+    words.iter().flat_map(one).collect()
+}
+
+fn event_of(text: &str, all: &[TaskId]) -> Event {
     let words: Vec<&str> = text.split_whitespace().collect();
-    let task = |name: &str| if name == "a" { A } else { B };
     let attempt = |text: &str| Attempt(text.trim_start_matches('@').parse().expect("attempt"));
     let id = |text: &str| CheckpointId(text.trim_start_matches('#').parse().expect("checkpoint"));
+    let fail = |who: &str, at: &str, cause| Event::TaskFailed {
+        task: Some((task_of(who), attempt(at))),
+        cause,
+        lost: None,
+    };
     match words.as_slice() {
         ["tick"] => Event::Tick,
-        ["started", at] => Event::TasksStarted { attempt: attempt(at) },
-        ["drained", who, at] => Event::TaskDrained { task: task(who), attempt: attempt(at) },
+        ["started", tasks @ ..] => Event::TasksStarted { tasks: tasks_of(tasks, all) },
+        ["stopped", tasks @ ..] => Event::TasksStopped { tasks: tasks_of(tasks, all) },
+        ["drained", who, at] => Event::TaskDrained { task: task_of(who), attempt: attempt(at) },
         ["ack", who, at, checkpoint] => Event::SnapshotAcked {
-            task: task(who),
+            task: task_of(who),
             attempt: attempt(at),
             checkpoint: id(checkpoint),
         },
         ["decline", who, at, checkpoint] => Event::SnapshotDeclined {
-            task: task(who),
+            task: task_of(who),
             attempt: attempt(at),
             checkpoint: id(checkpoint),
-            message: "no".to_owned(),
+            reason: AbortReason::Declined { task: Some(task_of(who)), message: "no".to_owned() },
         },
         ["durable", checkpoint] => Event::ManifestDurable { checkpoint: id(checkpoint) },
         ["lost", checkpoint] => {
             Event::ManifestLost { checkpoint: id(checkpoint), message: "disk".to_owned() }
         }
-        ["trap", who, at] => Event::TaskFailed {
-            task: Some(task(who)),
-            attempt: attempt(at),
-            cause: FailureCause::Trap { message: "unreachable".to_owned(), backtrace: Vec::new() },
+        ["saved", checkpoint] => Event::SavepointDurable { checkpoint: id(checkpoint) },
+        ["unsaved", checkpoint] => {
+            Event::SavepointLost { checkpoint: id(checkpoint), message: "disk".to_owned() }
+        }
+        ["trap", who, at] => fail(
+            who,
+            at,
+            FailureCause::Trap { message: "unreachable".to_owned(), backtrace: Vec::new() },
+        ),
+        ["bug", who, at] => {
+            fail(who, at, FailureCause::HostBug { message: "impossible".to_owned() })
+        }
+        ["global"] => Event::TaskFailed {
+            task: None,
+            cause: FailureCause::Environment { message: "disk".to_owned() },
+            lost: None,
         },
-        ["bug", who, at] => Event::TaskFailed {
-            task: Some(task(who)),
-            attempt: attempt(at),
-            cause: FailureCause::HostBug { message: "impossible".to_owned() },
-        },
-        ["finished", who, at] => Event::TaskFinished { task: task(who), attempt: attempt(at) },
-        ["stopped", at] => Event::TasksStopped { attempt: attempt(at) },
-        ["stop"] => Event::StopRequested,
+        ["finished", who, at] => Event::TaskFinished { task: task_of(who), attempt: attempt(at) },
+        ["savepoint"] => Event::SavepointRequested { ticket: 7 },
+        ["stop"] => Event::StopRequested { savepoint: None, drain: false },
+        ["stop", "savepoint"] => Event::StopRequested { savepoint: Some(7), drain: false },
+        ["drain"] => Event::StopRequested { savepoint: Some(7), drain: true },
+        ["cancel"] => Event::CancelRequested,
         other => panic!("{other:?}"),
     }
 }
 
-fn show(effect: &Effect) -> String {
-    let last = |purpose: &Purpose| if *purpose == Purpose::Last { " last" } else { "" };
+fn show_tasks(tasks: &[TaskAttempt], all: &[TaskId]) -> String {
+    let first = tasks[0].1;
+    if tasks.len() == all.len() && tasks.iter().all(|(_, attempt)| *attempt == first) {
+        return format!("@{first}");
+    }
+    let name = |task: TaskId| ["a", "b", "c"][task.operator.0 as usize];
+    let shown = tasks.iter().map(|(task, attempt)| format!("{}@{attempt}", name(*task)));
+    shown.collect::<Vec<_>>().join(" ")
+}
+
+fn show_checkpoint(checkpoint: Option<CheckpointId>) -> String {
+    checkpoint.map_or("none".to_owned(), |id| format!("#{id}"))
+}
+
+fn show(effect: &Effect, all: &[TaskId]) -> String {
+    let suffix = |purpose: &Purpose| match purpose {
+        Purpose::Last => " last",
+        Purpose::Savepoint => " savepoint",
+        Purpose::Periodic => "",
+    };
     match effect {
-        Effect::StartTasks { attempt, restore_from: Some(id) } => {
-            format!("start @{attempt} from #{id}")
+        Effect::StartTasks { tasks, restore_from: Some(id) } => {
+            format!("start {} from #{id}", show_tasks(tasks, all))
         }
-        Effect::StartTasks { attempt, restore_from: None } => format!("start @{attempt} empty"),
-        Effect::InjectBarrier { checkpoint, purpose, .. } => {
-            format!("barrier #{checkpoint}{}", last(purpose))
+        Effect::StartTasks { tasks, restore_from: None } => {
+            format!("start {} empty", show_tasks(tasks, all))
         }
+        Effect::InjectBarrier { checkpoint, purpose } => {
+            format!("barrier #{checkpoint}{}", suffix(purpose))
+        }
+        Effect::EndInput => "end input".to_owned(),
         Effect::PersistManifest { checkpoint } => format!("persist #{checkpoint}"),
-        Effect::NotifyComplete { checkpoint, purpose, .. } => {
-            format!("complete #{checkpoint}{}", last(purpose))
+        Effect::PersistSavepoint { checkpoint, .. } => format!("save #{checkpoint}"),
+        Effect::NotifyComplete { checkpoint, purpose } => {
+            format!("complete #{checkpoint}{}", suffix(purpose))
         }
         Effect::Discard { checkpoint, reason } => {
             let reason = match reason {
-                DiscardReason::Expired => "expired",
-                DiscardReason::Declined { .. } => "declined",
-                DiscardReason::ManifestLost { .. } => "lost",
-                DiscardReason::TasksRestarted => "restarted",
-                DiscardReason::Subsumed => "subsumed",
+                AbortReason::Expired => "expired",
+                AbortReason::Declined { .. } => "declined",
+                AbortReason::NotFinalized { .. } => "lost",
+                AbortReason::FailoverRegion => "restarted",
+                other => other.name(),
             };
             format!("discard #{checkpoint} {reason}")
         }
-        Effect::CancelTasks { attempt } => format!("cancel @{attempt}"),
+        Effect::Subsume { checkpoint } => format!("discard #{checkpoint} subsumed"),
+        Effect::AnswerSavepoint { result: Ok(checkpoint), .. } => format!("saved #{checkpoint}"),
+        Effect::AnswerSavepoint { result: Err(reason), .. } => {
+            format!("not saved: {}", reason.name())
+        }
+        Effect::CancelTasks { tasks } => format!("cancel {}", show_tasks(tasks, all)),
         Effect::AnnounceRestart { delay_ms, .. } => format!("restart in {delay_ms}"),
         Effect::Finish { outcome } => match outcome {
             Outcome::Finished => "finish".to_owned(),
-            Outcome::Stopped { checkpoint, is_last } => {
-                let checkpoint = checkpoint.map_or("none".to_owned(), |id| format!("#{id}"));
-                format!("stop at {checkpoint}{}", if *is_last { "" } else { " not last" })
+            Outcome::Stopped { checkpoint, is_last, .. } => {
+                let last = if *is_last { "" } else { " not last" };
+                format!("stop at {}{last}", show_checkpoint(*checkpoint))
+            }
+            Outcome::Canceled { checkpoint } => {
+                format!("canceled at {}", show_checkpoint(*checkpoint))
             }
             Outcome::Failed { cause, .. } => format!("fail {}", cause.class()),
         },
@@ -254,8 +347,8 @@ fn failure_to_commit_the_last_checkpoint_restores_from_it() {
          4: ack b @0 #1   -> persist #1
          5: durable #1    -> complete #1 last
          6: finished a @0 ->
-         7: trap b @0     -> cancel @0, restart in 50
-         8: stopped @0    ->
+         7: trap b @0     -> cancel b@0, restart in 50
+         8: stopped b@0   ->
          57: tick         -> start @1 from #1
          58: started @1   ->
          59: drained a @1 ->
@@ -332,7 +425,7 @@ fn failure_while_stopping_stops_at_the_last_completed_checkpoint() {
         fixed_delay(1),
         "0: started @0 ->
          5: stop       -> barrier #1 last
-         6: trap a @0  -> discard #1 restarted, cancel @0
+         6: trap a @0  -> discard #1 CHECKPOINT_COORDINATOR_SHUTDOWN, cancel @0
          7: stopped @0 -> stop at none not last",
     );
 }
@@ -341,21 +434,234 @@ fn failure_while_stopping_stops_at_the_last_completed_checkpoint() {
 /// wanted: the deadline lay in the past for ever and the driver span.
 #[test]
 fn failed_periodic_checkpoint_leaves_no_deadline_in_the_past() {
-    let mut job = job(RestartStrategy::None);
-    let mut effects = Vec::new();
-    job.coordinator = Coordinator::new(
-        CheckpointSettings {
-            interval_ms: Some(60_000),
-            tolerable_failures: 5,
-            ..CheckpointSettings::default()
-        },
-        None,
-        CheckpointId(1),
+    let checkpoint = CheckpointSettings {
+        interval_ms: Some(60_000),
+        tolerable_failures: Some(5),
+        ..CheckpointSettings::default()
+    };
+    let settings = JobSettings { checkpoint, ..settings(RestartStrategy::None) };
+    let mut job = Job::new(settings, Resume::default()).0;
+    let (mut effects, all) = (Vec::new(), [A, B]);
+    let mut step = |now, event: &str| {
+        job.step(Millis(now), event_of(event, &all), &mut effects);
+        job.next_deadline()
+    };
+    step(0, "started @0");
+    step(60_000, "tick");
+    step(60_001, "decline a @0 #1");
+    let deadline = step(62_000, "tick");
+    assert!(deadline.is_some_and(|at| Millis(62_000) < at), "{deadline:?}");
+}
+
+fn two_regions() -> JobSettings {
+    let graph = graph(&["a", "b", "c"], &[(0, 1, ExchangeType::PipelinedBounded)]);
+    JobSettings { graph, ..settings(fixed_delay(5)) }
+}
+
+#[test]
+fn other_regions_go_on_undisturbed_but_pending_checkpoints_end() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         100: tick            -> barrier #1
+         101: ack a @0 #1     ->
+         102: ack b @0 #1     ->
+         103: ack c @0 #1     -> persist #1
+         104: durable #1      -> complete #1
+         204: tick            -> barrier #2
+         205: trap a @0       -> discard #2 restarted, cancel a@0 b@0, restart in 50
+         206: ack c @0 #2     ->
+         207: stopped a@0 b@0 ->
+         255: tick            -> start a@1 b@1 from #1
+         256: started a@1     ->
+         400: tick            ->
+         401: started b@1     ->
+         501: tick            -> barrier #3
+         502: ack a @0 #3     ->
+         503: ack a @1 #3     ->
+         504: ack b @1 #3     ->
+         505: ack c @0 #3     -> persist #3",
     );
-    job.step(Millis(0), Event::TasksStarted { attempt: Attempt(0) }, &mut effects);
-    job.step(Millis(60_000), Event::Tick, &mut effects);
-    let declined = event_of("decline a @0 #1");
-    job.step(Millis(60_001), declined, &mut effects);
-    job.step(Millis(62_000), Event::Tick, &mut effects);
-    assert!(job.next_deadline().is_some_and(|at| Millis(62_000) < at), "{:?}", job.next_deadline());
+}
+
+#[test]
+fn simultaneous_failures_of_two_regions_are_handled_independently() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         1: trap a @0         -> cancel a@0 b@0, restart in 50
+         20: trap c @0        -> cancel c@0, restart in 50
+         21: stopped c@0      ->
+         22: stopped a@0 b@0  ->
+         51: tick             -> start a@1 b@1 empty
+         70: tick             -> start c@1 empty
+         71: started a@1 b@1  ->
+         72: started c@1      ->
+         172: tick            -> barrier #1",
+    );
+}
+
+#[test]
+fn failure_while_its_region_is_cancelled_is_ignored_and_one_after_the_restart_is_not() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         1: trap a @0         -> cancel a@0 b@0, restart in 50
+         2: trap b @0         ->
+         3: stopped a@0 b@0   ->
+         51: tick             -> start a@1 b@1 empty
+         52: trap b @0        ->
+         53: trap b @1        -> cancel a@1 b@1, restart in 50",
+    );
+}
+
+/// `handleGlobalFailureWithLocalFailure`: exactly one restart of each task.
+#[test]
+fn global_failure_supersedes_a_local_one_that_is_under_way() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         1: trap c @0         -> cancel c@0, restart in 50
+         2: stopped c@0       ->
+         10: global           -> cancel a@0 b@0, restart in 50
+         51: tick             ->
+         52: stopped a@0 b@0  ->
+         60: tick             -> start @1 empty",
+    );
+}
+
+#[test]
+fn restart_of_one_region_waits_for_manifest_in_doubt() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         100: tick            -> barrier #1
+         101: ack a @0 #1     ->
+         102: ack b @0 #1     ->
+         103: ack c @0 #1     -> persist #1
+         104: trap c @0       -> cancel c@0, restart in 50
+         105: stopped c@0     ->
+         160: tick            ->
+         161: durable #1      -> complete #1, start c@1 from #1",
+    );
+}
+
+#[test]
+fn failure_while_closing_restarts_all_from_the_last_checkpoint() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         1: drained a @0      ->
+         2: drained b @0      ->
+         3: drained c @0      -> barrier #1 last
+         4: ack a @0 #1       ->
+         5: ack b @0 #1       ->
+         6: ack c @0 #1       -> persist #1
+         7: durable #1        -> complete #1 last
+         8: finished c @0     ->
+         9: trap a @0         -> cancel a@0 b@0, restart in 50
+         10: stopped a@0 b@0  ->
+         59: tick             -> start @1 from #1",
+    );
+}
+
+/// `cancelWhileRestartingShouldWait`.
+#[test]
+fn cancel_while_restarting_waits_for_the_tasks() {
+    check_with(
+        two_regions(),
+        "0: started @0        ->
+         1: trap a @0         -> cancel a@0 b@0, restart in 50
+         2: cancel            -> cancel c@0
+         3: stopped a@0 b@0   ->
+         4: stopped c@0       -> canceled at none
+         5: cancel            ->",
+    );
+}
+
+#[test]
+fn savepoint_is_written_answered_and_committed_by_nobody() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: savepoint         -> barrier #1 savepoint
+         6: ack a @0 #1       ->
+         7: ack b @0 #1       -> save #1
+         8: trap a @0         -> cancel @0, restart in 50
+         9: stopped @0        ->
+         58: tick             -> start @1 empty
+         59: saved #1         -> saved #1",
+    );
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: savepoint         -> barrier #1 savepoint
+         6: decline a @0 #1   -> discard #1 declined, not saved: CHECKPOINT_DECLINED
+         100: tick            -> barrier #2",
+    );
+}
+
+#[test]
+fn stop_with_savepoint_commits_and_ends() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: stop savepoint    -> barrier #1 last
+         6: ack a @0 #1       ->
+         7: ack b @0 #1       -> save #1
+         8: saved #1          -> persist #1
+         9: durable #1        -> saved #1, complete #1 last
+         10: finished a @0    ->
+         11: finished b @0    -> stop at #1",
+    );
+}
+
+/// `StopWithSavepointTerminationHandlerImplTest`: the request fails, the job goes on.
+#[test]
+fn stop_whose_savepoint_fails_leaves_the_job_running() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: stop savepoint    -> barrier #1 last
+         6: ack a @0 #1       ->
+         7: ack b @0 #1       -> save #1
+         8: unsaved #1        -> discard #1 lost, not saved: FINALIZE_CHECKPOINT_FAILURE
+         107: tick            ->
+         108: tick            -> barrier #2",
+    );
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: stop savepoint    -> barrier #1 last
+         6: trap b @0         -> discard #1 restarted, not saved: JOB_FAILOVER_REGION, cancel @0, restart in 50
+         7: stop savepoint    -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING
+         8: stopped @0        ->
+         56: tick             -> start @1 empty",
+    );
+}
+
+#[test]
+fn drain_ends_the_sources_and_finishes() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: drain             -> end input
+         6: drained a @0      ->
+         7: drained b @0      -> barrier #1 last
+         8: ack a @0 #1       ->
+         9: ack b @0 #1       -> save #1
+         10: saved #1         -> persist #1
+         11: durable #1       -> saved #1, complete #1 last
+         12: finished a @0    ->
+         13: finished b @0    -> finish",
+    );
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: drain             -> end input
+         6: trap a @0         -> cancel @0, restart in 50
+         7: stopped @0        ->
+         56: tick             -> start @1 empty
+         57: started @1       -> end input",
+    );
 }

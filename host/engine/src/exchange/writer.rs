@@ -58,7 +58,11 @@ impl Writer {
                     channel.append(batch.clone()).await;
                 }
             }
-            Partitioner::Hash | Partitioner::Forward | Partitioner::Rebalance => {
+            Partitioner::Global => self.channels[0].append(batch).await,
+            Partitioner::Hash
+            | Partitioner::Forward
+            | Partitioner::Rebalance
+            | Partitioner::Rescale => {
                 // Whole batches take turns: what is equal in the long run needs no splitting.
                 let channel = &mut self.channels[self.next];
                 channel.append(batch).await;

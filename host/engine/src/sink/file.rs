@@ -7,6 +7,7 @@
 //! as they read `part-*`.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
@@ -24,13 +25,41 @@ use crate::{
 
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// What a checkpoint remembers of a task.
+/// What a checkpoint remembers of a task. After a rescale it may look after the parts of tasks that
+/// are no more.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct State {
-    /// The number of the next part.
-    next: u64,
-    /// Parts that are durable and not yet committed, with the checkpoint that holds them.
-    pending: Vec<(u64, u64)>,
+    /// The number of the next part of each task.
+    next: BTreeMap<u32, u64>,
+    /// Parts that are durable and not yet committed.
+    pending: Vec<Part>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Part {
+    task: u32,
+    number: u64,
+    /// The checkpoint that holds it.
+    checkpoint: u64,
+}
+
+/// Shares the state of all tasks out among another number of tasks: what a task that is no more has
+/// left is looked after by another, and should the task come back, it goes on with its numbers.
+pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
+    let mut shares = vec![State::default(); parallelism];
+    for state in old {
+        let state: State = postcard::from_bytes(state).map_err(|error| error.to_string())?;
+        for (task, next) in state.next {
+            shares[task as usize % parallelism].next.insert(task, next);
+        }
+        for part in state.pending {
+            shares[part.task as usize % parallelism].pending.push(part);
+        }
+    }
+    shares
+        .iter()
+        .map(|share| postcard::to_stdvec(share).map_err(|error| error.to_string()))
+        .collect()
 }
 
 pub(crate) struct FileSink {
@@ -120,19 +149,25 @@ impl FileSink {
         Ok(sink)
     }
 
-    fn pending_path(&self, number: u64) -> PathBuf {
-        self.dir.join(format!(".part-{}-{number:08}.pending", self.index))
+    fn pending_path(&self, task: u32, number: u64) -> PathBuf {
+        self.dir.join(format!(".part-{task}-{number:08}.pending"))
     }
 
-    fn final_path(&self, number: u64) -> PathBuf {
-        self.dir.join(format!("part-{}-{number:08}", self.index))
+    fn final_path(&self, task: u32, number: u64) -> PathBuf {
+        self.dir.join(format!("part-{task}-{number:08}"))
+    }
+
+    fn next(&self) -> u64 {
+        self.state.next.get(&self.index).copied().unwrap_or(0)
     }
 
     fn remove_leftovers(&self) -> io::Result<()> {
-        let prefix = format!(".part-{}-", self.index);
+        let own = self.state.next.keys().copied().chain([self.index]);
+        let prefixes: Vec<String> = own.map(|task| format!(".part-{task}-")).collect();
         for entry in fs::read_dir(&self.dir)?.flatten() {
             let path = entry.path();
-            if is_pending(&path) && file_name(&path).starts_with(&prefix) {
+            let is_own = prefixes.iter().any(|prefix| file_name(&path).starts_with(prefix));
+            if is_pending(&path) && is_own {
                 fs::remove_file(path)?;
             }
         }
@@ -154,7 +189,7 @@ impl FileSink {
 
     fn write_buffer(&mut self) -> io::Result<()> {
         if self.open.is_none() {
-            let file = File::create(self.pending_path(self.state.next))?;
+            let file = File::create(self.pending_path(self.index, self.next()))?;
             self.open = Some(BufWriter::with_capacity(BUFFER_BYTES, file));
         }
         match &mut self.open {
@@ -164,8 +199,9 @@ impl FileSink {
     }
 
     /// Renames a part; one that was renamed before is fine.
-    fn publish(&self, number: u64) -> io::Result<()> {
-        let (from, to) = (self.pending_path(number), self.final_path(number));
+    fn publish(&self, part: Part) -> io::Result<()> {
+        let from = self.pending_path(part.task, part.number);
+        let to = self.final_path(part.task, part.number);
         match fs::rename(&from, &to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => Ok(()),
             other => other,
@@ -185,8 +221,9 @@ impl Sink for FileSink {
 
     fn pre_commit(&mut self, checkpoint: CheckpointId) -> Result<Vec<u8>, FailureCause> {
         if self.end_part().map_err(|error| self.failed("end a part", &error))? {
-            self.state.pending.push((self.state.next, checkpoint.0));
-            self.state.next += 1;
+            let (task, number, checkpoint) = (self.index, self.next(), checkpoint.0);
+            self.state.pending.push(Part { task, number, checkpoint });
+            self.state.next.insert(task, number + 1);
         }
         postcard::to_stdvec(&self.state).map_err(|error| FailureCause::HostBug {
             message: format!("encode a sink's state: {error}"),
@@ -194,23 +231,18 @@ impl Sink for FileSink {
     }
 
     fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause> {
-        let due = |pending: &(u64, u64)| pending.1 <= checkpoint.0;
-        let numbers: Vec<u64> = self
-            .state
-            .pending
-            .iter()
-            .filter(|pending| due(pending))
-            .map(|(number, _)| *number)
-            .collect();
-        if numbers.is_empty() {
+        let is_due = |part: &Part| part.checkpoint <= checkpoint.0;
+        let due: Vec<Part> =
+            self.state.pending.iter().filter(|part| is_due(part)).copied().collect();
+        if due.is_empty() {
             return Ok(());
         }
-        let published = numbers
+        let published = due
             .iter()
-            .try_for_each(|number| self.publish(*number))
+            .try_for_each(|part| self.publish(*part))
             .and_then(|()| File::open(&self.dir)?.sync_all());
         published.map_err(|error| self.failed("commit a part", &error))?;
-        self.state.pending.retain(|pending| !due(pending));
+        self.state.pending.retain(|part| !is_due(part));
         Ok(())
     }
 }
@@ -268,12 +300,40 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_tasks_that_are_no_more_are_committed_and_their_numbers_kept() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut states: Vec<Vec<u8>> = Vec::new();
+        for index in 0..3 {
+            let mut sink =
+                FileSink::open(dir.path(), LineContent::Value, index, None).expect("opens");
+            sink.write(&batch(&format!("of {index}"))).expect("written");
+            states.push(sink.pre_commit(CheckpointId(1)).expect("durable"));
+        }
+        let share = |states: &[Vec<u8>], parallelism| {
+            let old: Vec<&[u8]> = states.iter().map(Vec::as_slice).collect();
+            share(&old, parallelism).expect("shared")
+        };
+        let one = share(&states, 1);
+        let mut sink =
+            FileSink::open(dir.path(), LineContent::Value, 0, Some(&one[0])).expect("opens");
+        assert_eq!(visible(dir.path()), ["of 0\n", "of 1\n", "of 2\n"]);
+        let state = sink.pre_commit(CheckpointId(2)).expect("durable");
+        let three = share(&[state], 3);
+        let mut sink =
+            FileSink::open(dir.path(), LineContent::Value, 2, Some(&three[2])).expect("opens");
+        sink.write(&batch("again")).expect("written");
+        sink.pre_commit(CheckpointId(3)).expect("durable");
+        sink.commit(CheckpointId(3)).expect("committed");
+        assert_eq!(visible(dir.path()).len(), 4, "nothing was written over");
+    }
+
+    #[test]
     fn lost_part_is_an_error_and_not_silence() {
         let dir = tempfile::tempdir().expect("a directory");
         let mut sink = FileSink::open(dir.path(), LineContent::Value, 0, None).expect("opens");
         sink.write(&batch("one")).expect("written");
         let state = sink.pre_commit(CheckpointId(1)).expect("durable");
-        fs::remove_file(sink.pending_path(0)).expect("removed");
+        fs::remove_file(sink.pending_path(0, 0)).expect("removed");
         let error =
             FileSink::open(dir.path(), LineContent::Value, 0, Some(&state)).err().expect("lost");
         assert!(error.to_string().contains("commit a part"), "{error}");

@@ -34,6 +34,11 @@ pub(crate) fn prepare(name: &str, spec: &SinkSpec, is_fresh: bool) -> Result<(),
     }
 }
 
+/// Shares the state of all tasks of a file sink out among another number of tasks.
+pub(crate) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
+    file::share(old, parallelism)
+}
+
 /// The sink of one task. With a state it commits what that state has pre-committed.
 pub(crate) fn open(
     spec: &SinkSpec,

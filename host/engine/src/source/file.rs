@@ -6,6 +6,7 @@
 //! are told, not read wrongly.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{BufRead, BufReader, Seek, SeekFrom},
     path::{Path, PathBuf},
@@ -41,13 +42,32 @@ struct Split {
     end: u64,
 }
 
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Position {
     fingerprint: u64,
-    /// How many of the task's splits are done.
-    splits_done: u64,
-    /// The next byte of the split after them.
-    offset: u64,
+    /// The splits that are not done, by number, each with its next byte; 0: its beginning.
+    rest: VecDeque<(u32, u64)>,
+}
+
+/// Shares the splits that no task has done out among another number of tasks.
+pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
+    let mut shares: Vec<Position> = Vec::new();
+    let mut place = 0;
+    for state in old {
+        let position: Position = postcard::from_bytes(state).map_err(|error| error.to_string())?;
+        if shares.is_empty() {
+            let fingerprint = position.fingerprint;
+            shares = vec![Position { fingerprint, rest: VecDeque::new() }; parallelism];
+        }
+        for split in position.rest {
+            shares[place % parallelism].rest.push_back(split);
+            place += 1;
+        }
+    }
+    shares
+        .iter()
+        .map(|share| postcard::to_stdvec(share).map_err(|error| error.to_string()))
+        .collect()
 }
 
 impl FilePlan {
@@ -87,8 +107,6 @@ impl FilePlan {
 
 pub(crate) struct FileSource {
     plan: FilePlan,
-    index: usize,
-    parallelism: usize,
     position: Position,
     reader: Option<BufReader<File>>,
     line: Vec<u8>,
@@ -101,9 +119,14 @@ impl FileSource {
         parallelism: u32,
         position: Option<&[u8]>,
     ) -> Result<Self, FailureCause> {
-        let position = match position {
+        let position: Position = match position {
             Some(bytes) => postcard::from_bytes(bytes).map_err(unreadable_position)?,
-            None => Position { fingerprint: plan.fingerprint, splits_done: 0, offset: 0 },
+            None => {
+                let all = 0..plan.splits.len() as u32;
+                let own = all.skip(index as usize).step_by(parallelism as usize);
+                let rest = own.map(|split| (split, 0)).collect();
+                Position { fingerprint: plan.fingerprint, rest }
+            }
         };
         if position.fingerprint != plan.fingerprint {
             let message = format!(
@@ -112,28 +135,31 @@ impl FileSource {
             );
             return Err(FailureCause::Permanent { message });
         }
-        let (index, parallelism) = (index as usize, parallelism as usize);
-        Ok(Self {
-            plan: plan.clone(),
-            index,
-            parallelism,
-            position,
-            reader: None,
-            line: Vec::new(),
-        })
+        Ok(Self { plan: plan.clone(), position, reader: None, line: Vec::new() })
     }
 
     /// The split that is being read.
     fn split(&self) -> Option<&Split> {
-        let done = usize::try_from(self.position.splits_done).ok()?;
-        self.plan.splits.get(done.checked_mul(self.parallelism)?.checked_add(self.index)?)
+        let (number, _) = self.position.rest.front()?;
+        self.plan.splits.get(*number as usize)
+    }
+
+    /// The next byte of the split that is being read.
+    fn offset(&self) -> u64 {
+        self.position.rest.front().map_or(0, |(_, offset)| *offset)
+    }
+
+    fn set_offset(&mut self, offset: u64) {
+        if let Some((_, next)) = self.position.rest.front_mut() {
+            *next = offset;
+        }
     }
 
     /// Opens the split where the position says; a line that began before it is not its own.
     fn open_split(&mut self) -> Result<bool, FailureCause> {
         let Some(split) = self.split() else { return Ok(false) };
         let failed = |error: std::io::Error| environment(&split.path, &error);
-        let offset = split.start.max(self.position.offset);
+        let offset = split.start.max(self.offset());
         let mut reader =
             BufReader::with_capacity(BUFFER_BYTES, File::open(&split.path).map_err(failed)?);
         let mut at = offset;
@@ -144,7 +170,7 @@ impl FileSource {
         } else {
             reader.seek(SeekFrom::Start(offset)).map_err(failed)?;
         }
-        self.position.offset = at;
+        self.set_offset(at);
         self.reader = Some(reader);
         Ok(true)
     }
@@ -152,7 +178,7 @@ impl FileSource {
     /// Reads one line into `self.line`, without its end; false at the end of the split.
     fn read_line(&mut self) -> Result<bool, FailureCause> {
         let Some(split) = self.split() else { return Ok(false) };
-        if split.end <= self.position.offset {
+        if split.end <= self.offset() {
             return Ok(false);
         }
         let path = split.path.clone();
@@ -165,12 +191,12 @@ impl FileSource {
         if LINE_BYTES_MAX < self.line.len() && self.line.last() != Some(&b'\n') {
             let message = format!(
                 "a line longer than {LINE_BYTES_MAX} bytes begins at byte {} of {}",
-                self.position.offset,
+                self.offset(),
                 path.display()
             );
             return Err(FailureCause::Permanent { message });
         }
-        self.position.offset += read as u64;
+        self.set_offset(self.offset() + read as u64);
         if self.line.last() == Some(&b'\n') {
             self.line.pop();
             if self.line.last() == Some(&b'\r') {
@@ -188,8 +214,7 @@ impl FileSource {
         let rejected = |what: String| {
             let place =
                 self.split().map_or(String::new(), |split| split.path.display().to_string());
-            let message =
-                format!("{what}, in the line before byte {} of {place}", self.position.offset);
+            let message = format!("{what}, in the line before byte {} of {place}", self.offset());
             FailureCause::Rejected { message }
         };
         let document: serde_json::Value = serde_json::from_slice(&self.line)
@@ -238,8 +263,7 @@ impl Source for FileSource {
                 }
             } else {
                 self.reader = None;
-                self.position.splits_done += 1;
-                self.position.offset = 0;
+                self.position.rest.pop_front();
             }
         }
         if batch.value_ends.is_empty() {

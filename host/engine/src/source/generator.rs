@@ -12,6 +12,7 @@ use cofferdam_core::{
     random::{Random, mix},
 };
 use cofferdam_sandbox::Batch;
+use serde::{Deserialize, Serialize};
 
 use super::{Source, Step, unreadable_position};
 use crate::{
@@ -121,14 +122,58 @@ fn alias_columns(weights: &[f64]) -> Vec<Column> {
     columns
 }
 
+/// Numbers that one task gives out: every `stride`-th from `next` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Strand {
+    next: u64,
+    stride: u64,
+}
+
+impl Strand {
+    /// How many of its numbers lie below `count`.
+    fn left(self, count: u64) -> u64 {
+        count.saturating_sub(self.next).div_ceil(self.stride)
+    }
+
+    /// The same numbers, as `parts` strands.
+    fn split(self, parts: u64) -> impl Iterator<Item = Self> {
+        (0..parts).map(move |part| Self {
+            next: self.next + part * self.stride,
+            stride: self.stride * parts,
+        })
+    }
+}
+
+/// Shares the strands of all tasks out among another number of tasks.
+pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
+    let mut strands: Vec<Strand> = Vec::new();
+    for state in old {
+        let own: Vec<Strand> = postcard::from_bytes(state).map_err(|error| error.to_string())?;
+        strands.extend(own);
+    }
+    // Enough for everyone: each is split into as many.
+    let parts = parallelism.div_ceil(strands.len().max(1)) as u64;
+    let mut shares = vec![Vec::new(); parallelism];
+    let split = strands.into_iter().flat_map(|strand| strand.split(parts));
+    split.enumerate().for_each(|(place, strand)| shares[place % parallelism].push(strand));
+    shares
+        .iter()
+        .map(|share| postcard::to_stdvec(share).map_err(|error| error.to_string()))
+        .collect()
+}
+
 pub(crate) struct GeneratorSource {
     plan: GeneratorPlan,
-    index: u64,
-    parallelism: u64,
-    /// How many records this task has given out; its `k`-th is number `k * parallelism + index`.
+    /// More than one after the parallelism was lowered.
+    strands: Vec<Strand>,
+    /// The strand to take from next.
+    turn: usize,
+    /// This task's share of the rate.
+    rate: Option<f64>,
+    /// How many records were given out since it was opened.
     given: u64,
-    /// When it began to give out at its rate, and how many it had given out by then.
-    pace: Option<(Instant, u64)>,
+    /// When it began to give out at its rate.
+    began: Option<Instant>,
 }
 
 impl GeneratorSource {
@@ -138,34 +183,38 @@ impl GeneratorSource {
         parallelism: u32,
         position: Option<&[u8]>,
     ) -> Result<Self, FailureCause> {
-        let given = match position {
+        let (next, stride) = (u64::from(index), u64::from(parallelism));
+        let strands = match position {
             Some(bytes) => postcard::from_bytes(bytes).map_err(unreadable_position)?,
-            None => 0,
+            None => vec![Strand { next, stride }],
         };
-        let (index, parallelism) = (u64::from(index), u64::from(parallelism));
-        Ok(Self { plan: plan.clone(), index, parallelism, given, pace: None })
+        let rate = plan.spec.rate.map(|rate| rate / f64::from(parallelism));
+        Ok(Self { plan: plan.clone(), strands, turn: 0, rate, given: 0, began: None })
     }
 
-    /// How many records this task gives out in all.
-    fn share(&self) -> u64 {
-        match self.plan.spec.count {
-            Some(count) => count.saturating_sub(self.index).div_ceil(self.parallelism),
-            None => u64::MAX,
+    /// The next strand that has numbers left, and how many.
+    fn take_turn(&mut self) -> Option<(usize, u64)> {
+        let count = self.plan.spec.count.unwrap_or(u64::MAX);
+        for _ in 0..self.strands.len() {
+            let place = self.turn;
+            self.turn = (self.turn + 1) % self.strands.len();
+            match self.strands[place].left(count) {
+                0 => {}
+                left => return Some((place, left)),
+            }
         }
+        None
     }
 
     /// How many may be given out now; the time to wait where none may.
     fn allowance(&mut self) -> Result<u64, Duration> {
-        let Some(rate) = self.plan.spec.rate else { return Ok(u64::MAX) };
-        let rate = rate / self.parallelism as f64;
-        let (began, given_then) = *self.pace.get_or_insert((Instant::now(), self.given));
+        let Some(rate) = self.rate else { return Ok(u64::MAX) };
+        let elapsed = self.began.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
         // The first slice is due at once, so that a restart does not begin with a wait.
-        let due = ((began.elapsed().as_secs_f64() + RATE_SLICE) * rate) as u64;
-        let given = self.given - given_then;
-        match due.checked_sub(given) {
+        let due = ((elapsed + RATE_SLICE) * rate) as u64;
+        match due.checked_sub(self.given) {
             Some(0) | None => {
-                let missing =
-                    ((given + 1) as f64 / rate - began.elapsed().as_secs_f64()).max(RATE_SLICE);
+                let missing = ((self.given + 1) as f64 / rate - elapsed).max(RATE_SLICE);
                 Err(Duration::from_secs_f64(missing.min(1.0)))
             }
             Some(allowed) => Ok(allowed),
@@ -175,25 +224,23 @@ impl GeneratorSource {
 
 impl Source for GeneratorSource {
     fn next(&mut self) -> Result<Step, FailureCause> {
-        let left = self.share().saturating_sub(self.given);
-        if left == 0 {
-            return Ok(Step::End);
-        }
         let allowed = match self.allowance() {
             Ok(allowed) => allowed,
             Err(wait) => return Ok(Step::Wait(wait)),
         };
+        let Some((place, left)) = self.take_turn() else { return Ok(Step::End) };
         let count = left.min(allowed).min(BATCH_RECORDS_MAX as u64);
         let mut batch = Batch::empty();
         batch.value_ends.reserve(count as usize);
         let has_timestamps = self.plan.spec.has_timestamps;
-        let mut last = None;
         if self.plan.words.is_some() {
             batch.key_ends.reserve(count as usize);
             batch.keys.reserve(count as usize * 8);
         }
-        for place in self.given..self.given + count {
-            let number = place * self.parallelism + self.index;
+        let strand = &mut self.strands[place];
+        for _ in 0..count {
+            let number = strand.next;
+            strand.next += strand.stride;
             let timestamp = has_timestamps.then_some(number as i64);
             match &self.plan.words {
                 Some(words) => {
@@ -208,14 +255,16 @@ impl Source for GeneratorSource {
                     batch.push(RecordRef { key: None, value: text.as_bytes(), timestamp });
                 }
             }
-            last = timestamp;
         }
         self.given += count;
-        Ok(Step::Records { batch, watermark: last })
+        // Every later record has a number of one of the strands.
+        let earliest = self.strands.iter().map(|strand| strand.next).min().unwrap_or(0);
+        let watermark = has_timestamps.then(|| earliest as i64 - 1);
+        Ok(Step::Records { batch, watermark })
     }
 
     fn position(&self) -> Vec<u8> {
-        postcard::to_stdvec(&self.given).unwrap_or_default()
+        postcard::to_stdvec(&self.strands).unwrap_or_default()
     }
 }
 
@@ -261,6 +310,45 @@ mod tests {
             .collect();
         numbers.sort_unstable();
         assert!(numbers.into_iter().eq(0..10_001));
+    }
+
+    #[test]
+    fn shared_out_strands_together_give_every_number_once() {
+        let plan = plan(GeneratorContent::Sequence, 20_011);
+        let mut numbers = Vec::new();
+        let mut take = |positions: Vec<Vec<u8>>, is_last: bool| -> Vec<Vec<u8>> {
+            let parallelism = positions.len() as u32;
+            let open = |(index, position): (u32, &Vec<u8>)| {
+                GeneratorSource::open(&plan, index, parallelism, Some(position)).expect("opens")
+            };
+            let mut sources: Vec<_> = (0..).zip(&positions).map(open).collect();
+            for source in &mut sources {
+                let mut turns = 0;
+                while let Step::Records { batch, .. } = source.next().expect("goes on") {
+                    numbers.extend(batch.records().map(|record| {
+                        String::from_utf8_lossy(record.value).parse::<u64>().expect("a number")
+                    }));
+                    turns += 1;
+                    if turns == 2 && !is_last {
+                        break;
+                    }
+                }
+            }
+            sources.iter().map(Source::position).collect()
+        };
+        let fresh = (0..2)
+            .map(|index| GeneratorSource::open(&plan, index, 2, None).expect("opens").position())
+            .collect();
+        let two = take(fresh, false);
+        let slices = |positions: &[Vec<u8>]| -> Vec<Vec<u8>> { positions.to_vec() };
+        let mut positions = two;
+        for (parallelism, is_last) in [(5, false), (3, false), (4, true)] {
+            let old = slices(&positions);
+            let old: Vec<&[u8]> = old.iter().map(Vec::as_slice).collect();
+            positions = take(share(&old, parallelism).expect("shared"), is_last);
+        }
+        numbers.sort_unstable();
+        assert!(numbers.into_iter().eq(0..20_011));
     }
 
     #[test]

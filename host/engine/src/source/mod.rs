@@ -66,6 +66,16 @@ impl Prepared {
     }
 }
 
+impl Prepared {
+    /// Shares the positions of all tasks out among another number of tasks.
+    pub(crate) fn share(&self, old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
+        match self {
+            Self::File(_) => file::share(old, parallelism),
+            Self::Generator(_) => generator::share(old, parallelism),
+        }
+    }
+}
+
 /// The batches that one task of a generator gives out, for whoever wants to measure the same
 /// records without a job around them.
 pub fn generate(spec: &GeneratorSpec, index: u32, parallelism: u32) -> impl Iterator<Item = Batch> {

@@ -8,13 +8,14 @@ pub mod value;
 
 use std::{
     collections::BTreeMap,
-    ops::Range,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use cofferdam_core::{
-    checkpoint::CheckpointSettings,
+    checkpoint::{CheckpointSettings, retention::Retention},
+    exchange::ExchangeType,
+    failover::FailoverStrategy,
     graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
     ids::OperatorId,
     key_group::default_max_parallelism,
@@ -30,6 +31,10 @@ type Result<T> = std::result::Result<T, Problem>;
 
 /// Flink's upper bound of the parallelism.
 const PARALLELISM_MAX: u64 = 1 << 15;
+/// Flink's largest `int`.
+const FLINK_INT_MAX: u32 = i32::MAX as u32;
+/// Flink caps the pause at a year.
+const PAUSE_MS_MAX: u64 = 365 * 24 * 3_600_000;
 /// Flink's bound below which checkpointing counts as disabled.
 const INTERVAL_MS_MIN: u64 = 10;
 /// A line longer than this is a sign of a file that has no lines.
@@ -44,10 +49,18 @@ pub struct JobSpec {
     pub base_dir: PathBuf,
     /// When checkpoints are taken.
     pub checkpoint: CheckpointSettings,
-    /// Where they are kept.
+    /// False: barriers block no channel, and records may be processed twice after a restart.
+    pub is_exactly_once: bool,
+    /// Whether completed checkpoints outlive the job.
+    pub retention: Retention,
+    /// Where savepoints go unless somebody says otherwise.
+    pub savepoint_dir: Option<PathBuf>,
+    /// Where checkpoints are kept.
     pub storage: StorageSpec,
     /// What a failure leads to.
     pub restart: RestartStrategy,
+    /// What restarts when a task fails.
+    pub failover: FailoverStrategy,
     /// The operators and edges.
     pub graph: JobGraph,
     /// What each node of the graph is, by its id.
@@ -84,6 +97,8 @@ pub struct InputSpec {
     pub output: Option<String>,
     /// How records find their task.
     pub partitioner: Partitioner,
+    /// Where it stands in the manifest.
+    pub place: String,
 }
 
 /// What a node does.
@@ -292,22 +307,54 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let parallelism = parallelism(&job)?.unwrap_or(1);
     job.finish()?;
 
-    let checkpoint = read_checkpointing(root, base_dir, &name.value)?;
-    let is_checkpointed = checkpoint.0.interval_ms.is_some();
+    let execution = read_execution(root, base_dir, &name.value)?;
+    let is_checkpointed = execution.checkpoint.interval_ms.is_some();
     let restart = read_restart(root, is_checkpointed)?;
-    read_failover(root)?;
-    let (graph, nodes) = read_graph(root, base_dir, parallelism)?;
+    let failover = read_failover(root)?;
+    let (graph, nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
     root.finish()?;
-    let (checkpoint, storage) = checkpoint;
     Ok(JobSpec {
         name: name.value,
         base_dir: base_dir.to_owned(),
-        checkpoint,
-        storage,
+        checkpoint: execution.checkpoint,
+        is_exactly_once: execution.is_exactly_once,
+        retention: execution.retention,
+        savepoint_dir: execution.savepoint_dir,
+        storage: execution.storage,
         restart,
+        failover,
         graph,
         nodes,
     })
+}
+
+/// The restart strategy that settings of the form `restart-strategy.type`, `fixed-delay` lead to.
+///
+/// # Errors
+/// The first problem, with the setting it is in.
+pub fn restart_of(settings: &[(String, String)]) -> Result<RestartStrategy> {
+    let text: String = settings.iter().map(|(key, value)| setting_line(key, value)).collect();
+    let source = Text { path: Path::new("--set"), text: &text };
+    let table = DeTable::parse(&text).map_err(|error| {
+        let span = error.span().unwrap_or(0..0);
+        source.problem(Code::ManifestSyntax, &span, error.message().to_owned())
+    })?;
+    let root = Section::new(&source, String::new(), 0..0, table.get_ref());
+    let execution = read_execution(&root, Path::new(""), "job")?;
+    let strategy = read_restart(&root, execution.checkpoint.interval_ms.is_some())?;
+    root.finish()?;
+    Ok(strategy)
+}
+
+/// A setting as a line of TOML. Flink's older spelling of the strategy's name is taken, too.
+fn setting_line(key: &str, value: &str) -> String {
+    let key = if key == "restart-strategy" { "restart-strategy.type" } else { key };
+    let is_bare =
+        value.parse::<f64>().is_ok_and(f64::is_finite) || value == "true" || value == "false";
+    match is_bare {
+        true => format!("{key} = {value}\n"),
+        false => format!("{key} = {}\n", toml::Value::String(value.to_owned())),
+    }
 }
 
 fn is_name(text: &str) -> bool {
@@ -320,85 +367,118 @@ fn parallelism(section: &Section<'_>) -> Result<Option<u32>> {
     Ok(read.map(|number| u32::try_from(number.value).unwrap_or(1)))
 }
 
-fn not_supported(section: &Section<'_>, span: &Range<usize>, what: &str, instead: &str) -> Problem {
-    section.problem(Code::NotSupported, span, format!("{what} is not supported yet")).hint(instead)
+/// What `[execution]` says.
+struct Execution {
+    checkpoint: CheckpointSettings,
+    is_exactly_once: bool,
+    retention: Retention,
+    savepoint_dir: Option<PathBuf>,
+    storage: StorageSpec,
+    mode: RuntimeMode,
+}
+
+/// Which exchange an edge has that says none of its own.
+struct RuntimeMode {
+    mode: ModeName,
+    batch: ExchangeType,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ModeName {
+    Streaming,
+    Batch,
+    /// Batch where every source is bounded.
+    Automatic,
+}
+
+fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Execution> {
+    let default_dir = base_dir.join(format!("{job}.cofferdam"));
+    let mut execution = Execution {
+        checkpoint: CheckpointSettings::default(),
+        is_exactly_once: true,
+        retention: Retention::default(),
+        savepoint_dir: None,
+        storage: StorageSpec::Sled(default_dir.clone()),
+        mode: RuntimeMode { mode: ModeName::Streaming, batch: ExchangeType::Blocking },
+    };
+    let Some(section) = root.section("execution")? else { return Ok(execution) };
+    let modes = [
+        ("STREAMING", ModeName::Streaming),
+        ("BATCH", ModeName::Batch),
+        ("AUTOMATIC", ModeName::Automatic),
+    ];
+    if let Some(mode) = section.choice("runtime-mode", &modes)? {
+        execution.mode.mode = mode.value;
+    }
+    let shuffles = [
+        ("ALL_EXCHANGES_BLOCKING", ExchangeType::Blocking),
+        ("ALL_EXCHANGES_PIPELINED", ExchangeType::PipelinedBounded),
+        ("ALL_EXCHANGES_HYBRID_FULL", ExchangeType::HybridFull),
+        ("ALL_EXCHANGES_HYBRID_SELECTIVE", ExchangeType::HybridSelective),
+    ];
+    if let Some(shuffle) = section.choice("batch-shuffle-mode", &shuffles)? {
+        execution.mode.batch = shuffle.value;
+    }
+    if let Some(checkpointing) = section.section("checkpointing")? {
+        read_checkpointing(&checkpointing, base_dir, default_dir, &mut execution)?;
+        checkpointing.finish()?;
+    }
+    section.finish()?;
+    Ok(execution)
 }
 
 fn read_checkpointing(
-    root: &Section<'_>,
+    section: &Section<'_>,
     base_dir: &Path,
-    job: &str,
-) -> Result<(CheckpointSettings, StorageSpec)> {
-    let default_dir = base_dir.join(format!("{job}.cofferdam"));
-    let mut settings = CheckpointSettings::default();
-    let Some(execution) = root.section("execution")? else {
-        return Ok((settings, StorageSpec::Sled(default_dir)));
-    };
-    let Some(section) = execution.section("checkpointing")? else {
-        execution.finish()?;
-        return Ok((settings, StorageSpec::Sled(default_dir)));
-    };
+    default_dir: PathBuf,
+    execution: &mut Execution,
+) -> Result<()> {
+    let settings = &mut execution.checkpoint;
     // Flink: an interval below 10 ms counts as none.
     settings.interval_ms = section
         .duration_ms("interval")?
         .map(|interval| interval.value)
         .filter(|ms| INTERVAL_MS_MIN <= *ms);
     if let Some(pause) = section.duration_ms("min-pause")? {
-        settings.min_pause_ms = pause.value;
+        settings.min_pause_ms = pause.value.min(PAUSE_MS_MAX);
     }
-    // Flink: the effective interval is never shorter than the pause.
-    settings.interval_ms = settings.interval_ms.map(|interval| interval.max(settings.min_pause_ms));
     if let Some(timeout) = section.duration_ms("timeout")? {
         if timeout.value < INTERVAL_MS_MIN {
             return Err(section.bad_value("timeout", &timeout.span, "it must be at least 10 ms"));
         }
         settings.timeout_ms = timeout.value;
     }
-    if let Some(number) =
-        section.integer("tolerable-failed-checkpoints", 0..=u64::from(u32::MAX))?
-    {
-        settings.tolerable_failures = u32::try_from(number.value).unwrap_or(u32::MAX);
+    let number = |key| section.integer(key, 0..=u64::from(FLINK_INT_MAX));
+    if let Some(Located { value, .. }) = number("tolerable-failed-checkpoints")? {
+        let count = u32::try_from(value).unwrap_or(FLINK_INT_MAX);
+        // Flink: its largest number stands for any.
+        settings.tolerable_failures = (count != FLINK_INT_MAX).then_some(count);
     }
-    if let Some(Located { value: false, span }) =
+    let at_least_one = |key| section.integer(key, 1..=u64::from(FLINK_INT_MAX));
+    if let Some(Located { value, .. }) = at_least_one("max-concurrent-checkpoints")? {
+        settings.concurrent_max = usize::try_from(value).unwrap_or(usize::MAX);
+    }
+    if let Some(Located { value, .. }) = at_least_one("num-retained")? {
+        settings.retained_max = usize::try_from(value).unwrap_or(usize::MAX);
+    }
+    if let Some(mode) =
         section.choice("mode", &[("EXACTLY_ONCE", true), ("AT_LEAST_ONCE", false)])?
     {
-        return Err(not_supported(
-            &section,
-            &span,
-            "AT_LEAST_ONCE",
-            "use EXACTLY_ONCE, which gives more",
-        ));
+        execution.is_exactly_once = mode.value;
     }
-    if let Some(number) = section.integer("max-concurrent-checkpoints", 1..=u64::from(u32::MAX))?
-        && number.value != 1
-    {
-        return Err(not_supported(
-            &section,
-            &number.span,
-            "more than one concurrent checkpoint",
-            "use 1, the default",
-        ));
+    let policies =
+        [Retention::NeverRetain, Retention::RetainOnFailure, Retention::RetainOnCancellation];
+    let policies = policies.map(|policy| (policy.name(), policy));
+    if let Some(policy) = section.choice("externalized-checkpoint-retention", &policies)? {
+        execution.retention = policy.value;
     }
-    let retention = section.choice(
-        "externalized-checkpoint-retention",
-        &[
-            ("NO_EXTERNALIZED_CHECKPOINTS", 0),
-            ("DELETE_ON_CANCELLATION", 1),
-            ("RETAIN_ON_CANCELLATION", 2),
-        ],
-    )?;
-    if let Some(Located { value: 1, span }) = retention {
-        let instead = "leave it out: a job that was stopped or has failed keeps its newest checkpoint, a finished one none";
-        return Err(not_supported(&section, &span, "DELETE_ON_CANCELLATION", instead));
-    }
+    execution.savepoint_dir = section.text("savepoint-dir")?.map(|dir| base_dir.join(dir.value));
     let dir = section.text("dir")?.map_or(default_dir, |dir| base_dir.join(dir.value));
-    let storage = match section.choice("storage", &[("sled", true), ("memory", false)])? {
+    execution.storage = match section.choice("storage", &[("sled", true), ("memory", false)])? {
         Some(Located { value: false, .. }) => StorageSpec::Memory,
         _ => StorageSpec::Sled(dir),
     };
-    section.finish()?;
-    execution.finish()?;
-    Ok((settings, storage))
+    Ok(())
 }
 
 #[derive(Clone, Copy)]
@@ -523,22 +603,19 @@ fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
     Ok(settings)
 }
 
-fn read_failover(root: &Section<'_>) -> Result<()> {
-    let Some(jobmanager) = root.section("jobmanager")? else { return Ok(()) };
+fn read_failover(root: &Section<'_>) -> Result<FailoverStrategy> {
+    let mut strategy = FailoverStrategy::default();
+    let Some(jobmanager) = root.section("jobmanager")? else { return Ok(strategy) };
     if let Some(section) = jobmanager.section("execution")? {
-        if let Some(Located { value: true, span }) =
-            section.choice("failover-strategy", &[("region", true), ("full", false)])?
-        {
-            return Err(not_supported(
-                &section,
-                &span,
-                "region failover",
-                "use \"full\", which restarts every task",
-            ));
+        let strategies = [FailoverStrategy::Region, FailoverStrategy::Full];
+        let strategies = strategies.map(|strategy| (strategy.name(), strategy));
+        if let Some(chosen) = section.choice("failover-strategy", &strategies)? {
+            strategy = chosen.value;
         }
         section.finish()?;
     }
-    jobmanager.finish()
+    jobmanager.finish()?;
+    Ok(strategy)
 }
 
 /// A node as it was read, before names are resolved.
@@ -552,12 +629,14 @@ struct RawNode {
 struct RawInput {
     from: Located<String>,
     partitioner: Option<Partitioner>,
+    exchange: Option<ExchangeType>,
 }
 
 fn read_graph(
     root: &Section<'_>,
     base_dir: &Path,
     parallelism: u32,
+    mode: &RuntimeMode,
 ) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let mut raw = Vec::new();
     for section in root.sections("source")? {
@@ -578,7 +657,7 @@ fn read_graph(
     if !raw.iter().any(|node| matches!(node.kind, NodeKind::Source(_))) {
         return Err(root.missing("source", "a job needs at least one [[source]]"));
     }
-    resolve(root, raw, parallelism)
+    resolve(root, raw, parallelism, mode)
 }
 
 fn read_node(
@@ -603,15 +682,25 @@ const PARTITIONERS: &[(&str, Partitioner)] = &[
     ("forward", Partitioner::Forward),
     ("hash", Partitioner::Hash),
     ("rebalance", Partitioner::Rebalance),
+    ("rescale", Partitioner::Rescale),
     ("broadcast", Partitioner::Broadcast),
+    ("global", Partitioner::Global),
 ];
+
+/// A partitioner's name in a manifest.
+#[must_use]
+pub fn partitioner_name(partitioner: Partitioner) -> &'static str {
+    let found = PARTITIONERS.iter().find(|(_, other)| *other == partitioner);
+    found.map_or("", |(name, _)| name)
+}
 
 fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
     let mut inputs = Vec::new();
     for (value, span) in section.items("inputs")? {
         inputs.push(match value {
             DeValue::String(from) => {
-                RawInput { from: Located { value: from.to_string(), span }, partitioner: None }
+                let from = Located { value: from.to_string(), span };
+                RawInput { from, partitioner: None, exchange: None }
             }
             DeValue::Table(table) => {
                 let input = section.nested("inputs", span, table);
@@ -620,8 +709,10 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
                     .ok_or_else(|| input.missing("from", "name the node it comes from"))?;
                 let partitioner =
                     input.choice("partition", PARTITIONERS)?.map(|choice| choice.value);
+                let exchanges = ExchangeType::ALL.map(|exchange| (exchange.name(), exchange));
+                let exchange = input.choice("exchange", &exchanges)?.map(|choice| choice.value);
                 input.finish()?;
-                RawInput { from, partitioner }
+                RawInput { from, partitioner, exchange }
             }
             _ => {
                 let why = "an input is a name or { from = \"name\", partition = \"hash\" }";
@@ -639,6 +730,7 @@ fn resolve(
     root: &Section<'_>,
     raw: Vec<RawNode>,
     parallelism: u32,
+    mode: &RuntimeMode,
 ) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
     for (id, node) in (0..).map(OperatorId).zip(&raw) {
@@ -684,9 +776,11 @@ fn resolve(
             let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
             let partitioner = raw_input.partitioner.unwrap_or(default);
             // Which output a name means is known once the component has been asked.
-            edges.push(Edge { from, output: 0, to, input, partitioner });
+            let exchange = raw_input.exchange.unwrap_or_else(|| mode.exchange(partitioner, &raw));
+            edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
             spans.push(raw_input.from.span.clone());
-            inputs.push(InputSpec { from, output, partitioner });
+            let place = root.place(&raw_input.from.span);
+            inputs.push(InputSpec { from, output, partitioner, place });
         }
         nodes.push(NodeSpec { name: node.name.value.clone(), kind: node.kind.clone(), inputs });
     }
@@ -716,6 +810,26 @@ fn resolve(
         }
     })?;
     Ok((graph, nodes))
+}
+
+impl RuntimeMode {
+    /// The exchange of an edge that says none: streams are pipelined; in a batch only what can be
+    /// chained is.
+    fn exchange(&self, partitioner: Partitioner, nodes: &[RawNode]) -> ExchangeType {
+        let is_bounded = |node: &RawNode| match &node.kind {
+            NodeKind::Source(SourceSpec::Generator(generator)) => generator.count.is_some(),
+            _ => true,
+        };
+        let is_batch = match self.mode {
+            ModeName::Streaming => false,
+            ModeName::Batch => true,
+            ModeName::Automatic => nodes.iter().all(is_bounded),
+        };
+        match is_batch && partitioner != Partitioner::Forward {
+            true => self.batch,
+            false => ExchangeType::PipelinedBounded,
+        }
+    }
 }
 
 fn unknown_input<'n>(

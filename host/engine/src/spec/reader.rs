@@ -22,13 +22,17 @@ impl Text<'_> {
         span: &Range<usize>,
         message: impl Into<String>,
     ) -> Problem {
+        Problem::new(code, message).detail(self.place(span))
+    }
+
+    /// A place in the text, with its line.
+    pub(crate) fn place(&self, span: &Range<usize>) -> String {
         let before = &self.text[..span.start.min(self.text.len())];
         let line = before.matches('\n').count() + 1;
         let start = before.rfind('\n').map_or(0, |at| at + 1);
         let column = before[start..].chars().count() + 1;
         let shown = self.text[start..].lines().next().unwrap_or_default().trim_end();
-        let place = format!("{}:{line}:{column}: {shown}", self.path.display());
-        Problem::new(code, message).detail(place)
+        format!("{}:{line}:{column}: {shown}", self.path.display())
     }
 }
 
@@ -95,6 +99,11 @@ impl<'a> Section<'a> {
         why: impl std::fmt::Display,
     ) -> Problem {
         self.text.problem(Code::BadValue, span, format!("`{}`: {why}", self.path_of(key)))
+    }
+
+    /// A place in the text, for a problem that is found later.
+    pub(crate) fn place(&self, span: &Range<usize>) -> String {
+        self.text.place(span)
     }
 
     /// A problem with a key that is not there.

@@ -50,6 +50,8 @@ pub struct TaskIdentity {
     pub digest: Option<[u8; 16]>,
     /// Whether linear memory is in the snapshots.
     pub has_memory: bool,
+    /// Whether declared state is in the snapshots.
+    pub has_declared: bool,
 }
 
 impl Manifest {
@@ -125,6 +127,7 @@ mod tests {
             max_parallelism: 128,
             digest: Some([7; 16]),
             has_memory: true,
+            has_declared: true,
         };
         let task = ManifestTask { identity, chain: vec![3, 4, 9] };
         Manifest { job: "words".to_owned(), checkpoint: 9, written_at_ms: 1, tasks: vec![task] }

@@ -5,8 +5,10 @@
 //! store it writes to. A generation holds a full image of every task and the increments since; it
 //! is never repaired: it is replaced by a new one and removed as a directory.
 
+pub mod faulty;
 pub mod manifest;
 pub mod memory;
+pub(crate) mod savepoint;
 pub mod sled;
 pub mod snapshot;
 pub(crate) mod writer;

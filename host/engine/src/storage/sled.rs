@@ -10,6 +10,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::FileExt,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
 };
 
@@ -75,14 +76,13 @@ impl Storage for SledStorage {
         let path = self.path(number);
         let opened = fs::create_dir_all(&path).and_then(|()| Pack::open(&path.join(PACK)));
         let pack = opened.map_err(|error| StorageError::store("open a pack file", error))?;
-        let index = sled::Config::new()
+        let config = sled::Config::new()
             .path(path.join(INDEX))
             .cache_capacity(CACHE_BYTES)
             .mode(sled::Mode::HighThroughput)
             // Durability is asked for, never assumed: see `flush`.
-            .flush_every_ms(None)
-            .open()
-            .map_err(|error| StorageError::store("open a generation", error))?;
+            .flush_every_ms(None);
+        let index = guarded("open a generation", || config.open())?;
         sync_dir(&path)
             .and_then(|()| sync_dir(&self.dir))
             .map_err(|error| StorageError::store("make the generation durable", error))?;
@@ -100,6 +100,14 @@ impl Storage for SledStorage {
 
     fn location(&self) -> Option<PathBuf> {
         Some(self.dir.clone())
+    }
+}
+
+/// Calls sled, which panics where it finds its own files damaged in some ways.
+fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T> {
+    match std::panic::catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| StorageError::store(doing, error)),
+        Err(_) => Err(StorageError::damaged("the index", format!("sled gave up: {doing}"))),
     }
 }
 
@@ -190,21 +198,17 @@ struct SledGeneration {
 impl Generation for SledGeneration {
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
         let write = |error: &dyn std::fmt::Display| StorageError::store("write", error);
-        let inserted = if value.len() < PACKED_BYTES_MIN {
-            self.index.insert(key, [&[INLINE], value].concat())
+        let kept = if value.len() < PACKED_BYTES_MIN {
+            [&[INLINE], value].concat()
         } else {
-            let place = self.pack.append(value).map_err(|error| write(&error))?;
-            self.index.insert(key, &place.encode())
+            self.pack.append(value).map_err(|error| write(&error))?.encode().to_vec()
         };
-        inserted.map_err(|error| write(&error))?;
-        Ok(())
+        guarded("write", || self.index.insert(key, kept)).map(|_| ())
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
         let read = |error: &dyn std::fmt::Display| StorageError::store("read", error);
-        let Some(kept) = self.index.get(key).map_err(|error| read(&error))? else {
-            return Ok(None);
-        };
+        let Some(kept) = guarded("read", || self.index.get(key))? else { return Ok(None) };
         match kept.split_first() {
             Some((&INLINE, value)) => Ok(Some(value.to_vec())),
             Some((&PLACE, place)) => match Place::decode(place) {
@@ -216,22 +220,19 @@ impl Generation for SledGeneration {
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<()> {
-        self.index.remove(key).map_err(|error| StorageError::store("delete", error))?;
-        Ok(())
+        guarded("delete", || self.index.remove(key)).map(|_| ())
     }
 
     fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let keys = self.index.scan_prefix(prefix).keys();
-        keys.map(|key| {
-            key.map(|key| key.to_vec()).map_err(|error| StorageError::store("list the keys", error))
+        guarded("list the keys", || {
+            let keys = self.index.scan_prefix(prefix).keys();
+            keys.map(|key| key.map(|key| key.to_vec())).collect()
         })
-        .collect()
     }
 
     fn flush(&mut self) -> Result<()> {
         self.pack.sync().map_err(|error| StorageError::store("flush the pack file", error))?;
-        self.index.flush().map_err(|error| StorageError::store("flush", error))?;
-        Ok(())
+        guarded("flush", || self.index.flush()).map(|_| ())
     }
 }
 

@@ -7,7 +7,10 @@
 //!
 //! **Invariant:** data, flush, manifest, flush, and only then is a checkpoint complete.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use cofferdam_core::key_group::key_group;
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, StateChanges, memory::PAGE_BYTES};
@@ -22,7 +25,8 @@ use super::{
 const PACK_PAGES: usize = 64;
 /// Bytes of declared state in one stored value.
 const PACK_BYTES: usize = 64 << 10;
-/// A generation is replaced when its increments are larger than this, and than twice its images.
+/// A generation is replaced when its increments are larger than this, and than its images: the
+/// directory then stays near twice the size of the state.
 const COMPACT_BYTES_MIN: u64 = 64 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 const CHAIN_LENGTH_MAX: usize = 256;
@@ -81,8 +85,8 @@ struct Header {
 /// What opening a store has found.
 #[derive(Debug)]
 pub struct Found {
-    /// The newest checkpoint whose manifest is whole.
-    pub manifest: Option<Manifest>,
+    /// The manifests that are whole, oldest first.
+    pub manifests: Vec<Manifest>,
     /// Manifests that were there and could not be used.
     pub damaged: Vec<String>,
 }
@@ -90,10 +94,12 @@ pub struct Found {
 /// The snapshots and manifests of one job.
 pub struct SnapshotStore {
     storage: Box<dyn Storage>,
-    current: Box<dyn Generation>,
-    number: u64,
+    current: Place,
+    /// Generations before the current one that hold a checkpoint which is still kept.
+    older: Vec<Place>,
     job: String,
     tasks: Vec<TaskIdentity>,
+    /// The snapshots that make up each task's state, were it complete now.
     chains: Vec<Vec<u64>>,
     /// Snapshots that could not be written: the next write tries them first, or the chain would
     /// have a gap.
@@ -101,6 +107,63 @@ pub struct SnapshotStore {
     full_bytes: u64,
     increment_bytes: u64,
     highest_id: u64,
+}
+
+/// An open generation.
+struct Place {
+    number: u64,
+    generation: Box<dyn Generation>,
+    /// The checkpoints whose manifests are in it, ascending.
+    checkpoints: Vec<u64>,
+}
+
+/// One task's part of a checkpoint, for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TaskReport {
+    /// `operator/index`.
+    pub name: String,
+    /// How many snapshots its state is the sum of: a full one and increments.
+    pub snapshots: usize,
+    /// The size of its linear memory.
+    pub memory_bytes: u64,
+    /// Pages in all of its snapshots.
+    pub stored_pages: u64,
+    /// Pages in the newest of them.
+    pub increment_pages: u64,
+    /// Entries of declared state.
+    pub declared_entries: usize,
+    /// A source's position, or a sink's transactions.
+    pub state_bytes: u64,
+    /// The task had processed the end of its inputs.
+    pub is_drained: bool,
+}
+
+/// Opens the generations that hold a whole manifest, and lists all of these manifests.
+fn open_places(storage: &mut dyn Storage, numbers: &[u64], found: &mut Found) -> Vec<Place> {
+    let mut places: Vec<Place> = Vec::new();
+    for &number in numbers {
+        let opened = storage.open(number).and_then(|generation| {
+            let manifests = whole_manifests(&*generation, &mut found.damaged)?;
+            Ok((generation, manifests))
+        });
+        match opened {
+            Ok((generation, manifests)) => {
+                // A compaction that was cut short has left a checkpoint in two generations.
+                let is_known = |id: u64| places.iter().any(|p| p.checkpoints.contains(&id));
+                let new: Vec<Manifest> =
+                    manifests.into_iter().filter(|new| !is_known(new.checkpoint)).collect();
+                let checkpoints: Vec<u64> =
+                    new.iter().map(|manifest| manifest.checkpoint).collect();
+                if !checkpoints.is_empty() {
+                    found.manifests.extend(new);
+                    places.push(Place { number, generation, checkpoints });
+                }
+            }
+            Err(error) => found.damaged.push(format!("generation {number}: {error}")),
+        }
+    }
+    found.manifests.sort_by_key(|manifest| manifest.checkpoint);
+    places
 }
 
 /// The kinds of a snapshot's values, in the order of their keys.
@@ -124,6 +187,13 @@ fn value_key(checkpoint: u64, task: usize, kind: u8, sequence: u32) -> Vec<u8> {
     key
 }
 
+/// The task and the checkpoint that the key of a snapshot's value names.
+fn key_parts(key: &[u8]) -> Option<(usize, u64)> {
+    let (checkpoint, rest) = key.get(1..)?.split_first_chunk::<8>()?;
+    let task = rest.first_chunk::<4>()?;
+    Some((u32::from_be_bytes(*task) as usize, u64::from_be_bytes(*checkpoint)))
+}
+
 fn manifest_key(checkpoint: u64) -> Vec<u8> {
     let mut key = vec![b'm'];
     key.extend_from_slice(&checkpoint.to_be_bytes());
@@ -131,7 +201,7 @@ fn manifest_key(checkpoint: u64) -> Vec<u8> {
 }
 
 impl SnapshotStore {
-    /// Opens the newest generation that has a whole manifest, or begins a first one.
+    /// Opens every generation that has a whole manifest; the newest goes on, or a first one begins.
     ///
     /// # Errors
     /// Where the storage cannot be listed, or not even an empty generation can be made.
@@ -141,36 +211,22 @@ impl SnapshotStore {
         tasks: Vec<TaskIdentity>,
     ) -> Result<(Self, Found)> {
         let numbers = storage.generations()?;
-        let mut found = Found { manifest: None, damaged: Vec::new() };
-        let mut usable = None;
-        for number in numbers.iter().rev() {
-            match storage
-                .open(*number)
-                .and_then(|open| Ok((newest_manifest(&*open, &mut found)?, open)))
-            {
-                Ok((Some(manifest), open)) => {
-                    usable = Some((*number, open));
-                    found.manifest = Some(manifest);
-                    break;
-                }
-                Ok((None, _)) => {}
-                Err(error) => found.damaged.push(format!("generation {number}: {error}")),
-            }
-        }
-        let (number, current) = match usable {
-            Some(usable) => usable,
+        let mut found = Found { manifests: Vec::new(), damaged: Vec::new() };
+        let mut places = open_places(&mut *storage, &numbers, &mut found);
+        let current = match places.pop() {
+            Some(newest) => newest,
             // Not a number that was used before: what is there may be damaged.
             None => {
                 let number = numbers.last().map_or(1, |last| last + 1);
-                (number, storage.open(number)?)
+                Place { number, generation: storage.open(number)?, checkpoints: Vec::new() }
             }
         };
-        let highest_id = read_highest_id(&*current)?
-            .max(found.manifest.as_ref().map_or(0, |manifest| manifest.checkpoint));
+        let newest = found.manifests.last().map_or(0, |manifest| manifest.checkpoint);
+        let highest_id = read_highest_id(&*current.generation)?.max(newest);
         let mut store = Self {
             storage,
             current,
-            number,
+            older: places,
             job: job.to_owned(),
             chains: vec![Vec::new(); tasks.len()],
             tasks,
@@ -183,6 +239,74 @@ impl SnapshotStore {
         Ok((store, found))
     }
 
+    /// Opens a store that is there, to look into it: nothing is made or removed.
+    ///
+    /// # Errors
+    /// Where there is none, or none that can be read.
+    pub fn open_existing(mut storage: Box<dyn Storage>) -> Result<(Self, Found)> {
+        let mut found = Found { manifests: Vec::new(), damaged: Vec::new() };
+        let numbers = storage.generations()?;
+        let mut places = open_places(&mut *storage, &numbers, &mut found);
+        let Some(current) = places.pop() else {
+            return Err(match found.damaged.first() {
+                Some(damage) => StorageError::store("open a store", damage),
+                None => StorageError::store("open a store", "there is no checkpoint in it"),
+            });
+        };
+        let store = Self {
+            storage,
+            current,
+            older: places,
+            job: String::new(),
+            tasks: Vec::new(),
+            chains: Vec::new(),
+            unwritten: Vec::new(),
+            full_bytes: 0,
+            increment_bytes: 0,
+            highest_id: 0,
+        };
+        Ok((store, found))
+    }
+
+    /// Makes durable what was deleted.
+    ///
+    /// # Errors
+    /// Where that is not certain.
+    pub fn flush(&mut self) -> Result<()> {
+        self.current.generation.flush()
+    }
+
+    /// What a completed checkpoint consists of, task by task. Reads headers, no pages.
+    ///
+    /// # Errors
+    /// Where it is missing or damaged.
+    pub fn inspect(&self, checkpoint: u64) -> Result<Vec<TaskReport>> {
+        let place = self.place_of(checkpoint)?;
+        let manifest = self.manifest(checkpoint)?;
+        let reports = manifest.tasks.iter().enumerate().map(|(task, entry)| {
+            let identity = &entry.identity;
+            let mut report = TaskReport {
+                name: format!("{}/{}", identity.operator, identity.index),
+                snapshots: entry.chain.len(),
+                ..TaskReport::default()
+            };
+            for id in &entry.chain {
+                let header = read_header(&*place.generation, task, *id)?;
+                report.memory_bytes = header.memories.iter().map(|(size, _)| size).sum();
+                report.increment_pages = header.memories.iter().map(|(_, pages)| pages).sum();
+                report.stored_pages += report.increment_pages;
+                report.state_bytes = header.state.len() as u64;
+                report.is_drained = header.is_drained;
+            }
+            if identity.has_declared {
+                let loaded = load_chain(&*place.generation, task, &entry.chain)?;
+                report.declared_entries = loaded.declared.len();
+            }
+            Ok(report)
+        });
+        reports.collect()
+    }
+
     /// A generation without a manifest is a compaction that was cut short, or a job that never
     /// completed a checkpoint. Damaged ones stay for whoever wants to look at them.
     fn remove_other_generations(&mut self, found: &Found) {
@@ -190,12 +314,35 @@ impl SnapshotStore {
             return;
         }
         for number in self.storage.generations().unwrap_or_default() {
-            if number != self.number
+            if self.places().all(|place| place.number != number)
                 && let Err(error) = self.storage.remove(number)
             {
                 tracing::warn!(number, %error, "remove a generation that is not needed");
             }
         }
+    }
+
+    fn places(&self) -> impl Iterator<Item = &Place> {
+        self.older.iter().chain([&self.current])
+    }
+
+    /// The generation that holds a completed checkpoint.
+    fn place_of(&self, checkpoint: u64) -> Result<&Place> {
+        self.places().find(|place| place.checkpoints.contains(&checkpoint)).ok_or_else(|| {
+            StorageError::damaged(format!("checkpoint {checkpoint}"), "it is not in the store")
+        })
+    }
+
+    /// True for a checkpoint whose snapshots increments can follow.
+    #[must_use]
+    pub fn is_current(&self, checkpoint: u64) -> bool {
+        self.current.checkpoints.contains(&checkpoint)
+    }
+
+    /// Every checkpoint that is kept, ascending.
+    #[must_use]
+    pub fn checkpoints(&self) -> Vec<u64> {
+        self.places().flat_map(|place| place.checkpoints.iter().copied()).collect()
     }
 
     /// An id above every one that was ever used for a snapshot.
@@ -212,30 +359,51 @@ impl SnapshotStore {
             .map_or_else(|| "memory".to_owned(), |path| path.display().to_string())
     }
 
-    /// A new attempt begins: chains go on from this checkpoint, or anew.
+    /// Tasks begin a new attempt: their chains go on from this checkpoint, or anew.
     ///
     /// # Errors
     /// Where its manifest cannot be read.
-    pub fn begin_attempt(&mut self, restored_from: Option<u64>) -> Result<()> {
-        self.unwritten.clear();
-        self.chains = match restored_from {
-            None => vec![Vec::new(); self.tasks.len()],
-            Some(checkpoint) => {
-                self.read_manifest(checkpoint)?.tasks.into_iter().map(|task| task.chain).collect()
+    pub fn begin_attempt(&mut self, tasks: &[usize], restored_from: Option<u64>) -> Result<()> {
+        self.unwritten.retain(|(task, ..)| !tasks.contains(task));
+        let manifest = restored_from
+            .map(|id| read_manifest(&*self.current.generation, &manifest_key(id)))
+            .transpose()?;
+        for &task in tasks {
+            let entry = manifest.as_ref().and_then(|manifest| manifest.tasks.get(task));
+            self.chains[task] = entry.map_or_else(Vec::new, |entry| entry.chain.clone());
+        }
+        self.delete_unreachable()
+    }
+
+    /// Snapshots that neither a kept checkpoint nor a running task stands on belong to checkpoints
+    /// that will never complete, or to ones that are not kept.
+    fn delete_unreachable(&mut self) -> Result<()> {
+        let mut reachable: BTreeSet<(usize, u64)> = BTreeSet::new();
+        let chains =
+            |task: usize, chain: &[u64]| chain.iter().map(|id| (task, *id)).collect::<Vec<_>>();
+        for (task, chain) in self.chains.iter().enumerate() {
+            reachable.extend(chains(task, chain));
+        }
+        for checkpoint in &self.current.checkpoints {
+            let manifest = read_manifest(&*self.current.generation, &manifest_key(*checkpoint))?;
+            for (task, entry) in manifest.tasks.iter().enumerate() {
+                reachable.extend(chains(task, &entry.chain));
             }
-        };
-        // Snapshots newer than that belong to checkpoints that will never complete.
-        let oldest_leftover = snapshot_prefix(restored_from.map_or(0, |checkpoint| checkpoint + 1));
-        for key in self.current.keys(b"s")? {
-            if oldest_leftover <= key {
-                self.current.delete(&key)?;
+        }
+        for key in self.current.generation.keys(b"s")? {
+            if key_parts(&key).is_none_or(|parts| !reachable.contains(&parts)) {
+                self.current.generation.delete(&key)?;
             }
         }
         Ok(())
     }
 
-    fn read_manifest(&self, checkpoint: u64) -> Result<Manifest> {
-        read_manifest(&*self.current, &manifest_key(checkpoint))
+    /// Reads the manifest of a completed checkpoint.
+    ///
+    /// # Errors
+    /// Where it is missing or damaged.
+    pub fn manifest(&self, checkpoint: u64) -> Result<Manifest> {
+        read_manifest(&*self.place_of(checkpoint)?.generation, &manifest_key(checkpoint))
     }
 
     /// Writes snapshots and flushes once: all of them are durable afterwards, or the error is for
@@ -270,16 +438,29 @@ impl SnapshotStore {
     fn write_all(&mut self, snapshots: &[(usize, u64, Arc<TaskSnapshot>)]) -> Result<Vec<u64>> {
         let highest = snapshots.iter().map(|(_, checkpoint, _)| *checkpoint).max().unwrap_or(0);
         if self.highest_id < highest {
-            self.current.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest.to_be_bytes()))?;
+            self.current
+                .generation
+                .put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest.to_be_bytes()))?;
             self.highest_id = highest;
         }
         let mut bytes = Vec::with_capacity(snapshots.len());
         for (task, checkpoint, snapshot) in snapshots {
             let groups = self.tasks[*task].max_parallelism;
-            bytes.push(write_snapshot(&mut *self.current, *task, *checkpoint, snapshot, groups)?);
+            let generation = &mut *self.current.generation;
+            bytes.push(write_snapshot(generation, *task, *checkpoint, snapshot, groups)?);
         }
-        self.current.flush()?;
+        self.current.generation.flush()?;
         Ok(bytes)
+    }
+
+    /// The state of every task as of a checkpoint that all of them have acked.
+    fn manifest_of(&self, checkpoint: u64, written_at_ms: u64) -> Manifest {
+        let tasks = self.tasks.iter().zip(&self.chains).map(|(identity, chain)| ManifestTask {
+            identity: identity.clone(),
+            // Snapshots of later checkpoints may be there already.
+            chain: chain.iter().copied().filter(|id| *id <= checkpoint).collect(),
+        });
+        Manifest { job: self.job.clone(), checkpoint, written_at_ms, tasks: tasks.collect() }
     }
 
     /// Makes a checkpoint complete: writes the manifest of the chains as they are, and flushes.
@@ -287,62 +468,155 @@ impl SnapshotStore {
     /// # Errors
     /// Where the manifest is known not to be there.
     pub fn complete(&mut self, checkpoint: u64, written_at_ms: u64) -> Result<()> {
-        let tasks = self.tasks.iter().zip(&self.chains).map(|(identity, chain)| ManifestTask {
-            identity: identity.clone(),
-            chain: chain.clone(),
-        });
-        let manifest =
-            Manifest { job: self.job.clone(), checkpoint, written_at_ms, tasks: tasks.collect() };
+        let manifest = self.manifest_of(checkpoint, written_at_ms);
         let key = manifest_key(checkpoint);
         let value = seal(&key, &manifest.encode()?);
-        let written = self.current.put(&key, &value).and_then(|()| self.current.flush());
-        written.map_err(|error| {
-            // A failed write or flush proves nothing: it must not be there, or it is complete.
-            match self.current.delete(&key).and_then(|()| self.current.flush()) {
-                Ok(()) => error,
-                Err(again) => {
-                    StorageError::store("withdraw a manifest", format!("{again}, after {error}"))
-                }
+        let generation = &mut self.current.generation;
+        let written = generation.put(&key, &value).and_then(|()| generation.flush());
+        match written {
+            Ok(()) => {
+                self.current.checkpoints.push(checkpoint);
+                self.current.checkpoints.sort_unstable();
+                Ok(())
             }
-        })
+            // A failed write or flush proves nothing: it must not be there, or it is complete.
+            Err(error) => match generation.delete(&key).and_then(|()| generation.flush()) {
+                Ok(()) => Err(error),
+                Err(again) => Err(StorageError::store(
+                    "withdraw a manifest",
+                    format!("{again}, after {error}"),
+                )),
+            },
+        }
     }
 
-    /// Forgets a completed checkpoint that a newer one has subsumed, and compacts if it is time.
+    /// Writes the state as of a checkpoint that all tasks have acked into a store of its own: one
+    /// generation, every chain merged, nothing outside of it needed.
+    ///
+    /// # Errors
+    /// Where it could not be written; what is there then is no checkpoint.
+    pub fn export(
+        &self,
+        checkpoint: u64,
+        written_at_ms: u64,
+        target: &mut dyn Storage,
+    ) -> Result<u64> {
+        let manifest = self.manifest_of(checkpoint, written_at_ms);
+        let mut generation = target.open(1)?;
+        copy_merged(&*self.current.generation, &manifest, checkpoint, &mut *generation)
+    }
+
+    /// Forgets a completed checkpoint, and compacts if it is time.
     ///
     /// # Errors
     /// The store's; the newest checkpoint is whole all the same.
     pub fn subsume(&mut self, checkpoint: u64, newest: u64) -> Result<()> {
-        self.current.delete(&manifest_key(checkpoint))?;
+        self.delete(checkpoint)?;
         let longest = self.chains.iter().map(Vec::len).max().unwrap_or(0);
-        let is_outgrown = COMPACT_BYTES_MIN.max(2 * self.full_bytes) < self.increment_bytes;
+        let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes) < self.increment_bytes;
         if is_outgrown || CHAIN_LENGTH_MAX < longest {
             self.compact(newest)?;
         }
         Ok(())
     }
 
-    /// Merges the chains of a completed checkpoint into a new generation and removes the old one.
+    /// Removes a completed checkpoint; its generation goes with the last one in it.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn delete(&mut self, checkpoint: u64) -> Result<()> {
+        let key = manifest_key(checkpoint);
+        let is_other = |id: &u64| *id != checkpoint;
+        if self.current.checkpoints.contains(&checkpoint) {
+            self.current.generation.delete(&key)?;
+            self.current.checkpoints.retain(is_other);
+            return Ok(());
+        }
+        let place = self.older.iter_mut().find(|place| place.checkpoints.contains(&checkpoint));
+        let Some(place) = place else { return Ok(()) };
+        place.generation.delete(&key)?;
+        place.generation.flush()?;
+        place.checkpoints.retain(is_other);
+        self.remove_empty_generations()
+    }
+
+    fn remove_empty_generations(&mut self) -> Result<()> {
+        let (empty, kept) =
+            std::mem::take(&mut self.older).into_iter().partition(|p| p.checkpoints.is_empty());
+        self.older = kept;
+        let empty: Vec<Place> = empty;
+        for Place { number, generation, .. } in empty {
+            drop(generation);
+            self.storage.remove(number)?;
+        }
+        Ok(())
+    }
+
+    /// Merges the chains of a completed checkpoint into a new generation. The old one goes, unless
+    /// an older checkpoint in it is kept.
     ///
     /// # Errors
     /// The store's; the old generation is then still there and in use.
     pub fn compact(&mut self, checkpoint: u64) -> Result<()> {
-        let manifest = self.read_manifest(checkpoint)?;
+        let manifest = self.manifest(checkpoint)?;
         // Increments taken since belong to a checkpoint that is still pending: they would be lost.
         let is_settled =
             manifest.tasks.iter().zip(&self.chains).all(|(task, chain)| task.chain == *chain);
         if !is_settled || !self.unwritten.is_empty() {
             return Ok(());
         }
-        let number = self.number + 1;
+        self.begin_generation(|store, next| {
+            let from = &*store.current.generation;
+            copy_merged(from, &manifest, store.highest_id, next).map(|bytes| (checkpoint, bytes))
+        })
+    }
+
+    /// Makes a checkpoint of other tasks, or of another store, the newest of this one: `task`
+    /// gives the whole state of each task.
+    ///
+    /// # Errors
+    /// The store's; what was there before is then still in use.
+    pub fn import(
+        &mut self,
+        checkpoint: u64,
+        written_at_ms: u64,
+        task: impl Fn(usize) -> Result<LoadedTask>,
+    ) -> Result<()> {
+        self.highest_id = self.highest_id.max(checkpoint);
+        self.begin_generation(|store, next| {
+            let chain = || vec![checkpoint];
+            let tasks = store
+                .tasks
+                .iter()
+                .map(|identity| ManifestTask { identity: identity.clone(), chain: chain() });
+            let job = store.job.clone();
+            let manifest = Manifest { job, checkpoint, written_at_ms, tasks: tasks.collect() };
+            let bytes = write_merged(&task, &manifest, store.highest_id, next)?;
+            Ok((checkpoint, bytes))
+        })
+    }
+
+    /// Fills a new generation and goes on in it. `fill` gives the checkpoint that it wrote and its
+    /// bytes.
+    fn begin_generation(
+        &mut self,
+        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(u64, u64)>,
+    ) -> Result<()> {
+        let numbers = self.storage.generations()?;
+        let number = numbers.last().map_or(self.current.number, |last| *last) + 1;
         let mut next = self.storage.open(number)?;
-        match self.copy_merged(&manifest, &mut *next) {
-            Ok(bytes) => {
+        match fill(self, &mut *next) {
+            Ok((checkpoint, bytes)) => {
                 self.full_bytes = bytes;
                 self.increment_bytes = 0;
                 self.chains = vec![vec![checkpoint]; self.tasks.len()];
-                self.current = next;
-                let old = std::mem::replace(&mut self.number, number);
-                self.storage.remove(old)
+                let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
+                let mut old = std::mem::replace(&mut self.current, next);
+                // From here on the new one counts; the same manifest in the old generation would
+                // say nothing else.
+                old.checkpoints.retain(|id| *id != checkpoint);
+                self.older.push(old);
+                self.remove_empty_generations()
             }
             Err(error) => {
                 drop(next);
@@ -352,47 +626,19 @@ impl SnapshotStore {
         }
     }
 
-    fn copy_merged(&self, manifest: &Manifest, next: &mut dyn Generation) -> Result<u64> {
-        let checkpoint = manifest.checkpoint;
-        let mut bytes = 0;
-        next.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &self.highest_id.to_be_bytes()))?;
-        for (task, entry) in manifest.tasks.iter().enumerate() {
-            let merged = merge(self.load_chain(task, &entry.chain)?);
-            bytes +=
-                write_snapshot(next, task, checkpoint, &merged, entry.identity.max_parallelism)?;
-        }
-        next.flush()?;
-        let tasks = manifest
-            .tasks
-            .iter()
-            .map(|task| ManifestTask { identity: task.identity.clone(), chain: vec![checkpoint] });
-        let merged = Manifest { tasks: tasks.collect(), ..manifest.clone() };
-        let key = manifest_key(checkpoint);
-        next.put(&key, &seal(&key, &merged.encode()?))?;
-        next.flush()?;
-        Ok(bytes)
-    }
-
     /// Reads a task's state as of a completed checkpoint.
     ///
     /// # Errors
     /// Where a part of it is missing or damaged.
     pub fn load(&self, task: usize, checkpoint: u64) -> Result<LoadedTask> {
-        let manifest = self.read_manifest(checkpoint)?;
+        let place = self.place_of(checkpoint)?;
+        let manifest = read_manifest(&*place.generation, &manifest_key(checkpoint))?;
         match manifest.tasks.get(task) {
-            Some(entry) => self.load_chain(task, &entry.chain),
+            Some(entry) => load_chain(&*place.generation, task, &entry.chain),
             None => {
                 Err(StorageError::damaged(format!("checkpoint {checkpoint}"), "it has fewer tasks"))
             }
         }
-    }
-
-    fn load_chain(&self, task: usize, chain: &[u64]) -> Result<LoadedTask> {
-        let mut loaded = LoadedTask::default();
-        for checkpoint in chain {
-            read_snapshot(&*self.current, task, *checkpoint, &mut loaded)?;
-        }
-        Ok(loaded)
     }
 
     /// The job has finished: nothing of it is needed any more.
@@ -400,7 +646,7 @@ impl SnapshotStore {
     /// # Errors
     /// Where something is still there.
     pub fn clear(mut self) -> Result<()> {
-        drop(self.current);
+        drop((self.current, self.older));
         for number in self.storage.generations()? {
             self.storage.remove(number)?;
         }
@@ -408,15 +654,63 @@ impl SnapshotStore {
     }
 }
 
-/// The newest manifest of a generation that can be read.
-fn newest_manifest(generation: &dyn Generation, found: &mut Found) -> Result<Option<Manifest>> {
-    for key in generation.keys(b"m")?.iter().rev() {
-        match read_manifest(generation, key) {
-            Ok(manifest) => return Ok(Some(manifest)),
-            Err(error) => found.damaged.push(error.to_string()),
+/// Copies a checkpoint, every chain merged into one full snapshot. Gives the bytes written.
+fn copy_merged(
+    from: &dyn Generation,
+    manifest: &Manifest,
+    highest_id: u64,
+    next: &mut dyn Generation,
+) -> Result<u64> {
+    let load = |task: usize| load_chain(from, task, &manifest.tasks[task].chain);
+    write_merged(&load, manifest, highest_id, next)
+}
+
+/// Writes one full snapshot of every task, flushes, writes the manifest, flushes.
+fn write_merged(
+    load: &dyn Fn(usize) -> Result<LoadedTask>,
+    manifest: &Manifest,
+    highest_id: u64,
+    next: &mut dyn Generation,
+) -> Result<u64> {
+    let checkpoint = manifest.checkpoint;
+    let mut bytes = 0;
+    next.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest_id.to_be_bytes()))?;
+    let mut tasks = Vec::with_capacity(manifest.tasks.len());
+    for (task, entry) in manifest.tasks.iter().enumerate() {
+        let merged = merge(load(task)?);
+        let identity = entry.identity.clone();
+        bytes += write_snapshot(next, task, checkpoint, &merged, identity.max_parallelism)?;
+        tasks.push(ManifestTask { identity, chain: vec![checkpoint] });
+    }
+    next.flush()?;
+    let merged = Manifest { tasks, ..manifest.clone() };
+    let key = manifest_key(checkpoint);
+    next.put(&key, &seal(&key, &merged.encode()?))?;
+    next.flush()?;
+    Ok(bytes)
+}
+
+fn load_chain(generation: &dyn Generation, task: usize, chain: &[u64]) -> Result<LoadedTask> {
+    let mut loaded = LoadedTask::default();
+    for checkpoint in chain {
+        read_snapshot(generation, task, *checkpoint, &mut loaded)?;
+    }
+    Ok(loaded)
+}
+
+/// The manifests of a generation that can be read, ascending; says which cannot.
+fn whole_manifests(
+    generation: &dyn Generation,
+    damaged: &mut Vec<String>,
+) -> Result<Vec<Manifest>> {
+    let mut manifests = Vec::new();
+    for key in generation.keys(b"m")? {
+        match read_manifest(generation, &key) {
+            Ok(manifest) => manifests.push(manifest),
+            Err(error) => damaged.push(error.to_string()),
         }
     }
-    Ok(None)
+    Ok(manifests)
 }
 
 fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
@@ -685,6 +979,7 @@ mod tests {
             max_parallelism: 128,
             digest: Some([1; 16]),
             has_memory: true,
+            has_declared: true,
         }
     }
 
@@ -751,6 +1046,8 @@ mod tests {
         let entries = vec![(b"a".to_vec(), vec![3]), (b"c".to_vec(), vec![2])];
         assert_eq!(contents(&store, 3), (pages.clone(), entries.clone()));
         store.compact(3).expect("compacts");
+        assert_eq!(store.storage.generations().expect("listed"), [1, 2], "1 and 2 are kept");
+        (1..=2).for_each(|id| store.delete(id).expect("deleted"));
         assert_eq!(store.storage.generations().expect("listed"), [2]);
         assert_eq!(contents(&store, 3), (pages.clone(), entries.clone()));
         store.write(vec![(0, 4, snapshot(&[(7, 4)], &[]))]).expect("written");
@@ -764,8 +1061,8 @@ mod tests {
         let mut store = open();
         written(&mut store);
         store.write(vec![(0, 4, snapshot(&[(0, 9)], &[]))]).expect("written");
-        store.begin_attempt(Some(3)).expect("begins");
-        assert!(store.current.keys(&snapshot_prefix(4)).expect("listed").is_empty());
+        store.begin_attempt(&[0], Some(3)).expect("begins");
+        assert!(store.current.generation.keys(&snapshot_prefix(4)).expect("listed").is_empty());
         store.write(vec![(0, 5, snapshot(&[(1, 5)], &[]))]).expect("written");
         store.complete(5, 0).expect("complete");
         assert_eq!(contents(&store, 5).0, BTreeMap::from([(0, 1), (1, 5), (40, 3), (41, 3)]));
@@ -777,15 +1074,15 @@ mod tests {
         let mut store = open();
         written(&mut store);
         let key = value_key(2, 0, KIND_MEMORY, 0);
-        let mut value = store.current.get(&key).expect("readable").expect("there");
+        let mut value = store.current.generation.get(&key).expect("readable").expect("there");
         value[100] ^= 4;
-        store.current.put(&key, &value).expect("written");
+        store.current.generation.put(&key, &value).expect("written");
         let error = store.load(0, 3).expect_err("damaged").to_string();
         assert_eq!(
             error,
             "the snapshot of task 0 for checkpoint 2 is damaged: its checksum is wrong"
         );
-        store.current.delete(&key).expect("deleted");
+        store.current.generation.delete(&key).expect("deleted");
         let error = store.load(0, 3).expect_err("damaged").to_string();
         assert_eq!(
             error,

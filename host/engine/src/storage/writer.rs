@@ -3,12 +3,14 @@
 //! Snapshots that arrive while it is busy are written together and cost one flush.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use cofferdam_core::{
+    checkpoint::AbortReason,
     failure::FailureCause,
     ids::{Attempt, CheckpointId, TaskId},
     job::Event,
@@ -16,14 +18,15 @@ use cofferdam_core::{
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::{
-    StorageError,
+    StorageError, savepoint,
     snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
 };
 
 enum Command {
-    Begin { attempt: Attempt, restored_from: Option<u64> },
+    Begin { slots: Vec<usize>, restored_from: Option<u64> },
     Write(Snapshot),
     Complete(u64),
+    Export { checkpoint: u64, dir: PathBuf },
     Subsume { checkpoint: u64, newest: u64 },
 }
 
@@ -84,9 +87,9 @@ impl StorageHandle {
         self.send(Command::Write(Snapshot { slot, task, attempt, checkpoint, content }));
     }
 
-    /// An attempt begins; what is written from now on is its own.
-    pub(crate) fn begin(&self, attempt: Attempt, restored_from: Option<CheckpointId>) {
-        self.send(Command::Begin { attempt, restored_from: restored_from.map(|id| id.0) });
+    /// Tasks begin a new attempt; what is written for them from now on is its own.
+    pub(crate) fn begin(&self, slots: Vec<usize>, restored_from: Option<CheckpointId>) {
+        self.send(Command::Begin { slots, restored_from: restored_from.map(|id| id.0) });
     }
 
     /// Writes a manifest. Answer: `ManifestDurable` or `ManifestLost`.
@@ -94,7 +97,12 @@ impl StorageHandle {
         self.send(Command::Complete(checkpoint.0));
     }
 
-    /// A completed checkpoint is no longer needed.
+    /// Writes a savepoint into a directory. Answer: `SavepointDurable` or `SavepointLost`.
+    pub(crate) fn export(&self, checkpoint: CheckpointId, dir: PathBuf) {
+        self.send(Command::Export { checkpoint: checkpoint.0, dir });
+    }
+
+    /// A completed checkpoint is no longer needed. Answer: `CheckpointCleaned`.
     pub(crate) fn subsume(&self, checkpoint: CheckpointId, newest: CheckpointId) {
         self.send(Command::Subsume { checkpoint: checkpoint.0, newest: newest.0 });
     }
@@ -162,6 +170,11 @@ fn run(
     }
 }
 
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_millis() as u64)
+}
+
 fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Report) {
     let contents = snapshots
         .iter()
@@ -177,7 +190,8 @@ fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Repo
             }
             Err(error) => {
                 let message = error.to_string();
-                report.event(Event::SnapshotDeclined { task, attempt, checkpoint, message });
+                let reason = AbortReason::SnapshotNotStored { task: Some(task), message };
+                report.event(Event::SnapshotDeclined { task, attempt, checkpoint, reason });
             }
         }
     }
@@ -186,25 +200,31 @@ fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Repo
 fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
     match command {
         Command::Write(_) => {}
-        Command::Begin { attempt, restored_from } => {
-            if let Err(error) = store.begin_attempt(restored_from) {
+        Command::Begin { slots, restored_from } => {
+            if let Err(error) = store.begin_attempt(&slots, restored_from) {
                 let cause = FailureCause::Environment { message: error.to_string() };
-                report.event(Event::TaskFailed { task: None, attempt, cause });
+                report.event(Event::TaskFailed { task: None, cause, lost: None });
             }
         }
         Command::Complete(id) => {
             let checkpoint = CheckpointId(id);
-            let now = SystemTime::now().duration_since(UNIX_EPOCH);
-            let now_ms = now.map_or(0, |since| since.as_millis() as u64);
-            report.event(match store.complete(id, now_ms) {
+            report.event(match store.complete(id, now_ms()) {
                 Ok(()) => Event::ManifestDurable { checkpoint },
                 Err(error) => Event::ManifestLost { checkpoint, message: error.to_string() },
+            });
+        }
+        Command::Export { checkpoint: id, dir } => {
+            let checkpoint = CheckpointId(id);
+            report.event(match savepoint::write(store, id, now_ms(), &dir) {
+                Ok(()) => Event::SavepointDurable { checkpoint },
+                Err(error) => Event::SavepointLost { checkpoint, message: error.to_string() },
             });
         }
         Command::Subsume { checkpoint, newest } => {
             if let Err(error) = store.subsume(checkpoint, newest) {
                 report.warning(format!("reclaim the space of checkpoint {checkpoint}: {error}"));
             }
+            report.event(Event::CheckpointCleaned);
         }
     }
 }

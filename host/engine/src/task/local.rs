@@ -7,16 +7,26 @@
 use std::{
     collections::VecDeque,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use cofferdam_sandbox::Image;
+use cofferdam_sandbox::{Image, Instance};
+use tokio::runtime::Handle;
 
 use crate::storage::snapshot::{LoadedTask, TaskSnapshot};
 
 /// One task's local copy of its state.
-#[derive(Debug, Default)]
-pub(crate) struct TaskLocal(Mutex<Inner>);
+#[derive(Default)]
+pub(crate) struct TaskLocal {
+    inner: Mutex<Inner>,
+    /// The instance of the attempt before, whose memory is still mapped.
+    buried: Mutex<Option<Instance>>,
+    /// Whether there is one: asked once a batch.
+    has_buried: AtomicBool,
+}
 
 /// The state of a task as of a completed checkpoint.
 #[derive(Debug, Default)]
@@ -32,7 +42,30 @@ pub(crate) struct Inner {
 
 impl TaskLocal {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps an instance that has ended until its successor runs.
+    pub(crate) fn bury(&self, instance: Instance) {
+        let mut buried = self.buried.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = buried.replace(instance);
+        self.has_buried.store(true, Ordering::Relaxed);
+        drop(buried);
+        unmap(before);
+    }
+
+    /// The successor runs: now there is time to unmap.
+    pub(crate) fn unmap_buried(&self) {
+        if self.has_buried.load(Ordering::Relaxed) {
+            self.has_buried.store(false, Ordering::Relaxed);
+            unmap(self.buried.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+}
+
+fn unmap(instance: Option<Instance>) {
+    if let (Some(instance), Ok(runtime)) = (instance, Handle::try_current()) {
+        runtime.spawn_blocking(move || drop(instance));
     }
 }
 

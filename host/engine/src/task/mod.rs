@@ -17,11 +17,11 @@ use std::{
 };
 
 use cofferdam_core::{
-    align::{AlignStep, Aligner},
-    checkpoint::Purpose,
+    align::{AlignStep, Barriers},
+    checkpoint::{AbortReason, Purpose},
     failure::FailureCause,
     ids::{Attempt, ChannelId, CheckpointId, TaskId},
-    job::Event,
+    job::{Event, TaskAttempt},
     watermark::{MAX_WATERMARK, Watermarks},
 };
 use cofferdam_sandbox::{Batch, Emission};
@@ -43,6 +43,27 @@ pub(crate) enum Control {
     Complete(CheckpointId, Purpose),
     /// A checkpoint was given up.
     Abort(CheckpointId),
+    /// To the workers of sources: the input ends here.
+    EndInput,
+}
+
+/// Tasks that are being started together; the last one to open reports the start of all.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    workers: AtomicUsize,
+    tasks: Vec<TaskAttempt>,
+}
+
+impl Opening {
+    pub(crate) fn new(workers: usize, tasks: Vec<TaskAttempt>) -> Self {
+        Self { workers: AtomicUsize::new(workers), tasks }
+    }
+
+    fn done(&self, shared: &Shared) {
+        if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            shared.report(Event::TasksStarted { tasks: self.tasks.clone() });
+        }
+    }
 }
 
 /// The failure of one task.
@@ -59,7 +80,7 @@ pub(crate) enum Head {
     /// The chain's first node reads them.
     Source,
     /// Other chains send them; for each channel, the input of the first node it belongs to.
-    Gate { gate: Arc<Gate>, inputs: Vec<u32> },
+    Gate { gate: Arc<Gate>, inputs: Vec<u32>, barriers: Barriers },
 }
 
 /// One chain of one attempt.
@@ -71,8 +92,7 @@ pub(crate) struct Worker {
     pub(crate) nodes: Vec<Node>,
     pub(crate) writers: Vec<Writer>,
     pub(crate) control: mpsc::UnboundedReceiver<Control>,
-    /// Workers that are not open yet; the last one to open reports the start.
-    pub(crate) opening: Arc<AtomicUsize>,
+    pub(crate) opening: Arc<Opening>,
     pub(crate) restore_from: Option<CheckpointId>,
 }
 
@@ -98,17 +118,15 @@ enum Intake {
 impl Worker {
     pub(crate) async fn run(mut self) -> Result<()> {
         let was_drained = self.open().await?;
-        if self.opening.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.shared.report(Event::TasksStarted { attempt: self.attempt });
-        }
+        self.opening.done(&self.shared);
         match &self.head {
             Head::Source => self.run_source(was_drained).await?,
-            Head::Gate { gate, inputs } => {
-                let (gate, inputs) = (gate.clone(), inputs.clone());
-                self.run_gate(&gate, &inputs, was_drained).await?;
+            Head::Gate { gate, inputs, barriers } => {
+                let (gate, inputs, barriers) = (gate.clone(), inputs.clone(), barriers.clone());
+                self.run_gate(&gate, &inputs, barriers, was_drained).await?;
             }
         }
-        for node in self.nodes.drain(..) {
+        for mut node in self.nodes.drain(..) {
             let task = node.task;
             node.close().await.map_err(|cause| TaskFailure { task, cause })?;
             self.shared.report(Event::TaskFinished { task, attempt: self.attempt });
@@ -183,15 +201,20 @@ impl Worker {
         step.map_err(|cause| TaskFailure { task, cause })
     }
 
-    async fn run_gate(&mut self, gate: &Gate, inputs: &[u32], was_drained: bool) -> Result<()> {
-        let mut aligner = Aligner::new(u32::try_from(inputs.len()).unwrap_or(u32::MAX));
+    async fn run_gate(
+        &mut self,
+        gate: &Gate,
+        inputs: &[u32],
+        mut barriers: Barriers,
+        was_drained: bool,
+    ) -> Result<()> {
         let mut watermarks = Watermarks::new(inputs.len());
         let mut ended = 0;
         let mut intake = Intake::Open;
         loop {
             // Between two batches, so that a busy stream does not keep sinks from committing.
             while let Ok(control) = self.control.try_recv() {
-                if self.on_gate_control(control, gate, &mut aligner, &mut intake).await?
+                if self.on_gate_control(control, gate, &mut barriers, &mut intake).await?
                     == Turn::Done
                 {
                     return Ok(());
@@ -206,7 +229,7 @@ impl Worker {
                         biased;
                         control = self.control.recv() => {
                             let Some(control) = control else { return Ok(()) };
-                            if self.on_gate_control(control, gate, &mut aligner, &mut intake).await?
+                            if self.on_gate_control(control, gate, &mut barriers, &mut intake).await?
                                 == Turn::Done
                             {
                                 return Ok(());
@@ -231,7 +254,7 @@ impl Worker {
                     }
                 }
                 Element::Barrier(checkpoint, purpose) => {
-                    self.on_barrier(gate, &mut aligner, channel, checkpoint, purpose).await?;
+                    self.on_barrier(gate, &mut barriers, channel, checkpoint, purpose).await?;
                 }
                 Element::EndOfInput => {
                     ended += 1;
@@ -250,12 +273,12 @@ impl Worker {
     async fn on_barrier(
         &mut self,
         gate: &Gate,
-        aligner: &mut Aligner,
+        barriers: &mut Barriers,
         channel: ChannelId,
         checkpoint: CheckpointId,
         purpose: Purpose,
     ) -> Result<()> {
-        match aligner.on_barrier(channel, checkpoint) {
+        match barriers.on_barrier(channel, checkpoint) {
             AlignStep::Block => gate.block(channel),
             AlignStep::Ignore => {}
             AlignStep::Restart { .. } => {
@@ -274,11 +297,11 @@ impl Worker {
         &mut self,
         control: Control,
         gate: &Gate,
-        aligner: &mut Aligner,
+        barriers: &mut Barriers,
         intake: &mut Intake,
     ) -> Result<Turn> {
         if let Control::Abort(checkpoint) = control
-            && aligner.on_abort(checkpoint)
+            && barriers.on_abort(checkpoint)
         {
             gate.unblock_all();
         }
@@ -307,6 +330,12 @@ impl Worker {
                     *intake = Intake::Open;
                 }
             }
+            Control::EndInput => {
+                if *intake == Intake::Open {
+                    self.drain().await?;
+                    *intake = Intake::Drained;
+                }
+            }
         }
         Ok(Turn::Continue)
     }
@@ -332,7 +361,8 @@ impl Worker {
                     self.shared.storage.write(slot, task, attempt, checkpoint, snapshot);
                 }
                 SnapshotOutcome::Declined(message) => {
-                    let event = Event::SnapshotDeclined { task, attempt, checkpoint, message };
+                    let reason = AbortReason::Declined { task: Some(task), message };
+                    let event = Event::SnapshotDeclined { task, attempt, checkpoint, reason };
                     self.shared.report(event);
                 }
             }

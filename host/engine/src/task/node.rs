@@ -150,6 +150,7 @@ impl Node {
             Work::Operator(operator) => {
                 let emissions = operator.instance()?.process(input, &batch).await;
                 let emissions = emissions.map_err(cause_of)?;
+                self.local.unmap_buried();
                 shared.note_processed(self.task);
                 Ok(emissions)
             }
@@ -226,9 +227,9 @@ impl Node {
         }
     }
 
-    pub(crate) async fn close(self) -> Result<()> {
-        match self.work {
-            Work::Operator(mut operator) => match operator.instance.take() {
+    pub(crate) async fn close(&mut self) -> Result<()> {
+        match &mut self.work {
+            Work::Operator(operator) => match operator.instance.take() {
                 Some(instance) => instance.close().await.map_err(cause_of),
                 None => Ok(()),
             },
@@ -326,13 +327,14 @@ impl OperatorTask {
     }
 }
 
-impl Drop for OperatorTask {
-    /// Unmapping a large memory takes its time, and a restart should not wait for it.
+impl Drop for Node {
+    /// Unmapping a large memory takes its time and holds up whoever maps another meanwhile: a
+    /// restart must not wait for it, so it is put off until the task has recovered.
     fn drop(&mut self) {
-        if let Some(instance) = self.instance.take()
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        if let Work::Operator(operator) = &mut self.work
+            && let Some(instance) = operator.instance.take()
         {
-            runtime.spawn_blocking(move || drop(instance));
+            self.local.bury(instance);
         }
     }
 }

@@ -52,6 +52,7 @@ const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
 const SCAN_WP_MATCHING: u64 = 1;
 const SCAN_CHECK_WPASYNC: u64 = 2;
 
@@ -141,7 +142,9 @@ impl ScanArguments {
         let (category_inverted, category_mask, category_anyof_mask) = match pages {
             Pages::Unprotected => {
                 let anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
-                (PAGE_IS_FILE, PAGE_IS_WRITTEN | PAGE_IS_FILE, anyof)
+                // What is still the file's, or the kernel's page of zeros, was only read.
+                let untouched = PAGE_IS_FILE | PAGE_IS_PFNZERO;
+                (untouched, PAGE_IS_WRITTEN | untouched, anyof)
             }
             Pages::Protected => (0, PAGE_IS_WRITTEN, 0),
         };

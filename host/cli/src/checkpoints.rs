@@ -1,0 +1,226 @@
+//! `cofferdam checkpoints list | inspect | verify | delete`: looks into a state directory or a
+//! savepoint that no job is using.
+
+use std::{
+    fs::{File, TryLockError},
+    path::{Path, PathBuf},
+    time::{Duration, UNIX_EPOCH},
+};
+
+use cofferdam_engine::{
+    problem::{Code, Problem},
+    storage::{
+        manifest::Manifest,
+        sled::SledStorage,
+        snapshot::{Found, SnapshotStore, TaskReport},
+    },
+};
+use serde_json::json;
+
+use crate::{
+    args::{CheckpointsVerb, JobArgument},
+    control::state_dir,
+    report,
+};
+
+pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> {
+    match verb {
+        CheckpointsVerb::List { job } => {
+            let opened = Opened::new(job)?;
+            opened.found.manifests.iter().for_each(|manifest| list(manifest, is_json));
+            opened.warn();
+            Ok(())
+        }
+        CheckpointsVerb::Inspect { job, id } => {
+            let opened = Opened::new(job)?;
+            let manifest = opened.manifest(*id)?;
+            let tasks = opened
+                .store
+                .inspect(manifest.checkpoint)
+                .map_err(|error| opened.damaged(manifest.checkpoint, &error))?;
+            inspect(manifest, &tasks, is_json);
+            Ok(())
+        }
+        CheckpointsVerb::Verify { job } => Opened::new(job)?.verify(is_json),
+        CheckpointsVerb::Delete { job, id } => {
+            let mut opened = Opened::new(job)?;
+            let id = opened.manifest(Some(*id))?.checkpoint;
+            let deleted = opened.store.delete(id).and_then(|()| opened.store.flush());
+            deleted.map_err(|error| opened.damaged(id, &error))?;
+            match is_json {
+                true => report::line(&json!({ "deleted": id })),
+                false => println!("deleted checkpoint {id}"),
+            }
+            Ok(())
+        }
+    }
+}
+
+struct Opened {
+    dir: PathBuf,
+    store: SnapshotStore,
+    found: Found,
+    /// Held as long as the store is open: a run must not begin meanwhile.
+    _lock: Option<File>,
+}
+
+impl Opened {
+    fn new(job: &JobArgument) -> Result<Self, Problem> {
+        let dir = state_dir(job)?;
+        let lock = lock(&dir)?;
+        let storage = Box::new(SledStorage::new(dir.clone()));
+        let (store, found) = SnapshotStore::open_existing(storage).map_err(|error| {
+            Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display()))
+                .detail(error)
+                .hint("name a state directory, a savepoint, or the manifest of a job that has run")
+        })?;
+        Ok(Self { dir, store, found, _lock: lock })
+    }
+
+    /// The checkpoint with this id, or the newest.
+    fn manifest(&self, id: Option<u64>) -> Result<&Manifest, Problem> {
+        let mut manifests = self.found.manifests.iter();
+        let found = match id {
+            Some(id) => manifests.find(|manifest| manifest.checkpoint == id),
+            None => manifests.next_back(),
+        };
+        found.ok_or_else(|| {
+            let known: Vec<String> =
+                self.found.manifests.iter().map(|found| found.checkpoint.to_string()).collect();
+            let what = id.map_or("no checkpoint".to_owned(), |id| format!("no checkpoint {id}"));
+            Problem::new(Code::BadValue, format!("there is {what} in {}", self.dir.display()))
+                .hint(format!("there are: {}", known.join(", ")))
+        })
+    }
+
+    fn damaged(&self, id: u64, error: &dyn std::fmt::Display) -> Problem {
+        let message = format!("checkpoint {id} in {} is damaged", self.dir.display());
+        Problem::new(Code::StoreDamaged, message).detail(error)
+    }
+
+    fn warn(&self) {
+        for damage in &self.found.damaged {
+            eprintln!("warning: {damage}");
+        }
+    }
+
+    fn verify(&self, is_json: bool) -> Result<(), Problem> {
+        let mut damages = self.found.damaged.clone();
+        for manifest in &self.found.manifests {
+            let id = manifest.checkpoint;
+            let mut bytes = 0;
+            let mut read = (0..manifest.tasks.len()).map(|task| self.store.load(task, id));
+            let whole = read.try_for_each(|loaded| loaded.map(|loaded| bytes += loaded.bytes));
+            if let Err(error) = &whole {
+                damages.push(format!("checkpoint {id}: {error}"));
+            }
+            match is_json {
+                true => report::line(&json!({
+                    "checkpoint": id,
+                    "whole": whole.is_ok(),
+                    "bytes_read": bytes,
+                    "error": whole.err().map(|error| error.to_string()),
+                })),
+                false => match whole {
+                    Ok(()) => println!("checkpoint {id}: whole, {} read", report::bytes(bytes)),
+                    Err(error) => println!("checkpoint {id}: damaged: {error}"),
+                },
+            }
+        }
+        if damages.is_empty() {
+            return Ok(());
+        }
+        let problem = Problem::new(
+            Code::StoreDamaged,
+            format!("{} is damaged in {} places", self.dir.display(), damages.len()),
+        );
+        Err(damages
+            .iter()
+            .fold(problem, Problem::detail)
+            .hint("a run goes on from the newest whole checkpoint and says what it leaves out"))
+    }
+}
+
+fn lock(dir: &Path) -> Result<Option<File>, Problem> {
+    // A savepoint has none, and needs none.
+    let Ok(file) = File::open(dir.join("LOCK")) else { return Ok(None) };
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(Problem::new(
+            Code::StateInUse,
+            format!("a run is using the state directory {}", dir.display()),
+        )
+        .hint("wait for it to end, or take a savepoint of it and look into that")),
+        Err(TryLockError::Error(error)) => {
+            Err(Problem::new(Code::StateUnusable, format!("{} cannot be locked", dir.display()))
+                .detail(error))
+        }
+    }
+}
+
+fn age(manifest: &Manifest) -> String {
+    let written = UNIX_EPOCH + Duration::from_millis(manifest.written_at_ms);
+    match written.elapsed() {
+        Ok(age) if manifest.written_at_ms != 0 => {
+            format!("{} ago", indicatif::HumanDuration(age))
+        }
+        _ => "at an unknown time".to_owned(),
+    }
+}
+
+fn list(manifest: &Manifest, is_json: bool) {
+    let (id, tasks) = (manifest.checkpoint, manifest.tasks.len());
+    match is_json {
+        true => report::line(&json!({
+            "checkpoint": id,
+            "job": manifest.job,
+            "tasks": tasks,
+            "written_at_ms": manifest.written_at_ms,
+        })),
+        false => {
+            println!("checkpoint {id} of \"{}\": {tasks} tasks, {}", manifest.job, age(manifest));
+        }
+    }
+}
+
+fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
+    if is_json {
+        let rows: Vec<_> = tasks
+            .iter()
+            .map(|task| {
+                json!({
+                    "task": task.name,
+                    "snapshots": task.snapshots,
+                    "memory_bytes": task.memory_bytes,
+                    "stored_pages": task.stored_pages,
+                    "increment_pages": task.increment_pages,
+                    "declared_entries": task.declared_entries,
+                    "state_bytes": task.state_bytes,
+                    "drained": task.is_drained,
+                })
+            })
+            .collect();
+        return report::line(&json!({
+            "checkpoint": manifest.checkpoint,
+            "job": manifest.job,
+            "written_at_ms": manifest.written_at_ms,
+            "tasks": rows,
+        }));
+    }
+    list(manifest, false);
+    println!(
+        "  {:<16} {:>9} {:>11} {:>11} {:>11} {:>9}",
+        "task", "snapshots", "memory", "stored", "last", "entries"
+    );
+    for task in tasks {
+        println!(
+            "  {:<16} {:>9} {:>11} {:>11} {:>11} {:>9}",
+            task.name,
+            task.snapshots,
+            report::bytes(task.memory_bytes),
+            report::bytes(task.stored_pages * 4096),
+            report::bytes(task.increment_pages * 4096),
+            task.declared_entries,
+        );
+    }
+}

@@ -1,0 +1,315 @@
+//! `cofferdam explain`: what runs together, what restarts if a task fails, and when. Asks the code
+//! that decides in a running job; opens no component.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cofferdam_core::{
+    failover::{
+        FailoverStrategy, RestartReason, Situation, tasks_to_restart,
+        topology::{PartitionId, Topology},
+    },
+    graph::JobGraph,
+    ids::{Millis, OperatorId, TaskId},
+    random::Random,
+    restart::{RestartState, RestartStrategy},
+};
+use cofferdam_engine::{
+    problem::{Code, Problem},
+    spec::{JobSpec, partitioner_name, restart_of},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    args::{ExplainArguments, ExplainVerb, FailoverArguments, RestartsArguments},
+    report,
+};
+
+pub(crate) fn run(arguments: &ExplainArguments, is_json: bool) -> Result<(), Problem> {
+    match (&arguments.verb, &arguments.manifest) {
+        (Some(ExplainVerb::Failover(arguments)), _) => failover(arguments, is_json),
+        (Some(ExplainVerb::Restarts(arguments)), _) => restarts(arguments, is_json),
+        (None, Some(manifest)) => {
+            let spec = JobSpec::read(manifest)?;
+            let names = Names::new(&spec.graph);
+            let topology = Topology::new(&spec.graph);
+            match is_json {
+                true => report::line(&json!({
+                    "job": spec.name,
+                    "strategy": spec.failover.name(),
+                    "regions": names.regions(&topology),
+                    "edges": edges(&spec),
+                })),
+                false => {
+                    draw_graph(&spec);
+                    draw_regions(&names, &topology, &BTreeMap::new());
+                }
+            }
+            Ok(())
+        }
+        (None, None) => Err(Problem::new(Code::MissingKey, "name the job's manifest")
+            .hint("for example `cofferdam explain job.toml`")),
+    }
+}
+
+/// Tasks as people write them: `count/1`.
+struct Names<'g>(&'g JobGraph);
+
+impl<'g> Names<'g> {
+    fn new(graph: &'g JobGraph) -> Self {
+        Self(graph)
+    }
+
+    fn sorted(&self, tasks: impl Iterator<Item = TaskId>) -> Vec<String> {
+        let names: BTreeSet<String> = tasks.map(|task| self.0.task_name(task)).collect();
+        names.into_iter().collect()
+    }
+
+    fn regions(&self, topology: &Topology) -> Vec<Vec<String>> {
+        let mut regions: Vec<_> =
+            topology.regions().iter().map(|region| self.sorted(region.iter().copied())).collect();
+        regions.sort();
+        regions
+    }
+
+    fn operator(&self, name: &str) -> Result<OperatorId, Problem> {
+        let found = self.0.operators().find(|(_, operator)| operator.name == name);
+        found.map(|(id, _)| id).ok_or_else(|| {
+            let known: Vec<&str> =
+                self.0.operators().map(|(_, operator)| operator.name.as_str()).collect();
+            Problem::new(Code::BadValue, format!("there is no operator \"{name}\""))
+                .hint(format!("there are: {}", known.join(", ")))
+        })
+    }
+
+    fn task(&self, text: &str) -> Result<TaskId, Problem> {
+        let parts = text
+            .rsplit_once('/')
+            .and_then(|(name, index)| Some((name, index.parse::<u32>().ok()?)));
+        let Some((name, index)) = parts else {
+            return Err(Problem::new(Code::BadValue, format!("\"{text}\" is not a task"))
+                .hint("a task is an operator and an index from 0, for example count/1"));
+        };
+        let operator = self.operator(name)?;
+        let parallelism = self.0.operator(operator).parallelism;
+        if parallelism <= index {
+            let message = format!("\"{name}\" has {parallelism} tasks, so there is no {text}");
+            return Err(Problem::new(Code::BadValue, message)
+                .hint(format!("the last one is {name}/{}", parallelism - 1)));
+        }
+        Ok(TaskId { operator, index })
+    }
+
+    /// `v1/0->v4`: what v1/0 produces for v4, by every edge between them.
+    fn partitions(&self, text: &str) -> Result<Vec<PartitionId>, Problem> {
+        let Some((producer, consumer)) = text.split_once("->") else {
+            return Err(Problem::new(Code::BadValue, format!("\"{text}\" is not a partition"))
+                .hint("a partition is a task and who reads it, for example count/1->out"));
+        };
+        let producer = self.task(producer.trim())?;
+        let consumer = self.operator(consumer.trim())?;
+        let edges = self.0.edges().iter().enumerate();
+        let found: Vec<PartitionId> = edges
+            .filter(|(_, edge)| edge.from == producer.operator && edge.to == consumer)
+            .map(|(edge, _)| PartitionId { edge, producer })
+            .collect();
+        match found.is_empty() {
+            true => Err(Problem::new(Code::BadValue, format!("there is no edge for {text}"))
+                .hint("`cofferdam explain JOB.toml` lists the edges")),
+            false => Ok(found),
+        }
+    }
+}
+
+/// Flink's execution states.
+const STATES: &[&str] = &[
+    "CREATED",
+    "SCHEDULED",
+    "DEPLOYING",
+    "INITIALIZING",
+    "RUNNING",
+    "FINISHED",
+    "CANCELING",
+    "CANCELED",
+    "FAILED",
+];
+
+fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem> {
+    let spec = JobSpec::read(&arguments.manifest)?;
+    let graph = &spec.graph;
+    let names = Names::new(graph);
+    let topology = Topology::new(graph);
+    let failed = names.task(&arguments.fail)?;
+    let mut lost = Vec::new();
+    for partition in arguments.lost.iter().chain(&arguments.unavailable) {
+        lost.extend(names.partitions(partition)?);
+    }
+    let mut created = Vec::new();
+    for text in &arguments.state {
+        let (task, state) = text.split_once('=').unwrap_or((text, ""));
+        let task = names.task(task)?;
+        if !STATES.contains(&state) {
+            let message = format!("\"{state}\" is not an execution state");
+            return Err(Problem::new(Code::BadValue, message)
+                .detail(format!("in --state {text}"))
+                .hint(format!("one of {}", STATES.join(", "))));
+        }
+        if state == "CREATED" {
+            created.push(task);
+        }
+    }
+    let situation = Situation {
+        is_lost: &|partition| lost.contains(&partition),
+        is_created: &|task| created.contains(&task),
+    };
+    let restart = tasks_to_restart(spec.failover, &topology, failed, situation);
+    let because: BTreeMap<String, String> = restart
+        .iter()
+        .map(|(task, reason)| (graph.task_name(*task), words(graph, *reason)))
+        .collect();
+    if is_json {
+        report::line(&json!({
+            "strategy": spec.failover.name(),
+            "regions": names.regions(&topology),
+            "restart": because.keys().collect::<Vec<_>>(),
+            "because": because,
+        }));
+        return Ok(());
+    }
+    let all = graph.tasks().len();
+    println!(
+        "if {} fails, {} of {all} tasks restart (failover-strategy: {})\n",
+        arguments.fail,
+        because.len(),
+        spec.failover.name()
+    );
+    if spec.failover == FailoverStrategy::Region {
+        draw_regions(&names, &topology, &because);
+        println!();
+    }
+    for (task, reason) in &because {
+        println!("  {task:<16} {reason}");
+    }
+    Ok(())
+}
+
+fn words(graph: &JobGraph, reason: RestartReason) -> String {
+    match reason {
+        RestartReason::Failed => "it failed".to_owned(),
+        RestartReason::EveryTask => "every task restarts".to_owned(),
+        RestartReason::SameRegion { as_task } => {
+            format!("it is in the region of {}", graph.task_name(as_task))
+        }
+        RestartReason::ProducesLost { partition, reader } => format!(
+            "it produces {}->{}, which {} must read and which is not available",
+            graph.task_name(partition.producer),
+            graph.operator(graph.edges()[partition.edge].to).name,
+            graph.task_name(reader)
+        ),
+        RestartReason::ReadsFrom { producer } => {
+            format!("it reads what {} produces", graph.task_name(producer))
+        }
+    }
+}
+
+fn edges(spec: &JobSpec) -> Vec<Value> {
+    let name = |id| spec.graph.operator(id).name.as_str();
+    let edge = |edge: &cofferdam_core::graph::Edge| {
+        json!({
+            "from": name(edge.from),
+            "to": name(edge.to),
+            "partition": partitioner_name(edge.partitioner),
+            "exchange": edge.exchange.name(),
+            "chained": spec.graph.is_chained(edge),
+        })
+    };
+    spec.graph.edges().iter().map(edge).collect()
+}
+
+fn draw_graph(spec: &JobSpec) {
+    println!("job \"{}\", failover-strategy: {}\n", spec.name, spec.failover.name());
+    for (id, operator) in spec.graph.operators() {
+        println!("{} x{}", operator.name, operator.parallelism);
+        for edge in spec.graph.outputs(id) {
+            let arrow = if edge.exchange.must_be_pipelined() { "-->" } else { "==>" };
+            let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
+            println!(
+                "  {arrow} {} ({}, {}{chained})",
+                spec.graph.operator(edge.to).name,
+                partitioner_name(edge.partitioner),
+                edge.exchange.name(),
+            );
+        }
+    }
+    println!();
+}
+
+/// Regions as boxes; those that restart are marked.
+fn draw_regions(names: &Names<'_>, topology: &Topology, restarting: &BTreeMap<String, String>) {
+    for (number, region) in names.regions(topology).iter().enumerate() {
+        let is_restarting = region.iter().any(|task| restarting.contains_key(task));
+        let mark = if is_restarting { "  restarts" } else { "" };
+        println!("+- region {} ({} tasks){mark}", number + 1, region.len());
+        for line in region.chunks(8) {
+            println!("|  {}", line.join("  "));
+        }
+        println!("+-");
+    }
+}
+
+fn strategy_words(strategy: &RestartStrategy) -> String {
+    match strategy {
+        RestartStrategy::None => "none: the first failure ends the job".to_owned(),
+        RestartStrategy::FixedDelay { attempts, delay_ms } => {
+            format!("fixed-delay: {attempts} restarts, {delay_ms} ms after each failure")
+        }
+        RestartStrategy::FailureRate { failures_per_interval_max, interval_ms, delay_ms } => {
+            format!(
+                "failure-rate: up to {failures_per_interval_max} failures within {interval_ms} ms, \
+                 {delay_ms} ms after each"
+            )
+        }
+        RestartStrategy::ExponentialDelay(settings) => format!(
+            "exponential-delay: {} to {} ms, times {} each, jitter {}, from the beginning after {} ms{}",
+            settings.initial_backoff_ms,
+            settings.backoff_ms_max,
+            settings.backoff_multiplier,
+            settings.jitter_factor,
+            settings.reset_threshold_ms,
+            settings.attempts_max.map_or(String::new(), |max| format!(", {max} restarts at most")),
+        ),
+    }
+}
+
+fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem> {
+    let strategy = match &arguments.manifest {
+        Some(manifest) => JobSpec::read(manifest)?.restart,
+        None => restart_of(&arguments.set)?,
+    };
+    if !arguments.failures.is_sorted() {
+        return Err(Problem::new(Code::BadValue, "the times of --failures must ascend")
+            .hint("they are milliseconds since the start, for example 0,500,2000"));
+    }
+    let mut state = RestartState::new(strategy.clone());
+    let mut random = Random::new(arguments.seed);
+    if !is_json {
+        println!("{}\n", strategy_words(&strategy));
+    }
+    for &at_ms in &arguments.failures {
+        let verdict = state.on_failure(Millis(at_ms), &mut random);
+        if is_json {
+            report::line(&json!({
+                "at_ms": at_ms,
+                "new_attempt": verdict.is_new_attempt,
+                "can_restart": verdict.can_restart,
+                "backoff_ms": verdict.backoff_ms,
+            }));
+            continue;
+        }
+        let attempt = if verdict.is_new_attempt { "a new attempt" } else { "the same attempt" };
+        match verdict.can_restart {
+            true => println!("{at_ms:>10} ms  restart after {} ms, {attempt}", verdict.backoff_ms),
+            false => println!("{at_ms:>10} ms  the job fails"),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! The local socket of a running job: `savepoint`, `stop` and `cancel` talk to `run` through it.
+//!
+//! It lies in the job's state directory, in a folder that only its owner may enter. A request is a
+//! line of JSON, and so is its answer.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{DirBuilderExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use cofferdam_engine::{
+    control::JobHandle,
+    problem::{Code, Problem},
+};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+};
+
+const FOLDER: &str = "control";
+const SOCKET: &str = "socket";
+
+/// What can be asked of a running job.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub(crate) enum Request {
+    /// A savepoint in a new folder of `target`.
+    Savepoint { target: Option<PathBuf> },
+    /// A savepoint, and the end of the job.
+    Stop { target: Option<PathBuf>, drain: bool },
+    /// The end of the job at once.
+    Cancel,
+}
+
+/// The answer.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Answer {
+    /// The savepoint and where it is.
+    Saved { savepoint: PathBuf, checkpoint: u64 },
+    /// It will be done.
+    Accepted { accepted: bool },
+    /// Why not.
+    Refused { error: String },
+}
+
+/// A listening socket, which is removed when the job ends.
+pub(crate) struct Server {
+    listener: UnixListener,
+    _folder: Folder,
+}
+
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // The next run makes it anew.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Server {
+    /// Listens in a state directory, which this process has locked.
+    pub(crate) fn bind(state_dir: &Path) -> io::Result<Self> {
+        let folder = state_dir.join(FOLDER);
+        match fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        DirBuilder::new().mode(0o700).create(&folder)?;
+        let listener = UnixListener::bind(short_path(&File::open(&folder)?))?;
+        fs::set_permissions(folder.join(SOCKET), fs::Permissions::from_mode(0o600))?;
+        Ok(Self { listener, _folder: Folder(folder) })
+    }
+
+    /// Answers requests until it is dropped.
+    pub(crate) async fn serve(self, job: JobHandle, name: String, default: Option<PathBuf>) {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let (job, name, default) = (job.clone(), name.clone(), default.clone());
+                    tokio::spawn(async move {
+                        if let Err(error) = converse(stream, job, &name, default).await {
+                            tracing::debug!(%error, "a request on the control socket");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the control socket is closed");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Addresses of sockets have at most 107 bytes, and directories may be longer: the folder is named
+/// by its descriptor.
+fn short_path(folder: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
+}
+
+async fn converse(
+    stream: UnixStream,
+    job: JobHandle,
+    name: &str,
+    default: Option<PathBuf>,
+) -> io::Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    BufReader::new(reader).read_line(&mut line).await?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => answer(request, &job, name, default).await,
+        Err(error) => Answer::Refused { error: format!("not a request: {error}") },
+    };
+    let mut text = serde_json::to_string(&answer)?;
+    text.push('\n');
+    writer.write_all(text.as_bytes()).await
+}
+
+async fn answer(request: Request, job: &JobHandle, name: &str, default: Option<PathBuf>) -> Answer {
+    let (target, stop) = match request {
+        Request::Cancel => {
+            job.cancel();
+            return Answer::Accepted { accepted: true };
+        }
+        Request::Savepoint { target } => (target, None),
+        Request::Stop { target, drain } => (target, Some(drain)),
+    };
+    let Some(target) = target.or(default) else {
+        let error = "there is no place for the savepoint: give --savepoint-path DIR, \
+                     or set execution.checkpointing.savepoint-dir"
+            .to_owned();
+        return Answer::Refused { error };
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
+    let dir = target.join(format!("savepoint-{name}-{now:x}"));
+    let saved = match stop {
+        None => job.savepoint(dir.clone()).await,
+        Some(drain) => job.stop_with_savepoint(dir.clone(), drain).await,
+    };
+    match saved {
+        Ok(checkpoint) => Answer::Saved { savepoint: dir, checkpoint },
+        Err(error) => Answer::Refused { error },
+    }
+}
+
+/// Asks the job that runs in a state directory.
+pub(crate) async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, Problem> {
+    let not_running = |detail: String| {
+        Problem::new(Code::NotRunning, format!("no job runs in {}", state_dir.display()))
+            .detail(detail)
+            .hint(
+                "name the manifest or the state directory of a job that `cofferdam run` is running",
+            )
+    };
+    let failed = |error: io::Error| not_running(error.to_string());
+    let folder = File::open(state_dir.join(FOLDER)).map_err(failed)?;
+    let mut stream = UnixStream::connect(short_path(&folder)).await.map_err(failed)?;
+    let mut text = serde_json::to_string(request)
+        .map_err(|error| Problem::new(Code::HostBug, error.to_string()))?;
+    text.push('\n');
+    stream.write_all(text.as_bytes()).await.map_err(failed)?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).await.map_err(failed)?;
+    serde_json::from_str(&line).map_err(|_| not_running("it ended without an answer".to_owned()))
+}

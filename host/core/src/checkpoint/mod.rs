@@ -1,0 +1,592 @@
+//! Decides when a checkpoint is triggered, when it is complete, and what its failure costs.
+//!
+//! Semantics are those of Flink's `CheckpointCoordinator` (2.0): the first tick falls at random
+//! between the pause and the interval, later ones at a fixed rate; requests queue where too many
+//! checkpoints are pending; the pause counts from the last *completion*; a checkpoint is complete
+//! once its manifest is durable, and ends the pending ones that are older.
+//!
+//! **Invariant:** between "every task has acked" and "the manifest's fate is known" a checkpoint
+//! is in doubt, and whoever wants a restore point has to wait ([`Coordinator::is_in_doubt`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    ids::{CheckpointId, Millis, TaskId},
+    random::Random,
+};
+
+pub mod failures;
+pub mod request;
+pub mod retained;
+pub mod retention;
+
+use self::{
+    failures::{FailureCounter, FailureWeight},
+    request::{Choice, Load, QUEUE_MAX, Request, RequestQueue},
+    retained::{Kind, Retained},
+};
+
+/// When checkpoints are taken and how many may fail. Durations in milliseconds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointSettings {
+    /// The base period; `None` takes no periodic checkpoints.
+    pub interval_ms: Option<u64>,
+    /// From the completion of one checkpoint to the next periodic trigger. Flink's default: 0.
+    pub min_pause_ms: u64,
+    /// From the trigger to the last ack; then the checkpoint has expired. Flink's default: 10 min.
+    pub timeout_ms: u64,
+    /// Checkpoints that may be pending at once. Flink's default: 1.
+    pub concurrent_max: usize,
+    /// Consecutive failures that do not yet fail the job; `None`: any number. Flink's default: 0.
+    pub tolerable_failures: Option<u32>,
+    /// Completed checkpoints that are kept. Flink's default: 1.
+    pub retained_max: usize,
+}
+
+impl Default for CheckpointSettings {
+    fn default() -> Self {
+        Self {
+            interval_ms: None,
+            min_pause_ms: 0,
+            timeout_ms: 600_000,
+            concurrent_max: 1,
+            tolerable_failures: Some(0),
+            retained_max: 1,
+        }
+    }
+}
+
+/// Why a checkpoint was given up, or a request for one refused. Flink's
+/// `CheckpointFailureReason`, as far as it can happen on one machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AbortReason {
+    /// Before it began: more requests wait than may.
+    TooManyRequests,
+    /// Before it began: the pause since the last completed checkpoint is not over.
+    MinimumTimeBetweenCheckpoints,
+    /// Before it began: the job is about to end, and takes its last one instead.
+    PeriodicSchedulerShutdown,
+    /// Before it began: tasks are being started or have ended.
+    NotAllTasksRunning,
+    /// It could not be begun.
+    Io {
+        /// The environment's reason.
+        message: String,
+    },
+    /// A task's snapshot could not be stored.
+    SnapshotNotStored {
+        /// The task.
+        task: Option<TaskId>,
+        /// The storage's reason.
+        message: String,
+    },
+    /// Not every task had acked within the timeout.
+    Expired,
+    /// A newer checkpoint is complete.
+    Subsumed,
+    /// A task could not take its snapshot.
+    Declined {
+        /// The task that could not.
+        task: Option<TaskId>,
+        /// Its reason.
+        message: String,
+    },
+    /// The manifest, or the savepoint, could not be made durable.
+    NotFinalized {
+        /// The storage's reason.
+        message: String,
+    },
+    /// The job ends.
+    CoordinatorShutdown,
+    /// The job is not running any more, so what waited is dropped.
+    CoordinatorSuspend,
+    /// Tasks are restarted.
+    FailoverRegion,
+}
+
+impl AbortReason {
+    /// True for the five that `tolerable-failed-checkpoints` counts.
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        match self {
+            Self::Io { .. }
+            | Self::SnapshotNotStored { .. }
+            | Self::Expired
+            | Self::Declined { .. }
+            | Self::NotFinalized { .. } => true,
+            Self::TooManyRequests
+            | Self::MinimumTimeBetweenCheckpoints
+            | Self::PeriodicSchedulerShutdown
+            | Self::NotAllTasksRunning
+            | Self::Subsumed
+            | Self::CoordinatorShutdown
+            | Self::CoordinatorSuspend
+            | Self::FailoverRegion => false,
+        }
+    }
+
+    /// The reason's name in machine-readable output: Flink's.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::TooManyRequests => "TOO_MANY_CHECKPOINT_REQUESTS",
+            Self::MinimumTimeBetweenCheckpoints => "MINIMUM_TIME_BETWEEN_CHECKPOINTS",
+            Self::PeriodicSchedulerShutdown => "PERIODIC_SCHEDULER_SHUTDOWN",
+            Self::NotAllTasksRunning => "NOT_ALL_REQUIRED_TASKS_RUNNING",
+            Self::Io { .. } => "IO_EXCEPTION",
+            Self::SnapshotNotStored { .. } => "CHECKPOINT_ASYNC_EXCEPTION",
+            Self::Expired => "CHECKPOINT_EXPIRED",
+            Self::Subsumed => "CHECKPOINT_SUBSUMED",
+            Self::Declined { .. } => "CHECKPOINT_DECLINED",
+            Self::NotFinalized { .. } => "FINALIZE_CHECKPOINT_FAILURE",
+            Self::CoordinatorShutdown => "CHECKPOINT_COORDINATOR_SHUTDOWN",
+            Self::CoordinatorSuspend => "CHECKPOINT_COORDINATOR_SUSPEND",
+            Self::FailoverRegion => "JOB_FAILOVER_REGION",
+        }
+    }
+
+    /// The task that it is about, if it is one's.
+    #[must_use]
+    pub fn task(&self) -> Option<TaskId> {
+        match self {
+            Self::SnapshotNotStored { task, .. } | Self::Declined { task, .. } => *task,
+            _ => None,
+        }
+    }
+
+    /// The reason for people; the task is named by the caller.
+    #[must_use]
+    pub fn message(&self) -> String {
+        match self {
+            Self::TooManyRequests => "too many requests for checkpoints wait".to_owned(),
+            Self::MinimumTimeBetweenCheckpoints => {
+                "the pause since the last completed checkpoint is not over".to_owned()
+            }
+            Self::PeriodicSchedulerShutdown => "the job takes its last checkpoint".to_owned(),
+            Self::NotAllTasksRunning => "not all tasks are running".to_owned(),
+            Self::Io { message } => format!("it could not be begun: {message}"),
+            Self::SnapshotNotStored { message, .. } => {
+                format!("its snapshot was not stored: {message}")
+            }
+            Self::Expired => "not every task acked within the timeout".to_owned(),
+            Self::Subsumed => "a newer checkpoint is complete".to_owned(),
+            Self::Declined { message, .. } => format!("declined: {message}"),
+            Self::NotFinalized { message } => format!("it was not finalized: {message}"),
+            Self::CoordinatorShutdown => "the job ends".to_owned(),
+            Self::CoordinatorSuspend => "the job is not running".to_owned(),
+            Self::FailoverRegion => "tasks were restarted".to_owned(),
+        }
+    }
+}
+
+/// What a savepoint is taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SavepointPurpose {
+    /// The job goes on.
+    Keep,
+    /// The job ends with it.
+    Stop,
+}
+
+/// What a checkpoint is, by who wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trigger {
+    /// The timer.
+    Checkpoint,
+    /// Somebody who waits for the answer under this ticket.
+    Savepoint {
+        /// Names the request in the answer.
+        ticket: u64,
+        /// Whether the job ends with it.
+        purpose: SavepointPurpose,
+    },
+    /// The job itself, whose inputs have ended or who was asked to stop.
+    Last,
+}
+
+impl Trigger {
+    /// The ticket of a savepoint.
+    #[must_use]
+    pub fn ticket(self) -> Option<u64> {
+        match self {
+            Self::Savepoint { ticket, .. } => Some(ticket),
+            Self::Checkpoint | Self::Last => None,
+        }
+    }
+
+    /// How tasks treat its barrier.
+    #[must_use]
+    pub fn purpose(self) -> Purpose {
+        match self {
+            Self::Checkpoint => Purpose::Periodic,
+            Self::Savepoint { purpose: SavepointPurpose::Keep, .. } => Purpose::Savepoint,
+            Self::Savepoint { purpose: SavepointPurpose::Stop, .. } | Self::Last => Purpose::Last,
+        }
+    }
+
+    fn kind(self) -> Kind {
+        match self {
+            Self::Checkpoint | Self::Last => Kind::Checkpoint,
+            Self::Savepoint { purpose: SavepointPurpose::Keep, .. } => Kind::Savepoint,
+            Self::Savepoint { purpose: SavepointPurpose::Stop, .. } => Kind::StopSavepoint,
+        }
+    }
+}
+
+/// What a checkpoint means to the tasks that take it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// One of many.
+    Periodic,
+    /// For a savepoint: nothing is committed when it is complete.
+    Savepoint,
+    /// The job ends with it: sources send nothing behind its barrier.
+    Last,
+}
+
+/// What the coordinator has decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Send barriers.
+    Begin {
+        /// The new checkpoint.
+        checkpoint: CheckpointId,
+        /// Who wants it.
+        trigger: Trigger,
+    },
+    /// Every task has acked: make it durable.
+    Persist {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// Who wants it.
+        trigger: Trigger,
+    },
+    /// It will never be complete.
+    Aborted {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// Who wanted it.
+        trigger: Trigger,
+        /// Why.
+        reason: AbortReason,
+    },
+    /// A request will never begin.
+    Refused {
+        /// What was wanted.
+        trigger: Trigger,
+        /// Why not.
+        reason: AbortReason,
+    },
+    /// It is complete; tasks are told unless it is a savepoint.
+    Completed {
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// Who wanted it.
+        trigger: Trigger,
+    },
+    /// A completed checkpoint is not kept any more.
+    Subsumed {
+        /// That checkpoint.
+        checkpoint: CheckpointId,
+    },
+    /// More checkpoints failed than are tolerated: the job fails.
+    Exceeded {
+        /// The last of the reasons.
+        message: String,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct Pending {
+    trigger: Trigger,
+    deadline: Millis,
+    missing: BTreeSet<TaskId>,
+}
+
+/// Follows pending checkpoints, waiting requests, and those that are complete.
+#[derive(Debug, Clone)]
+pub struct Coordinator {
+    settings: CheckpointSettings,
+    queue: RequestQueue,
+    /// Whoever misses no task is being persisted.
+    pending: BTreeMap<CheckpointId, Pending>,
+    next_id: CheckpointId,
+    next_request: u64,
+    /// The timer's next tick; `None` while the job does not run, or without an interval.
+    next_tick: Option<Millis>,
+    is_running: bool,
+    retained: Retained,
+    last_completed: Option<CheckpointId>,
+    last_completed_at: Option<Millis>,
+    failures: FailureCounter,
+    cleaning: usize,
+}
+
+impl Coordinator {
+    /// No checkpoint is pending; ids go on after every id in use.
+    #[must_use]
+    pub fn new(
+        settings: CheckpointSettings,
+        completed: &[CheckpointId],
+        next_id: CheckpointId,
+    ) -> Self {
+        let (concurrent_max, pause) = (settings.concurrent_max.max(1), settings.min_pause_ms);
+        Self {
+            queue: RequestQueue::new(concurrent_max, pause, QUEUE_MAX),
+            failures: FailureCounter::new(settings.tolerable_failures),
+            retained: Retained::new(settings.retained_max, completed),
+            settings,
+            pending: BTreeMap::new(),
+            next_id,
+            next_request: 0,
+            next_tick: None,
+            is_running: false,
+            last_completed: completed.last().copied(),
+            last_completed_at: None,
+            cleaning: 0,
+        }
+    }
+
+    /// The checkpoint to restore from.
+    #[must_use]
+    pub fn last_completed(&self) -> Option<CheckpointId> {
+        self.last_completed
+    }
+
+    /// Completed checkpoints that are kept, oldest first.
+    pub fn retained(&self) -> impl Iterator<Item = CheckpointId> {
+        self.retained.ids()
+    }
+
+    /// True while a manifest is being written: the restore point is not known.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        // A savepoint that is being written is no restore point, whatever comes of it.
+        self.pending.values().any(|pending| {
+            pending.missing.is_empty() && pending.trigger.purpose() != Purpose::Savepoint
+        })
+    }
+
+    /// True while nothing is pending.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Effective period: never shorter than the pause.
+    fn interval_ms(&self) -> Option<u64> {
+        self.settings.interval_ms.map(|interval| interval.max(self.settings.min_pause_ms))
+    }
+
+    /// All tasks run: the first tick falls at random in `[min-pause, interval]`.
+    pub fn start(&mut self, now: Millis, random: &mut Random) {
+        self.is_running = true;
+        self.next_tick = self
+            .interval_ms()
+            .map(|interval| now.after(random.between(self.settings.min_pause_ms, interval)));
+    }
+
+    /// Some tasks do not run any more: ends what is pending and drops what waits. What is being
+    /// persisted stays in doubt until its fate is known.
+    pub fn stop(&mut self, reason: &AbortReason, steps: &mut Vec<Step>) {
+        self.is_running = false;
+        self.next_tick = None;
+        for checkpoint in self.collecting() {
+            self.abort(checkpoint, reason.clone(), steps);
+        }
+        let suspended = AbortReason::CoordinatorSuspend;
+        for request in self.queue.clear() {
+            steps.push(Step::Refused { trigger: request.trigger, reason: suspended.clone() });
+        }
+    }
+
+    /// The timer asks no more, and what it has asked for is dropped; users may ask.
+    pub fn stop_periodic(&mut self, steps: &mut Vec<Step>) {
+        self.next_tick = None;
+        for request in self.queue.drop_periodic() {
+            let reason = AbortReason::PeriodicSchedulerShutdown;
+            steps.push(Step::Refused { trigger: request.trigger, reason });
+        }
+    }
+
+    /// When [`Coordinator::on_time`] has something to do.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Millis> {
+        let collecting = self.pending.values().filter(|pending| !pending.missing.is_empty());
+        collecting.map(|pending| pending.deadline).chain(self.next_tick).min()
+    }
+
+    /// Ends what has expired, asks for what is due, begins what may begin.
+    pub fn on_time(&mut self, now: Millis, tasks: &BTreeSet<TaskId>, steps: &mut Vec<Step>) {
+        for checkpoint in self.collecting() {
+            if self.pending[&checkpoint].deadline <= now {
+                self.abort(checkpoint, AbortReason::Expired, steps);
+            }
+        }
+        // The job fails by it: whatever is due belongs to the next run of its tasks.
+        if steps.iter().any(|step| matches!(step, Step::Exceeded { .. })) {
+            return;
+        }
+        self.tick(now, steps);
+        self.begin_waiting(now, tasks, steps);
+    }
+
+    fn tick(&mut self, now: Millis, steps: &mut Vec<Step>) {
+        let Some(interval) = self.interval_ms() else { return };
+        let mut ticks = 0;
+        while let Some(at) = self.next_tick.filter(|at| *at <= now) {
+            // Ticks that are late come all, as many as the queue could hold anyway.
+            ticks += 1;
+            self.next_tick =
+                Some(if ticks < QUEUE_MAX { at.after(interval) } else { now.after(1) });
+            self.submit(now, Trigger::Checkpoint, false, true, steps);
+        }
+    }
+
+    /// Somebody wants a checkpoint or a savepoint now.
+    pub fn request(&mut self, now: Millis, trigger: Trigger, steps: &mut Vec<Step>) {
+        if !self.is_running {
+            steps.push(Step::Refused { trigger, reason: AbortReason::NotAllTasksRunning });
+            return;
+        }
+        // Savepoints are always aligned here, so they may run beside another.
+        let is_forced = matches!(trigger, Trigger::Savepoint { .. });
+        self.submit(now, trigger, is_forced, false, steps);
+    }
+
+    fn submit(
+        &mut self,
+        now: Millis,
+        trigger: Trigger,
+        is_forced: bool,
+        is_periodic: bool,
+        steps: &mut Vec<Step>,
+    ) {
+        self.next_request += 1;
+        let number = self.next_request;
+        let request = Request { trigger, is_forced, is_periodic, at: now, number };
+        if let Some(dropped) = self.queue.submit(request) {
+            let reason = request::DROPPED;
+            steps.push(Step::Refused { trigger: dropped.trigger, reason });
+        }
+    }
+
+    fn begin_waiting(&mut self, now: Millis, tasks: &BTreeSet<TaskId>, steps: &mut Vec<Step>) {
+        loop {
+            let load = Load {
+                pending: self.pending.len(),
+                cleaning: self.cleaning,
+                last_completed_at: self.last_completed_at,
+            };
+            match self.queue.choose(now, load) {
+                Choice::Wait => return,
+                Choice::Run(request) => self.begin(now, request.trigger, tasks.clone(), steps),
+                Choice::TooEarly { dropped, retry_at } => {
+                    let reason = AbortReason::MinimumTimeBetweenCheckpoints;
+                    steps.push(Step::Refused { trigger: dropped.trigger, reason });
+                    self.next_tick = self.next_tick.map(|_| retry_at);
+                }
+            }
+        }
+    }
+
+    /// Begins a checkpoint that waits for the acks of `tasks`, whatever else is pending.
+    pub fn begin(
+        &mut self,
+        now: Millis,
+        trigger: Trigger,
+        tasks: BTreeSet<TaskId>,
+        steps: &mut Vec<Step>,
+    ) {
+        let checkpoint = self.next_id;
+        self.next_id = checkpoint.next();
+        let deadline = now.after(self.settings.timeout_ms);
+        self.pending.insert(checkpoint, Pending { trigger, deadline, missing: tasks });
+        steps.push(Step::Begin { checkpoint, trigger });
+    }
+
+    /// A task's snapshot is durable. One that is not waited for changes nothing.
+    pub fn ack(&mut self, task: TaskId, checkpoint: CheckpointId, steps: &mut Vec<Step>) {
+        if let Some(pending) = self.pending.get_mut(&checkpoint)
+            && pending.missing.remove(&task)
+            && pending.missing.is_empty()
+        {
+            steps.push(Step::Persist { checkpoint, trigger: pending.trigger });
+        }
+    }
+
+    /// It is durable, and thereby complete.
+    pub fn complete(&mut self, now: Millis, checkpoint: CheckpointId, steps: &mut Vec<Step>) {
+        let is_persisted = |pending: &Pending| pending.missing.is_empty();
+        if !self.pending.get(&checkpoint).is_some_and(is_persisted) {
+            return;
+        }
+        let Some(Pending { trigger, .. }) = self.pending.remove(&checkpoint) else { return };
+        if trigger.kind() == Kind::Checkpoint && Some(checkpoint) < self.last_completed {
+            // A newer one was faster, and has said all that this one could say.
+            self.cleaning += 1;
+            steps.push(Step::Subsumed { checkpoint });
+            return;
+        }
+        self.last_completed_at = Some(now);
+        self.failures.on_success(checkpoint);
+        steps.push(Step::Completed { checkpoint, trigger });
+        // A savepoint of a running job belongs to whoever asked for it: it is not restored from,
+        // and ends no other.
+        if trigger.kind() == Kind::Savepoint {
+            return;
+        }
+        self.last_completed = self.last_completed.max(Some(checkpoint));
+        for (subsumed, _) in self.retained.add(checkpoint, trigger.kind()) {
+            self.cleaning += 1;
+            steps.push(Step::Subsumed { checkpoint: subsumed });
+        }
+        for older in self.collecting() {
+            let is_savepoint = self.pending[&older].trigger.ticket().is_some();
+            if older < checkpoint && !is_savepoint {
+                self.abort(older, AbortReason::Subsumed, steps);
+            }
+        }
+    }
+
+    /// The data of a subsumed checkpoint are gone.
+    pub fn on_cleaned(&mut self) {
+        self.cleaning = self.cleaning.saturating_sub(1);
+    }
+
+    /// Gives a pending checkpoint up and weighs the failure; does nothing if it is not pending.
+    pub fn abort(&mut self, checkpoint: CheckpointId, reason: AbortReason, steps: &mut Vec<Step>) {
+        let Some(Pending { trigger, .. }) = self.pending.remove(&checkpoint) else { return };
+        // Whoever asked for a savepoint hears of its failure; the job does not fail by it.
+        let weight = match trigger.ticket() {
+            Some(_) => FailureWeight::Tolerated,
+            None => self.failures.on_failure(Some(checkpoint), &reason),
+        };
+        let message = format!("checkpoint {checkpoint}: {}", reason.message());
+        steps.push(Step::Aborted { checkpoint, trigger, reason });
+        if weight == FailureWeight::Exceeded {
+            steps.push(Step::Exceeded { message });
+        }
+    }
+
+    /// True while tasks have still to ack it.
+    #[must_use]
+    pub fn is_collecting(&self, checkpoint: CheckpointId) -> bool {
+        self.pending.get(&checkpoint).is_some_and(|pending| !pending.missing.is_empty())
+    }
+
+    /// Who wanted it, while it is being made durable.
+    #[must_use]
+    pub fn persisting(&self, checkpoint: CheckpointId) -> Option<Trigger> {
+        let pending = self.pending.get(&checkpoint).filter(|pending| pending.missing.is_empty());
+        pending.map(|pending| pending.trigger)
+    }
+
+    fn collecting(&self) -> Vec<CheckpointId> {
+        let collecting = self.pending.iter().filter(|(_, pending)| !pending.missing.is_empty());
+        collecting.map(|(id, _)| *id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

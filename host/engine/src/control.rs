@@ -1,0 +1,107 @@
+//! How others talk to a running job: stop it, cancel it, ask for a savepoint.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use cofferdam_core::{ids::CheckpointId, job::Event};
+use tokio::sync::{mpsc::UnboundedSender, oneshot};
+
+/// The way to a running job. Cloning it gives another way to the same job.
+#[derive(Clone)]
+pub struct JobHandle {
+    events: UnboundedSender<Event>,
+    desk: Arc<Desk>,
+}
+
+/// The answer to a request for a savepoint: its checkpoint's id, or why there is none.
+pub type SavepointResult = Result<u64, String>;
+
+impl JobHandle {
+    pub(crate) fn new(events: UnboundedSender<Event>, desk: Arc<Desk>) -> Self {
+        Self { events, desk }
+    }
+
+    /// Asks for a last checkpoint and the end of the job. Asking again changes nothing.
+    pub fn stop(&self) {
+        self.send(Event::StopRequested { savepoint: None, drain: false });
+    }
+
+    /// Asks for the end of the job at once.
+    pub fn cancel(&self) {
+        self.send(Event::CancelRequested);
+    }
+
+    /// Writes a savepoint into `dir`, which must not be there. The job goes on.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn savepoint(&self, dir: PathBuf) -> SavepointResult {
+        self.ask(dir, |ticket| Event::SavepointRequested { ticket }).await
+    }
+
+    /// Writes a savepoint into `dir` and ends the job with it. With `drain`, sources end first and
+    /// everything that waits in the job is processed and emitted.
+    ///
+    /// # Errors
+    /// Why there is none; the job then goes on.
+    pub async fn stop_with_savepoint(&self, dir: PathBuf, drain: bool) -> SavepointResult {
+        self.ask(dir, |ticket| Event::StopRequested { savepoint: Some(ticket), drain }).await
+    }
+
+    async fn ask(&self, dir: PathBuf, event: impl FnOnce(u64) -> Event) -> SavepointResult {
+        let (ticket, answer) = self.desk.open(dir);
+        self.send(event(ticket));
+        answer.await.unwrap_or_else(|_| Err("the job ended before the savepoint".to_owned()))
+    }
+
+    fn send(&self, event: Event) {
+        // A job that is over needs to know nothing more.
+        let _ = self.events.send(event);
+    }
+}
+
+/// Requests that wait for their savepoint.
+#[derive(Default)]
+pub(crate) struct Desk(Mutex<Requests>);
+
+#[derive(Default)]
+struct Requests {
+    last_ticket: u64,
+    open: BTreeMap<u64, (PathBuf, oneshot::Sender<SavepointResult>)>,
+}
+
+impl Desk {
+    fn lock(&self) -> MutexGuard<'_, Requests> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self, dir: PathBuf) -> (u64, oneshot::Receiver<SavepointResult>) {
+        let (sender, receiver) = oneshot::channel();
+        let mut requests = self.lock();
+        requests.last_ticket += 1;
+        let ticket = requests.last_ticket;
+        requests.open.insert(ticket, (dir, sender));
+        (ticket, receiver)
+    }
+
+    /// Where the savepoint goes.
+    pub(crate) fn dir(&self, ticket: u64) -> Option<PathBuf> {
+        self.lock().open.get(&ticket).map(|(dir, _)| dir.clone())
+    }
+
+    /// Answers a request.
+    pub(crate) fn answer(&self, ticket: u64, result: Result<CheckpointId, String>) {
+        if let Some((_, sender)) = self.lock().open.remove(&ticket) {
+            // Whoever asked may have gone.
+            let _ = sender.send(result.map(|checkpoint| checkpoint.0));
+        }
+    }
+
+    /// The job is over: nobody else will be answered.
+    pub(crate) fn close(&self) {
+        self.lock().open.clear();
+    }
+}

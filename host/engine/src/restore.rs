@@ -1,0 +1,403 @@
+//! Decides what a run goes on from, and makes that state fit: the newest whole checkpoint of the
+//! state directory, or the one that was named; shared out anew where parallelism has changed.
+//!
+//! Declared state moves by key group. Linear memory fits only the component and the parallelism
+//! that wrote it. Positions of sources and transactions of sinks say themselves how they are
+//! shared.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use cofferdam_core::{
+    ids::{CheckpointId, TaskId},
+    job::Resume,
+    key_group::key_groups_of,
+};
+
+use crate::{
+    problem::{Code, Problem},
+    sink, source,
+    spec::{JobSpec, NodeKind, SinkSpec},
+    storage::{
+        StorageError,
+        manifest::{Manifest, TaskIdentity},
+        sled::SledStorage,
+        snapshot::{Found, LoadedTask, SnapshotStore},
+    },
+    task::local::TaskLocal,
+};
+
+/// A checkpoint or savepoint to begin from, instead of the newest of the state directory.
+#[derive(Debug, Clone)]
+pub struct RestoreFrom {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Flink's CLAIM: it belongs to this job from now on, which removes it once it has taken it
+    /// over. Else it is never touched.
+    pub claim: bool,
+    /// State of operators that are not in the manifest is left behind. Else it is an error.
+    pub ignore_unclaimed_state: bool,
+}
+
+/// The tasks of a job, in the order of their slots, with what they keep in this process.
+pub(crate) struct Tasks<'a> {
+    pub(crate) spec: &'a JobSpec,
+    pub(crate) identities: &'a [TaskIdentity],
+    pub(crate) locals: &'a BTreeMap<TaskId, std::sync::Arc<TaskLocal>>,
+    pub(crate) sources: &'a BTreeMap<String, source::Prepared>,
+}
+
+/// What was decided, and what people should hear of it.
+pub(crate) struct Restored {
+    pub(crate) resume: Resume,
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Finds the state to go on from and puts it into the tasks' local copies.
+pub(crate) fn restore(
+    tasks: &Tasks<'_>,
+    store: &mut SnapshotStore,
+    found: Found,
+    from: Option<&RestoreFrom>,
+) -> Result<Restored, Problem> {
+    let mut warnings = found.damaged.clone();
+    let chosen = match from {
+        None => restore_newest(tasks, store, &found, &mut warnings)?,
+        Some(from) => Some(restore_named(tasks, store, &found, from)?),
+    };
+    let resume = Resume {
+        completed: match chosen {
+            Some(_) => store.checkpoints().into_iter().map(CheckpointId).collect(),
+            None => Vec::new(),
+        },
+        next_id: CheckpointId(store.next_id()),
+    };
+    Ok(Restored { resume, warnings })
+}
+
+/// From the newest to the oldest, until one is whole.
+fn restore_newest(
+    tasks: &Tasks<'_>,
+    store: &mut SnapshotStore,
+    found: &Found,
+    warnings: &mut Vec<String>,
+) -> Result<Option<u64>, Problem> {
+    let mut damaged = found.damaged.clone();
+    for manifest in found.manifests.iter().rev() {
+        let id = manifest.checkpoint;
+        let at =
+            |problem: Problem| problem.detail(format!("checkpoint {id} in {}", store.location()));
+        check_fit(tasks, manifest, false).map_err(at)?;
+        let load = |slot| store.load(slot, id);
+        match redistribute(tasks, manifest, &load) {
+            Ok(state) => {
+                adopt(tasks, store, manifest, state).map_err(|error| unusable(store, &error))?;
+                return Ok(Some(id));
+            }
+            Err(Failed::Problem(problem)) => return Err(*problem),
+            Err(Failed::Storage(error @ StorageError::Store { .. })) => {
+                return Err(unusable(store, &error));
+            }
+            Err(Failed::Storage(error)) => {
+                warnings.push(format!("checkpoint {id} is left out: {error}"));
+                damaged.push(format!("checkpoint {id}: {error}"));
+                store.delete(id).map_err(|error| unusable(store, &error))?;
+            }
+        }
+    }
+    if damaged.is_empty() {
+        return Ok(None);
+    }
+    let problem =
+        Problem::new(Code::StoreDamaged, format!("no checkpoint in {} is whole", store.location()));
+    let problem = damaged.iter().fold(problem, Problem::detail);
+    Err(problem.hint("to begin anew, move the directory away; what sinks have committed stays"))
+}
+
+fn restore_named(
+    tasks: &Tasks<'_>,
+    store: &mut SnapshotStore,
+    found: &Found,
+    from: &RestoreFrom,
+) -> Result<u64, Problem> {
+    let named = from.dir.display();
+    if let Some(own) = found.manifests.last() {
+        let message =
+            format!("{} holds checkpoint {} of this job already", store.location(), own.checkpoint);
+        return Err(Problem::new(Code::StateMismatch, message)
+            .detail(format!("and it is to begin from {named}"))
+            .hint(
+                "run without --from to go on, or choose another --state-dir to begin from there",
+            ));
+    }
+    let (other, manifest) = open_named(&from.dir)?;
+    check_fit(tasks, &manifest, from.ignore_unclaimed_state).map_err(|problem| {
+        problem.detail(format!("checkpoint {} in {named}", manifest.checkpoint))
+    })?;
+    let load = |slot| other.load(slot, manifest.checkpoint);
+    let state = redistribute(tasks, &manifest, &load).map_err(|failed| match failed {
+        Failed::Problem(problem) => *problem,
+        Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
+            .detail(error)
+            .hint("use another savepoint or checkpoint"),
+    })?;
+    adopt(tasks, store, &manifest, state).map_err(|error| unusable(store, &error))?;
+    drop(other);
+    if from.claim {
+        // What was in it is durable here.
+        std::fs::remove_dir_all(&from.dir).map_err(|error| {
+            Problem::new(Code::StateUnusable, format!("remove {named}, which was claimed"))
+                .detail(error)
+        })?;
+    }
+    Ok(manifest.checkpoint)
+}
+
+/// Opens a savepoint or the state directory of a job for reading; gives its newest checkpoint.
+///
+/// # Errors
+/// Where there is none.
+pub fn open_named(dir: &Path) -> Result<(SnapshotStore, Manifest), Problem> {
+    let missing = |detail: String| {
+        Problem::new(
+            Code::StateUnusable,
+            format!("{} is neither a savepoint nor a state directory", dir.display()),
+        )
+        .detail(detail)
+        .hint("name the directory that `cofferdam savepoint` wrote, or a job's state directory")
+    };
+    if !dir.is_dir() {
+        return Err(missing("there is no such directory".to_owned()));
+    }
+    let storage = Box::new(SledStorage::new(dir.to_owned()));
+    let (store, found) =
+        SnapshotStore::open_existing(storage).map_err(|error| missing(error.to_string()))?;
+    match found.manifests.into_iter().next_back() {
+        Some(manifest) => Ok((store, manifest)),
+        None => Err(missing(found.damaged.join("; "))),
+    }
+}
+
+fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
+    let message = format!("the state directory {} cannot be used", store.location());
+    Problem::new(Code::StateUnusable, message).detail(error)
+}
+
+/// The state of every task, by slot.
+type States = Vec<LoadedTask>;
+
+enum Failed {
+    Problem(Box<Problem>),
+    Storage(StorageError),
+}
+
+impl From<StorageError> for Failed {
+    fn from(error: StorageError) -> Self {
+        Self::Storage(error)
+    }
+}
+
+/// Makes the state the store's newest and the tasks' own.
+fn adopt(
+    tasks: &Tasks<'_>,
+    store: &mut SnapshotStore,
+    manifest: &Manifest,
+    states: States,
+) -> Result<(), StorageError> {
+    let id = manifest.checkpoint;
+    let is_as_it_was = store.is_current(id)
+        && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
+    let mut loaded: Vec<LoadedTask> = states;
+    if !is_as_it_was {
+        let taken = RefCell::new(loaded.into_iter().map(Some).collect::<Vec<_>>());
+        store.import(id, manifest.written_at_ms, |slot| {
+            Ok(taken.borrow_mut()[slot].take().unwrap_or_default())
+        })?;
+        loaded = (0..tasks.identities.len())
+            .map(|slot| store.load(slot, id))
+            .collect::<Result<_, _>>()?;
+    }
+    for (local, loaded) in tasks.locals.values().zip(loaded) {
+        local
+            .lock()
+            .load(id, &loaded)
+            .map_err(|error| StorageError::store("make the image of a task", error))?;
+    }
+    Ok(())
+}
+
+/// Loads every old task, and shares its state out among the new ones.
+fn redistribute(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    load: &dyn Fn(usize) -> Result<LoadedTask, StorageError>,
+) -> Result<States, Failed> {
+    let mut states: Vec<LoadedTask> = Vec::with_capacity(tasks.identities.len());
+    for node in &tasks.spec.nodes {
+        let new: Vec<&TaskIdentity> =
+            tasks.identities.iter().filter(|identity| identity.operator == node.name).collect();
+        let old = manifest.tasks.iter().enumerate();
+        let old: Vec<usize> = old
+            .filter(|(_, task)| task.identity.operator == node.name)
+            .map(|(slot, _)| slot)
+            .collect();
+        let mut loaded = old.into_iter().map(load).collect::<Result<Vec<_>, _>>()?;
+        if let NodeKind::Operator(operator) = &node.kind
+            && !operator.snapshot.has_memory()
+        {
+            loaded.iter_mut().for_each(|task| task.memory.clear());
+        }
+        if loaded.is_empty() {
+            states.extend(new.iter().map(|_| LoadedTask::default()));
+        } else if loaded.len() == new.len() {
+            states.extend(loaded);
+        } else {
+            let shared = share(tasks, &node.name, &node.kind, loaded, &new);
+            states.extend(shared.map_err(|problem| Failed::Problem(Box::new(problem)))?);
+        }
+    }
+    Ok(states)
+}
+
+fn share(
+    tasks: &Tasks<'_>,
+    name: &str,
+    kind: &NodeKind,
+    old: Vec<LoadedTask>,
+    new: &[&TaskIdentity],
+) -> Result<States, Problem> {
+    let parallelism = new.len();
+    let is_drained = old.iter().all(|task| task.is_drained);
+    let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
+    let shares = match kind {
+        NodeKind::Source(_) => match tasks.sources.get(name) {
+            Some(source) => source.share(&positions(), parallelism),
+            None => Err(format!("source \"{name}\" was not prepared")),
+        },
+        NodeKind::Sink(SinkSpec::File { .. }) => sink::share(&positions(), parallelism),
+        NodeKind::Sink(_) | NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
+    };
+    let shares = shares.map_err(|error| {
+        Problem::new(Code::StateMismatch, format!("the state of \"{name}\" cannot be shared out"))
+            .detail(error)
+    })?;
+    let mut states: States = shares
+        .into_iter()
+        .map(|state| LoadedTask { state, is_drained, ..LoadedTask::default() })
+        .collect();
+    for (key, value) in old.into_iter().flat_map(|task| task.declared) {
+        let owner = new.iter().position(|identity| {
+            let (count, max) = (identity.parallelism, identity.max_parallelism);
+            key_groups_of(identity.index, count, max).contains(&key.key_group)
+        });
+        if let Some(owner) = owner {
+            states[owner].declared.insert(key, value);
+        }
+    }
+    Ok(states)
+}
+
+/// Whether a checkpoint's state can become the state of these tasks.
+fn check_fit(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    ignore_unclaimed_state: bool,
+) -> Result<(), Problem> {
+    let mismatch =
+        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    if manifest.job != tasks.spec.name {
+        return mismatch(
+            format!(
+                "the checkpoint is of job \"{}\", not of \"{}\"",
+                manifest.job, tasks.spec.name
+            ),
+            "to begin anew, move the state directory away or choose another with --state-dir",
+        );
+    }
+    let stored = || manifest.tasks.iter().map(|task| &task.identity);
+    for task in tasks.identities {
+        if let Some(known) = stored().find(|known| known.operator == task.operator) {
+            check_operator(known, task)?;
+        }
+    }
+    let is_known =
+        |known: &TaskIdentity| tasks.identities.iter().any(|task| task.operator == known.operator);
+    match stored().find(|known| !is_known(known)) {
+        Some(extra) if !ignore_unclaimed_state => mismatch(
+            format!(
+                "the checkpoint has state of \"{}\", which is not in the manifest",
+                extra.operator
+            ),
+            "put it back, or leave its state behind with --from DIR --ignore-unclaimed-state",
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Problem> {
+    let name = &task.operator;
+    let mismatch =
+        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    if known.max_parallelism != task.max_parallelism {
+        let what = format!(
+            "the checkpoint has \"{name}\" with max-parallelism {}, the manifest with {}",
+            known.max_parallelism, task.max_parallelism
+        );
+        let hint = format!(
+            "its key groups are those of the checkpoint for ever: set max-parallelism = {}",
+            known.max_parallelism
+        );
+        return mismatch(what, &hint);
+    }
+    if !task.has_memory {
+        let loses_memory = known.has_memory && !known.has_declared;
+        return match loses_memory {
+            false => Ok(()),
+            true => mismatch(
+                format!("the checkpoint of \"{name}\" holds linear memory and no declared state"),
+                "set snapshot = \"memory\" again, with the component that wrote it",
+            ),
+        };
+    }
+    let by_declared_state = match known.has_declared {
+        true => "; or set snapshot = \"declared\" to go on from its declared state alone",
+        false => "",
+    };
+    if !known.has_memory {
+        return mismatch(
+            format!("the checkpoint of \"{name}\" holds no linear memory"),
+            "set snapshot = \"declared\", as it was when the checkpoint was taken",
+        );
+    }
+    if known.digest != task.digest {
+        let what = format!(
+            "the checkpoint of \"{name}\" was written by another component ({} then, {} now)",
+            digest_text(known.digest),
+            digest_text(task.digest)
+        );
+        let hint = format!(
+            "linear memory fits only the component that wrote it: put that one back{by_declared_state}"
+        );
+        return mismatch(what, &hint);
+    }
+    if known.parallelism != task.parallelism {
+        let what = format!(
+            "the checkpoint has \"{name}\" with parallelism {}, the manifest with {}",
+            known.parallelism, task.parallelism
+        );
+        let hint = format!(
+            "linear memory cannot be shared out: set the parallelism back{by_declared_state}"
+        );
+        return mismatch(what, &hint);
+    }
+    Ok(())
+}
+
+fn digest_text(digest: Option<[u8; 16]>) -> String {
+    digest.map_or("none".to_owned(), |digest| {
+        cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned()
+    })
+}

@@ -1,0 +1,52 @@
+//! A savepoint: a checkpoint in a directory of its own, whole, relocatable, with its name last.
+//!
+//! It is a store like any other with one generation, written beside its final name and renamed
+//! when everything is durable: a directory of that name is a whole savepoint.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::{Result, StorageError, sled::SledStorage, snapshot::SnapshotStore};
+
+/// Writes the state as of a checkpoint that all tasks have acked.
+pub(crate) fn write(
+    store: &SnapshotStore,
+    checkpoint: u64,
+    written_at_ms: u64,
+    dir: &Path,
+) -> Result<()> {
+    let failed = |error: io::Error| {
+        StorageError::store("write a savepoint", format!("{}: {error}", dir.display()))
+    };
+    if dir.exists() {
+        return Err(failed(io::Error::from(io::ErrorKind::AlreadyExists)));
+    }
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(failed)?;
+    let unfinished = unfinished_name(dir);
+    // What an earlier try has left there is of no use to anybody.
+    match fs::remove_dir_all(&unfinished) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    fs::create_dir(&unfinished).map_err(failed)?;
+    let mut target = SledStorage::new(unfinished.clone());
+    let written = store.export(checkpoint, written_at_ms, &mut target).and_then(|_| {
+        fs::rename(&unfinished, dir)
+            .and_then(|()| fs::File::open(parent)?.sync_all())
+            .map_err(failed)
+    });
+    if written.is_err() {
+        // The reason for the failure says more than that of a failed removal would.
+        let _ = fs::remove_dir_all(&unfinished);
+    }
+    written
+}
+
+fn unfinished_name(dir: &Path) -> PathBuf {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    dir.with_file_name(format!(".{name}.unfinished"))
+}

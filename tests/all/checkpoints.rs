@@ -1,0 +1,436 @@
+//! Checkpoints in every mode: several at once, several kept, at least once, savepoints, rescaling,
+//! and a storage that fails or rots.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use cofferdam_core::{job::Outcome, random::Random};
+use cofferdam_engine::{
+    control::JobHandle,
+    job::{Job, JobOptions},
+    progress::Progress,
+    restore::{RestoreFrom, open_named},
+    storage::faulty::Faults,
+};
+use cofferdam_tests::job::{Harness, Ran, check_counts, committed, run_manifest, run_with};
+
+fn golden() -> &'static [String] {
+    static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
+    GOLDEN.get_or_init(|| {
+        let (ran, lines) = Harness::default().run();
+        assert_eq!(ran.outcome, Ok(Outcome::Finished));
+        lines
+    })
+}
+
+fn with_lines(lines: &str) -> Harness {
+    let checkpointing =
+        format!("externalized-checkpoint-retention = \"RETAIN_ON_CANCELLATION\"\n{lines}");
+    Harness { checkpointing, rate: Some(200_000), interval_ms: 10, ..Harness::default() }
+}
+
+fn trap(at: u64, attempts: u64) -> String {
+    format!(r#"do = "trap", at = {at}, step = 700, attempts = {attempts}"#)
+}
+
+fn output(dir: &Path) -> Vec<String> {
+    committed(&dir.join("output"))
+}
+
+/// Calls `then` on a thread of its own once so many records were read.
+fn after_records(job: &Job, records: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
+    let (handle, metrics) = (job.handle(), job.metrics());
+    std::thread::spawn(move || {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while metrics.read(|index| index == 0, |_| false).records_read < records
+            && Instant::now() < deadline
+        {
+            std::thread::yield_now();
+        }
+        then(handle);
+    });
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(future)
+}
+
+#[test]
+fn several_checkpoints_at_once_and_several_kept_give_the_golden_output() {
+    let lines = "max-concurrent-checkpoints = 3\nnum-retained = 3";
+    let harness = Harness { config: trap(6_000, 6), ..with_lines(lines) };
+    let (ran, lines) = harness.run();
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(6 <= ran.restart_count());
+    assert!(lines == golden());
+}
+
+#[test]
+fn at_least_once_loses_nothing() {
+    let harness = Harness { config: trap(6_000, 6), ..with_lines("mode = \"AT_LEAST_ONCE\"") };
+    let (ran, lines) = harness.run();
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(6 <= ran.restart_count());
+    let mut words: Vec<&str> = lines.iter().filter_map(|line| line.split(' ').next()).collect();
+    words.sort_unstable();
+    let mut expected: Vec<&str> =
+        golden().iter().filter_map(|line| line.split(' ').next()).collect();
+    expected.sort_unstable();
+    // Each word comes at least as often; counts may jump, which is what the mode allows.
+    let mut place = 0;
+    for word in &expected {
+        while words.get(place).is_some_and(|seen| seen < word) {
+            place += 1;
+        }
+        assert_eq!(words.get(place), Some(word), "a record of {word} is lost");
+        place += 1;
+    }
+}
+
+#[test]
+fn num_retained_checkpoints_stay_and_an_older_one_is_used_when_the_newest_is_damaged() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = with_lines("num-retained = 3");
+    let manifest = harness.write(dir.path());
+    let ran = run_manifest(&manifest, |job| after_records(job, 30_000, |job| job.stop()));
+    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })), "{ran:?}");
+    let state = dir.path().join("probe.cofferdam");
+    let (store, newest) = open_named(&state).expect("opens");
+    let kept = store.checkpoints();
+    assert_eq!(kept.len(), 3, "{kept:?}");
+    assert_eq!(kept.last(), Some(&newest.checkpoint));
+    drop(store);
+
+    damage_newest_pages(&state);
+    let ran = run_manifest(&manifest, |_| {});
+    // Parts that the newest checkpoint had committed are not taken back: the file sink says so
+    // instead of writing them again.
+    let warnings: Vec<&String> = ran
+        .progress
+        .iter()
+        .filter_map(|progress| match progress {
+            Progress::Warning { message } => Some(message),
+            _ => None,
+        })
+        .collect();
+    let named = format!("checkpoint {} is left out", newest.checkpoint);
+    assert!(warnings.iter().any(|warning| warning.contains(&named)), "{warnings:?}");
+    let restored = ran.restored().first().copied();
+    assert!(
+        restored.is_some_and(|id| id < newest.checkpoint && kept.contains(&id)),
+        "{restored:?}"
+    );
+}
+
+/// Flips a bit in the last bytes of the pack, which the newest snapshots have written.
+fn damage_newest_pages(state: &Path) {
+    let generation = fs::read_dir(state)
+        .expect("listed")
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("gen-"))
+        })
+        .max()
+        .expect("a generation");
+    let pack = generation.join("pack");
+    let mut bytes = fs::read(&pack).expect("readable");
+    let last = bytes.len() - 100;
+    bytes[last] ^= 1;
+    fs::write(&pack, bytes).expect("written");
+}
+
+#[test]
+fn savepoint_of_a_running_job_is_whole_and_relocatable() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let savepoint = dir.path().join("elsewhere/savepoint");
+    let manifest = with_lines("").write(dir.path());
+    let target = savepoint.clone();
+    let ran = run_manifest(&manifest, |job| {
+        after_records(job, 20_000, move |job| {
+            block_on(job.savepoint(target)).expect("a savepoint");
+        });
+    });
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden(), "the job went on as if nothing had happened");
+
+    let other = tempfile::tempdir().expect("a directory");
+    let moved = other.path().join("moved");
+    fs::rename(&savepoint, &moved).expect("moved");
+    fs::remove_dir_all(dir.path().join("probe.cofferdam")).expect("removed");
+    let lines = continue_from(&moved, &with_lines(""), false, dir.path());
+    assert!(lines == golden(), "from the savepoint on, the output is the golden one");
+    assert!(moved.is_dir(), "it was not claimed");
+}
+
+/// Runs a job from a savepoint in a copy of the output that was committed when it was taken; gives
+/// what is committed in the end.
+fn continue_from(savepoint: &Path, harness: &Harness, claim: bool, first: &Path) -> Vec<String> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = harness.write(dir.path());
+    // What the first job had committed by the savepoint, and what it had pre-committed with it.
+    copy_parts_of(savepoint, &first.join("output"), &dir.path().join("output"));
+    let from = RestoreFrom { dir: savepoint.to_owned(), claim, ignore_unclaimed_state: false };
+    let options = JobOptions { from: Some(from), ..JobOptions::default() };
+    let ran = run_with(&manifest, &options, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    output(dir.path())
+}
+
+/// The parts of each task that a savepoint knows of: their numbers are below the next one.
+fn copy_parts_of(savepoint: &Path, from: &Path, to: &Path) {
+    let (store, manifest) = open_named(savepoint).expect("a savepoint");
+    fs::create_dir_all(to).expect("made");
+    for (slot, task) in manifest.tasks.iter().enumerate() {
+        if task.identity.operator != "out" {
+            continue;
+        }
+        let state = store.load(slot, manifest.checkpoint).expect("whole").state;
+        let (next, _): (std::collections::BTreeMap<u32, u64>, Vec<(u32, u64, u64)>) =
+            postcard::from_bytes(&state).expect("a sink's state");
+        for (index, next) in next {
+            for number in 0..next {
+                let name = format!("part-{index}-{number:08}");
+                fs::copy(from.join(&name), to.join(&name)).expect("a committed part");
+            }
+        }
+    }
+}
+
+#[test]
+fn stop_with_savepoint_ends_the_job_and_the_next_one_begins_there() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let savepoint = dir.path().join("savepoint");
+    let manifest = with_lines("").write(dir.path());
+    let target = savepoint.clone();
+    let ran = run_manifest(&manifest, |job| {
+        after_records(job, 20_000, move |job| {
+            block_on(job.stop_with_savepoint(target, false)).expect("a savepoint");
+        });
+    });
+    assert!(
+        matches!(ran.outcome, Ok(Outcome::Stopped { has_savepoint: true, .. })),
+        "{:?}",
+        ran.outcome
+    );
+    assert!(output(dir.path()).len() < 60_000);
+    let from = RestoreFrom { dir: savepoint.clone(), claim: true, ignore_unclaimed_state: false };
+    let options = JobOptions { from: Some(from), ..JobOptions::default() };
+    let ran = run_with(&manifest, &options, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden());
+    assert!(!savepoint.exists(), "it was claimed");
+}
+
+#[test]
+fn drain_emits_everything_and_finishes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let savepoint = dir.path().join("savepoint");
+    let manifest = with_lines("").write(dir.path());
+    let target = savepoint.clone();
+    let ran = run_manifest(&manifest, |job| {
+        after_records(job, 20_000, move |job| {
+            block_on(job.stop_with_savepoint(target, true)).expect("a savepoint");
+        });
+    });
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    let lines = output(dir.path());
+    check_counts(&lines, lines.len() as u64).expect("whole counts");
+    assert!((20_000..60_000).contains(&lines.len()), "{}", lines.len());
+    assert!(savepoint.is_dir());
+}
+
+#[test]
+fn retention_decides_what_a_cancelled_and_a_failed_job_leave() {
+    let rows = [
+        ("NO_EXTERNALIZED_CHECKPOINTS", false, false),
+        ("DELETE_ON_CANCELLATION", false, true),
+        ("RETAIN_ON_CANCELLATION", true, true),
+    ];
+    for (policy, after_cancel, after_failure) in rows {
+        let checkpointing = format!("externalized-checkpoint-retention = \"{policy}\"");
+        let harness =
+            Harness { checkpointing, rate: Some(100_000), interval_ms: 10, ..Harness::default() };
+        let is_kept = |dir: &Path| open_named(&dir.join("probe.cofferdam")).is_ok();
+
+        let dir = tempfile::tempdir().expect("a directory");
+        let manifest = harness.write(dir.path());
+        let ran = run_manifest(&manifest, |job| after_records(job, 20_000, |job| job.cancel()));
+        assert!(
+            matches!(ran.outcome, Ok(Outcome::Canceled { checkpoint: Some(_) })),
+            "{policy}: {:?}",
+            ran.outcome
+        );
+        assert_eq!(is_kept(dir.path()), after_cancel, "{policy}, cancelled");
+
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = r#"do = "trap", at = 8000"#.to_owned();
+        let ran = Harness { config, attempts: 1, ..harness.clone() }.run_in(dir.path());
+        assert!(ran.outcome.is_err(), "{policy}");
+        assert_eq!(is_kept(dir.path()), after_failure, "{policy}, failed");
+
+        let dir = tempfile::tempdir().expect("a directory");
+        let manifest = harness.write(dir.path());
+        let ran = run_manifest(&manifest, |job| after_records(job, 20_000, |job| job.stop()));
+        assert!(ran.outcome.is_ok());
+        assert!(is_kept(dir.path()), "{policy}: an interrupted job resumes by itself");
+    }
+}
+
+#[test]
+fn declared_state_moves_to_another_parallelism_in_both_directions() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness { snapshot: "declared", ..with_lines("") };
+    let mut records = 0;
+    for parallelism in [2, 5, 3] {
+        let manifest = Harness { parallelism, ..harness.clone() }.write(dir.path());
+        let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
+        assert!(
+            matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })),
+            "{parallelism}: {:?}",
+            ran.outcome
+        );
+        let now = output(dir.path()).len();
+        assert!(records < now, "nothing was processed at {parallelism}");
+        records = now;
+    }
+    let ran = Harness { parallelism: 4, config: trap(2_000, 2), ..harness }.run_in(dir.path());
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden());
+}
+
+#[test]
+fn linear_memory_is_not_moved_and_the_remedy_is_told() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = with_lines("").write(dir.path());
+    let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
+    assert!(ran.outcome.is_ok());
+    let wider = Harness { parallelism: 3, ..with_lines("") };
+    let problem = wider.run_in(dir.path()).outcome.expect_err("refused");
+    assert_eq!(problem.code.number(), "C0020");
+    assert!(problem.message.contains("parallelism 2, the manifest with 3"), "{problem}");
+    assert!(problem.hint.as_ref().is_some_and(|hint| hint.contains("declared")), "{problem}");
+    // And that remedy helps.
+    let ran = Harness { snapshot: "declared", ..wider }.run_in(dir.path());
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden());
+}
+
+#[test]
+fn no_failing_operation_of_the_storage_loses_or_doubles_anything() {
+    let harness = Harness {
+        count: 8_000,
+        rate: Some(80_000),
+        config: r#"do = "trap", at = 1500, attempts = 1"#.to_owned(),
+        ..with_lines("num-retained = 2")
+    };
+    let faulted = |operation: u64| -> (Ran, Faults, tempfile::TempDir) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let manifest = harness.write(dir.path());
+        let faults = Faults::at(operation);
+        let options = JobOptions { faults: Some(faults.clone()), ..JobOptions::default() };
+        let mut ran = run_with(&manifest, &options, |_| {});
+        if ran.outcome.is_err() {
+            // A storage that cannot even be opened ends the run; the next one goes on.
+            ran = run_manifest(&manifest, |_| {});
+        }
+        (ran, faults, dir)
+    };
+    let operations = faulted(0).1.operations();
+    assert!(50 < operations, "only {operations} operations");
+    let stride = (operations / 40).max(1) as usize;
+    let mut struck = 0;
+    for operation in (1..=operations).step_by(stride) {
+        let (ran, faults, dir) = faulted(operation);
+        assert_eq!(ran.outcome, Ok(Outcome::Finished), "operation {operation}");
+        check_counts(&output(dir.path()), 8_000)
+            .unwrap_or_else(|error| panic!("operation {operation}: {error}"));
+        struck += u32::from(faults.has_struck());
+    }
+    assert!(30 < struck, "only {struck} faults struck");
+}
+
+/// One bit is flipped in a random place of the store, again and again.
+#[test]
+fn no_flipped_bit_gives_wrong_results() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness { count: 20_000, rate: Some(200_000), ..with_lines("num-retained = 2") };
+    let manifest = harness.write(dir.path());
+    let ran = run_manifest(&manifest, |job| after_records(job, 10_000, |job| job.stop()));
+    assert!(ran.outcome.is_ok());
+    let rounds = std::env::var("FLIP_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(25);
+    let (mut told, mut random) = (0, Random::new(11));
+    for round in 0..rounds {
+        let copy = tempfile::tempdir().expect("a directory");
+        copy_dir(dir.path(), copy.path());
+        let files = files_under(&copy.path().join("probe.cofferdam"));
+        let total: u64 = files.iter().map(|(_, size)| size).sum();
+        let mut at = random.between(0, total - 1);
+        let (path, _) = files
+            .iter()
+            .find(|(_, size)| {
+                if at < *size {
+                    true
+                } else {
+                    at -= size;
+                    false
+                }
+            })
+            .expect("within the files");
+        let mut bytes = fs::read(path).expect("readable");
+        bytes[at as usize] ^= 1 << random.between(0, 7);
+        fs::write(path, bytes).expect("written");
+
+        let ran = run_manifest(&copy.path().join("job.toml"), |_| {});
+        let is_warned =
+            ran.progress.iter().any(|progress| matches!(progress, Progress::Warning { .. }));
+        told += u32::from(is_warned || ran.outcome.is_err());
+        if ran.outcome == Ok(Outcome::Finished) && !is_warned {
+            check_counts(&output(copy.path()), 20_000)
+                .unwrap_or_else(|error| panic!("round {round}, {}: {error}", path.display()));
+        }
+    }
+    assert!(0 < told, "not one of {rounds} flips was found");
+}
+
+fn files_under(dir: &Path) -> Vec<(PathBuf, u64)> {
+    let mut found = Vec::new();
+    let mut waiting = vec![dir.to_owned()];
+    while let Some(dir) = waiting.pop() {
+        for entry in fs::read_dir(dir).expect("listed").flatten() {
+            let path = entry.path();
+            match path.is_dir() {
+                true => waiting.push(path),
+                false => {
+                    let size = entry.metadata().expect("readable").len();
+                    if 0 < size {
+                        found.push((path, size));
+                    }
+                }
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("made");
+    for entry in fs::read_dir(from).expect("listed").flatten() {
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => copy_dir(&entry.path(), &target),
+            false => {
+                fs::copy(entry.path(), target).expect("copied");
+            }
+        }
+    }
+}
