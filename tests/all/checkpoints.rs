@@ -2,6 +2,7 @@
 //! and a storage that fails or rots.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::OnceLock,
@@ -194,8 +195,8 @@ fn copy_parts_of(savepoint: &Path, from: &Path, to: &Path) {
             continue;
         }
         let state = store.load(slot, manifest.checkpoint).expect("whole").state;
-        let (next, _): (std::collections::BTreeMap<u32, u64>, Vec<(u32, u64, u64)>) =
-            postcard::from_bytes(&state).expect("a sink's state");
+        // The state begins with the number of the next part of each task.
+        let (next, _) = postcard::take_from_bytes::<BTreeMap<u32, u64>>(&state).expect("a state");
         for (index, next) in next {
             for number in 0..next {
                 let name = format!("part-{index}-{number:08}");

@@ -149,7 +149,6 @@ pub(crate) struct Driver {
     shared: Arc<Shared>,
     inbox: UnboundedReceiver<Event>,
     started: Instant,
-    locals: BTreeMap<TaskId, Arc<TaskLocal>>,
     workers: Vec<RunningWorker>,
     failed_at: Option<Instant>,
     outcome: Option<Outcome>,
@@ -171,7 +170,6 @@ impl Driver {
         report: &WriterReport,
         inbox: UnboundedReceiver<Event>,
         metrics: Arc<Metrics>,
-        locals: BTreeMap<TaskId, Arc<TaskLocal>>,
         desk: Arc<Desk>,
     ) -> Self {
         let shared = Shared {
@@ -189,7 +187,6 @@ impl Driver {
             shared: Arc::new(shared),
             inbox,
             started: Instant::now(),
-            locals,
             workers: Vec::new(),
             failed_at: None,
             outcome: None,
@@ -305,7 +302,7 @@ impl Driver {
         self.shared.metrics.restarts.fetch_add(1, Ordering::Relaxed);
         let task = task.map(|task| self.plan.graph.task_name(task));
         let names = restarting.keys().map(|task| self.plan.graph.task_name(*task)).collect();
-        let count = self.locals.len();
+        let count = self.plan.locals.len();
         self.observe(Progress::restarting(task, cause, delay_ms, names, count));
     }
 
@@ -321,7 +318,7 @@ impl Driver {
             bytes: stats.bytes,
             state_bytes: stats.state_bytes,
         });
-        let locals: Vec<Arc<TaskLocal>> = self.locals.values().cloned().collect();
+        let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         tokio::task::spawn_blocking(move || {
             for local in locals {
                 if let Err(error) = local.lock().settle(checkpoint.0) {
@@ -340,7 +337,7 @@ impl Driver {
             restored_from: restore_from.map(|checkpoint| checkpoint.0),
             tasks: tasks.len(),
         });
-        let workers = self.plan.workers(tasks, restore_from, &self.shared, &self.locals);
+        let workers = self.plan.workers(tasks, restore_from, &self.shared);
         self.workers.extend(workers.into_iter().map(|(worker, control)| run(worker, control)));
     }
 
@@ -400,7 +397,6 @@ impl Plan {
         tasks: Vec<TaskAttempt>,
         restore_from: Option<CheckpointId>,
         shared: &Arc<Shared>,
-        locals: &BTreeMap<TaskId, Arc<TaskLocal>>,
     ) -> Vec<(Worker, UnboundedSender<Control>)> {
         let graph = &self.graph;
         let is_head: BTreeSet<OperatorId> = graph.chain_heads().collect();
@@ -412,7 +408,7 @@ impl Plan {
         let opening = Arc::new(Opening::new(heads().count(), tasks.clone()));
         let mut workers = Vec::with_capacity(heads().count());
         for &(task, attempt) in heads() {
-            let (nodes, writers) = self.chain(task.operator, task.index, &gates, locals);
+            let (nodes, writers) = self.chain(task.operator, task.index, &gates);
             let head = match gates.get(&task) {
                 Some(gate) => {
                     let inputs = channel_inputs(graph, task);
@@ -443,7 +439,6 @@ impl Plan {
         head: OperatorId,
         index: u32,
         gates: &BTreeMap<TaskId, Arc<Gate>>,
-        locals: &BTreeMap<TaskId, Arc<TaskLocal>>,
     ) -> (Vec<Node>, Vec<Writer>) {
         let (mut nodes, mut writers) = (Vec::<Node>::new(), Vec::new());
         // Each entry: an operator, and the node and output whose records it takes.
@@ -454,7 +449,7 @@ impl Plan {
                 add_target(&mut nodes[producer], output, Target::Node { node: place, input });
             }
             let task = TaskId { operator, index };
-            nodes.push(self.node(task, locals[&task].clone()));
+            nodes.push(self.node(task));
             for edge in self.graph.outputs(operator) {
                 if self.graph.is_chained(edge) {
                     waiting.push_back((edge.to, Some((place, edge.output, edge.input))));

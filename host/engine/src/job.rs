@@ -78,6 +78,8 @@ pub(crate) struct Plan {
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
     is_exactly_once: bool,
+    /// What this process keeps of each task between its attempts.
+    pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
 }
 
 enum NodePlan {
@@ -101,7 +103,7 @@ impl Plan {
         }
     }
 
-    pub(crate) fn node(&self, task: TaskId, local: Arc<TaskLocal>) -> Node {
+    pub(crate) fn node(&self, task: TaskId) -> Node {
         let work = match &self.nodes[task.operator.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
             NodePlan::Sink(spec) => Work::Sink { spec: spec.clone(), sink: None },
@@ -122,7 +124,7 @@ impl Plan {
             parallelism: self.graph.operator(task.operator).parallelism,
             work,
             targets: Vec::new(),
-            local,
+            local: self.locals[&task].clone(),
             is_drained: false,
         }
     }
@@ -168,7 +170,8 @@ impl CheckedJob {
 
 /// What can be explained and cannot be run yet.
 fn refuse_other_exchanges(spec: &JobSpec) -> Result<(), Problem> {
-    for edge in spec.graph.edges().iter().filter(|edge| !edge.exchange.must_be_pipelined()) {
+    let mut edges = spec.graph.edges().iter();
+    if let Some(edge) = edges.find(|edge| !edge.exchange.must_be_pipelined()) {
         let node = spec.node(edge.to);
         let place = node.inputs.get(edge.input as usize).map_or("", |input| &input.place);
         let message = format!(
@@ -396,7 +399,6 @@ pub struct Job {
     spec: JobSpec,
     store: SnapshotStore,
     resume: Resume,
-    locals: BTreeMap<TaskId, Arc<TaskLocal>>,
     _lock: Option<File>,
     state_dir: Option<PathBuf>,
     seed: u64,
@@ -460,11 +462,10 @@ impl Job {
         let (events, inbox) = mpsc::unbounded_channel();
         let (graph, is_exactly_once) = (spec.graph.clone(), spec.is_exactly_once);
         Ok(Self {
-            plan: Plan { graph, nodes, slots, is_exactly_once },
+            plan: Plan { graph, nodes, slots, is_exactly_once, locals },
             spec,
             store,
             resume,
-            locals,
             _lock: lock,
             state_dir,
             seed: options.seed,
@@ -530,16 +531,8 @@ impl Job {
         })?;
         let graph = self.plan.graph.clone();
         let desk = self.desk.clone();
-        let driver = Driver::new(
-            self.plan,
-            core,
-            storage,
-            &report(),
-            self.inbox,
-            self.metrics,
-            self.locals,
-            self.desk,
-        );
+        let driver =
+            Driver::new(self.plan, core, storage, &report(), self.inbox, self.metrics, self.desk);
         let outcome = driver.run(first).await;
         desk.close();
         // The driver's handle is gone, but blocking calls of tasks that have ended may still have

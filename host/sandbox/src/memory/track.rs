@@ -441,7 +441,7 @@ mod tests {
         baseline: &mut Baseline,
         reads: &[usize],
         writes: &[usize],
-    ) -> Vec<PageRange> {
+    ) -> String {
         for page in reads {
             // SAFETY: the page lies within the region.
             unsafe { region.base().add(page * PAGE_BYTES).read_volatile() };
@@ -454,7 +454,8 @@ mod tests {
             }
         }
         // SAFETY: there is no guest.
-        unsafe { baseline.written_pages(tracking, region) }.expect("scan")
+        let found = unsafe { baseline.written_pages(tracking, region) }.expect("scan");
+        format!("{found:?}")
     }
 
     #[test]
@@ -462,12 +463,15 @@ mod tests {
         let (tracking, _) = Tracking::probe();
         let region = Region::reserve(64 << 10, 1 << 20, 0, &tracking).expect("memory");
         let mut baseline = Baseline::default();
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[1], &[2]), [2..3]);
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[1, 3], &[]), []);
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[2], &[1, 3]), [1..2, 3..4]);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[1], &[2]), "[2..3]");
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[1, 3], &[]), "[]");
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[2], &[1, 3]), "[1..2, 3..4]");
         region.grow_to(128 << 10).expect("grows");
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[20], &[0, 17]), [0..1, 17..18]);
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[17], &[18, 20]), [18..19, 20..21]);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[20], &[0, 17]), "[0..1, 17..18]");
+        assert_eq!(
+            touched(&tracking, &region, &mut baseline, &[17], &[18, 20]),
+            "[18..19, 20..21]"
+        );
 
         let file = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC);
         let file = File::from(file.expect("memory"));
@@ -477,9 +481,9 @@ mod tests {
             region.map_privately(&file, &tracking).expect("maps");
             baseline.reset(&tracking, &region);
         }
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[3, 4], &[5]), [5..6]);
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[4, 6], &[]), []);
-        assert_eq!(touched(&tracking, &region, &mut baseline, &[7], &[4, 5, 8]), [4..6, 8..9]);
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[3, 4], &[5]), "[5..6]");
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[4, 6], &[]), "[]");
+        assert_eq!(touched(&tracking, &region, &mut baseline, &[7], &[4, 5, 8]), "[4..6, 8..9]");
     }
 
     #[test]
