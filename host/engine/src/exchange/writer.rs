@@ -45,7 +45,10 @@ impl Writer {
         let next = start % channels.len().max(1);
         let parallelism = u32::try_from(channels.len()).unwrap_or(u32::MAX);
         let owner = |group| task_index(group, parallelism, max_parallelism);
-        let owners = (0..max_parallelism).map(owner).collect();
+        let owners = match partitioner {
+            Partitioner::Hash if 1 < parallelism => (0..max_parallelism).map(owner).collect(),
+            _ => Vec::new(),
+        };
         Self { partitioner, owners, channels, next }
     }
 

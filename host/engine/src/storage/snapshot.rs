@@ -107,6 +107,8 @@ pub struct SnapshotStore {
     full_bytes: u64,
     increment_bytes: u64,
     highest_id: u64,
+    /// A restart has left snapshots behind that nothing stands on.
+    has_leftovers: bool,
 }
 
 /// An open generation.
@@ -234,6 +236,7 @@ impl SnapshotStore {
             full_bytes: 0,
             increment_bytes: 0,
             highest_id,
+            has_leftovers: false,
         };
         store.remove_other_generations(&found);
         Ok((store, found))
@@ -264,6 +267,7 @@ impl SnapshotStore {
             full_bytes: 0,
             increment_bytes: 0,
             highest_id: 0,
+            has_leftovers: false,
         };
         Ok((store, found))
     }
@@ -372,12 +376,17 @@ impl SnapshotStore {
             let entry = manifest.as_ref().and_then(|manifest| manifest.tasks.get(task));
             self.chains[task] = entry.map_or_else(Vec::new, |entry| entry.chain.clone());
         }
-        self.delete_unreachable()
+        // Not now: the tasks are waiting to run.
+        self.has_leftovers = true;
+        Ok(())
     }
 
     /// Snapshots that neither a kept checkpoint nor a running task stands on belong to checkpoints
     /// that will never complete, or to ones that are not kept.
-    fn delete_unreachable(&mut self) -> Result<()> {
+    fn delete_leftovers(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.has_leftovers) {
+            return Ok(());
+        }
         let mut reachable: BTreeSet<(usize, u64)> = BTreeSet::new();
         let chains =
             |task: usize, chain: &[u64]| chain.iter().map(|id| (task, *id)).collect::<Vec<_>>();
@@ -512,6 +521,7 @@ impl SnapshotStore {
     /// The store's; the newest checkpoint is whole all the same.
     pub fn subsume(&mut self, checkpoint: u64, newest: u64) -> Result<()> {
         self.delete(checkpoint)?;
+        self.delete_leftovers()?;
         let longest = self.chains.iter().map(Vec::len).max().unwrap_or(0);
         let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes) < self.increment_bytes;
         if is_outgrown || CHAIN_LENGTH_MAX < longest {
@@ -1062,6 +1072,7 @@ mod tests {
         written(&mut store);
         store.write(vec![(0, 4, snapshot(&[(0, 9)], &[]))]).expect("written");
         store.begin_attempt(&[0], Some(3)).expect("begins");
+        store.subsume(2, 3).expect("forgotten");
         assert!(store.current.generation.keys(&snapshot_prefix(4)).expect("listed").is_empty());
         store.write(vec![(0, 5, snapshot(&[(1, 5)], &[]))]).expect("written");
         store.complete(5, 0).expect("complete");
