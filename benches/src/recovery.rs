@@ -58,8 +58,10 @@ fn harness(ballast: u64, deed: &str) -> Harness {
 
 /// Milliseconds from each trap to the next record processed. Leaves a checkpoint behind.
 fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
-    // Each trap comes 200 ms of records after the one before, so that a batch lies between.
-    let deed = format!("do = \"trap\", at = 1200, step = 400, attempts = {TRAPS}");
+    // The first trap comes after the first checkpoint, which writes the whole memory; each other
+    // one 200 ms after the one before, so that a batch lies between.
+    let at = 1_200.max(30 * (ballast >> 20));
+    let deed = format!("do = \"trap\", at = {at}, step = 400, attempts = {TRAPS}");
     let manifest = harness(ballast, &deed).write(dir);
     let ran = run_manifest(&manifest, |job| {
         let (stop, metrics) = (job.handle(), job.metrics());

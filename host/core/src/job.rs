@@ -373,6 +373,12 @@ impl Job {
         self.coordinator.last_completed()
     }
 
+    /// The oldest checkpoint whose snapshots may still be needed for it.
+    #[must_use]
+    pub fn oldest_pending(&self) -> Option<CheckpointId> {
+        self.coordinator.oldest_pending()
+    }
+
     /// True once `Finish` has been given out.
     #[must_use]
     pub fn is_over(&self) -> bool {

@@ -257,7 +257,8 @@ impl Driver {
             }
             Effect::Subsume { checkpoint } => {
                 if let Some(newest) = self.core.last_completed() {
-                    self.shared.storage.subsume(checkpoint, newest);
+                    let oldest_pending = self.core.oldest_pending();
+                    self.shared.storage.subsume(checkpoint, newest, oldest_pending);
                 }
             }
             Effect::Discard { checkpoint, reason } => {

@@ -533,7 +533,15 @@ impl Job {
         let desk = self.desk.clone();
         let driver =
             Driver::new(self.plan, core, storage, &report(), self.inbox, self.metrics, self.desk);
-        let outcome = driver.run(first).await;
+        // On the runtime's own threads, next to the workers: a failure is answered without waking
+        // another thread.
+        let outcome = match tokio::spawn(driver.run(first)).await {
+            Ok(outcome) => outcome,
+            Err(panic) => {
+                let message = format!("the driver of the job panicked: {panic}");
+                return Err(Problem::new(Code::HostBug, message));
+            }
+        };
         desk.close();
         // The driver's handle is gone, but blocking calls of tasks that have ended may still have
         // the store: joining waits for them.

@@ -367,6 +367,12 @@ impl Coordinator {
         })
     }
 
+    /// The oldest checkpoint that is neither complete nor given up.
+    #[must_use]
+    pub fn oldest_pending(&self) -> Option<CheckpointId> {
+        self.pending.keys().next().copied()
+    }
+
     /// True while nothing is pending.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -14,6 +14,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::fs::FallocateFlags;
+
 use super::{Generation, Result, Storage, StorageError};
 
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
@@ -21,6 +23,9 @@ const CACHE_BYTES: u64 = 16 << 20;
 
 /// Values from here on go into the pack file; below, a place would save little.
 const PACKED_BYTES_MIN: usize = 2 << 10;
+
+/// The unit in which file systems give space back.
+const BLOCK_BYTES: u64 = 4096;
 
 /// What the directories of generations begin with, and those of generations on their way out.
 const GENERATION: &str = "gen-";
@@ -86,7 +91,7 @@ impl Storage for SledStorage {
         sync_dir(&path)
             .and_then(|()| sync_dir(&self.dir))
             .map_err(|error| StorageError::store("make the generation durable", error))?;
-        Ok(Box::new(SledGeneration { index, pack }))
+        Ok(Box::new(SledGeneration { index, pack, freed: Vec::new() }))
     }
 
     /// Renames first: a directory that is half removed must not be taken for a generation.
@@ -156,6 +161,10 @@ impl Pack {
     fn append(&mut self, value: &[u8]) -> io::Result<Place> {
         let len = u32::try_from(value.len())
             .map_err(|_| io::Error::other("a value of more than 4 GiB"))?;
+        if BLOCK_BYTES <= u64::from(len) {
+            // So that its blocks are its own, and can be given back.
+            self.len = self.len.next_multiple_of(BLOCK_BYTES);
+        }
         let place = Place { offset: self.len, len };
         self.is_dirty = true;
         // Where this fails half-way, the next value is written over it.
@@ -178,6 +187,19 @@ impl Pack {
         }
     }
 
+    /// Makes a hole where a value was. Where the file system cannot, its space comes back with the
+    /// generation.
+    fn give_back(&self, place: Place) {
+        let start = place.offset.next_multiple_of(BLOCK_BYTES);
+        let end = (place.offset + u64::from(place.len)) / BLOCK_BYTES * BLOCK_BYTES;
+        if start < end {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            if let Err(error) = rustix::fs::fallocate(&self.file, flags, start, end - start) {
+                tracing::debug!(%error, "give blocks of a pack file back");
+            }
+        }
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.is_dirty)
             && let Err(error) = self.file.sync_data()
@@ -193,6 +215,17 @@ impl Pack {
 struct SledGeneration {
     index: sled::Db,
     pack: Pack,
+    /// What was deleted or replaced since the last flush.
+    freed: Vec<Place>,
+}
+
+impl SledGeneration {
+    /// Remembers a value that is not pointed at any more.
+    fn free(&mut self, replaced: Option<sled::IVec>) {
+        if let Some((&PLACE, place)) = replaced.as_deref().and_then(<[u8]>::split_first) {
+            self.freed.extend(Place::decode(place));
+        }
+    }
 }
 
 impl Generation for SledGeneration {
@@ -203,7 +236,9 @@ impl Generation for SledGeneration {
         } else {
             self.pack.append(value).map_err(|error| write(&error))?.encode().to_vec()
         };
-        guarded("write", || self.index.insert(key, kept)).map(|_| ())
+        let replaced = guarded("write", || self.index.insert(key, kept))?;
+        self.free(replaced);
+        Ok(())
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
@@ -220,7 +255,9 @@ impl Generation for SledGeneration {
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<()> {
-        guarded("delete", || self.index.remove(key)).map(|_| ())
+        let removed = guarded("delete", || self.index.remove(key))?;
+        self.free(removed);
+        Ok(())
     }
 
     fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -232,7 +269,12 @@ impl Generation for SledGeneration {
 
     fn flush(&mut self) -> Result<()> {
         self.pack.sync().map_err(|error| StorageError::store("flush the pack file", error))?;
-        guarded("flush", || self.index.flush()).map(|_| ())
+        guarded("flush", || self.index.flush())?;
+        // Only now is it certain that nobody will ask for them, not even after a crash.
+        for place in self.freed.drain(..) {
+            self.pack.give_back(place);
+        }
+        Ok(())
     }
 }
 
@@ -266,6 +308,23 @@ mod tests {
         generation.delete(b"a").expect("delete");
         assert_eq!(generation.get(b"a").expect("readable"), None);
         assert_eq!(generation.keys(b"").expect("list"), [&b"b"[..], b"c", b"small"]);
+    }
+
+    #[test]
+    fn space_of_deleted_values_is_given_back_after_the_flush() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("dir");
+        let mut generation = open(dir.path());
+        let pack = dir.path().join("gen-00000001").join(PACK);
+        let blocks = || fs::metadata(&pack).expect("there").blocks() * 512;
+        generation.put(b"a", &[1; 1 << 20]).expect("put");
+        generation.put(b"b", &[2; 1 << 20]).expect("put");
+        generation.flush().expect("flush");
+        let full = blocks();
+        generation.delete(b"a").expect("delete");
+        generation.flush().expect("flush");
+        assert!(blocks() + (1 << 20) <= full, "{full} bytes before, {} after", blocks());
+        assert_eq!(generation.get(b"b").expect("readable"), Some(vec![2; 1 << 20]));
     }
 
     #[test]

@@ -25,9 +25,9 @@ use super::{
 const PACK_PAGES: usize = 64;
 /// Bytes of declared state in one stored value.
 const PACK_BYTES: usize = 64 << 10;
-/// A generation is replaced when its increments are larger than this, and than its images: the
-/// directory then stays near twice the size of the state.
-const COMPACT_BYTES_MIN: u64 = 64 << 20;
+/// A generation is replaced when its increments are larger than this, and than half its images:
+/// with the new one beside it, the directory then stays within 2.5 times the size of the state.
+const COMPACT_BYTES_MIN: u64 = 4 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 const CHAIN_LENGTH_MAX: usize = 256;
 
@@ -82,6 +82,112 @@ struct Header {
     declared_packs: u32,
 }
 
+/// The snapshots that make up a task's state, oldest first. Knows which pages of them were written
+/// over since, as far as they were written by this process: a snapshot of which nothing counts any
+/// more is dead, and a checkpoint from then on does without it.
+#[derive(Debug, Default)]
+struct Chain {
+    links: Vec<Link>,
+    /// By memory and page: the snapshot that holds its newest version; 0: not known.
+    owners: Vec<Vec<u64>>,
+}
+
+#[derive(Debug)]
+struct Link {
+    id: u64,
+    bytes: u64,
+    /// Pages that no later snapshot has; `None` for a snapshot that is never given up.
+    live_pages: Option<u64>,
+    /// The checkpoint whose snapshot made it dead.
+    dead_since: Option<u64>,
+}
+
+impl Chain {
+    /// A chain that was read back: what its snapshots hold is not known.
+    fn of(ids: &[u64]) -> Self {
+        let link = |id: &u64| Link { id: *id, bytes: 0, live_pages: None, dead_since: None };
+        Self { links: ids.iter().map(link).collect(), owners: Vec::new() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    fn len(&self) -> usize {
+        self.links.len()
+    }
+
+    fn ids(&self) -> impl Iterator<Item = u64> {
+        self.links.iter().map(|link| link.id)
+    }
+
+    /// The snapshots that a checkpoint consists of. Later ones may be there already.
+    fn as_of(&self, checkpoint: u64) -> Vec<u64> {
+        let counts = |link: &&Link| {
+            link.id <= checkpoint && link.dead_since.is_none_or(|since| checkpoint < since)
+        };
+        self.links.iter().filter(counts).map(|link| link.id).collect()
+    }
+
+    fn push(&mut self, id: u64, snapshot: &TaskSnapshot, bytes: u64) {
+        let is_first = self.links.is_empty();
+        let mut pages_written = 0;
+        for (memory, delta) in
+            snapshot.memory.iter().flat_map(|memory| &memory.memories).enumerate()
+        {
+            if self.owners.len() <= memory {
+                self.owners.resize_with(memory + 1, Vec::new);
+            }
+            for (page, _) in delta.pages() {
+                let owners = &mut self.owners[memory];
+                let page = page as usize;
+                if owners.len() <= page {
+                    owners.resize(page + 1, 0);
+                }
+                let before = std::mem::replace(&mut owners[page], id);
+                pages_written += 1;
+                if let Ok(place) = self.links.binary_search_by_key(&before, |link| link.id) {
+                    self.links[place].lose_page(id);
+                }
+            }
+        }
+        // Entries of declared state are not followed; a snapshot with some stays until compaction.
+        let has_declared = snapshot.declared.as_ref().is_some_and(|d| !d.states.is_empty());
+        let live_pages = (!has_declared && !is_first).then_some(pages_written);
+        let bytes = if is_first { 0 } else { bytes };
+        self.links.push(Link { id, bytes, live_pages, dead_since: None });
+        // A snapshot without any page counts only until the next one.
+        let newest = self.links.len() - 1;
+        for link in &mut self.links[..newest] {
+            if link.live_pages == Some(0) && link.dead_since.is_none() {
+                link.dead_since = Some(id);
+            }
+        }
+    }
+
+    /// Forgets dead snapshots that no checkpoint from this one on consists of. Gives their bytes.
+    fn drop_dead(&mut self, needed_from: u64) -> u64 {
+        let mut freed = 0;
+        self.links.retain(|link| {
+            let is_needed = link.dead_since.is_none_or(|since| needed_from < since);
+            freed += if is_needed { 0 } else { link.bytes };
+            is_needed
+        });
+        freed
+    }
+}
+
+impl Link {
+    fn lose_page(&mut self, to: u64) {
+        if let Some(pages) = &mut self.live_pages {
+            *pages = pages.saturating_sub(1);
+            if *pages == 0 {
+                self.dead_since.get_or_insert(to);
+            }
+        }
+    }
+}
+
 /// What opening a store has found.
 #[derive(Debug)]
 pub struct Found {
@@ -100,7 +206,7 @@ pub struct SnapshotStore {
     job: String,
     tasks: Vec<TaskIdentity>,
     /// The snapshots that make up each task's state, were it complete now.
-    chains: Vec<Vec<u64>>,
+    chains: Vec<Chain>,
     /// Snapshots that could not be written: the next write tries them first, or the chain would
     /// have a gap.
     unwritten: Vec<(usize, u64, Arc<TaskSnapshot>)>,
@@ -230,7 +336,7 @@ impl SnapshotStore {
             current,
             older: places,
             job: job.to_owned(),
-            chains: vec![Vec::new(); tasks.len()],
+            chains: tasks.iter().map(|_| Chain::default()).collect(),
             tasks,
             unwritten: Vec::new(),
             full_bytes: 0,
@@ -374,7 +480,7 @@ impl SnapshotStore {
             .transpose()?;
         for &task in tasks {
             let entry = manifest.as_ref().and_then(|manifest| manifest.tasks.get(task));
-            self.chains[task] = entry.map_or_else(Vec::new, |entry| entry.chain.clone());
+            self.chains[task] = entry.map_or_else(Chain::default, |entry| Chain::of(&entry.chain));
         }
         // Not now: the tasks are waiting to run.
         self.has_leftovers = true;
@@ -391,7 +497,7 @@ impl SnapshotStore {
         let chains =
             |task: usize, chain: &[u64]| chain.iter().map(|id| (task, *id)).collect::<Vec<_>>();
         for (task, chain) in self.chains.iter().enumerate() {
-            reachable.extend(chains(task, chain));
+            reachable.extend(chain.ids().map(|id| (task, id)));
         }
         for checkpoint in &self.current.checkpoints {
             let manifest = read_manifest(&*self.current.generation, &manifest_key(*checkpoint))?;
@@ -427,13 +533,13 @@ impl SnapshotStore {
         let written = self.write_all(&pending);
         match written {
             Ok(bytes) => {
-                for ((task, checkpoint, _), bytes) in pending.iter().zip(&bytes) {
+                for ((task, checkpoint, snapshot), bytes) in pending.iter().zip(&bytes) {
                     let chain = &mut self.chains[*task];
                     match chain.is_empty() {
                         true => self.full_bytes += bytes,
                         false => self.increment_bytes += bytes,
                     }
-                    chain.push(*checkpoint);
+                    chain.push(*checkpoint, snapshot, *bytes);
                 }
                 Ok(bytes[first..].to_vec())
             }
@@ -466,8 +572,7 @@ impl SnapshotStore {
     fn manifest_of(&self, checkpoint: u64, written_at_ms: u64) -> Manifest {
         let tasks = self.tasks.iter().zip(&self.chains).map(|(identity, chain)| ManifestTask {
             identity: identity.clone(),
-            // Snapshots of later checkpoints may be there already.
-            chain: chain.iter().copied().filter(|id| *id <= checkpoint).collect(),
+            chain: chain.as_of(checkpoint),
         });
         Manifest { job: self.job.clone(), checkpoint, written_at_ms, tasks: tasks.collect() }
     }
@@ -515,16 +620,28 @@ impl SnapshotStore {
         copy_merged(&*self.current.generation, &manifest, checkpoint, &mut *generation)
     }
 
-    /// Forgets a completed checkpoint, and compacts if it is time.
+    /// Forgets a completed checkpoint, gives back the space of what nothing stands on any more, and
+    /// compacts if it is time. `oldest_pending` may still need what the newest does not.
     ///
     /// # Errors
     /// The store's; the newest checkpoint is whole all the same.
-    pub fn subsume(&mut self, checkpoint: u64, newest: u64) -> Result<()> {
+    pub fn subsume(
+        &mut self,
+        checkpoint: u64,
+        newest: u64,
+        oldest_pending: Option<u64>,
+    ) -> Result<()> {
         self.delete(checkpoint)?;
+        let needed_from = oldest_pending.map_or(newest, |pending| pending.min(newest));
+        for chain in &mut self.chains {
+            let freed = chain.drop_dead(needed_from);
+            self.increment_bytes = self.increment_bytes.saturating_sub(freed);
+            self.has_leftovers |= 0 < freed;
+        }
         self.delete_leftovers()?;
-        let longest = self.chains.iter().map(Vec::len).max().unwrap_or(0);
-        let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes) < self.increment_bytes;
-        if is_outgrown || CHAIN_LENGTH_MAX < longest {
+        let longest = self.chains.iter().map(Chain::len).max().unwrap_or(0);
+        let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes / 2) < self.increment_bytes;
+        if oldest_pending.is_none() && (is_outgrown || CHAIN_LENGTH_MAX < longest) {
             self.compact(newest)?;
         }
         Ok(())
@@ -570,8 +687,11 @@ impl SnapshotStore {
     pub fn compact(&mut self, checkpoint: u64) -> Result<()> {
         let manifest = self.manifest(checkpoint)?;
         // Increments taken since belong to a checkpoint that is still pending: they would be lost.
-        let is_settled =
-            manifest.tasks.iter().zip(&self.chains).all(|(task, chain)| task.chain == *chain);
+        let is_settled = manifest
+            .tasks
+            .iter()
+            .zip(&self.chains)
+            .all(|(task, chain)| chain.ids().eq(task.chain.iter().copied()));
         if !is_settled || !self.unwritten.is_empty() {
             return Ok(());
         }
@@ -619,7 +739,7 @@ impl SnapshotStore {
             Ok((checkpoint, bytes)) => {
                 self.full_bytes = bytes;
                 self.increment_bytes = 0;
-                self.chains = vec![vec![checkpoint]; self.tasks.len()];
+                self.chains = self.tasks.iter().map(|_| Chain::of(&[checkpoint])).collect();
                 let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
                 let mut old = std::mem::replace(&mut self.current, next);
                 // From here on the new one counts; the same manifest in the old generation would
@@ -1072,7 +1192,7 @@ mod tests {
         written(&mut store);
         store.write(vec![(0, 4, snapshot(&[(0, 9)], &[]))]).expect("written");
         store.begin_attempt(&[0], Some(3)).expect("begins");
-        store.subsume(2, 3).expect("forgotten");
+        store.subsume(2, 3, None).expect("forgotten");
         assert!(store.current.generation.keys(&snapshot_prefix(4)).expect("listed").is_empty());
         store.write(vec![(0, 5, snapshot(&[(1, 5)], &[]))]).expect("written");
         store.complete(5, 0).expect("complete");

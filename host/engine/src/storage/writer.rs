@@ -27,7 +27,7 @@ enum Command {
     Write(Snapshot),
     Complete(u64),
     Export { checkpoint: u64, dir: PathBuf },
-    Subsume { checkpoint: u64, newest: u64 },
+    Subsume { checkpoint: u64, newest: u64, oldest_pending: Option<u64> },
 }
 
 struct Snapshot {
@@ -103,8 +103,17 @@ impl StorageHandle {
     }
 
     /// A completed checkpoint is no longer needed. Answer: `CheckpointCleaned`.
-    pub(crate) fn subsume(&self, checkpoint: CheckpointId, newest: CheckpointId) {
-        self.send(Command::Subsume { checkpoint: checkpoint.0, newest: newest.0 });
+    pub(crate) fn subsume(
+        &self,
+        checkpoint: CheckpointId,
+        newest: CheckpointId,
+        oldest_pending: Option<CheckpointId>,
+    ) {
+        self.send(Command::Subsume {
+            checkpoint: checkpoint.0,
+            newest: newest.0,
+            oldest_pending: oldest_pending.map(|id| id.0),
+        });
     }
 
     /// Reads a task's state. Blocks.
@@ -220,8 +229,8 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
                 Err(error) => Event::SavepointLost { checkpoint, message: error.to_string() },
             });
         }
-        Command::Subsume { checkpoint, newest } => {
-            if let Err(error) = store.subsume(checkpoint, newest) {
+        Command::Subsume { checkpoint, newest, oldest_pending } => {
+            if let Err(error) = store.subsume(checkpoint, newest, oldest_pending) {
                 report.warning(format!("reclaim the space of checkpoint {checkpoint}: {error}"));
             }
             report.event(Event::CheckpointCleaned);
