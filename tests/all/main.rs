@@ -3,6 +3,8 @@
 mod checkpoints;
 mod exactly_once;
 mod failover;
+mod program;
 mod sandbox;
+mod soak;
 mod tidy;
 mod ui;

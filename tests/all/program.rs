@@ -1,0 +1,175 @@
+//! The program as its users run it: `run` in one process, `savepoint`, `stop` and `cancel` in others.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use cofferdam_tests::{
+    guest,
+    job::{Harness, committed},
+};
+use serde_json::Value;
+
+/// The program, built beside the tests.
+fn program() -> PathBuf {
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--package", "cofferdam"])
+        .current_dir(guest::root())
+        .status();
+    assert!(built.expect("cargo runs").success());
+    guest::root().join("target/debug/cofferdam")
+}
+
+fn call(arguments: &[&str]) -> Output {
+    Command::new(program()).args(arguments).output().expect("the program runs")
+}
+
+fn json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let last = text.lines().last().unwrap_or_default();
+    serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {text} {output:?}"))
+}
+
+/// A job that is running; killed if the test fails.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Running {
+    fn start(manifest: &Path) -> Self {
+        let child = Command::new(program())
+            .args(["run", "--json"])
+            .arg(manifest)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program runs");
+        let dir = manifest.parent().expect("a directory");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while committed(&dir.join("output")).is_empty() {
+            assert!(Instant::now() < deadline, "nothing was committed");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Self(child)
+    }
+
+    fn wait(mut self) -> i32 {
+        self.0.wait().expect("ended").code().expect("a code")
+    }
+}
+
+fn endless(dir: &Path) -> PathBuf {
+    Harness { count: u64::MAX >> 1, rate: Some(20_000), ..Harness::default() }.write(dir)
+}
+
+#[test]
+fn running_job_gives_savepoints_and_stops_with_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = endless(dir.path());
+    let (job, target) = (manifest.to_str().expect("text"), dir.path().join("savepoints"));
+    let target = target.to_str().expect("text");
+    let running = Running::start(&manifest);
+
+    let refused = call(&["savepoint", job]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("savepoint-dir"), "{refused:?}");
+    let used = call(&["checkpoints", "list", job]);
+    assert_eq!(used.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&used.stderr).contains("C0019"), "{used:?}");
+
+    let saved = json(&call(&["--json", "savepoint", job, target]));
+    let savepoint = saved["savepoint"].as_str().expect("a path").to_owned();
+    assert!(Path::new(&savepoint).is_dir());
+    let stopped = json(&call(&["--json", "stop", job, "--savepoint-path", target]));
+    assert!(saved["checkpoint"].as_u64() < stopped["checkpoint"].as_u64());
+    assert_eq!(running.wait(), 0);
+
+    let listed = json(&call(&["--json", "checkpoints", "list", &savepoint]));
+    assert_eq!(listed["checkpoint"], saved["checkpoint"]);
+    let inspected = json(&call(&["--json", "checkpoints", "inspect", &savepoint]));
+    assert_eq!(inspected["tasks"][2]["task"], "count/0");
+    assert!(1 << 16 <= inspected["tasks"][2]["memory_bytes"].as_u64().expect("a number"));
+    let verified = json(&call(&["--json", "checkpoints", "verify", &savepoint]));
+    assert_eq!(verified["whole"], true);
+
+    let gone = call(&["cancel", job]);
+    assert_eq!(gone.status.code(), Some(2), "{gone:?}");
+    assert!(String::from_utf8_lossy(&gone.stderr).contains("C0026"), "{gone:?}");
+}
+
+#[test]
+fn cancelled_job_ends_at_once_and_keeps_what_its_policy_says() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = endless(dir.path());
+    let job = manifest.to_str().expect("text");
+    let running = Running::start(&manifest);
+    assert_eq!(json(&call(&["--json", "cancel", job]))["accepted"], true);
+    assert_eq!(running.wait(), 0);
+    let listed = json(&call(&["--json", "checkpoints", "list", job]));
+    let id = listed["checkpoint"].as_u64().expect("it was retained").to_string();
+    assert_eq!(
+        json(&call(&["--json", "checkpoints", "delete", job, "--id", &id]))["deleted"],
+        listed["checkpoint"]
+    );
+    assert_eq!(call(&["checkpoints", "list", job]).status.code(), Some(2), "nothing is left");
+}
+
+#[test]
+fn explain_answers_without_a_component() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = dir.path().join("job.toml");
+    let text = r#"
+[job]
+name = "explained"
+
+[[source]]
+name = "v1"
+connector = "generator"
+
+[[operator]]
+name = "v2"
+component = "nowhere.wasm"
+inputs = [{ from = "v1", exchange = "blocking" }]
+
+[[sink]]
+name = "v3"
+connector = "discard"
+inputs = ["v2"]
+"#;
+    std::fs::write(&manifest, text).expect("written");
+    let job = manifest.to_str().expect("text");
+    let answer = json(&call(&[
+        "explain", "failover", job, "--fail", "v3/0", "--lost", "v1/0->v2", "--json",
+    ]));
+    assert_eq!(answer["strategy"], "region");
+    assert_eq!(answer["regions"], serde_json::json!([["v1/0"], ["v2/0", "v3/0"]]));
+    assert_eq!(answer["restart"], serde_json::json!(["v1/0", "v2/0", "v3/0"]));
+    assert_eq!(answer["because"]["v3/0"], "it failed");
+    let refused = call(&["run", job]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("C0022"), "{refused:?}");
+
+    let restarts = call(&[
+        "explain",
+        "restarts",
+        "--set",
+        "restart-strategy.type=fixed-delay",
+        "--set",
+        "restart-strategy.fixed-delay.attempts=1",
+        "--failures",
+        "0,7",
+        "--json",
+    ]);
+    let lines: Vec<Value> = String::from_utf8_lossy(&restarts.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    let expected = |at: u64, can: bool| serde_json::json!({ "at_ms": at, "new_attempt": true, "can_restart": can, "backoff_ms": 1000 });
+    assert_eq!(lines, [expected(0, true), expected(7, false)]);
+}
