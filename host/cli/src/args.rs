@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use cofferdam_engine::{problem::Problem, spec::host::HostSettings};
 
 /// Runs stream-processing jobs whose tasks are WebAssembly components, each in a sandbox of its
 /// own, exactly once whatever fails.
@@ -33,7 +34,9 @@ pub(crate) enum Verb {
     )]
     Build(BuildArguments),
     /// Check a manifest and its components without running anything
-    #[command(after_help = "Example:\n  cofferdam check job.toml")]
+    #[command(
+        after_help = "Examples:\n  cofferdam check job.toml\n  cofferdam check job.toml --effective --host-config /etc/flink/flink-conf.yaml"
+    )]
     Check(CheckArguments),
     /// Run a job, or go on with one that was interrupted
     #[command(
@@ -94,10 +97,36 @@ pub(crate) struct BuildArguments {
     pub(crate) output: Option<PathBuf>,
 }
 
+/// Settings for every job of a host.
+#[derive(Debug, Args)]
+pub(crate) struct HostArguments {
+    /// Settings that a manifest may leave out: a TOML file, or Flink's flink-conf.yaml or config.yaml
+    /// [default: cofferdam.toml in the working directory, if there is one]
+    #[arg(long, value_name = "FILE", env = "COFFERDAM_HOST_CONFIG")]
+    host_config: Option<PathBuf>,
+}
+
+impl HostArguments {
+    /// The host's settings, if there are any.
+    pub(crate) fn read(&self) -> Result<Option<HostSettings>, Problem> {
+        let default = PathBuf::from("cofferdam.toml");
+        match &self.host_config {
+            Some(path) => HostSettings::read(path).map(Some),
+            None if default.is_file() => HostSettings::read(&default).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct CheckArguments {
     /// The job's manifest
     pub(crate) manifest: PathBuf,
+    /// List every setting with its value and where it comes from
+    #[arg(long)]
+    pub(crate) effective: bool,
+    #[command(flatten)]
+    pub(crate) host: HostArguments,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
 }
@@ -118,6 +147,8 @@ pub(crate) struct RunArguments {
     /// Where checkpoints are kept [default: as the manifest says, or JOB.cofferdam beside it]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) host: HostArguments,
     /// Begin from this savepoint, or from the newest checkpoint of this state directory
     #[arg(long, value_name = "DIR")]
     pub(crate) from: Option<PathBuf>,

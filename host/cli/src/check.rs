@@ -10,7 +10,13 @@ use serde_json::json;
 use crate::{args::CheckArguments, report};
 
 pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), Problem> {
-    let spec = JobSpec::read(&arguments.manifest)?;
+    let host = arguments.host.read()?;
+    let spec = JobSpec::read_with(&arguments.manifest, host.as_ref())?;
+    spec.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    if arguments.effective {
+        effective(&spec, is_json);
+        return Ok(());
+    }
     let sandbox = job::sandbox(arguments.cache.dir())?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
     if is_json {
@@ -19,6 +25,20 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
         people(&checked);
     }
     Ok(())
+}
+
+/// Every setting with its value and where it comes from.
+fn effective(spec: &JobSpec, is_json: bool) {
+    for (key, value) in spec.effective() {
+        let place = spec.origins.get(&key).cloned().flatten();
+        match is_json {
+            true => report::line(&json!({ "key": key, "value": value, "from": place })),
+            false => {
+                let place = place.unwrap_or_else(|| "default".to_owned());
+                println!("{key} = {value}\n    {place}");
+            }
+        }
+    }
 }
 
 fn kind_name(kind: &NodeKind) -> &'static str {

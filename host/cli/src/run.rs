@@ -41,7 +41,11 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
         MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden())
     };
     start_log(arguments.log.as_deref(), is_json, &screen)?;
-    let spec = JobSpec::read(&arguments.manifest)?;
+    let host = arguments.host.read()?;
+    let spec = JobSpec::read_with(&arguments.manifest, host.as_ref())?;
+    for warning in &spec.warnings {
+        tracing::warn!("{warning}");
+    }
     let cache_dir = arguments.cache.dir();
     let sandbox = job::sandbox(cache_dir)?;
     let checked = CheckedJob::new(spec, &sandbox).await?;

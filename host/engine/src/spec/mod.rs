@@ -3,6 +3,7 @@
 //! Settings carry Flink's names, values and defaults. What is wrong comes out as a [`Problem`] with
 //! its line; the first one, because the later ones are often its consequences.
 
+pub mod host;
 mod reader;
 pub mod value;
 
@@ -24,7 +25,10 @@ use cofferdam_core::{
 use cofferdam_sandbox::{Format, Limits};
 use toml::de::{DeTable, DeValue};
 
-use self::reader::{Located, Section, Text, closest};
+use self::{
+    host::{HostSettings, MEANINGLESS},
+    reader::{Layer, Located, Section, Text, closest},
+};
 use crate::problem::{Code, Problem};
 
 type Result<T> = std::result::Result<T, Problem>;
@@ -65,6 +69,10 @@ pub struct JobSpec {
     pub graph: JobGraph,
     /// What each node of the graph is, by its id.
     pub nodes: Vec<NodeSpec>,
+    /// Settings that were left out, and why.
+    pub warnings: Vec<String>,
+    /// Every setting that counts for the whole job, with the place where it was set, if it was.
+    pub origins: BTreeMap<String, Option<String>>,
 }
 
 /// Where checkpoints are kept.
@@ -259,6 +267,14 @@ impl JobSpec {
     /// # Errors
     /// The first problem.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::read_with(path, None)
+    }
+
+    /// Reads the manifest at `path`; what it leaves out, the host's settings may say.
+    ///
+    /// # Errors
+    /// The first problem.
+    pub fn read_with(path: &Path, host: Option<&HostSettings>) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             Problem::new(
                 Code::ManifestUnreadable,
@@ -267,22 +283,80 @@ impl JobSpec {
             .detail(error)
             .hint("name the job's TOML file, for example `cofferdam run job.toml`")
         })?;
-        Self::parse(path, &text)
+        Self::parse(path, &text, host)
     }
 
     /// Reads the text of a manifest; `path` says where relative paths begin.
     ///
     /// # Errors
     /// The first problem.
-    pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let source = Text { path, text };
-        let table = DeTable::parse(text).map_err(|error| {
-            let span = error.span().unwrap_or(0..0);
-            source.problem(Code::ManifestSyntax, &span, format!("not TOML: {}", error.message()))
-        })?;
-        let root = Section::new(&source, String::new(), 0..0, table.get_ref());
+    pub fn parse(path: &Path, text: &str, host: Option<&HostSettings>) -> Result<Self> {
+        let mut source = Text::new(path, text);
+        let host_start =
+            host.map(|host| source.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
+        let table = parse_toml(&source, text, 0)?;
+        let host_table =
+            host.map(|host| parse_toml(&source, &host.text, host_start)).transpose()?;
+        let mut layers = vec![Layer { table: &table, start: 0 }];
+        if let Some(table) = &host_table {
+            refuse_nodes(&source, table, host_start)?;
+            layers.push(Layer { table, start: host_start });
+        }
+        let root = Section::new(&source, String::new(), 0..0, layers);
         let base_dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        read_job(&root, &base_dir)
+        let mut spec = read_job(&root, &base_dir)?;
+        spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
+        spec.origins = source.looked_for();
+        spec.origins.retain(|key, _| is_setting(key));
+        Ok(spec)
+    }
+
+    /// Every setting that counts for the whole job, with its value.
+    #[must_use]
+    pub fn effective(&self) -> Vec<(String, String)> {
+        let ms = |ms: u64| format!("{ms} ms");
+        let settings = &self.checkpoint;
+        let (storage, dir) = match &self.storage {
+            StorageSpec::Sled(dir) => ("sled", dir.display().to_string()),
+            StorageSpec::Memory => ("memory", "none".to_owned()),
+        };
+        let savepoint_dir = self.savepoint_dir.as_ref();
+        let tolerable = settings.tolerable_failures.map_or("any".to_owned(), |n| n.to_string());
+        let checkpointing = [
+            ("interval", settings.interval_ms.map_or("none".to_owned(), ms)),
+            (
+                "mode",
+                if self.is_exactly_once { "EXACTLY_ONCE" } else { "AT_LEAST_ONCE" }.to_owned(),
+            ),
+            ("timeout", ms(settings.timeout_ms)),
+            ("min-pause", ms(settings.min_pause_ms)),
+            ("max-concurrent-checkpoints", settings.concurrent_max.to_string()),
+            ("tolerable-failed-checkpoints", tolerable),
+            ("num-retained", settings.retained_max.to_string()),
+            ("externalized-checkpoint-retention", self.retention.name().to_owned()),
+            ("storage", storage.to_owned()),
+            ("dir", dir),
+            (
+                "savepoint-dir",
+                savepoint_dir.map_or("none".to_owned(), |dir| dir.display().to_string()),
+            ),
+        ];
+        let mut all: Vec<(String, String)> = checkpointing
+            .into_iter()
+            .map(|(key, value)| (format!("execution.checkpointing.{key}"), value))
+            .collect();
+        all.push((
+            "jobmanager.execution.failover-strategy".to_owned(),
+            self.failover.name().to_owned(),
+        ));
+        let (name, values) = strategy_settings(&self.restart);
+        all.push(("restart-strategy.type".to_owned(), name.to_owned()));
+        all.extend(
+            values
+                .into_iter()
+                .map(|(key, value)| (format!("restart-strategy.{name}.{key}"), value)),
+        );
+        all
     }
 
     /// The spec of a node.
@@ -293,6 +367,65 @@ impl JobSpec {
     pub fn node(&self, id: OperatorId) -> &NodeSpec {
         &self.nodes[id.0 as usize]
     }
+}
+
+fn strategy_settings(strategy: &RestartStrategy) -> (&'static str, Vec<(&'static str, String)>) {
+    let ms = |ms: u64| format!("{ms} ms");
+    match strategy {
+        RestartStrategy::None => ("none", Vec::new()),
+        RestartStrategy::FixedDelay { attempts, delay_ms } => {
+            ("fixed-delay", vec![("attempts", attempts.to_string()), ("delay", ms(*delay_ms))])
+        }
+        RestartStrategy::FailureRate { failures_per_interval_max, interval_ms, delay_ms } => (
+            "failure-rate",
+            vec![
+                ("max-failures-per-interval", failures_per_interval_max.to_string()),
+                ("failure-rate-interval", ms(*interval_ms)),
+                ("delay", ms(*delay_ms)),
+            ],
+        ),
+        RestartStrategy::ExponentialDelay(settings) => (
+            "exponential-delay",
+            vec![
+                ("initial-backoff", ms(settings.initial_backoff_ms)),
+                ("max-backoff", ms(settings.backoff_ms_max)),
+                ("backoff-multiplier", settings.backoff_multiplier.to_string()),
+                ("reset-backoff-threshold", ms(settings.reset_threshold_ms)),
+                ("jitter-factor", settings.jitter_factor.to_string()),
+                (
+                    "attempts-before-reset-backoff",
+                    settings.attempts_max.map_or("infinite".to_owned(), |max| max.to_string()),
+                ),
+            ],
+        ),
+    }
+}
+
+fn parse_toml<'t>(source: &Text<'_>, text: &'t str, start: usize) -> Result<DeTable<'t>> {
+    DeTable::parse(text).map(toml::Spanned::into_inner).map_err(|error| {
+        let span = error.span().map_or(start..start, |span| span.start + start..span.end + start);
+        source.problem(Code::ManifestSyntax, &span, format!("not TOML: {}", error.message()))
+    })
+}
+
+/// Nodes are a job's own.
+fn refuse_nodes(source: &Text<'_>, table: &DeTable<'_>, start: usize) -> Result<()> {
+    for node in ["source", "operator", "sink"] {
+        if let Some((key, _)) = table.get_key_value(node) {
+            let span = key.span().start + start..key.span().end + start;
+            let message = format!("the host's settings cannot have a [[{node}]]");
+            return Err(source
+                .problem(Code::BadValue, &span, message)
+                .hint("what a job consists of is in its manifest"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a key is one that `check --effective` shows.
+fn is_setting(key: &str) -> bool {
+    let of = ["execution.", "restart-strategy.", "jobmanager."];
+    key == "job.parallelism" || of.iter().any(|prefix| key.starts_with(prefix))
 }
 
 fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
@@ -325,6 +458,8 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
         failover,
         graph,
         nodes,
+        warnings: execution.warnings,
+        origins: BTreeMap::new(),
     })
 }
 
@@ -334,12 +469,10 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
 /// The first problem, with the setting it is in.
 pub fn restart_of(settings: &[(String, String)]) -> Result<RestartStrategy> {
     let text: String = settings.iter().map(|(key, value)| setting_line(key, value)).collect();
-    let source = Text { path: Path::new("--set"), text: &text };
-    let table = DeTable::parse(&text).map_err(|error| {
-        let span = error.span().unwrap_or(0..0);
-        source.problem(Code::ManifestSyntax, &span, error.message().to_owned())
-    })?;
-    let root = Section::new(&source, String::new(), 0..0, table.get_ref());
+    let source = Text::new(Path::new("--set"), &text);
+    let table = parse_toml(&source, &text, 0)?;
+    let layers = vec![Layer { table: &table, start: 0 }];
+    let root = Section::new(&source, String::new(), 0..0, layers);
     let execution = read_execution(&root, Path::new(""), "job")?;
     let strategy = read_restart(&root, execution.checkpoint.interval_ms.is_some())?;
     root.finish()?;
@@ -375,6 +508,7 @@ struct Execution {
     savepoint_dir: Option<PathBuf>,
     storage: StorageSpec,
     mode: RuntimeMode,
+    warnings: Vec<String>,
 }
 
 /// Which exchange an edge has that says none of its own.
@@ -400,6 +534,7 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         savepoint_dir: None,
         storage: StorageSpec::Sled(default_dir.clone()),
         mode: RuntimeMode { mode: ModeName::Streaming, batch: ExchangeType::Blocking },
+        warnings: Vec::new(),
     };
     let Some(section) = root.section("execution")? else { return Ok(execution) };
     let modes = [
@@ -472,6 +607,14 @@ fn read_checkpointing(
     if let Some(policy) = section.choice("externalized-checkpoint-retention", &policies)? {
         execution.retention = policy.value;
     }
+    for key in MEANINGLESS_KEYS {
+        let path = format!("execution.checkpointing.{key}");
+        if section.has(key)
+            && let Some((_, why)) = MEANINGLESS.iter().find(|(known, _)| *known == path)
+        {
+            execution.warnings.push(format!("`{path}` means nothing here: {why}"));
+        }
+    }
     execution.savepoint_dir = section.text("savepoint-dir")?.map(|dir| base_dir.join(dir.value));
     let dir = section.text("dir")?.map_or(default_dir, |dir| base_dir.join(dir.value));
     execution.storage = match section.choice("storage", &[("sled", true), ("memory", false)])? {
@@ -480,6 +623,22 @@ fn read_checkpointing(
     };
     Ok(())
 }
+
+/// Flink's keys of `execution.checkpointing` that a manifest may have and that mean nothing here.
+const MEANINGLESS_KEYS: &[&str] = &[
+    "unaligned",
+    "aligned-checkpoint-timeout",
+    "interval-during-backlog",
+    "checkpoints-after-tasks-finish",
+    "incremental",
+    "create-subdir",
+    "data-inline-threshold",
+    "write-buffer-size",
+    "file-merging",
+    "cleaner",
+    "snapshot-compression",
+    "local-backup",
+];
 
 #[derive(Clone, Copy)]
 enum StrategyName {

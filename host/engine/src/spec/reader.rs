@@ -7,11 +7,43 @@ use toml::de::{DeTable, DeValue};
 
 use crate::problem::{Code, Problem};
 
-/// The text of a manifest and where it came from, for messages.
+/// The texts that settings come from, and where each came from, for messages. Spans go through all
+/// of them, one behind the other.
 #[derive(Debug)]
 pub(crate) struct Text<'a> {
-    pub(crate) path: &'a Path,
-    pub(crate) text: &'a str,
+    files: Vec<File<'a>>,
+    /// Every setting that was looked for, with the place where it was found.
+    looked_for: RefCell<BTreeMap<String, Option<String>>>,
+}
+
+#[derive(Debug)]
+struct File<'a> {
+    path: &'a Path,
+    text: &'a str,
+    /// Whether its lines are those of the file that people see.
+    has_lines: bool,
+    /// Where its spans begin.
+    start: usize,
+}
+
+impl<'a> Text<'a> {
+    pub(crate) fn new(path: &'a Path, text: &'a str) -> Self {
+        let file = File { path, text, has_lines: true, start: 0 };
+        Self { files: vec![file], looked_for: RefCell::default() }
+    }
+
+    /// Adds a file behind the others; gives where its spans begin.
+    pub(crate) fn add(&mut self, path: &'a Path, text: &'a str, has_lines: bool) -> usize {
+        let start = self.files.iter().map(|file| file.start + file.text.len() + 1).max();
+        let start = start.unwrap_or(0);
+        self.files.push(File { path, text, has_lines, start });
+        start
+    }
+
+    /// Every setting that was looked for, with the place where it was found.
+    pub(crate) fn looked_for(&self) -> BTreeMap<String, Option<String>> {
+        self.looked_for.borrow().clone()
+    }
 }
 
 impl Text<'_> {
@@ -27,23 +59,47 @@ impl Text<'_> {
 
     /// A place in the text, with its line.
     pub(crate) fn place(&self, span: &Range<usize>) -> String {
-        let before = &self.text[..span.start.min(self.text.len())];
+        let file = self.files.iter().rev().find(|file| file.start <= span.start);
+        let Some(File { path, text, has_lines, start }) = file else { return String::new() };
+        let before = &text[..(span.start - start).min(text.len())];
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let shown = text[line_start..].lines().next().unwrap_or_default().trim_end();
+        if !has_lines {
+            return format!("{}: {shown}", path.display());
+        }
         let line = before.matches('\n').count() + 1;
-        let start = before.rfind('\n').map_or(0, |at| at + 1);
-        let column = before[start..].chars().count() + 1;
-        let shown = self.text[start..].lines().next().unwrap_or_default().trim_end();
-        format!("{}:{line}:{column}: {shown}", self.path.display())
+        let column = before[line_start..].chars().count() + 1;
+        format!("{}:{line}:{column}: {shown}", path.display())
     }
 }
 
-/// One table of the document.
+/// One table of the document, and the tables of the same name that come after it: what the first
+/// does not say, the next one may.
 pub(crate) struct Section<'a> {
     text: &'a Text<'a>,
     /// Its name for messages: `execution.checkpointing`, empty for the document.
     name: String,
     pub(crate) span: Range<usize>,
-    entries: BTreeMap<String, (Range<usize>, &'a DeValue<'a>, Range<usize>)>,
+    entries: BTreeMap<String, Vec<Entry<'a>>>,
     asked: RefCell<Vec<&'static str>>,
+}
+
+#[derive(Clone)]
+struct Entry<'a> {
+    key_span: Range<usize>,
+    value: &'a DeValue<'a>,
+    layer: Layer<'a>,
+}
+
+/// A table and where the spans of its text begin.
+#[derive(Clone)]
+pub(crate) struct Layer<'a> {
+    pub(crate) table: &'a DeTable<'a>,
+    pub(crate) start: usize,
+}
+
+fn shifted(span: Range<usize>, by: usize) -> Range<usize> {
+    span.start + by..span.end + by
 }
 
 /// A value and where it stands.
@@ -60,14 +116,16 @@ impl<'a> Section<'a> {
         text: &'a Text<'a>,
         name: String,
         span: Range<usize>,
-        table: &'a DeTable<'a>,
+        layers: Vec<Layer<'a>>,
     ) -> Self {
-        let entries = table
-            .iter()
-            .map(|(key, value)| {
-                (key.get_ref().to_string(), (key.span(), value.get_ref(), value.span()))
-            })
-            .collect();
+        let mut entries: BTreeMap<String, Vec<Entry<'a>>> = BTreeMap::new();
+        for layer in layers {
+            for (key, value) in layer.table {
+                let key_span = shifted(key.span(), layer.start);
+                let entry = Entry { key_span, value: value.get_ref(), layer: layer.clone() };
+                entries.entry(key.get_ref().to_string()).or_default().push(entry);
+            }
+        }
         Self { text, name, span, entries, asked: RefCell::default() }
     }
 
@@ -77,7 +135,22 @@ impl<'a> Section<'a> {
 
     fn get(&self, key: &'static str) -> Option<(&'a DeValue<'a>, Range<usize>)> {
         self.asked.borrow_mut().push(key);
-        self.entries.get(key).map(|(_, value, span)| (*value, span.clone()))
+        let entry = self.entries.get(key).and_then(|entries| entries.first());
+        let found = entry.and_then(|entry| {
+            let (_, value) = entry.layer.table.get_key_value(key)?;
+            Some((entry.value, shifted(value.span(), entry.layer.start)))
+        });
+        let is_table = found.as_ref().is_some_and(|(value, _)| value.is_table());
+        if !is_table {
+            let place = found.as_ref().map(|(_, span)| self.text.place(span));
+            self.text.looked_for.borrow_mut().insert(self.path_of(key), place);
+        }
+        found
+    }
+
+    /// Whether a key is there; it is known then.
+    pub(crate) fn has(&self, key: &'static str) -> bool {
+        self.get(key).is_some()
     }
 
     fn wrong_type(
@@ -235,8 +308,15 @@ impl<'a> Section<'a> {
     pub(crate) fn section(&self, key: &'static str) -> Result<Option<Section<'a>>> {
         match self.get(key) {
             None => Ok(None),
-            Some((DeValue::Table(table), span)) => {
-                Ok(Some(Section::new(self.text, self.path_of(key), span, table)))
+            Some((DeValue::Table(_), span)) => {
+                let mut layers = Vec::new();
+                for entry in self.entries.get(key).into_iter().flatten() {
+                    let DeValue::Table(table) = entry.value else {
+                        return Err(self.wrong_type(key, &entry.key_span, entry.value, "a table"));
+                    };
+                    layers.push(Layer { table, start: entry.layer.start });
+                }
+                Ok(Some(Section::new(self.text, self.path_of(key), span, layers)))
             }
             Some((other, span)) => Err(self.wrong_type(key, &span, other, "a table")),
         }
@@ -249,7 +329,8 @@ impl<'a> Section<'a> {
         span: Range<usize>,
         table: &'a DeTable<'a>,
     ) -> Section<'a> {
-        Section::new(self.text, key.to_owned(), span, table)
+        // Arrays of tables are the manifest's alone, whose spans begin at 0.
+        Section::new(self.text, key.to_owned(), span, vec![Layer { table, start: 0 }])
     }
 
     /// An array of tables: `[[operator]]`.
@@ -294,8 +375,9 @@ impl<'a> Section<'a> {
             .entries
             .iter()
             .filter(|(key, _)| !asked.contains(&key.as_str()))
-            .min_by_key(|(_, (span, ..))| span.start);
-        let Some((key, (span, ..))) = unknown else { return Ok(()) };
+            .filter_map(|(key, entries)| Some((key, &entries.first()?.key_span)))
+            .min_by_key(|(_, span)| span.start);
+        let Some((key, span)) = unknown else { return Ok(()) };
         let problem =
             self.problem(Code::UnknownKey, span, format!("unknown key `{}`", self.path_of(key)));
         let mut known = asked.clone();

@@ -1,0 +1,266 @@
+//! Reads settings for every job of a host: a `cofferdam.toml`, or an existing `flink-conf.yaml` or
+//! `config.yaml` as it is, older spellings included.
+//!
+//! Settings of a job come before those of the host, and those before the defaults. What Flink has
+//! and what means nothing here is told with the reason; what nobody knows is an error.
+
+use std::path::{Path, PathBuf};
+
+use super::reader::closest;
+use crate::problem::{Code, Problem};
+
+/// The settings of a host, as the text of a TOML document.
+#[derive(Debug, Clone)]
+pub struct HostSettings {
+    pub(super) path: PathBuf,
+    pub(super) text: String,
+    /// Whether the lines of `text` are those of the file.
+    pub(super) has_lines: bool,
+    /// What was left out, and why.
+    pub warnings: Vec<String>,
+}
+
+/// Flink's older names of settings that exist.
+const RENAMED: &[(&str, &str)] = &[
+    ("restart-strategy", "restart-strategy.type"),
+    ("parallelism.default", "job.parallelism"),
+    ("state.checkpoints.num-retained", "execution.checkpointing.num-retained"),
+    ("state.checkpoints.dir", "execution.checkpointing.dir"),
+    ("state.savepoints.dir", "execution.checkpointing.savepoint-dir"),
+    ("state.checkpoint-storage", "execution.checkpointing.storage"),
+    (
+        "execution.checkpointing.alignment-timeout",
+        "execution.checkpointing.aligned-checkpoint-timeout",
+    ),
+    ("execution.checkpointing.unaligned", "execution.checkpointing.unaligned.enabled"),
+];
+
+/// What can be set for a host, beside what begins with `restart-strategy.`.
+const KNOWN: &[&str] = &[
+    "job.parallelism",
+    "execution.runtime-mode",
+    "execution.batch-shuffle-mode",
+    "execution.checkpointing.interval",
+    "execution.checkpointing.mode",
+    "execution.checkpointing.timeout",
+    "execution.checkpointing.min-pause",
+    "execution.checkpointing.max-concurrent-checkpoints",
+    "execution.checkpointing.tolerable-failed-checkpoints",
+    "execution.checkpointing.num-retained",
+    "execution.checkpointing.externalized-checkpoint-retention",
+    "execution.checkpointing.dir",
+    "execution.checkpointing.savepoint-dir",
+    "execution.checkpointing.storage",
+    "jobmanager.execution.failover-strategy",
+];
+
+const RESTART: &str = "restart-strategy.";
+
+/// Settings of Flink that mean nothing here, by the beginning of their key, and why.
+pub(super) const MEANINGLESS: &[(&str, &str)] = &[
+    ("execution.checkpointing.unaligned", "barriers are always aligned"),
+    ("execution.checkpointing.aligned-checkpoint-timeout", "barriers are always aligned"),
+    ("execution.checkpointing.interval-during-backlog", "no source here works off a backlog"),
+    ("execution.checkpointing.checkpoints-after-tasks-finish", "it is always so"),
+    ("execution.checkpointing.incremental", "checkpoints are always incremental"),
+    ("state.backend.incremental", "checkpoints are always incremental"),
+    ("execution.checkpointing.create-subdir", "each job has a state directory of its own"),
+    ("state.checkpoints.create-subdir", "each job has a state directory of its own"),
+    ("execution.checkpointing.data-inline-threshold", "the store decides how it keeps values"),
+    ("execution.checkpointing.write-buffer-size", "the store decides how it keeps values"),
+    ("execution.checkpointing.file-merging", "the store decides how it keeps values"),
+    ("execution.checkpointing.cleaner", "the store reclaims its space itself"),
+    ("execution.checkpointing.snapshot-compression", "snapshots are not compressed"),
+    ("execution.checkpointing.local-backup", "the newest checkpoint is always kept in memory, too"),
+    ("state.backend", "declared state lives in the memory of its operator"),
+    ("state.changelog", "declared state lives in the memory of its operator"),
+    ("state.storage", "the store decides how it keeps values"),
+    ("execution.savepoint", "say it when the job is run: --from"),
+    ("execution.state-recovery", "say it when the job is run: --from"),
+    ("jobmanager", "there is no job manager: one process runs the job"),
+    ("taskmanager", "there is no task manager: one process runs the job"),
+    ("task.cancellation", "a guest that does not end is ended"),
+    ("heartbeat", "one process runs the job"),
+    ("cluster", "one process runs the job"),
+    ("slot", "there are no slots"),
+    ("slotmanager", "there are no slots"),
+    ("high-availability", "one process runs the job"),
+    ("rest", "there is no REST server"),
+    ("web", "there is no web interface"),
+    ("historyserver", "there is no history server"),
+    ("metrics", "metrics are in the events of `run --json`"),
+    ("env", "there is no JVM"),
+    ("classloader", "there is no JVM"),
+    ("akka", "there is no RPC"),
+    ("pekko", "there is no RPC"),
+    ("blob", "there is no blob server"),
+    ("io", "temporary files lie beside what they become"),
+    ("security", "there is no cluster to be secured"),
+    ("kubernetes", "one process runs the job"),
+    ("yarn", "one process runs the job"),
+    ("process", "there is no JVM"),
+    ("pipeline", "records are Rust types of their operators"),
+    ("table", "there are no tables"),
+    ("sql-client", "there are no tables"),
+    ("python", "operators are components"),
+    ("fs", "files are read by the operating system"),
+    ("s3", "checkpoints are kept on a local disk"),
+    ("client", "there is no client"),
+    ("queryable-state", "state cannot be queried"),
+    ("execution.attached", "there is no client"),
+    ("execution.target", "there is no cluster"),
+    ("execution.buffer-timeout", "a task that waits holds nothing back"),
+    ("execution.batch", "batches are not scheduled apart"),
+    ("execution.job-listeners", "events are in `run --json`"),
+    ("execution.shutdown-on-attached-exit", "there is no client"),
+];
+
+impl HostSettings {
+    /// Reads a file; `.yaml` and `.yml` are Flink's, everything else is TOML.
+    ///
+    /// # Errors
+    /// Where it cannot be read, is not of its format, or has a key that nobody knows.
+    pub fn read(path: &Path) -> Result<Self, Problem> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Problem::new(
+                Code::ManifestUnreadable,
+                format!("cannot read the host's settings {}", path.display()),
+            )
+            .detail(error)
+        })?;
+        let is_yaml = path.extension().is_some_and(|end| end == "yaml" || end == "yml");
+        if is_yaml { Self::from_yaml(path, &text) } else { Ok(Self::from_toml(path, text)) }
+    }
+
+    fn from_toml(path: &Path, text: String) -> Self {
+        Self { path: path.to_owned(), text, has_lines: true, warnings: Vec::new() }
+    }
+
+    fn from_yaml(path: &Path, text: &str) -> Result<Self, Problem> {
+        let document: serde_json::Value = serde_saphyr::from_str(text).map_err(|error| {
+            Problem::new(Code::ManifestSyntax, format!("{} is not YAML", path.display()))
+                .detail(error)
+        })?;
+        let mut flat = Vec::new();
+        flatten("", &document, &mut flat);
+        let mut settings = Self {
+            path: path.to_owned(),
+            text: String::new(),
+            has_lines: false,
+            warnings: Vec::new(),
+        };
+        for (key, value) in flat {
+            settings.take(&key, &value)?;
+        }
+        Ok(settings)
+    }
+
+    fn take(&mut self, given: &str, value: &str) -> Result<(), Problem> {
+        let renamed = RENAMED.iter().find(|(old, _)| *old == given);
+        let key = renamed.map_or(given, |(_, new)| new);
+        if KNOWN.contains(&key) || key.starts_with(RESTART) {
+            let value = translate(key, value).map_err(|why| {
+                Problem::new(Code::NotSupported, format!("`{given}`: {why}"))
+                    .detail(format!("{}: {given}: {value}", self.path.display()))
+            })?;
+            self.text.push_str(&super::setting_line(key, &value));
+            return Ok(());
+        }
+        let begins = |prefix: &str| {
+            key.strip_prefix(prefix)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '-']))
+        };
+        if let Some((_, why)) = MEANINGLESS.iter().find(|(prefix, _)| begins(prefix)) {
+            self.warnings
+                .push(format!("{}: `{given}` means nothing here: {why}", self.path.display()));
+            return Ok(());
+        }
+        let problem = Problem::new(Code::UnknownKey, format!("unknown key `{given}`"))
+            .detail(format!("{}: {given}: {value}", self.path.display()));
+        Err(match closest(given, KNOWN.iter().copied()) {
+            Some(meant) => problem.hint(format!("did you mean `{meant}`?")),
+            None => problem.hint("`cofferdam check --effective` lists the settings there are"),
+        })
+    }
+}
+
+/// Flink's values as they are written here.
+fn translate(key: &str, value: &str) -> Result<String, String> {
+    match key {
+        "execution.checkpointing.storage" => match value {
+            "jobmanager" => Ok("memory".to_owned()),
+            "filesystem" => Ok("sled".to_owned()),
+            other => Ok(other.to_owned()),
+        },
+        "execution.checkpointing.dir" | "execution.checkpointing.savepoint-dir" => {
+            match value.split_once("://") {
+                Some(("file", path)) => Ok(path.to_owned()),
+                Some((scheme, _)) => {
+                    Err(format!("checkpoints are kept on a local disk, not in {scheme}://"))
+                }
+                None => Ok(value.to_owned()),
+            }
+        }
+        _ => Ok(value.to_owned()),
+    }
+}
+
+fn flatten(prefix: &str, value: &serde_json::Value, flat: &mut Vec<(String, String)>) {
+    match value {
+        serde_json::Value::Object(entries) => {
+            for (key, value) in entries {
+                let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                flatten(&key, value, flat);
+            }
+        }
+        serde_json::Value::String(text) => flat.push((prefix.to_owned(), text.clone())),
+        serde_json::Value::Null => {}
+        other => flat.push((prefix.to_owned(), other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn yaml(text: &str) -> Result<HostSettings, Problem> {
+        HostSettings::from_yaml(Path::new("flink-conf.yaml"), text)
+    }
+
+    #[test]
+    fn old_and_new_spellings_flat_and_nested_are_the_same() {
+        let flat = yaml(
+            "restart-strategy: fixed-delay\nrestart-strategy.fixed-delay.attempts: 3\n\
+             state.checkpoints.num-retained: 2\nstate.checkpoints.dir: file:///var/ck\n",
+        );
+        let nested = yaml(
+            "restart-strategy:\n  type: fixed-delay\n  fixed-delay:\n    attempts: 3\n\
+             execution:\n  checkpointing:\n    num-retained: 2\n    dir: /var/ck\n",
+        );
+        let lines = |settings: Result<HostSettings, Problem>| {
+            let mut lines: Vec<String> =
+                settings.expect("read").text.lines().map(str::to_owned).collect();
+            lines.sort();
+            lines
+        };
+        assert_eq!(lines(flat), lines(nested));
+    }
+
+    #[test]
+    fn what_means_nothing_is_told_with_the_reason_and_what_is_unknown_is_refused() {
+        let settings =
+            yaml("taskmanager.memory.process.size: 4g\nrest.port: 8081\n").expect("read");
+        assert!(settings.text.is_empty());
+        assert_eq!(settings.warnings.len(), 2);
+        assert!(settings.warnings.iter().any(|warning| warning.contains("no task manager")));
+        let problem = yaml("execution.checkpointing.intervall: 1s\n").expect_err("unknown");
+        assert_eq!(
+            problem.hint.as_deref(),
+            Some("did you mean `execution.checkpointing.interval`?")
+        );
+        let problem = yaml("checkpointing.interval: 1s\n").expect_err("unknown");
+        assert_eq!(problem.code, Code::UnknownKey);
+        let problem = yaml("state.checkpoints.dir: s3://bucket/x\n").expect_err("not local");
+        assert_eq!(problem.code, Code::NotSupported);
+    }
+}
