@@ -2,6 +2,7 @@
 
 mod call;
 mod checkpoint;
+mod failover;
 mod recovery;
 mod support;
 mod wordcount;
@@ -13,7 +14,10 @@ fn main() -> Result<()> {
         Some("call") => call::run(),
         Some("recovery") => recovery::run(),
         Some("checkpoint") => checkpoint::run(),
+        Some("failover") => failover::run(),
         Some("wordcount") => wordcount::run(),
-        other => bail!("which benchmark: call, recovery, checkpoint or wordcount? (not {other:?})"),
+        other => bail!(
+            "which benchmark: call, recovery, checkpoint, failover or wordcount? (not {other:?})"
+        ),
     }
 }

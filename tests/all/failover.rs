@@ -77,7 +77,7 @@ fn run(strategy: &str, deed: &str) -> Seen {
         .progress
         .iter()
         .flat_map(|progress| match progress {
-            Progress::Restarting { restarting, .. } => restarting.clone(),
+            Progress::Restarting { restarting, .. } => restarting.keys().cloned().collect(),
             _ => Vec::new(),
         })
         .collect();

@@ -122,6 +122,54 @@ fn cancelled_job_ends_at_once_and_keeps_what_its_policy_says() {
 }
 
 #[test]
+fn history_says_what_failed_and_what_was_done_about_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = r#"do = "trap", at = 3000, attempts = 1"#.to_owned();
+    let manifest = Harness { config, count: 20_000, ..Harness::default() }.write(dir.path());
+    let job = manifest.to_str().expect("text");
+    assert_eq!(call(&["run", job]).status.code(), Some(0));
+    let entry = json(&call(&["--json", "history", job]));
+    assert_eq!(entry["event"], "restarting");
+    assert_eq!(entry["class"], "trap");
+    assert!(entry["message"].as_str().is_some_and(|text| text.contains("one too many")), "{entry}");
+    assert!(entry["backtrace"].as_array().is_some_and(|frames| !frames.is_empty()));
+    let task = entry["task"].as_str().expect("a task");
+    assert_eq!(entry["restarting"][task], "it failed");
+    assert_eq!(entry["restarting"].as_object().map(serde_json::Map::len), Some(6));
+    assert!(entry["remaining_attempts"].as_u64().is_some_and(|left| 990 < left), "{entry}");
+    let text = call(&["history", job]);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("restarted 6 of 6 tasks"), "{text:?}");
+}
+
+#[test]
+fn settings_come_from_the_job_then_the_host_then_the_defaults() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = Harness::default().write(dir.path());
+    let host = dir.path().join("flink-conf.yaml");
+    std::fs::write(
+        &host,
+        "state.checkpoints.num-retained: 4\nexecution.checkpointing.interval: 9 s\nrest.port: 1\n",
+    )
+    .expect("written");
+    let (job, host) = (manifest.to_str().expect("text"), host.to_str().expect("text"));
+    let checked = call(&["--json", "check", job, "--effective", "--host-config", host]);
+    let rows: Vec<Value> = String::from_utf8_lossy(&checked.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    let of = |key: &str| {
+        let key = format!("execution.checkpointing.{key}");
+        rows.iter().find(|row| row["key"] == key.as_str()).expect("listed").clone()
+    };
+    assert_eq!(of("interval")["value"], "20 ms");
+    assert!(of("interval")["from"].as_str().is_some_and(|from| from.contains("job.toml")));
+    assert_eq!(of("num-retained")["value"], "4");
+    assert!(of("num-retained")["from"].as_str().is_some_and(|from| from.contains("flink-conf")));
+    assert_eq!(of("timeout")["from"], Value::Null);
+    assert!(String::from_utf8_lossy(&checked.stderr).contains("rest.port"), "{checked:?}");
+}
+
+#[test]
 fn explain_answers_without_a_component() {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = dir.path().join("job.toml");

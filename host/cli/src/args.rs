@@ -60,6 +60,12 @@ cofferdam explain restarts --set restart-strategy.type=failure-rate --failures 0
         #[command(subcommand)]
         verb: CheckpointsVerb,
     },
+    /// Say what has failed in a job, and what was done about it
+    #[command(after_help = "Example:\n  cofferdam history job.toml --json | jq .message")]
+    History {
+        #[command(flatten)]
+        job: JobArgument,
+    },
     /// Write a savepoint of a running job, which goes on
     #[command(after_help = "Example:\n  cofferdam savepoint job.toml savepoints")]
     Savepoint(SavepointArguments),

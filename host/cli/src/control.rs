@@ -1,11 +1,15 @@
 //! `cofferdam savepoint | stop | cancel`: asks a running job, and says what came of it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, UNIX_EPOCH},
+};
 
 use cofferdam_engine::{
     problem::{Code, Problem},
     spec::{JobSpec, StorageSpec},
 };
+use indicatif::HumanDuration;
 use serde_json::json;
 
 use crate::{
@@ -49,6 +53,47 @@ pub(crate) async fn stop(arguments: &StopArguments, is_json: bool) -> Result<(),
 
 pub(crate) async fn cancel(arguments: &CancelArguments, is_json: bool) -> Result<(), Problem> {
     say(ask(&state_dir(&arguments.job)?, &Request::Cancel).await?, "cancelling", is_json)
+}
+
+/// What has failed, and what was done about it.
+pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
+    let dir = state_dir(job)?;
+    let entries = cofferdam_engine::history::read(&dir).map_err(|error| {
+        Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display())).detail(error)
+    })?;
+    if entries.is_empty() && !is_json {
+        println!("nothing has failed");
+    }
+    for entry in entries {
+        if is_json {
+            let line = serde_json::to_value(&entry);
+            report::line(&line.map_err(|error| Problem::new(Code::HostBug, error.to_string()))?);
+            continue;
+        }
+        let text = |key: &str| entry.event[key].as_str().unwrap_or_default();
+        let task = entry.event["task"].as_str().unwrap_or("the job");
+        let at = UNIX_EPOCH + Duration::from_millis(entry.at_ms);
+        let ago = at.elapsed().map_or(String::new(), |ago| format!("{} ago", HumanDuration(ago)));
+        match text("event") {
+            "restarting" => {
+                let count = entry.event["restarting"].as_object().map_or(0, serde_json::Map::len);
+                println!("{ago}: {task}: {}: {}", text("class"), text("message"));
+                println!(
+                    "    restarted {count} of {} tasks after {} ms",
+                    entry.event["tasks"], entry.event["delay_ms"]
+                );
+            }
+            "failed" => {
+                println!("{ago}: {task}: {}: {}", text("class"), text("message"));
+                println!("    the job failed");
+            }
+            _ => println!("{ago}: checkpoint {}: {}", entry.event["checkpoint"], text("reason")),
+        }
+        for frame in entry.event["backtrace"].as_array().into_iter().flatten() {
+            println!("      in {}", frame.as_str().unwrap_or_default());
+        }
+    }
+    Ok(())
 }
 
 /// The job may run in another directory.

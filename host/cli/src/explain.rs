@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cofferdam_core::{
     failover::{
-        FailoverStrategy, RestartReason, Situation, tasks_to_restart,
+        FailoverStrategy, Situation, tasks_to_restart,
         topology::{PartitionId, Topology},
     },
     graph::JobGraph,
@@ -164,7 +164,7 @@ fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem>
     let restart = tasks_to_restart(spec.failover, &topology, failed, situation);
     let because: BTreeMap<String, String> = restart
         .iter()
-        .map(|(task, reason)| (graph.task_name(*task), words(graph, *reason)))
+        .map(|(task, reason)| (graph.task_name(*task), reason.words(graph)))
         .collect();
     if is_json {
         report::line(&json!({
@@ -190,25 +190,6 @@ fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem>
         println!("  {task:<16} {reason}");
     }
     Ok(())
-}
-
-fn words(graph: &JobGraph, reason: RestartReason) -> String {
-    match reason {
-        RestartReason::Failed => "it failed".to_owned(),
-        RestartReason::EveryTask => "every task restarts".to_owned(),
-        RestartReason::SameRegion { as_task } => {
-            format!("it is in the region of {}", graph.task_name(as_task))
-        }
-        RestartReason::ProducesLost { partition, reader } => format!(
-            "it produces {}->{}, which {} must read and which is not available",
-            graph.task_name(partition.producer),
-            graph.operator(graph.edges()[partition.edge].to).name,
-            graph.task_name(reader)
-        ),
-        RestartReason::ReadsFrom { producer } => {
-            format!("it reads what {} produces", graph.task_name(producer))
-        }
-    }
 }
 
 fn edges(spec: &JobSpec) -> Vec<Value> {

@@ -215,14 +215,22 @@ impl Observer for Watcher {
                 message,
                 backtrace,
                 delay_ms,
+                remaining_attempts,
                 restarting,
                 tasks,
             } => {
                 let who = task.unwrap_or_else(|| "the job".to_owned());
                 tracing::warn!("{who}: {class}: {message}");
                 backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
-                tracing::warn!("restarting {} of {tasks} tasks in {delay_ms} ms", restarting.len());
+                let left = remaining_attempts
+                    .map_or(String::new(), |left| format!(", {left} more allowed"));
+                tracing::warn!(
+                    "restarting {} of {tasks} tasks in {delay_ms} ms{left}",
+                    restarting.len()
+                );
             }
+            // The summary says so, with what to do next.
+            Progress::Failed { .. } => {}
             Progress::Recovered { recovery_us } => {
                 tracing::info!("recovered in {:.2} ms", recovery_us as f64 / 1e3);
             }

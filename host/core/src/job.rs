@@ -204,6 +204,8 @@ pub enum Effect {
         delay_ms: u64,
         /// False where the restart strategy counts it to an attempt that was under way.
         is_new_attempt: bool,
+        /// How many more failures the strategy answers with a restart, if it counts them.
+        remaining: Option<u64>,
         /// What restarts and why.
         tasks: BTreeMap<TaskId, RestartReason>,
     },
@@ -690,7 +692,15 @@ impl Job {
         self.suspend_checkpoints(now, effects);
         self.cancel(&restarting, effects);
         let tasks = reasons;
-        effects.push(Effect::AnnounceRestart { task, cause, delay_ms, is_new_attempt, tasks });
+        let remaining = self.restart.remaining();
+        effects.push(Effect::AnnounceRestart {
+            task,
+            cause,
+            delay_ms,
+            is_new_attempt,
+            remaining,
+            tasks,
+        });
         self.next_incident += 1;
         let incident = self.next_incident;
         for task in restarting {

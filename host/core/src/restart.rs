@@ -106,6 +106,21 @@ impl RestartState {
         Self { strategy, memory }
     }
 
+    /// How many more failures lead to a restart, where the strategy has such a number.
+    #[must_use]
+    pub fn remaining(&self) -> Option<u64> {
+        match (&self.strategy, &self.memory) {
+            (RestartStrategy::None, _) => Some(0),
+            (RestartStrategy::FixedDelay { attempts, .. }, Memory::Count(failures)) => {
+                Some(attempts.saturating_sub(*failures))
+            }
+            (RestartStrategy::ExponentialDelay(settings), Memory::Backoff { attempts, .. }) => {
+                settings.attempts_max.map(|max| max.saturating_sub(*attempts))
+            }
+            _ => None,
+        }
+    }
+
     /// Counts one failure and says what follows from it. `random` gives the jitter.
     pub fn on_failure(&mut self, now: Millis, random: &mut Random) -> Verdict {
         match (&self.strategy, &mut self.memory) {

@@ -272,8 +272,8 @@ impl Driver {
                 self.observe(Progress::checkpoint_failed(checkpoint, reason.name(), words));
             }
             Effect::CancelTasks { tasks } => self.cancel_tasks(tasks),
-            Effect::AnnounceRestart { task, cause, delay_ms, tasks, .. } => {
-                self.announce_restart(task, &cause, delay_ms, &tasks);
+            Effect::AnnounceRestart { task, cause, delay_ms, remaining, tasks, .. } => {
+                self.announce_restart(task, &cause, delay_ms, remaining, &tasks);
             }
             Effect::Finish { outcome } => self.outcome = Some(outcome),
         }
@@ -292,6 +292,7 @@ impl Driver {
         task: Option<TaskAttempt>,
         cause: &FailureCause,
         delay_ms: u64,
+        remaining: Option<u64>,
         restarting: &BTreeMap<TaskId, RestartReason>,
     ) {
         let task = task.map(|(task, _)| task);
@@ -302,9 +303,13 @@ impl Driver {
         self.shared.is_recovering.store(true, Ordering::Relaxed);
         self.shared.metrics.restarts.fetch_add(1, Ordering::Relaxed);
         let task = task.map(|task| self.plan.graph.task_name(task));
-        let names = restarting.keys().map(|task| self.plan.graph.task_name(*task)).collect();
+        let graph = &self.plan.graph;
+        let because = restarting
+            .iter()
+            .map(|(task, reason)| (graph.task_name(*task), reason.words(graph)))
+            .collect();
         let count = self.plan.locals.len();
-        self.observe(Progress::restarting(task, cause, delay_ms, names, count));
+        self.observe(Progress::restarting(task, cause, delay_ms, remaining, because, count));
     }
 
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {

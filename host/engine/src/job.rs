@@ -25,6 +25,7 @@ use tokio::sync::mpsc;
 use crate::{
     control::{Desk, JobHandle},
     driver::{Driver, Stats, WriterReport},
+    history::Recorder,
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
     progress::{Observer, Progress},
@@ -520,10 +521,21 @@ impl Job {
             seed: self.seed,
         };
         let (core, first) = CoreJob::new(settings, self.resume);
+        let recorder =
+            self.state_dir.as_deref().map(|dir| Recorder::start(dir, self.observer.clone()));
+        let (observer, history): (Arc<dyn Observer>, _) = match recorder {
+            Some(Ok((recorder, writer))) => (Arc::new(recorder), Some(writer)),
+            Some(Err(error)) => {
+                let message = format!("failures are not written down: {error}");
+                self.observer.observe(Progress::Warning { message });
+                (self.observer.clone(), None)
+            }
+            None => (self.observer.clone(), None),
+        };
         let stats = Arc::new(Stats::default());
         let report = || WriterReport {
             events: self.events.clone(),
-            observer: self.observer.clone(),
+            observer: observer.clone(),
             stats: stats.clone(),
         };
         let (storage, thread) = StorageHandle::start(self.store, report()).map_err(|error| {
@@ -546,6 +558,13 @@ impl Job {
         // The driver's handle is gone, but blocking calls of tasks that have ended may still have
         // the store: joining waits for them.
         let store = tokio::task::spawn_blocking(move || thread.join()).await.ok().flatten();
+        if let Outcome::Failed { task, cause, .. } = &outcome {
+            observer.observe(Progress::failed(task.map(|task| graph.task_name(task)), cause));
+        }
+        drop(observer);
+        if let Some(history) = history {
+            history.join();
+        }
         let end = end_of(&outcome);
         let is_kept = end.is_none_or(|end| self.spec.retention.keeps(end));
         if !is_kept

@@ -5,6 +5,7 @@ pub mod batch;
 pub mod control;
 mod driver;
 mod exchange;
+pub mod history;
 pub mod job;
 pub mod metrics;
 pub mod problem;

@@ -1,5 +1,7 @@
 //! What a running job tells whoever watches it.
 
+use std::collections::BTreeMap;
+
 use cofferdam_core::{failure::FailureCause, ids::CheckpointId};
 use serde::Serialize;
 
@@ -51,8 +53,10 @@ pub enum Progress {
         backtrace: Vec<String>,
         /// The tasks start again after this.
         delay_ms: u64,
-        /// The tasks that restart, `operator/index`; all others go on.
-        restarting: Vec<String>,
+        /// How many more failures lead to a restart, if the strategy counts them.
+        remaining_attempts: Option<u64>,
+        /// The tasks that restart, `operator/index`, and why each does; all others go on.
+        restarting: BTreeMap<String, String>,
         /// How many tasks there are.
         tasks: usize,
     },
@@ -60,6 +64,17 @@ pub enum Progress {
     Recovered {
         /// From the failure to those records, the restart delay not counted.
         recovery_us: u64,
+    },
+    /// The job has failed for good.
+    Failed {
+        /// The task that failed, `operator/index`.
+        task: Option<String>,
+        /// The class of the failure.
+        class: &'static str,
+        /// What happened.
+        message: String,
+        /// The guest's frames.
+        backtrace: Vec<String>,
     },
     /// Something that may lead to trouble.
     Warning {
@@ -77,19 +92,38 @@ impl Progress {
         Self::CheckpointFailed { checkpoint: checkpoint.0, code, reason }
     }
 
+    pub(crate) fn failed(task: Option<String>, cause: &FailureCause) -> Self {
+        let (class, message) = (cause.class(), cause.message().to_owned());
+        Self::Failed { task, class, message, backtrace: backtrace_of(cause) }
+    }
+
     pub(crate) fn restarting(
         task: Option<String>,
         cause: &FailureCause,
         delay_ms: u64,
-        restarting: Vec<String>,
+        remaining_attempts: Option<u64>,
+        restarting: BTreeMap<String, String>,
         tasks: usize,
     ) -> Self {
-        let backtrace = match cause {
-            FailureCause::Trap { backtrace, .. } => backtrace.clone(),
-            _ => Vec::new(),
-        };
+        let backtrace = backtrace_of(cause);
         let (class, message) = (cause.class(), cause.message().to_owned());
-        Self::Restarting { task, class, message, backtrace, delay_ms, restarting, tasks }
+        Self::Restarting {
+            task,
+            class,
+            message,
+            backtrace,
+            delay_ms,
+            remaining_attempts,
+            restarting,
+            tasks,
+        }
+    }
+}
+
+fn backtrace_of(cause: &FailureCause) -> Vec<String> {
+    match cause {
+        FailureCause::Trap { backtrace, .. } => backtrace.clone(),
+        _ => Vec::new(),
     }
 }
 

@@ -223,6 +223,14 @@ mod tests {
     }
 
     #[test]
+    fn savepoint_comes_before_a_forced_checkpoint() {
+        let mut queue = queue();
+        queue.submit(request(1, "user forced checkpoint"));
+        queue.submit(request(2, "user savepoint"));
+        assert_eq!(number_of(queue.choose(Millis(0), IDLE)), Some(2));
+    }
+
+    #[test]
     fn queue_size_limit() {
         let mut queue = queue();
         let dropped: Vec<_> =

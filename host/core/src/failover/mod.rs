@@ -12,7 +12,7 @@ use crate::ids::TaskId;
 pub mod topology;
 
 use self::topology::{PartitionId, RegionId, Topology};
-use crate::exchange::ExchangeType;
+use crate::{exchange::ExchangeType, graph::JobGraph};
 
 /// What restarts when a task fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,6 +59,29 @@ pub enum RestartReason {
         /// The restarting producer.
         producer: TaskId,
     },
+}
+
+impl RestartReason {
+    /// The reason, for people.
+    #[must_use]
+    pub fn words(self, graph: &JobGraph) -> String {
+        match self {
+            Self::Failed => "it failed".to_owned(),
+            Self::EveryTask => "every task restarts".to_owned(),
+            Self::SameRegion { as_task } => {
+                format!("it is in the region of {}", graph.task_name(as_task))
+            }
+            Self::ProducesLost { partition, reader } => format!(
+                "it produces {}->{}, which {} must read and which is not available",
+                graph.task_name(partition.producer),
+                graph.operator(graph.edges()[partition.edge].to).name,
+                graph.task_name(reader)
+            ),
+            Self::ReadsFrom { producer } => {
+                format!("it reads what {} produces", graph.task_name(producer))
+            }
+        }
+    }
 }
 
 /// What is known of the job when a task fails.

@@ -2,7 +2,7 @@
 //!
 //! `do` is what it does, `at` the number of the record at which it does it (counted by the task),
 //! `attempts` in how many attempts (default: in all), `step` how many records later in each further
-//! attempt (default: 0). Beside that, `ballast` is a number of bytes
+//! attempt (default: 0), `task` the index of the only task that does it (default: all do). Beside that, `ballast` is a number of bytes
 //! that it holds from the first record on, and `dirty` a number of pages of them that it writes for
 //! each record.
 
@@ -41,6 +41,10 @@ impl Operator for Probe {
     fn open(&mut self, context: &Context) -> Result<()> {
         self.deed = context.config.get("do").unwrap_or_default().to_owned();
         self.at = context.config.get_or("at", 0)?;
+        let only: u32 = context.config.get_or("task", context.task_index)?;
+        if only != context.task_index {
+            self.deed.clear();
+        }
         self.step = context.config.get_or("step", 0)?;
         self.attempts = context.config.get_or("attempts", u32::MAX)?;
         self.dirty = context.config.get_or("dirty", 0)?;
@@ -61,7 +65,7 @@ impl Operator for Probe {
             // Not in `open`, which also runs before a restore.
             self.ballast = vec![1; self.ballast_bytes];
         }
-        if self.at <= self.seen && self.is_due() {
+        if self.at <= self.seen && !self.deed.is_empty() && self.is_due() {
             self.misbehave(out)?;
         }
         self.seen += 1;
