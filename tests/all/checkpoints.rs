@@ -309,6 +309,39 @@ fn declared_state_moves_to_another_parallelism_in_both_directions() {
 }
 
 #[test]
+fn node_that_the_checkpoint_does_not_know_begins_anew() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = with_lines("").write(dir.path());
+    let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
+    assert!(ran.outcome.is_ok());
+    let text = fs::read_to_string(&manifest).expect("readable");
+    let second = "\n[[sink]]\nname = \"second\"\nconnector = \"file\"\ninputs = [\"count\"]\npath = \"second\"\n";
+    fs::write(&manifest, text + second).expect("written");
+    let ran = run_manifest(&manifest, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden());
+    let late = committed(&dir.path().join("second"));
+    assert!(!late.is_empty() && late.len() < 60_000, "{}", late.len());
+}
+
+#[test]
+fn failed_resume_removes_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness { checkpointing: String::new(), ..with_lines("") };
+    let manifest = harness.write(dir.path());
+    let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
+    assert!(ran.outcome.is_ok());
+    // It traps at once, before a checkpoint of its own.
+    let config = r#"do = "trap-in-open""#.to_owned();
+    let failing = Harness { config, attempts: 0, interval_ms: 60_000, ..harness.clone() };
+    assert!(failing.run_in(dir.path()).outcome.is_err());
+    let ran = harness.run_in(dir.path());
+    assert_eq!(ran.restored().len(), 1);
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden());
+}
+
+#[test]
 fn linear_memory_is_not_moved_and_the_remedy_is_told() {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = with_lines("").write(dir.path());

@@ -313,6 +313,8 @@ enum Phase {
 struct Stop {
     savepoint: Option<u64>,
     drain: bool,
+    /// Somebody asked again, without a savepoint: the job ends whatever comes of this one.
+    is_urgent: bool,
 }
 
 /// The decisions of one running job.
@@ -451,7 +453,8 @@ impl Job {
                 self.on_savepoint_requested(now, ticket, &mut steps)
             }
             Event::StopRequested { savepoint, drain } => {
-                self.on_stop_requested(now, Stop { savepoint, drain }, effects);
+                let stop = Stop { savepoint, drain, is_urgent: false };
+                self.on_stop_requested(now, stop, effects);
             }
             Event::CancelRequested => {
                 let checkpoint = self.coordinator.last_completed();
@@ -482,7 +485,8 @@ impl Job {
             return;
         }
         let mut steps = Vec::new();
-        if self.is_ending() {
+        // Whatever is drained early must not be restored as if its input had ended there.
+        if self.is_ending() || self.stop.is_some() {
             self.coordinator.stop_periodic(&mut steps);
         }
         let tasks = self.task_ids();
@@ -580,6 +584,8 @@ impl Job {
         if purpose == Purpose::Last {
             if self.all(|run| run.state == TaskState::Running) {
                 self.phase = Phase::Ending(self.outcome_of_last(checkpoint));
+                // It is written; should the job run once more, it needs no second one.
+                self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
             } else if self.stop.is_some_and(|stop| !stop.drain) {
                 // Nobody is left to commit it; whoever runs the job again begins with that.
                 return self.give_up(now, self.stopped_at(checkpoint), effects);
@@ -600,12 +606,27 @@ impl Job {
         effects: &mut Vec<Effect>,
     ) {
         let is_restarting = reason == AbortReason::FailoverRegion;
-        self.answer(trigger, Err(reason), effects);
-        if trigger.purpose() != Purpose::Last || !matches!(self.phase, Phase::Active) {
+        let is_last = trigger.purpose() == Purpose::Last && matches!(self.phase, Phase::Active);
+        if is_last && is_restarting && self.stop.is_some_and(|stop| stop.drain) {
+            // The drain goes on when the tasks run again, and so does the wait for its savepoint.
+            return;
+        }
+        self.answer(trigger, Err(reason.clone()), effects);
+        if !is_last {
             return;
         }
         self.retry_at = Some(now.after(LAST_CHECKPOINT_RETRY_MS));
         match self.stop {
+            Some(Stop { savepoint: Some(_), is_urgent: true, .. }) => {
+                self.stop = Some(Stop { savepoint: None, drain: false, is_urgent: true });
+            }
+            // The sources have ended: only a restart from before brings the rest of their input.
+            Some(Stop { drain: true, .. }) => {
+                self.stop = None;
+                let message = format!("the savepoint of a drain: {}", reason.message());
+                let cause = FailureCause::CheckpointsFailed { message };
+                self.on_failure(now, None, cause, None, effects);
+            }
             // Whoever wanted a savepoint has their answer; the job goes on as before.
             Some(Stop { savepoint: Some(_), .. }) => {
                 self.stop = None;
@@ -616,11 +637,8 @@ impl Job {
             // The last checkpoint of a stop failed: end all the same, from the newest one.
             Some(_) if !is_restarting => {
                 let checkpoint = self.coordinator.last_completed();
-                self.give_up(
-                    now,
-                    Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false },
-                    effects,
-                );
+                let outcome = Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false };
+                self.give_up(now, outcome, effects);
             }
             Some(_) | None => {}
         }
@@ -666,6 +684,10 @@ impl Job {
     ) {
         if matches!(self.phase, Phase::Cancelling(_) | Phase::Over) {
             return;
+        }
+        // Whoever was told that the job stopped with a savepoint goes on from that.
+        if let Phase::Ending(outcome @ Outcome::Stopped { has_savepoint: true, .. }) = &self.phase {
+            return self.give_up(now, outcome.clone(), effects);
         }
         // What cannot help to repeat is not even counted.
         let verdict = match cause.is_restartable() {
@@ -880,6 +902,7 @@ impl Job {
         if let Some(under_way) = &mut self.stop {
             // Whoever asks again is in more of a hurry: nothing is drained any more.
             under_way.drain &= stop.drain;
+            under_way.is_urgent |= stop.savepoint.is_none();
             return refuse(AbortReason::CoordinatorShutdown, effects);
         }
         if self.incidents.is_empty() {

@@ -401,6 +401,8 @@ pub struct Job {
     store: SnapshotStore,
     resume: Resume,
     _lock: Option<File>,
+    /// What it began from and owns.
+    claimed: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     seed: u64,
     observer: Arc<dyn Observer>,
@@ -414,7 +416,8 @@ impl Job {
     /// Opens the state directory, finds what to resume, and prepares sources and sinks.
     ///
     /// # Errors
-    /// The first problem; nothing was changed then.
+    /// The first problem. What was committed by sinks is as it was; damaged checkpoints may have
+    /// been left behind, and the state may lie in a new generation.
     pub fn prepare(
         checked: CheckedJob,
         options: &JobOptions,
@@ -468,6 +471,7 @@ impl Job {
             store,
             resume,
             _lock: lock,
+            claimed: options.from.as_ref().filter(|from| from.claim).map(|from| from.dir.clone()),
             state_dir,
             seed: options.seed,
             observer,
@@ -520,6 +524,7 @@ impl Job {
             restart: self.spec.restart.clone(),
             seed: self.seed,
         };
+        let resumed_from = self.resume.completed.last().copied();
         let (core, first) = CoreJob::new(settings, self.resume);
         let recorder =
             self.state_dir.as_deref().map(|dir| Recorder::start(dir, self.observer.clone()));
@@ -566,7 +571,18 @@ impl Job {
             history.join();
         }
         let end = end_of(&outcome);
-        let is_kept = end.is_none_or(|end| self.spec.retention.keeps(end));
+        // What this run has added nothing to is not its own to remove: it may not even fit.
+        let is_untouched = matches!(
+            &outcome,
+            Outcome::Failed { checkpoint, .. } if checkpoint.is_some() && *checkpoint == resumed_from
+        );
+        let is_kept = is_untouched || end.is_none_or(|end| self.spec.retention.keeps(end));
+        if let Some(claimed) = self.claimed.filter(|_| !is_untouched)
+            && let Err(error) = fs::remove_dir_all(&claimed)
+        {
+            let message = format!("remove {}, which was claimed: {error}", claimed.display());
+            self.observer.observe(Progress::Warning { message });
+        }
         if !is_kept
             && let Some(store) = store
             && let Err(error) = store.clear()
@@ -689,7 +705,11 @@ fn open_storage(
     let lock = File::options().create(true).truncate(false).write(true).open(path);
     let lock = lock.map_err(|error| unusable_state(Some(&dir), &error))?;
     match lock.try_lock() {
-        Ok(()) => Ok((Box::new(SledStorage::new(dir)), Some(lock))),
+        Ok(()) => {
+            let storage = SledStorage::new(dir.clone());
+            storage.finish_removals().map_err(|error| unusable_state(Some(&dir), &error))?;
+            Ok((Box::new(storage), Some(lock)))
+        }
         Err(TryLockError::WouldBlock) => Err(Problem::new(
             Code::StateInUse,
             format!("another run is using the state directory {}", dir.display()),

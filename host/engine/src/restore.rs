@@ -35,8 +35,8 @@ use crate::{
 pub struct RestoreFrom {
     /// Its directory.
     pub dir: PathBuf,
-    /// Flink's CLAIM: it belongs to this job from now on, which removes it once it has taken it
-    /// over. Else it is never touched.
+    /// Flink's CLAIM: it belongs to this job from now on, which removes it once a checkpoint of its
+    /// own is complete. Else it is never touched.
     pub claim: bool,
     /// State of operators that are not in the manifest is left behind. Else it is an error.
     pub ignore_unclaimed_state: bool,
@@ -145,14 +145,6 @@ fn restore_named(
             .hint("use another savepoint or checkpoint"),
     })?;
     adopt(tasks, store, &manifest, state).map_err(|error| unusable(store, &error))?;
-    drop(other);
-    if from.claim {
-        // What was in it is durable here.
-        std::fs::remove_dir_all(&from.dir).map_err(|error| {
-            Problem::new(Code::StateUnusable, format!("remove {named}, which was claimed"))
-                .detail(error)
-        })?;
-    }
     Ok(manifest.checkpoint)
 }
 

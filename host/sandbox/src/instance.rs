@@ -280,6 +280,15 @@ impl Instance {
         call!(self, call_close())
     }
 
+    /// Whether a snapshot would hold the whole state: no handle but those taken in `open`.
+    ///
+    /// # Errors
+    /// [`SnapshotError::HandlesHeld`].
+    pub fn check_handles(&mut self) -> Result<(), SnapshotError> {
+        let (now, after_open) = (self.store.data_mut().handle_count(), self.handles_after_open);
+        if now == after_open { Ok(()) } else { Err(SnapshotError::HandlesHeld { after_open, now }) }
+    }
+
     /// Copies the pages that the guest has written since the last snapshot, or since it was
     /// instantiated or restored. Pauses the guest for the scan and the copy, nothing else.
     ///
@@ -287,11 +296,7 @@ impl Instance {
     /// Where a snapshot would not be the whole state. The pages found are then lost to the next
     /// snapshot, so the instance must not be snapshotted again.
     pub async fn snapshot(&mut self) -> Result<MemorySnapshot, SnapshotError> {
-        let now = self.store.data_mut().handle_count();
-        let after_open = self.handles_after_open;
-        if now != after_open {
-            return Err(SnapshotError::HandlesHeld { after_open, now });
-        }
+        self.check_handles()?;
         let globals = self.globals().await.map_err(SnapshotError::Guest)?;
         let tracking = self.component.inner.sandbox.tracking.clone();
         let mut memories = Vec::with_capacity(self.regions.len());

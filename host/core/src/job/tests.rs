@@ -641,6 +641,54 @@ fn stop_whose_savepoint_fails_leaves_the_job_running() {
 }
 
 #[test]
+fn failed_drain_restarts_from_before_it() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: drain             -> end input
+         6: drained a @0      ->
+         101: tick            ->
+         102: drained b @0    -> barrier #1 last
+         103: ack a @0 #1     ->
+         104: ack b @0 #1     -> save #1
+         105: unsaved #1      -> discard #1 lost, not saved: FINALIZE_CHECKPOINT_FAILURE, cancel @0, restart in 50
+         106: stopped @0      ->
+         155: tick            -> start @1 empty
+         156: started @1      ->
+         256: tick            -> barrier #2",
+    );
+}
+
+#[test]
+fn failure_while_closing_after_a_savepoint_ends_the_job_with_it() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: stop savepoint    -> barrier #1 last
+         6: ack a @0 #1       ->
+         7: ack b @0 #1       -> save #1
+         8: saved #1          -> persist #1
+         9: durable #1        -> saved #1, complete #1 last
+         10: trap a @0        -> cancel @0
+         11: stopped @0       -> stop at #1",
+    );
+}
+
+#[test]
+fn second_stop_ends_the_job_even_if_the_savepoint_fails() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: stop savepoint    -> barrier #1 last
+         6: stop              ->
+         7: ack a @0 #1       ->
+         8: ack b @0 #1       -> save #1
+         9: unsaved #1        -> discard #1 lost, not saved: FINALIZE_CHECKPOINT_FAILURE
+         1009: tick           -> barrier #2 last",
+    );
+}
+
+#[test]
 fn drain_ends_the_sources_and_finishes() {
     check(
         fixed_delay(1),

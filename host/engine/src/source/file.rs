@@ -31,7 +31,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 pub(crate) struct FilePlan {
     spec: FileSourceSpec,
     splits: Arc<Vec<Split>>,
-    /// Names and sizes of all files, as one number.
+    /// Names and sizes of all files, and the size of splits, as one number.
     fingerprint: u64,
 }
 
@@ -100,6 +100,8 @@ impl FilePlan {
                 start = end;
             }
         }
+        // Positions name splits by number.
+        names.push_str(&spec.split_bytes.to_string());
         let fingerprint = twox_hash::XxHash3_64::oneshot(names.as_bytes());
         Ok(Self { spec: spec.clone(), splits: Arc::new(splits), fingerprint })
     }
@@ -130,7 +132,7 @@ impl FileSource {
         };
         if position.fingerprint != plan.fingerprint {
             let message = format!(
-                "the files of {} are not those of the checkpoint (their names or sizes have changed)",
+                "the files of {} are not those of the checkpoint (their names or sizes, or split-size, have changed)",
                 plan.spec.path
             );
             return Err(FailureCause::Permanent { message });

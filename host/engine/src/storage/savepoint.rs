@@ -42,6 +42,7 @@ pub(crate) fn write(
     if written.is_err() {
         // The reason for the failure says more than that of a failed removal would.
         let _ = fs::remove_dir_all(&unfinished);
+        let _ = fs::remove_dir_all(dir);
     }
     written
 }

@@ -52,6 +52,20 @@ impl SledStorage {
         Self { dir }
     }
 
+    /// Removes what a removal that was cut short has left. For whoever has locked the directory.
+    ///
+    /// # Errors
+    /// Where something is still there.
+    pub fn finish_removals(&self) -> Result<()> {
+        let failed = |error: io::Error| StorageError::store("remove a generation", error);
+        for entry in fs::read_dir(&self.dir).map_err(failed)?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(REMOVED) {
+                fs::remove_dir_all(entry.path()).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
     fn path(&self, number: u64) -> PathBuf {
         self.dir.join(format!("{GENERATION}{number:08}"))
     }
@@ -67,10 +81,6 @@ impl Storage for SledStorage {
             let Some(name) = name.to_str() else { continue };
             if let Some(number) = name.strip_prefix(GENERATION) {
                 numbers.extend(number.parse::<u64>().ok());
-            } else if name.starts_with(REMOVED) {
-                // Its removal was cut short.
-                let removed = fs::remove_dir_all(entry.path());
-                removed.map_err(|error| StorageError::store("remove a generation", error))?;
             }
         }
         numbers.sort_unstable();
@@ -80,7 +90,7 @@ impl Storage for SledStorage {
     fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
         let path = self.path(number);
         let opened = fs::create_dir_all(&path).and_then(|()| Pack::open(&path.join(PACK)));
-        let pack = opened.map_err(|error| StorageError::store("open a pack file", error))?;
+        let mut pack = opened.map_err(|error| StorageError::store("open a pack file", error))?;
         let config = sled::Config::new()
             .path(path.join(INDEX))
             .cache_capacity(CACHE_BYTES)
@@ -88,6 +98,7 @@ impl Storage for SledStorage {
             // Durability is asked for, never assumed: see `flush`.
             .flush_every_ms(None);
         let index = guarded("open a generation", || config.open())?;
+        pack.len = pack.len.max(end_of_places(&index)?);
         sync_dir(&path)
             .and_then(|()| sync_dir(&self.dir))
             .map_err(|error| StorageError::store("make the generation durable", error))?;
@@ -106,6 +117,22 @@ impl Storage for SledStorage {
     fn location(&self) -> Option<PathBuf> {
         Some(self.dir.clone())
     }
+}
+
+/// Where the last value ends that the index knows of. After a power cut that may be behind the end
+/// of the file, because sled writes ahead of its flush; nothing else may then take its place, or
+/// giving it back would take another's.
+fn end_of_places(index: &sled::Db) -> Result<u64> {
+    guarded("open a generation", || {
+        index.iter().values().try_fold(0, |end, kept| {
+            let place = match kept?.split_first() {
+                Some((&PLACE, place)) => Place::decode(place),
+                _ => None,
+            };
+            let of = |place: Place| place.offset.saturating_add(u64::from(place.len));
+            Ok(place.map_or(end, |place| end.max(of(place))))
+        })
+    })
 }
 
 /// Calls sled, which panics where it finds its own files damaged in some ways.

@@ -654,16 +654,16 @@ impl SnapshotStore {
     pub fn delete(&mut self, checkpoint: u64) -> Result<()> {
         let key = manifest_key(checkpoint);
         let is_other = |id: &u64| *id != checkpoint;
-        if self.current.checkpoints.contains(&checkpoint) {
-            self.current.generation.delete(&key)?;
-            self.current.checkpoints.retain(is_other);
-            return Ok(());
+        self.current.generation.delete(&key)?;
+        self.current.checkpoints.retain(is_other);
+        for place in &mut self.older {
+            // A compaction may have left it in two.
+            if place.generation.get(&key)?.is_some() {
+                place.generation.delete(&key)?;
+                place.generation.flush()?;
+            }
+            place.checkpoints.retain(is_other);
         }
-        let place = self.older.iter_mut().find(|place| place.checkpoints.contains(&checkpoint));
-        let Some(place) = place else { return Ok(()) };
-        place.generation.delete(&key)?;
-        place.generation.flush()?;
-        place.checkpoints.retain(is_other);
         self.remove_empty_generations()
     }
 
@@ -741,11 +741,13 @@ impl SnapshotStore {
                 self.increment_bytes = 0;
                 self.chains = self.tasks.iter().map(|_| Chain::of(&[checkpoint])).collect();
                 let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
-                let mut old = std::mem::replace(&mut self.current, next);
-                // From here on the new one counts; the same manifest in the old generation would
-                // say nothing else.
-                old.checkpoints.retain(|id| *id != checkpoint);
+                let old = std::mem::replace(&mut self.current, next);
                 self.older.push(old);
+                // From here on the new one counts; the same checkpoint in an older generation may
+                // be of another parallelism.
+                for place in &mut self.older {
+                    place.checkpoints.retain(|id| *id != checkpoint);
+                }
                 self.remove_empty_generations()
             }
             Err(error) => {

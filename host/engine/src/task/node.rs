@@ -93,7 +93,9 @@ impl Node {
         self.fetch_state(shared, checkpoint).await?;
         let (state, was_drained) = {
             let local = self.local.lock();
-            (checkpoint.map(|_| local.state.clone()), local.is_drained)
+            // A node that the checkpoint does not know begins anew: a real state is never empty.
+            let state = checkpoint.map(|_| local.state.clone());
+            (state.filter(|state| !state.is_empty()), local.is_drained)
         };
         let (index, parallelism) = (self.index, self.parallelism);
         match &mut self.work {
@@ -280,6 +282,9 @@ impl OperatorTask {
         if self.spec.snapshot.has_memory() {
             // Taken out while the instance maps it, so that no lock is held over an await.
             let image = std::mem::take(&mut local.lock().image);
+            if image.is_empty() {
+                return Ok(());
+            }
             let restored = instance.restore(&image).await;
             local.lock().image = image;
             return restored.map_err(restore_cause);
@@ -305,6 +310,12 @@ impl OperatorTask {
     ) -> Result<Option<String>> {
         let (mode, has_states) = (self.spec.snapshot, self.has_states);
         let instance = self.instance()?;
+        // Before anything is handed over: the guest takes for stored what it has handed over.
+        if mode.has_memory()
+            && let Err(error) = instance.check_handles()
+        {
+            return Ok(Some(error.to_string()));
+        }
         // First, because handing over changes the memory that is snapshotted next.
         if mode.has_declared() && has_states {
             snapshot.declared =
