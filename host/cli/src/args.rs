@@ -47,7 +47,6 @@ committed, and running the job again goes on from its newest checkpoint."
     Run(RunArguments),
     /// Say what runs together, what restarts if a task fails, and when
     #[command(
-        args_conflicts_with_subcommands = true,
         after_help = "Examples:\n  cofferdam explain job.toml\n  cofferdam explain failover job.toml --fail count/1\n  \
 cofferdam explain restarts --set restart-strategy.type=failure-rate --failures 0,100,61000"
     )]
@@ -183,6 +182,8 @@ pub(crate) struct JobArgument {
     /// Where its checkpoints are, if it was run with --state-dir
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) host: HostArguments,
 }
 
 #[derive(Debug, Args)]
@@ -247,6 +248,8 @@ pub(crate) struct ExplainArguments {
     pub(crate) verb: Option<ExplainVerb>,
     /// The job's manifest
     pub(crate) manifest: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) host: HostArguments,
 }
 
 #[derive(Debug, Subcommand)]
@@ -267,6 +270,8 @@ pub(crate) enum ExplainVerb {
 pub(crate) struct FailoverArguments {
     /// The job's manifest; its components need not be there
     pub(crate) manifest: PathBuf,
+    #[command(flatten)]
+    pub(crate) host: HostArguments,
     /// The task that fails, for example count/1
     #[arg(long, value_name = "TASK")]
     pub(crate) fail: String,
@@ -286,6 +291,8 @@ pub(crate) struct RestartsArguments {
     /// The job's manifest
     #[arg(required_unless_present = "set", conflicts_with = "set")]
     pub(crate) manifest: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) host: HostArguments,
     /// A setting, for example restart-strategy.fixed-delay.attempts=3
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     pub(crate) set: Vec<(String, String)>,

@@ -26,7 +26,7 @@ pub(crate) fn state_dir(job: &JobArgument) -> Result<PathBuf, Problem> {
     if job.job.is_dir() {
         return Ok(job.job.clone());
     }
-    match JobSpec::read(&job.job)?.storage {
+    match JobSpec::read_with(&job.job, job.host.read()?.as_ref())?.storage {
         StorageSpec::Sled(dir) => Ok(dir),
         StorageSpec::Memory => Err(Problem::new(
             Code::NotRunning,

@@ -29,7 +29,7 @@ pub(crate) fn run(arguments: &ExplainArguments, is_json: bool) -> Result<(), Pro
         (Some(ExplainVerb::Failover(arguments)), _) => failover(arguments, is_json),
         (Some(ExplainVerb::Restarts(arguments)), _) => restarts(arguments, is_json),
         (None, Some(manifest)) => {
-            let spec = JobSpec::read(manifest)?;
+            let spec = JobSpec::read_with(manifest, arguments.host.read()?.as_ref())?;
             let names = Names::new(&spec.graph);
             let topology = Topology::new(&spec.graph);
             match is_json {
@@ -134,7 +134,7 @@ const STATES: &[&str] = &[
 ];
 
 fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem> {
-    let spec = JobSpec::read(&arguments.manifest)?;
+    let spec = JobSpec::read_with(&arguments.manifest, arguments.host.read()?.as_ref())?;
     let graph = &spec.graph;
     let names = Names::new(graph);
     let topology = Topology::new(graph);
@@ -263,7 +263,7 @@ fn strategy_words(strategy: &RestartStrategy) -> String {
 
 fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem> {
     let strategy = match &arguments.manifest {
-        Some(manifest) => JobSpec::read(manifest)?.restart,
+        Some(manifest) => JobSpec::read_with(manifest, arguments.host.read()?.as_ref())?.restart,
         None => restart_of(&arguments.set)?,
     };
     if !arguments.failures.is_sorted() {

@@ -1210,3 +1210,99 @@ impl SourceSpec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Which strategy applies, row by row of Flink's own tests of its loaders.
+
+    use super::*;
+
+    fn spec(job: &str, host: Option<&str>) -> Result<JobSpec> {
+        let text = format!(
+            "[job]\nname = \"j\"\n\n[[source]]\nname = \"s\"\nconnector = \"generator\"\n\n{job}"
+        );
+        let host = host.map(|text| HostSettings {
+            path: PathBuf::from("cofferdam.toml"),
+            text: text.to_owned(),
+            has_lines: true,
+            warnings: Vec::new(),
+        });
+        JobSpec::parse(Path::new("job.toml"), &text, host.as_ref())
+    }
+
+    fn strategy(job: Option<&str>, host: Option<&str>, is_checkpointed: bool) -> Result<String> {
+        let lines = |name: &str| format!("[restart-strategy]\ntype = \"{name}\"\n");
+        let interval = match is_checkpointed {
+            true => "[execution.checkpointing]\ninterval = \"1s\"\n",
+            false => "",
+        };
+        let job = job.map_or(String::new(), lines) + interval;
+        let host = host.map(lines);
+        spec(&job, host.as_deref()).map(|spec| strategy_settings(&spec.restart).0.to_owned())
+    }
+
+    #[test]
+    fn restart_backoff_time_strategy_factory_loader_test() {
+        let rows = [
+            (Some("none"), Some("fixed-delay"), "none"),
+            (Some("fixed-delay"), Some("exponential-delay"), "fixed-delay"),
+            (Some("exponential-delay"), Some("failure-rate"), "exponential-delay"),
+            (Some("failure-rate"), Some("fixed-delay"), "failure-rate"),
+            (None, Some("none"), "none"),
+            (None, Some("fixed-delay"), "fixed-delay"),
+            (None, Some("exponential-delay"), "exponential-delay"),
+            (None, Some("failure-rate"), "failure-rate"),
+            (None, None, "none"),
+        ];
+        for (job, host, expected) in rows {
+            assert_eq!(strategy(job, host, false).as_deref(), Ok(expected), "{job:?}, {host:?}");
+        }
+        for (job, host) in [(Some("invalid-strategy"), None), (None, Some("invalid-strategy"))] {
+            let problem = strategy(job, host, false).expect_err("no such strategy");
+            assert_eq!(problem.code, Code::BadValue);
+        }
+        let checkpointed = spec("[execution.checkpointing]\ninterval = \"1s\"\n", None);
+        assert_eq!(
+            checkpointed.expect("a job").restart,
+            RestartStrategy::ExponentialDelay(ExponentialDelay {
+                initial_backoff_ms: 1_000,
+                backoff_ms_max: 60_000,
+                backoff_multiplier: 1.5,
+                reset_threshold_ms: 3_600_000,
+                jitter_factor: 0.1,
+                attempts_max: None,
+            })
+        );
+    }
+
+    #[test]
+    fn failover_strategy_factory_loader_test() {
+        let load = |name: &str| {
+            spec(&format!("[jobmanager.execution]\nfailover-strategy = \"{name}\"\n"), None)
+                .map(|spec| spec.failover)
+        };
+        assert_eq!(load("full"), Ok(FailoverStrategy::Full));
+        assert_eq!(load("region"), Ok(FailoverStrategy::Region));
+        assert_eq!(spec("", None).map(|spec| spec.failover), Ok(FailoverStrategy::Region));
+        assert_eq!(load("invalidStrategy").map_err(|problem| problem.code), Err(Code::BadValue));
+    }
+
+    #[test]
+    fn settings_of_one_strategy_may_come_from_job_and_host() {
+        let job = "[restart-strategy.fixed-delay]\nattempts = 7\n";
+        let host = "[restart-strategy]\ntype = \"fixed-delay\"\nfixed-delay = { attempts = 2, delay = \"3s\" }\n";
+        let spec = spec(job, Some(host)).expect("a job");
+        assert_eq!(spec.restart, RestartStrategy::FixedDelay { attempts: 7, delay_ms: 3_000 });
+        let origin = &spec.origins["restart-strategy.fixed-delay.delay"];
+        assert!(
+            origin.as_ref().is_some_and(|place| place.starts_with("cofferdam.toml:3:")),
+            "{origin:?}"
+        );
+    }
+
+    #[test]
+    fn host_cannot_have_nodes() {
+        let problem = spec("", Some("[[sink]]\nname = \"x\"\n")).expect_err("a node");
+        assert!(problem.message.contains("[[sink]]"), "{problem}");
+    }
+}

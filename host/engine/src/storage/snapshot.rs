@@ -641,7 +641,9 @@ impl SnapshotStore {
         self.delete_leftovers()?;
         let longest = self.chains.iter().map(Chain::len).max().unwrap_or(0);
         let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes / 2) < self.increment_bytes;
-        if oldest_pending.is_none() && (is_outgrown || CHAIN_LENGTH_MAX < longest) {
+        // An older one that is pending stands on snapshots which the merged one would replace.
+        let is_newest = oldest_pending.is_none_or(|pending| newest < pending);
+        if is_newest && (is_outgrown || CHAIN_LENGTH_MAX < longest) {
             self.compact(newest)?;
         }
         Ok(())
