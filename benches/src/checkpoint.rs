@@ -6,13 +6,12 @@ use anyhow::Result;
 use cofferdam_engine::{
     batch::{BatchExt, RecordRef},
     storage::{
-        manifest::TaskIdentity,
         sled::SledStorage,
         snapshot::{SnapshotStore, TaskSnapshot},
     },
 };
 use cofferdam_sandbox::{Batch, MemorySnapshot};
-use cofferdam_tests::guest;
+use cofferdam_tests::{guest, job::lone_task};
 
 use crate::support::{block_on, disk_bytes, load, median, open, sandbox};
 
@@ -57,19 +56,10 @@ async fn measure(
     per_mille: u64,
 ) -> Result<()> {
     let dir = tempfile::tempdir_in(guest::root().join("target"))?;
-    let task = TaskIdentity {
-        operator: "probe".to_owned(),
-        index: 0,
-        parallelism: 1,
-        max_parallelism: 128,
-        digest: None,
-        has_memory: true,
-        has_declared: false,
-    };
     let (mut store, _) = SnapshotStore::open(
         Box::new(SledStorage::new(dir.path().to_owned())),
         "bench",
-        vec![task],
+        vec![lone_task("probe")],
     )?;
     let mut plain = File::create(dir.path().join("plain"))?;
     let mut instance = open(component, config).await?;

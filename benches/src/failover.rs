@@ -8,10 +8,10 @@ use cofferdam_core::job::Outcome;
 use cofferdam_engine::progress::Progress;
 use cofferdam_tests::{
     guest,
-    job::{Ran, check_counts, committed, run_manifest},
+    job::{check_counts, committed, run_manifest},
 };
 
-use crate::support::{median, percentile_99};
+use crate::support::{after_restarts, median, percentile_99};
 
 const PIPELINES: u32 = 333;
 const TRAPS_OF_ONE: u64 = 30;
@@ -30,14 +30,6 @@ fn head(name: &str, interval: &str) -> String {
     )
 }
 
-fn recoveries(ran: &Ran) -> Vec<f64> {
-    let of = |progress: &Progress| match progress {
-        Progress::Recovered { recovery_us } => Some(*recovery_us as f64 / 1e3),
-        _ => None,
-    };
-    ran.progress.iter().filter_map(of).collect()
-}
-
 /// 333 pipelines of a source, an operator and a sink; one operator traps again and again.
 fn one_of_many() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -53,14 +45,8 @@ fn one_of_many() -> Result<()> {
     let manifest = dir.path().join("job.toml");
     std::fs::write(&manifest, text)?;
     let ran = run_manifest(&manifest, |job| {
-        let (handle, metrics) = (job.handle(), job.metrics());
-        std::thread::spawn(move || {
-            while metrics.restarts.load(std::sync::atomic::Ordering::Relaxed) < TRAPS_OF_ONE {
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            std::thread::sleep(std::time::Duration::from_millis(200));
-            handle.cancel();
-        });
+        let handle = job.handle();
+        after_restarts(job, TRAPS_OF_ONE, move || handle.cancel());
     });
     ensure!(matches!(ran.outcome, Ok(Outcome::Canceled { .. })), "{:?}", ran.outcome);
     let mut touched = 0;
@@ -70,7 +56,7 @@ fn one_of_many() -> Result<()> {
             ensure!(*tasks == 3 * PIPELINES as usize, "{tasks} tasks");
         }
     }
-    let recoveries = recoveries(&ran);
+    let recoveries = ran.recoveries_ms();
     ensure!(TRAPS_OF_ONE / 2 < recoveries.len() as u64, "only {} recoveries", recoveries.len());
     println!(
         "one region of {} tasks: {touched} tasks restarted, {:.2} ms median, {:.2} ms 99th percentile, {} traps\n",

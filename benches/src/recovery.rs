@@ -3,25 +3,20 @@
 
 use std::{path::Path, time::Instant};
 
-use anyhow::{Context, Result, ensure};
-use cofferdam_engine::{
-    progress::Progress,
-    storage::{manifest::TaskIdentity, sled::SledStorage, snapshot::SnapshotStore},
-};
+use anyhow::{Result, ensure};
+use cofferdam_engine::restore::open_named;
 use cofferdam_sandbox::Image;
 use cofferdam_tests::{
     guest,
     job::{Harness, run_manifest},
 };
 
-use crate::support::{block_on, load, median, open, percentile_99, sandbox};
+use crate::support::{after_restarts, block_on, load, median, open, percentile_99, sandbox};
 
 const TRAPS: u64 = 40;
 
 pub(crate) fn run() -> Result<()> {
-    println!(
-        "a job of 1 source, 1 operator, 1 sink; {TRAPS} traps each; `full` failover, delay 0;"
-    );
+    println!("a job of 1 source, 1 operator, 1 sink; {TRAPS} traps each; one region, delay 0;");
     println!("from the trap to the first batch processed by the restored instance\n");
     println!(
         "| guest memory | recovery, median | 99th percentile | from sled: load | rate | restore |"
@@ -64,21 +59,11 @@ fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
     let deed = format!("do = \"trap\", at = {at}, step = 400, attempts = {TRAPS}");
     let manifest = harness(ballast, &deed).write(dir);
     let ran = run_manifest(&manifest, |job| {
-        let (stop, metrics) = (job.handle(), job.metrics());
-        std::thread::spawn(move || {
-            while metrics.restarts.load(std::sync::atomic::Ordering::Relaxed) < TRAPS {
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            std::thread::sleep(std::time::Duration::from_millis(300));
-            stop.stop();
-        });
+        let handle = job.handle();
+        after_restarts(job, TRAPS, move || handle.stop());
     });
-    ran.outcome.map_err(|problem| anyhow::anyhow!("{problem}"))?;
-    let of = |progress: &Progress| match progress {
-        Progress::Recovered { recovery_us } => Some(*recovery_us as f64 / 1e3),
-        _ => None,
-    };
-    let recoveries: Vec<f64> = ran.progress.iter().filter_map(of).collect();
+    ran.outcome.as_ref().map_err(|problem| anyhow::anyhow!("{problem}"))?;
+    let recoveries = ran.recoveries_ms();
     // A trap in the very first batch after a restore leaves nothing to measure.
     ensure!(10 <= recoveries.len(), "only {} recoveries", recoveries.len());
     Ok(recoveries)
@@ -86,21 +71,9 @@ fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
 
 /// Milliseconds to load the operator's state, its bytes, and milliseconds to restore an instance.
 fn from_sled(dir: &Path) -> Result<(f64, u64, f64)> {
-    let task = |operator: &str| TaskIdentity {
-        operator: operator.to_owned(),
-        index: 0,
-        parallelism: 1,
-        max_parallelism: 128,
-        digest: None,
-        has_memory: false,
-        has_declared: false,
-    };
     let began = Instant::now();
-    let storage = Box::new(SledStorage::new(dir.join("probe.cofferdam")));
-    let tasks = vec![task("words"), task("count"), task("out")];
-    let (store, found) = SnapshotStore::open(storage, "probe", tasks)?;
-    let checkpoint = found.manifests.last().context("a checkpoint")?.checkpoint;
-    let loaded = store.load(1, checkpoint)?;
+    let (store, manifest) = open_named(&dir.join("probe.cofferdam"))?;
+    let loaded = store.load(1, manifest.checkpoint)?;
     let mut image = Image::new();
     loaded.memory.iter().try_for_each(|snapshot| image.apply(snapshot))?;
     let load_ms = began.elapsed().as_secs_f64() * 1e3;

@@ -1,8 +1,14 @@
 //! Medians, instances, and the processor time of this process.
 
-use std::{future::Future, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
+use cofferdam_engine::job::Job;
 use cofferdam_sandbox::{
     Batch, Component, Instance, InstanceSetup, Limits, OpenContext, Sandbox, SandboxOptions,
 };
@@ -18,6 +24,18 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 pub(crate) fn percentile_99(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() * 99 / 100).copied().unwrap_or(f64::NAN)
+}
+
+/// Calls `then` once a job was restarted so often, and has had time to recover.
+pub(crate) fn after_restarts(job: &Job, restarts: u64, then: impl FnOnce() + Send + 'static) {
+    let metrics = job.metrics();
+    std::thread::spawn(move || {
+        while metrics.restarts.load(Ordering::Relaxed) < restarts {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        then();
+    });
 }
 
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {

@@ -6,7 +6,6 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::OnceLock,
-    time::{Duration, Instant},
 };
 
 use cofferdam_core::{job::Outcome, random::Random};
@@ -17,7 +16,7 @@ use cofferdam_engine::{
     restore::{RestoreFrom, open_named},
     storage::faulty::Faults,
 };
-use cofferdam_tests::job::{Harness, Ran, check_counts, committed, run_manifest, run_with};
+use cofferdam_tests::job::{Harness, Ran, check_counts, committed, run_manifest, run_with, when};
 
 fn golden() -> &'static [String] {
     static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
@@ -45,15 +44,14 @@ fn output(dir: &Path) -> Vec<String> {
 /// Calls `then` on a thread of its own once so many records were read.
 fn after_records(job: &Job, records: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
     let (handle, metrics) = (job.handle(), job.metrics());
-    std::thread::spawn(move || {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while metrics.read(|index| index == 0, |_| false).records_read < records
-            && Instant::now() < deadline
-        {
-            std::thread::yield_now();
-        }
-        then(handle);
-    });
+    let read = move || metrics.read(|index| index == 0, |_| false).records_read;
+    when(move || records <= read(), move || then(handle));
+}
+
+/// Runs a job until so many records were read, and stops it with a last checkpoint.
+fn run_and_stop(manifest: &Path, records: u64) {
+    let ran = run_manifest(manifest, |job| after_records(job, records, |job| job.stop()));
+    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })), "{:?}", ran.outcome);
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
@@ -101,8 +99,7 @@ fn num_retained_checkpoints_stay_and_an_older_one_is_used_when_the_newest_is_dam
     let dir = tempfile::tempdir().expect("a directory");
     let harness = with_lines("num-retained = 3");
     let manifest = harness.write(dir.path());
-    let ran = run_manifest(&manifest, |job| after_records(job, 30_000, |job| job.stop()));
-    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })), "{ran:?}");
+    run_and_stop(&manifest, 30_000);
     let state = dir.path().join("probe.cofferdam");
     let (store, newest) = open_named(&state).expect("opens");
     let kept = store.checkpoints();
@@ -280,8 +277,7 @@ fn retention_decides_what_a_cancelled_and_a_failed_job_leave() {
 
         let dir = tempfile::tempdir().expect("a directory");
         let manifest = harness.write(dir.path());
-        let ran = run_manifest(&manifest, |job| after_records(job, 20_000, |job| job.stop()));
-        assert!(ran.outcome.is_ok());
+        run_and_stop(&manifest, 20_000);
         assert!(is_kept(dir.path()), "{policy}: an interrupted job resumes by itself");
     }
 }
@@ -293,12 +289,7 @@ fn declared_state_moves_to_another_parallelism_in_both_directions() {
     let mut records = 0;
     for parallelism in [2, 5, 3] {
         let manifest = Harness { parallelism, ..harness.clone() }.write(dir.path());
-        let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
-        assert!(
-            matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })),
-            "{parallelism}: {:?}",
-            ran.outcome
-        );
+        run_and_stop(&manifest, 12_000);
         let now = output(dir.path()).len();
         assert!(records < now, "nothing was processed at {parallelism}");
         records = now;
@@ -312,8 +303,7 @@ fn declared_state_moves_to_another_parallelism_in_both_directions() {
 fn node_that_the_checkpoint_does_not_know_begins_anew() {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = with_lines("").write(dir.path());
-    let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
-    assert!(ran.outcome.is_ok());
+    run_and_stop(&manifest, 12_000);
     let text = fs::read_to_string(&manifest).expect("readable");
     let second = "\n[[sink]]\nname = \"second\"\nconnector = \"file\"\ninputs = [\"count\"]\npath = \"second\"\n";
     fs::write(&manifest, text + second).expect("written");
@@ -329,8 +319,7 @@ fn failed_resume_removes_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
     let harness = Harness { checkpointing: String::new(), ..with_lines("") };
     let manifest = harness.write(dir.path());
-    let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
-    assert!(ran.outcome.is_ok());
+    run_and_stop(&manifest, 12_000);
     // It traps at once, before a checkpoint of its own.
     let config = r#"do = "trap-in-open""#.to_owned();
     let failing = Harness { config, attempts: 0, interval_ms: 60_000, ..harness.clone() };
@@ -345,8 +334,7 @@ fn failed_resume_removes_nothing() {
 fn linear_memory_is_not_moved_and_the_remedy_is_told() {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = with_lines("").write(dir.path());
-    let ran = run_manifest(&manifest, |job| after_records(job, 12_000, |job| job.stop()));
-    assert!(ran.outcome.is_ok());
+    run_and_stop(&manifest, 12_000);
     let wider = Harness { parallelism: 3, ..with_lines("") };
     let problem = wider.run_in(dir.path()).outcome.expect_err("refused");
     assert_eq!(problem.code.number(), "C0020");
@@ -398,8 +386,7 @@ fn no_flipped_bit_gives_wrong_results() {
     let dir = tempfile::tempdir().expect("a directory");
     let harness = Harness { count: 20_000, rate: Some(200_000), ..with_lines("num-retained = 2") };
     let manifest = harness.write(dir.path());
-    let ran = run_manifest(&manifest, |job| after_records(job, 10_000, |job| job.stop()));
-    assert!(ran.outcome.is_ok());
+    run_and_stop(&manifest, 10_000);
     let rounds = std::env::var("FLIP_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(25);
     let (mut told, mut random) = (0, Random::new(11));
     for round in 0..rounds {

@@ -4,11 +4,11 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use cofferdam_core::random::Random;
 use cofferdam_engine::storage::{
-    manifest::TaskIdentity,
     sled::SledStorage,
     snapshot::{SnapshotStore, TaskSnapshot},
 };
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
+use cofferdam_tests::job::lone_task;
 
 const PAGES: u64 = 8192;
 const PAGE: usize = 4096;
@@ -31,17 +31,9 @@ fn disk_bytes(dir: &Path) -> u64 {
 /// in shares of the state, and checks the last state page by page.
 fn soak(checkpoints: u64, mut page: impl FnMut(&mut Random) -> u64) -> f64 {
     let dir = tempfile::tempdir().expect("a directory");
-    let task = TaskIdentity {
-        operator: "op".to_owned(),
-        index: 0,
-        parallelism: 1,
-        max_parallelism: 128,
-        digest: None,
-        has_memory: true,
-        has_declared: false,
-    };
     let storage = Box::new(SledStorage::new(dir.path().to_owned()));
-    let (mut store, _) = SnapshotStore::open(storage, "soak", vec![task]).expect("opens");
+    let (mut store, _) =
+        SnapshotStore::open(storage, "soak", vec![lone_task("op")]).expect("opens");
     let mut random = Random::new(1);
     let mut newest = vec![0u8; PAGES as usize];
     let mut largest = 0;

@@ -5,6 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock},
+    time::{Duration, Instant},
 };
 
 use cofferdam_core::job::Outcome;
@@ -13,6 +14,7 @@ use cofferdam_engine::{
     problem::Problem,
     progress::{Observer, Progress},
     spec::JobSpec,
+    storage::manifest::TaskIdentity,
 };
 use cofferdam_sandbox::{Sandbox, SandboxOptions};
 
@@ -87,6 +89,16 @@ impl Ran {
             .iter()
             .filter(|progress| matches!(progress, Progress::Restarting { .. }))
             .count()
+    }
+
+    /// From each failure to the next records processed, in milliseconds.
+    #[must_use]
+    pub fn recoveries_ms(&self) -> Vec<f64> {
+        let of = |progress: &Progress| match progress {
+            Progress::Recovered { recovery_us } => Some(*recovery_us as f64 / 1e3),
+            _ => None,
+        };
+        self.progress.iter().filter_map(of).collect()
     }
 
     /// The checkpoints that tasks were started from.
@@ -232,6 +244,31 @@ pub fn run_with(manifest: &Path, options: &JobOptions, with: impl FnOnce(&Job)) 
     drop(runtime);
     let progress = std::mem::take(&mut *recorder.0.lock().expect("no panic while recording"));
     Ran { outcome, progress }
+}
+
+/// Calls `then` on a thread of its own as soon as `is_time`, or after a minute.
+pub fn when(is_time: impl Fn() -> bool + Send + 'static, then: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(move || {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !is_time() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        then();
+    });
+}
+
+/// What the checkpoints of a lone task without declared state belong to.
+#[must_use]
+pub fn lone_task(operator: &str) -> TaskIdentity {
+    TaskIdentity {
+        operator: operator.to_owned(),
+        index: 0,
+        parallelism: 1,
+        max_parallelism: 128,
+        digest: None,
+        has_memory: true,
+        has_declared: false,
+    }
 }
 
 /// The lines of all committed parts, sorted.

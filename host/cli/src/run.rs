@@ -18,6 +18,7 @@ use cofferdam_engine::{
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
+use tokio::{sync::oneshot, task::JoinHandle};
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
 use crate::{
@@ -30,8 +31,6 @@ use crate::{
 const REDRAW: Duration = Duration::from_millis(200);
 /// How often figures are given out elsewhere.
 const REPORT: Duration = Duration::from_secs(1);
-/// How long the last answers on the control socket may take.
-const ANSWER_TIME: Duration = Duration::from_millis(50);
 
 pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Problem> {
     let is_live = !is_json && !arguments.no_progress && io::stderr().is_terminal();
@@ -71,10 +70,9 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     let watching = tokio::spawn(view.clone().watch());
     let outcome = job.run().await;
     interrupts.abort();
-    if let Some(requests) = requests {
+    if let Some((ended, requests)) = requests {
         // Whoever asked for what ended the job still gets the answer.
-        tokio::time::sleep(ANSWER_TIME).await;
-        requests.abort();
+        drop(ended);
         let _ = requests.await;
     }
     watching.abort();
@@ -83,11 +81,15 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     outcome.map(|_| ())
 }
 
-/// Answers `savepoint`, `stop` and `cancel`, if there is a directory for the socket.
-fn serve_requests(job: &Job) -> Option<tokio::task::JoinHandle<()>> {
+/// Answers `savepoint`, `stop` and `cancel`, if there is a directory for the socket, until what is
+/// given back first is dropped.
+fn serve_requests(job: &Job) -> Option<(oneshot::Sender<()>, JoinHandle<()>)> {
     let (name, default) = (job.spec().name.clone(), job.spec().savepoint_dir.clone());
     match Server::bind(job.state_dir()?) {
-        Ok(server) => Some(tokio::spawn(server.serve(job.handle(), name, default))),
+        Ok(server) => {
+            let (sender, ended) = oneshot::channel();
+            Some((sender, tokio::spawn(server.serve(job.handle(), name, default, ended))))
+        }
         Err(error) => {
             tracing::warn!(%error, "no control socket: savepoint, stop and cancel cannot reach this job");
             None

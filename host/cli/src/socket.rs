@@ -11,7 +11,7 @@ use std::{
         unix::fs::{DirBuilderExt, PermissionsExt},
     },
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use cofferdam_engine::{
@@ -22,10 +22,14 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
+    sync::oneshot,
+    task::JoinSet,
 };
 
 const FOLDER: &str = "control";
 const SOCKET: &str = "socket";
+/// How long the last answers may take once the job has ended.
+const ANSWER_TIME: Duration = Duration::from_millis(50);
 
 /// What can be asked of a running job.
 #[derive(Debug, Serialize, Deserialize)]
@@ -80,24 +84,39 @@ impl Server {
         Ok(Self { listener, _folder: Folder(folder) })
     }
 
-    /// Answers requests until it is dropped.
-    pub(crate) async fn serve(self, job: JobHandle, name: String, default: Option<PathBuf>) {
+    /// Answers requests until the job has ended and whoever had asked by then has the answer.
+    pub(crate) async fn serve(
+        self,
+        job: JobHandle,
+        name: String,
+        default: Option<PathBuf>,
+        ended: oneshot::Receiver<()>,
+    ) {
+        let mut conversations = JoinSet::new();
+        tokio::pin!(ended);
         loop {
-            match self.listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                _ = &mut ended => break,
+            };
+            match accepted {
                 Ok((stream, _)) => {
                     let (job, name, default) = (job.clone(), name.clone(), default.clone());
-                    tokio::spawn(async move {
+                    conversations.spawn(async move {
                         if let Err(error) = converse(stream, job, &name, default).await {
                             tracing::debug!(%error, "a request on the control socket");
                         }
                     });
+                    while conversations.try_join_next().is_some() {}
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the control socket is closed");
-                    return;
+                    break;
                 }
             }
         }
+        // Somebody may have connected without asking anything.
+        let _ = tokio::time::timeout(ANSWER_TIME, conversations.join_all()).await;
     }
 }
 

@@ -7,12 +7,14 @@ use std::{
     path::Path,
     sync::{Arc, mpsc},
     thread::JoinHandle,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::progress::{Observer, Progress};
+use crate::{
+    clock::now_ms,
+    progress::{Observer, Progress},
+};
 
 const FILE: &str = "history.jsonl";
 /// Older entries are forgotten when a run begins.
@@ -91,13 +93,12 @@ impl Observer for Recorder {
                 | Progress::Failed { .. }
                 | Progress::CheckpointFailed { .. }
         );
-        if is_history && let Ok(event) = serde_json::to_value(&progress) {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH);
-            let at_ms = now.map_or(0, |since| since.as_millis() as u64);
-            if let Ok(line) = serde_json::to_string(&Entry { at_ms, event }) {
-                // The writer ends only after this sender.
-                let _ = self.lines.send(line + "\n");
-            }
+        if is_history
+            && let Ok(event) = serde_json::to_value(&progress)
+            && let Ok(line) = serde_json::to_string(&Entry { at_ms: now_ms(), event })
+        {
+            // The writer ends only after this sender.
+            let _ = self.lines.send(line + "\n");
         }
         self.observer.observe(progress);
     }

@@ -48,8 +48,6 @@ use crate::{
 pub struct JobOptions {
     /// Where the state is, instead of where the manifest says.
     pub state_dir: Option<PathBuf>,
-    /// Where compiled components are kept. Default: none are.
-    pub cache_dir: Option<PathBuf>,
     /// Seeds jitter and the first checkpoint.
     pub seed: u64,
     /// What to begin from, instead of the newest checkpoint of the state directory.

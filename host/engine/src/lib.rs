@@ -2,6 +2,7 @@
 //! core and does what it says. Decides nothing that a restart or a checkpoint depends on.
 
 pub mod batch;
+mod clock;
 pub mod control;
 mod driver;
 mod exchange;

@@ -6,7 +6,6 @@
 //! shared.
 
 use std::{
-    cell::RefCell,
     collections::BTreeMap,
     path::{Path, PathBuf},
 };
@@ -16,6 +15,8 @@ use cofferdam_core::{
     job::Resume,
     key_group::key_groups_of,
 };
+
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     problem::{Code, Problem},
@@ -202,20 +203,13 @@ fn adopt(
     let id = manifest.checkpoint;
     let is_as_it_was = store.is_current(id)
         && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
-    let mut loaded: Vec<LoadedTask> = states;
     if !is_as_it_was {
-        let taken = RefCell::new(loaded.into_iter().map(Some).collect::<Vec<_>>());
-        store.import(id, manifest.written_at_ms, |slot| {
-            Ok(taken.borrow_mut()[slot].take().unwrap_or_default())
-        })?;
-        loaded = (0..tasks.identities.len())
-            .map(|slot| store.load(slot, id))
-            .collect::<Result<_, _>>()?;
+        store.import(id, manifest.written_at_ms, &states)?;
     }
-    for (local, loaded) in tasks.locals.values().zip(loaded) {
+    for (local, state) in tasks.locals.values().zip(&states) {
         local
             .lock()
-            .load(id, &loaded)
+            .load(id, state)
             .map_err(|error| StorageError::store("make the image of a task", error))?;
     }
     Ok(())
@@ -290,6 +284,18 @@ fn share(
         }
     }
     Ok(states)
+}
+
+/// The states of all tasks of a source or a sink.
+pub(crate) fn decode_states<T: DeserializeOwned>(states: &[&[u8]]) -> Result<Vec<T>, String> {
+    let decode = |state: &&[u8]| postcard::from_bytes(state).map_err(|error| error.to_string());
+    states.iter().map(decode).collect()
+}
+
+/// The shares of the tasks that there are now.
+pub(crate) fn encode_states<T: Serialize>(shares: &[T]) -> Result<Vec<Vec<u8>>, String> {
+    let encode = |share: &T| postcard::to_stdvec(share).map_err(|error| error.to_string());
+    shares.iter().map(encode).collect()
 }
 
 /// Whether a checkpoint's state can become the state of these tasks.

@@ -316,7 +316,6 @@ pub struct Coordinator {
     next_tick: Option<Millis>,
     is_running: bool,
     retained: Retained,
-    last_completed: Option<CheckpointId>,
     last_completed_at: Option<Millis>,
     failures: FailureCounter,
     cleaning: usize,
@@ -341,7 +340,6 @@ impl Coordinator {
             next_request: 0,
             next_tick: None,
             is_running: false,
-            last_completed: completed.last().copied(),
             last_completed_at: None,
             cleaning: 0,
         }
@@ -350,7 +348,8 @@ impl Coordinator {
     /// The checkpoint to restore from.
     #[must_use]
     pub fn last_completed(&self) -> Option<CheckpointId> {
-        self.last_completed
+        // The newest is always kept.
+        self.retained.latest()
     }
 
     /// Completed checkpoints that are kept, oldest first.
@@ -472,7 +471,7 @@ impl Coordinator {
         let number = self.next_request;
         let request = Request { trigger, is_forced, is_periodic, at: now, number };
         if let Some(dropped) = self.queue.submit(request) {
-            let reason = request::DROPPED;
+            let reason = AbortReason::TooManyRequests;
             steps.push(Step::Refused { trigger: dropped.trigger, reason });
         }
     }
@@ -528,7 +527,7 @@ impl Coordinator {
             return;
         }
         let Some(Pending { trigger, .. }) = self.pending.remove(&checkpoint) else { return };
-        if trigger.kind() == Kind::Checkpoint && Some(checkpoint) < self.last_completed {
+        if trigger.kind() == Kind::Checkpoint && Some(checkpoint) < self.last_completed() {
             // A newer one was faster, and has said all that this one could say.
             self.cleaning += 1;
             steps.push(Step::Subsumed { checkpoint });
@@ -542,7 +541,6 @@ impl Coordinator {
         if trigger.kind() == Kind::Savepoint {
             return;
         }
-        self.last_completed = self.last_completed.max(Some(checkpoint));
         for (subsumed, _) in self.retained.add(checkpoint, trigger.kind()) {
             self.cleaning += 1;
             steps.push(Step::Subsumed { checkpoint: subsumed });

@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 
-use super::{AbortReason, Trigger};
+use super::Trigger;
 use crate::ids::Millis;
 
 /// Requests that may wait. Flink's limit.
@@ -77,7 +77,7 @@ impl RequestQueue {
     }
 
     /// Takes a request in. Gives the one that is dropped because too many wait, which may be the
-    /// new one: [`AbortReason::TooManyRequests`].
+    /// new one: [`AbortReason::TooManyRequests`](super::AbortReason::TooManyRequests).
     pub fn submit(&mut self, request: Request) -> Option<Request> {
         let is_full = self.queue_max <= self.waiting.len();
         // Users' requests are not dropped for the sake of another.
@@ -130,14 +130,11 @@ impl RequestQueue {
         dropped
     }
 
-    /// Drops everything that waits: [`AbortReason::CoordinatorSuspend`].
+    /// Drops everything that waits: [`AbortReason::CoordinatorSuspend`](super::AbortReason::CoordinatorSuspend).
     pub fn clear(&mut self) -> Vec<Request> {
         std::mem::take(&mut self.waiting)
     }
 }
-
-/// Why requests of a full queue are dropped.
-pub const DROPPED: AbortReason = AbortReason::TooManyRequests;
 
 #[cfg(test)]
 mod tests {
@@ -244,7 +241,6 @@ mod tests {
         }
         let dropped = queue.submit(request(30, "user savepoint")).expect("one too many");
         assert_eq!(dropped.number, 30);
-        assert_eq!(DROPPED, AbortReason::TooManyRequests);
     }
 
     #[test]

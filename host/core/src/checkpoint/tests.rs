@@ -282,6 +282,16 @@ fn ticks_accumulate_behind_a_slow_checkpoint() {
 }
 
 #[test]
+fn request_that_is_one_too_many_is_refused_by_its_name() {
+    let settings = CheckpointSettings { timeout_ms: u64::MAX, ..tolerant() };
+    let mut rig = Rig::new(10, settings);
+    // The first one runs, and a thousand wait for it.
+    assert_eq!(rig.run_to(10_000), "begin 1");
+    let steps = rig.run_to(10_100);
+    assert!(steps.starts_with("refuse TOO_MANY_CHECKPOINT_REQUESTS"), "{steps}");
+}
+
+#[test]
 fn num_retained_checkpoints_are_kept() {
     let mut rig = Rig::new(10, CheckpointSettings { retained_max: 3, ..tolerant() });
     for id in 1..=5 {

@@ -5,7 +5,7 @@
 //! task restarts; so does whoever produces a partition that a restarting region must read and that
 //! cannot be read (again); so does every region that reads what a restarting region produces.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque, btree_map::Entry};
 
 use crate::ids::TaskId;
 
@@ -137,7 +137,7 @@ fn regions_to_restart(
     while let Some(region) = waiting.pop_front() {
         let mut draw_in = |task: &TaskId, reason| {
             if let Some(region) = topology.region_of(*task)
-                && let std::collections::btree_map::Entry::Vacant(entry) = found.entry(region)
+                && let Entry::Vacant(entry) = found.entry(region)
             {
                 entry.insert((*task, reason));
                 waiting.push_back(region);

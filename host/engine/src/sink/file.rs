@@ -20,7 +20,9 @@ use serde::{Deserialize, Serialize};
 use super::{Sink, push_lines};
 use crate::{
     problem::{Code, Problem},
+    restore::{decode_states, encode_states},
     spec::{IfExists, LineContent},
+    storage::sync_dir,
 };
 
 const BUFFER_BYTES: usize = 256 << 10;
@@ -47,8 +49,7 @@ struct Part {
 /// left is looked after by another, and should the task come back, it goes on with its numbers.
 pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
     let mut shares = vec![State::default(); parallelism];
-    for state in old {
-        let state: State = postcard::from_bytes(state).map_err(|error| error.to_string())?;
+    for state in decode_states::<State>(old)? {
         for (task, next) in state.next {
             shares[task as usize % parallelism].next.insert(task, next);
         }
@@ -56,10 +57,7 @@ pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
             shares[part.task as usize % parallelism].pending.push(part);
         }
     }
-    shares
-        .iter()
-        .map(|share| postcard::to_stdvec(share).map_err(|error| error.to_string()))
-        .collect()
+    encode_states(&shares)
 }
 
 pub(crate) struct FileSink {
@@ -183,7 +181,7 @@ impl FileSink {
         let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
         // The name of the file must be as durable as its content.
-        File::open(&self.dir)?.sync_all()?;
+        sync_dir(&self.dir)?;
         Ok(true)
     }
 
@@ -237,10 +235,8 @@ impl Sink for FileSink {
         if due.is_empty() {
             return Ok(());
         }
-        let published = due
-            .iter()
-            .try_for_each(|part| self.publish(*part))
-            .and_then(|()| File::open(&self.dir)?.sync_all());
+        let published =
+            due.iter().try_for_each(|part| self.publish(*part)).and_then(|()| sync_dir(&self.dir));
         published.map_err(|error| self.failed("commit a part", &error))?;
         self.state.pending.retain(|part| !is_due(part));
         Ok(())

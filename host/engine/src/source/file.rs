@@ -22,6 +22,7 @@ use crate::{
     batch::{BatchExt, RecordRef},
     exchange::writer::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX},
     problem::{Code, Problem},
+    restore::{decode_states, encode_states},
     spec::{FileSourceSpec, LINE_BYTES_MAX, LineFormat},
 };
 
@@ -53,8 +54,7 @@ struct Position {
 pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
     let mut shares: Vec<Position> = Vec::new();
     let mut place = 0;
-    for state in old {
-        let position: Position = postcard::from_bytes(state).map_err(|error| error.to_string())?;
+    for position in decode_states::<Position>(old)? {
         if shares.is_empty() {
             let fingerprint = position.fingerprint;
             shares = vec![Position { fingerprint, rest: VecDeque::new() }; parallelism];
@@ -64,10 +64,7 @@ pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
             place += 1;
         }
     }
-    shares
-        .iter()
-        .map(|share| postcard::to_stdvec(share).map_err(|error| error.to_string()))
-        .collect()
+    encode_states(&shares)
 }
 
 impl FilePlan {

@@ -18,6 +18,7 @@ use super::{Source, Step, unreadable_position};
 use crate::{
     batch::{BatchExt, RecordRef, append_range},
     exchange::writer::BATCH_RECORDS_MAX,
+    restore::{decode_states, encode_states},
     spec::{GeneratorContent, GeneratorSpec},
 };
 
@@ -146,20 +147,14 @@ impl Strand {
 
 /// Shares the strands of all tasks out among another number of tasks.
 pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
-    let mut strands: Vec<Strand> = Vec::new();
-    for state in old {
-        let own: Vec<Strand> = postcard::from_bytes(state).map_err(|error| error.to_string())?;
-        strands.extend(own);
-    }
+    let own: Vec<Vec<Strand>> = decode_states(old)?;
+    let strands = own.concat();
     // Enough for everyone: each is split into as many.
     let parts = parallelism.div_ceil(strands.len().max(1)) as u64;
     let mut shares = vec![Vec::new(); parallelism];
     let split = strands.into_iter().flat_map(|strand| strand.split(parts));
     split.enumerate().for_each(|(place, strand)| shares[place % parallelism].push(strand));
-    shares
-        .iter()
-        .map(|share| postcard::to_stdvec(share).map_err(|error| error.to_string()))
-        .collect()
+    encode_states(&shares)
 }
 
 pub(crate) struct GeneratorSource {

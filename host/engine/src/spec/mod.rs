@@ -607,10 +607,9 @@ fn read_checkpointing(
     if let Some(policy) = section.choice("externalized-checkpoint-retention", &policies)? {
         execution.retention = policy.value;
     }
-    for key in MEANINGLESS_KEYS {
-        let path = format!("execution.checkpointing.{key}");
-        if section.has(key)
-            && let Some((_, why)) = MEANINGLESS.iter().find(|(known, _)| *known == path)
+    for (path, why) in MEANINGLESS {
+        if let Some(key) = path.strip_prefix("execution.checkpointing.")
+            && section.has(key)
         {
             execution.warnings.push(format!("`{path}` means nothing here: {why}"));
         }
@@ -623,22 +622,6 @@ fn read_checkpointing(
     };
     Ok(())
 }
-
-/// Flink's keys of `execution.checkpointing` that a manifest may have and that mean nothing here.
-const MEANINGLESS_KEYS: &[&str] = &[
-    "unaligned",
-    "aligned-checkpoint-timeout",
-    "interval-during-backlog",
-    "checkpoints-after-tasks-finish",
-    "incremental",
-    "create-subdir",
-    "data-inline-threshold",
-    "write-buffer-size",
-    "file-merging",
-    "cleaner",
-    "snapshot-compression",
-    "local-backup",
-];
 
 #[derive(Clone, Copy)]
 enum StrategyName {

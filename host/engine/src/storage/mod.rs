@@ -13,7 +13,11 @@ pub mod sled;
 pub mod snapshot;
 pub(crate) mod writer;
 
-use std::path::PathBuf;
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
 
 /// Why a store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +63,11 @@ impl StorageError {
 
 /// A result of the storage.
 pub type Result<T> = std::result::Result<T, StorageError>;
+
+/// Makes the names in a directory durable, as syncing a file does its content.
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
 
 /// A row of generations.
 pub trait Storage: Send {

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Result, StorageError, sled::SledStorage, snapshot::SnapshotStore};
+use super::{Result, StorageError, sled::SledStorage, snapshot::SnapshotStore, sync_dir};
 
 /// Writes the state as of a checkpoint that all tasks have acked.
 pub(crate) fn write(
@@ -34,11 +34,9 @@ pub(crate) fn write(
     }
     fs::create_dir(&unfinished).map_err(failed)?;
     let mut target = SledStorage::new(unfinished.clone());
-    let written = store.export(checkpoint, written_at_ms, &mut target).and_then(|_| {
-        fs::rename(&unfinished, dir)
-            .and_then(|()| fs::File::open(parent)?.sync_all())
-            .map_err(failed)
-    });
+    let written = store
+        .export(checkpoint, written_at_ms, &mut target)
+        .and_then(|_| fs::rename(&unfinished, dir).and_then(|()| sync_dir(parent)).map_err(failed));
     if written.is_err() {
         // The reason for the failure says more than that of a failed removal would.
         let _ = fs::remove_dir_all(&unfinished);

@@ -16,7 +16,7 @@ use std::{
 
 use rustix::fs::FallocateFlags;
 
-use super::{Generation, Result, Storage, StorageError};
+use super::{Generation, Result, Storage, StorageError, sync_dir};
 
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
 const CACHE_BYTES: u64 = 16 << 20;
@@ -141,10 +141,6 @@ fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Re
         Ok(result) => result.map_err(|error| StorageError::store(doing, error)),
         Err(_) => Err(StorageError::damaged("the index", format!("sled gave up: {doing}"))),
     }
-}
-
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 /// Large values, one after the other. What a crash left behind the last flush is never pointed at.

@@ -147,7 +147,7 @@ impl Chain {
                 let before = std::mem::replace(&mut owners[page], id);
                 pages_written += 1;
                 if let Ok(place) = self.links.binary_search_by_key(&before, |link| link.id) {
-                    self.links[place].lose_page(id);
+                    self.links[place].lose_page();
                 }
             }
         }
@@ -155,14 +155,11 @@ impl Chain {
         let has_declared = snapshot.declared.as_ref().is_some_and(|d| !d.states.is_empty());
         let live_pages = (!has_declared && !is_first).then_some(pages_written);
         let bytes = if is_first { 0 } else { bytes };
-        self.links.push(Link { id, bytes, live_pages, dead_since: None });
-        // A snapshot without any page counts only until the next one.
-        let newest = self.links.len() - 1;
-        for link in &mut self.links[..newest] {
-            if link.live_pages == Some(0) && link.dead_since.is_none() {
-                link.dead_since = Some(id);
-            }
+        // A snapshot without any page of its own, or without any left, counts up to this one.
+        for link in self.links.iter_mut().filter(|link| link.live_pages == Some(0)) {
+            link.dead_since.get_or_insert(id);
         }
+        self.links.push(Link { id, bytes, live_pages, dead_since: None });
     }
 
     /// Forgets dead snapshots that no checkpoint from this one on consists of. Gives their bytes.
@@ -178,12 +175,9 @@ impl Chain {
 }
 
 impl Link {
-    fn lose_page(&mut self, to: u64) {
+    fn lose_page(&mut self) {
         if let Some(pages) = &mut self.live_pages {
             *pages = pages.saturating_sub(1);
-            if *pages == 0 {
-                self.dead_since.get_or_insert(to);
-            }
         }
     }
 }
@@ -331,19 +325,7 @@ impl SnapshotStore {
         };
         let newest = found.manifests.last().map_or(0, |manifest| manifest.checkpoint);
         let highest_id = read_highest_id(&*current.generation)?.max(newest);
-        let mut store = Self {
-            storage,
-            current,
-            older: places,
-            job: job.to_owned(),
-            chains: tasks.iter().map(|_| Chain::default()).collect(),
-            tasks,
-            unwritten: Vec::new(),
-            full_bytes: 0,
-            increment_bytes: 0,
-            highest_id,
-            has_leftovers: false,
-        };
+        let mut store = Self::of(storage, current, places, job, tasks, highest_id);
         store.remove_other_generations(&found);
         Ok((store, found))
     }
@@ -362,20 +344,32 @@ impl SnapshotStore {
                 None => StorageError::store("open a store", "there is no checkpoint in it"),
             });
         };
-        let store = Self {
+        // Nothing is written, so there are no tasks to write for.
+        let store = Self::of(storage, current, places, "", Vec::new(), 0);
+        Ok((store, found))
+    }
+
+    fn of(
+        storage: Box<dyn Storage>,
+        current: Place,
+        older: Vec<Place>,
+        job: &str,
+        tasks: Vec<TaskIdentity>,
+        highest_id: u64,
+    ) -> Self {
+        Self {
             storage,
             current,
-            older: places,
-            job: String::new(),
-            tasks: Vec::new(),
-            chains: Vec::new(),
+            older,
+            job: job.to_owned(),
+            chains: tasks.iter().map(|_| Chain::default()).collect(),
+            tasks,
             unwritten: Vec::new(),
             full_bytes: 0,
             increment_bytes: 0,
-            highest_id: 0,
+            highest_id,
             has_leftovers: false,
-        };
-        Ok((store, found))
+        }
     }
 
     /// Makes durable what was deleted.
@@ -494,15 +488,13 @@ impl SnapshotStore {
             return Ok(());
         }
         let mut reachable: BTreeSet<(usize, u64)> = BTreeSet::new();
-        let chains =
-            |task: usize, chain: &[u64]| chain.iter().map(|id| (task, *id)).collect::<Vec<_>>();
         for (task, chain) in self.chains.iter().enumerate() {
             reachable.extend(chain.ids().map(|id| (task, id)));
         }
         for checkpoint in &self.current.checkpoints {
             let manifest = read_manifest(&*self.current.generation, &manifest_key(*checkpoint))?;
             for (task, entry) in manifest.tasks.iter().enumerate() {
-                reachable.extend(chains(task, &entry.chain));
+                reachable.extend(entry.chain.iter().map(|id| (task, *id)));
             }
         }
         for key in self.current.generation.keys(b"s")? {
@@ -703,8 +695,8 @@ impl SnapshotStore {
         })
     }
 
-    /// Makes a checkpoint of other tasks, or of another store, the newest of this one: `task`
-    /// gives the whole state of each task.
+    /// Makes a checkpoint of other tasks, or of another store, the newest of this one, from the
+    /// whole state of each task.
     ///
     /// # Errors
     /// The store's; what was there before is then still in use.
@@ -712,18 +704,18 @@ impl SnapshotStore {
         &mut self,
         checkpoint: u64,
         written_at_ms: u64,
-        task: impl Fn(usize) -> Result<LoadedTask>,
+        states: &[LoadedTask],
     ) -> Result<()> {
         self.highest_id = self.highest_id.max(checkpoint);
         self.begin_generation(|store, next| {
-            let chain = || vec![checkpoint];
             let tasks = store
                 .tasks
                 .iter()
-                .map(|identity| ManifestTask { identity: identity.clone(), chain: chain() });
+                .map(|identity| ManifestTask { identity: identity.clone(), chain: Vec::new() });
             let job = store.job.clone();
             let manifest = Manifest { job, checkpoint, written_at_ms, tasks: tasks.collect() };
-            let bytes = write_merged(&task, &manifest, store.highest_id, next)?;
+            let merged = |task: usize| Ok(merge(&states[task]));
+            let bytes = write_merged(&merged, &manifest, store.highest_id, next)?;
             Ok((checkpoint, bytes))
         })
     }
@@ -795,13 +787,14 @@ fn copy_merged(
     highest_id: u64,
     next: &mut dyn Generation,
 ) -> Result<u64> {
-    let load = |task: usize| load_chain(from, task, &manifest.tasks[task].chain);
-    write_merged(&load, manifest, highest_id, next)
+    let merged = |task: usize| Ok(merge(&load_chain(from, task, &manifest.tasks[task].chain)?));
+    write_merged(&merged, manifest, highest_id, next)
 }
 
-/// Writes one full snapshot of every task, flushes, writes the manifest, flushes.
+/// Writes one full snapshot of every task, flushes, writes the manifest, flushes. The chains of
+/// `manifest` are not looked at: each becomes that snapshot.
 fn write_merged(
-    load: &dyn Fn(usize) -> Result<LoadedTask>,
+    merged: &dyn Fn(usize) -> Result<TaskSnapshot>,
     manifest: &Manifest,
     highest_id: u64,
     next: &mut dyn Generation,
@@ -811,9 +804,9 @@ fn write_merged(
     next.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest_id.to_be_bytes()))?;
     let mut tasks = Vec::with_capacity(manifest.tasks.len());
     for (task, entry) in manifest.tasks.iter().enumerate() {
-        let merged = merge(load(task)?);
         let identity = entry.identity.clone();
-        bytes += write_snapshot(next, task, checkpoint, &merged, identity.max_parallelism)?;
+        let snapshot = merged(task)?;
+        bytes += write_snapshot(next, task, checkpoint, &snapshot, identity.max_parallelism)?;
         tasks.push(ManifestTask { identity, chain: vec![checkpoint] });
     }
     next.flush()?;
@@ -1082,7 +1075,7 @@ fn unpack_pages(payload: &[u8], memories: &mut [MemoryDelta]) -> Option<()> {
 }
 
 /// One full snapshot that says what a chain says.
-fn merge(loaded: LoadedTask) -> TaskSnapshot {
+fn merge(loaded: &LoadedTask) -> TaskSnapshot {
     let memory = loaded.memory.last().map(|last| {
         let memories = last.memories.iter().enumerate().map(|(index, newest)| {
             let mut pages = BTreeMap::new();
@@ -1097,7 +1090,8 @@ fn merge(loaded: LoadedTask) -> TaskSnapshot {
         MemorySnapshot { memories: memories.collect(), globals, monotonic_ns }
     });
     let declared = (!loaded.declared.is_empty()).then(|| changes_of(loaded.declared.iter()));
-    TaskSnapshot { state: loaded.state, is_drained: loaded.is_drained, memory, declared }
+    let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
+    TaskSnapshot { state, is_drained, memory, declared }
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use cofferdam_core::{
@@ -21,6 +20,7 @@ use super::{
     StorageError, savepoint,
     snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
 };
+use crate::clock::now_ms;
 
 enum Command {
     Begin { slots: Vec<usize>, restored_from: Option<u64> },
@@ -177,11 +177,6 @@ fn run(
             next = commands.blocking_recv();
         }
     }
-}
-
-fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |since| since.as_millis() as u64)
 }
 
 fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Report) {

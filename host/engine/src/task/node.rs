@@ -1,11 +1,8 @@
 //! One task within a chain: a source, an instance of an operator, or a sink.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{SystemTime, UNIX_EPOCH},
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use cofferdam_core::{
@@ -21,6 +18,7 @@ use cofferdam_sandbox::{
 use super::{TaskFailure, local::TaskLocal};
 use crate::{
     batch::BatchExt,
+    clock::{now_ms, since_epoch},
     driver::Shared,
     metrics::Metrics,
     sink::{self, Sink},
@@ -407,8 +405,7 @@ struct TaskHost {
 
 impl TaskHost {
     fn new(shared: &Shared, task: TaskId, operator: &str, attempt: Attempt) -> Self {
-        let now_ns =
-            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+        let now_ns = since_epoch().as_nanos() as u64;
         Self {
             name: format!("{operator}/{}", task.index),
             operator: task.operator.0 as usize,
@@ -440,7 +437,7 @@ impl Host for TaskHost {
     }
 
     fn now_ms(&self) -> u64 {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+        now_ms()
     }
 
     fn random(&self) -> u64 {
