@@ -10,13 +10,14 @@ use std::{
 
 use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::{
-    control::JobHandle,
-    job::{Job, JobOptions},
+    job::JobOptions,
     progress::Progress,
     restore::{RestoreFrom, open_named},
     storage::faulty::Faults,
 };
-use cofferdam_tests::job::{Harness, Ran, check_counts, committed, run_manifest, run_with, when};
+use cofferdam_tests::job::{
+    Harness, Ran, after_records, check_counts, committed, run_manifest, run_with,
+};
 
 fn golden() -> &'static [String] {
     static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
@@ -41,13 +42,6 @@ fn output(dir: &Path) -> Vec<String> {
     committed(&dir.join("output"))
 }
 
-/// Calls `then` on a thread of its own once so many records were read.
-fn after_records(job: &Job, records: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
-    let (handle, metrics) = (job.handle(), job.metrics());
-    let read = move || metrics.read(|index| index == 0, |_| false).records_read;
-    when(move || records <= read(), move || then(handle));
-}
-
 /// Runs a job until so many records were read, and stops it with a last checkpoint.
 fn run_and_stop(manifest: &Path, records: u64) {
     let ran = run_manifest(manifest, |job| after_records(job, records, |job| job.stop()));
@@ -64,7 +58,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 #[test]
 fn several_checkpoints_at_once_and_several_kept_give_the_golden_output() {
-    let lines = "max-concurrent-checkpoints = 3\nnum-retained = 3";
+    let lines = "max-concurrent-checkpoints = 3\nnum-retained = 3\nsnapshot-compression = true";
     let harness = Harness { config: trap(6_000, 6), ..with_lines(lines) };
     let (ran, lines) = harness.run();
     assert_eq!(ran.outcome, Ok(Outcome::Finished));

@@ -8,3 +8,4 @@ mod sandbox;
 mod soak;
 mod tidy;
 mod ui;
+mod unaligned;

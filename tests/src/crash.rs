@@ -30,9 +30,28 @@ pub struct Tally {
     pub jobs: u64,
 }
 
+/// How checkpoints are taken, job by job.
+const MODES: [&str; 4] = [
+    "",
+    "unaligned.enabled = true",
+    "max-concurrent-checkpoints = 2\nnum-retained = 2\nsnapshot-compression = true",
+    "unaligned.enabled = true\naligned-checkpoint-timeout = \"3ms\"",
+];
+
 /// The job that is killed: keyed counts, exactly once, a checkpoint every 30 ms.
 fn harness() -> Harness {
     Harness { count: 150_000, rate: Some(150_000), interval_ms: 30, ..Harness::default() }
+}
+
+/// The job in one of the modes; where barriers overtake, there is something to overtake.
+fn harness_in(mode: &str) -> Harness {
+    let harness = Harness { checkpointing: mode.to_owned(), ..harness() };
+    match mode.contains("unaligned") {
+        true => {
+            Harness { rate: None, config: "ballast = 1048576, dirty = 400".to_owned(), ..harness }
+        }
+        false => harness,
+    }
 }
 
 /// Kills until `rounds` kills have struck, and lets the last job finish.
@@ -47,12 +66,13 @@ pub fn run(rounds: u64, seed: u64, mut on_job: impl FnMut(&Tally)) -> Result<Tal
     let mut tally = Tally::default();
     while tally.kills < rounds {
         let dir = tempfile::tempdir().context("a directory")?;
-        kill_until_finished(dir.path(), rounds, &mut random, &mut tally)
-            .with_context(|| format!("SEED={seed}, job {}", tally.jobs))?;
+        let mode = MODES[tally.jobs as usize % MODES.len()];
+        kill_until_finished(dir.path(), mode, rounds, &mut random, &mut tally)
+            .with_context(|| format!("SEED={seed}, job {}, {mode:?}", tally.jobs))?;
         let found = committed(&dir.path().join("output"));
-        check_counts(&found, harness().count)
-            .map_err(anyhow::Error::msg)
-            .with_context(|| format!("SEED={seed}, job {}: the output is wrong", tally.jobs))?;
+        check_counts(&found, harness().count).map_err(anyhow::Error::msg).with_context(|| {
+            format!("SEED={seed}, job {}, {mode:?}: the output is wrong", tally.jobs)
+        })?;
         ensure!(
             found == lines,
             "SEED={seed}, job {}: the output is not the golden run's",
@@ -66,11 +86,12 @@ pub fn run(rounds: u64, seed: u64, mut on_job: impl FnMut(&Tally)) -> Result<Tal
 
 fn kill_until_finished(
     dir: &Path,
+    mode: &str,
     rounds: u64,
     random: &mut Random,
     tally: &mut Tally,
 ) -> Result<()> {
-    let manifest = harness().write(dir);
+    let manifest = harness_in(mode).write(dir);
     let mut was_killed = false;
     loop {
         let child = start(&manifest)?;

@@ -10,6 +10,7 @@ use std::{
 
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
+    control::JobHandle,
     job::{CheckedJob, Job, JobOptions},
     problem::Problem,
     progress::{Observer, Progress},
@@ -255,6 +256,20 @@ pub fn when(is_time: impl Fn() -> bool + Send + 'static, then: impl FnOnce() + S
         }
         then();
     });
+}
+
+/// Calls `then` on a thread of its own once so many records were read.
+pub fn after_records(job: &Job, records: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
+    let (handle, metrics) = (job.handle(), job.metrics());
+    let read = move || metrics.read(|index| index == 0, |_| false).records_read;
+    when(move || records <= read(), move || then(handle));
+}
+
+/// Calls `then` on a thread of its own once so many checkpoints are complete.
+pub fn after_checkpoints(job: &Job, count: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
+    let (handle, metrics) = (job.handle(), job.metrics());
+    let completed = move || metrics.read(|_| false, |_| false).checkpoints;
+    when(move || count <= completed(), move || then(handle));
 }
 
 /// What the checkpoints of a lone task without declared state belong to.

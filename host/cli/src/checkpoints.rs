@@ -183,6 +183,20 @@ fn list(manifest: &Manifest, is_json: bool) {
     }
 }
 
+/// What `inspect` shows of each task.
+const COLUMNS: [&str; 10] = [
+    "task",
+    "memory",
+    "entries",
+    "written",
+    "chain",
+    "start delay",
+    "alignment",
+    "sync",
+    "async",
+    "in flight",
+];
+
 fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
     if is_json {
         let rows: Vec<_> = tasks
@@ -197,6 +211,13 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
                     "declared_entries": task.declared_entries,
                     "state_bytes": task.state_bytes,
                     "drained": task.is_drained,
+                    "incremental_bytes": task.stats.bytes,
+                    "sync_us": task.stats.sync_us,
+                    "async_us": task.stats.async_us,
+                    "start_delay_us": task.stats.start_delay_us,
+                    "alignment_us": task.stats.alignment_us,
+                    "in_flight_bytes": task.stats.in_flight_bytes,
+                    "unaligned": task.stats.is_unaligned,
                 })
             })
             .collect();
@@ -208,19 +229,30 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
         }));
     }
     list(manifest, false);
-    println!(
-        "  {:<16} {:>9} {:>11} {:>11} {:>11} {:>9}",
-        "task", "snapshots", "memory", "stored", "last", "entries"
-    );
+    let mut rows = vec![COLUMNS.map(str::to_owned).to_vec()];
     for task in tasks {
-        println!(
-            "  {:<16} {:>9} {:>11} {:>11} {:>11} {:>9}",
-            task.name,
-            task.snapshots,
+        let stats = &task.stats;
+        rows.push(vec![
+            task.name.clone(),
             report::bytes(task.memory_bytes),
-            report::bytes(task.stored_pages * 4096),
-            report::bytes(task.increment_pages * 4096),
-            task.declared_entries,
-        );
+            task.declared_entries.to_string(),
+            report::bytes(stats.bytes),
+            task.snapshots.to_string(),
+            report::micros(stats.start_delay_us),
+            report::micros(stats.alignment_us),
+            report::micros(stats.sync_us),
+            report::micros(stats.async_us),
+            report::bytes(stats.in_flight_bytes),
+        ]);
+    }
+    let width =
+        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
+    for row in &rows {
+        let mut line = format!("  {:<width$}", row[0], width = widths[0]);
+        for (cell, width) in row.iter().zip(&widths).skip(1) {
+            line.push_str(&format!("  {cell:>width$}"));
+        }
+        println!("{line}");
     }
 }

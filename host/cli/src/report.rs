@@ -34,3 +34,13 @@ pub(crate) fn bytes(count: u64) -> String {
 pub(crate) fn count(count: u64) -> String {
     indicatif::HumanCount(count).to_string()
 }
+
+/// A duration as people read it.
+pub(crate) fn micros(count: u64) -> String {
+    match count {
+        0 => "0".to_owned(),
+        1..1_000 => format!("{count} µs"),
+        1_000..1_000_000 => format!("{:.1} ms", count as f64 / 1e3),
+        _ => format!("{:.1} s", count as f64 / 1e6),
+    }
+}

@@ -197,10 +197,23 @@ impl Observer for Watcher {
                 }
                 None => tracing::info!("attempt {attempt}: {tasks} tasks, from the beginning"),
             },
-            Progress::CheckpointCompleted { checkpoint, duration_ms, pause_ms, bytes, .. } => {
+            Progress::CheckpointCompleted {
+                checkpoint,
+                duration_ms,
+                pause_ms,
+                bytes,
+                alignment_ms,
+                in_flight_bytes,
+                ..
+            } => {
                 let size = report::bytes(bytes);
+                let in_flight = match in_flight_bytes {
+                    0 => String::new(),
+                    bytes => format!(", {} in flight", report::bytes(bytes)),
+                };
                 let text = format!(
-                    "checkpoint {checkpoint}: {duration_ms:.1} ms, pause {pause_ms:.2} ms, {size}"
+                    "checkpoint {checkpoint}: {duration_ms:.1} ms, alignment {alignment_ms:.1} ms, \
+                     pause {pause_ms:.2} ms, {size}{in_flight}"
                 );
                 // On a terminal the line of progress says so already.
                 match self.mode {

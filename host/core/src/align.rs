@@ -89,6 +89,25 @@ impl Aligner {
         aligning
     }
 
+    /// The barrier overtakes what lies before it: the snapshot is to be taken now, and every channel
+    /// unblocked. Gives the channels whose barrier had been taken by then; `None` where the
+    /// checkpoint is over for this task.
+    pub fn overtake(&mut self, checkpoint: CheckpointId) -> Option<BTreeSet<ChannelId>> {
+        if self.last.is_some_and(|last| checkpoint <= last) {
+            return None;
+        }
+        let arrived = match &mut self.phase {
+            Phase::Aligning { checkpoint: current, .. } if checkpoint < *current => return None,
+            Phase::Aligning { checkpoint: current, arrived } if *current == checkpoint => {
+                std::mem::take(arrived)
+            }
+            Phase::Aligning { .. } | Phase::Open => BTreeSet::new(),
+        };
+        self.phase = Phase::Open;
+        self.last = Some(checkpoint);
+        Some(arrived)
+    }
+
     /// True while nothing may be taken from this channel.
     #[must_use]
     pub fn is_blocked(&self, channel: ChannelId) -> bool {
@@ -167,6 +186,14 @@ impl Barriers {
         }
     }
 
+    /// See [`Aligner::overtake`]. Where nothing is blocked, nothing needs to be overtaken.
+    pub fn overtake(&mut self, checkpoint: CheckpointId) -> Option<BTreeSet<ChannelId>> {
+        match self {
+            Self::Aligned(aligner) => aligner.overtake(checkpoint),
+            Self::Tracked(_) => None,
+        }
+    }
+
     /// The coordinator gave up a checkpoint; true if channels are to be unblocked.
     pub fn on_abort(&mut self, checkpoint: CheckpointId) -> bool {
         match self {
@@ -203,6 +230,10 @@ mod tests {
                 ["abort", checkpoint] => {
                     if aligner.on_abort(id(checkpoint)) { "unblock" } else { "nothing" }.to_owned()
                 }
+                ["overtake", checkpoint] => match aligner.overtake(id(checkpoint)) {
+                    Some(arrived) => format!("snapshot, {} arrived", arrived.len()),
+                    None => "nothing".to_owned(),
+                },
                 ["blocked", channel] => {
                     aligner.is_blocked(ChannelId(channel.parse().expect("channel"))).to_string()
                 }
@@ -245,6 +276,26 @@ mod tests {
              abort #3     -> nothing
              barrier 0 #3 -> ignore
              barrier 0 #4 -> block",
+        );
+    }
+
+    #[test]
+    fn barrier_that_overtakes_ends_the_alignment_and_comes_again_in_vain() {
+        check(
+            "overtake #1  -> snapshot, 0 arrived
+             barrier 0 #1 -> ignore
+             barrier 0 #2 -> block
+             overtake #2  -> snapshot, 1 arrived
+             blocked 0    -> false
+             barrier 1 #2 -> ignore
+             overtake #2  -> nothing
+             barrier 0 #3 -> block
+             barrier 1 #4 -> abort #3
+             overtake #3  -> nothing
+             overtake #5  -> snapshot, 0 arrived
+             barrier 0 #4 -> ignore
+             abort #6     -> nothing
+             overtake #6  -> nothing",
         );
     }
 

@@ -184,6 +184,7 @@ impl World {
                 tolerable_failures: Some(self.options.tolerable),
                 concurrent_max: self.options.concurrent_max,
                 retained_max: self.options.retained_max,
+                unaligned_after_ms: None,
             },
             restart: RestartStrategy::FixedDelay { attempts: u64::MAX, delay_ms: 20 },
             seed,

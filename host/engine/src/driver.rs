@@ -34,11 +34,12 @@ use crate::{
     metrics::Metrics,
     progress::{Observer, Progress},
     storage::{
+        manifest::SnapshotStats,
         snapshot::TaskSnapshot,
         writer::{Report, StorageHandle},
     },
     task::{
-        Control, Head, Opening, Worker,
+        Control, Head, Opening, Origin, Worker,
         local::TaskLocal,
         node::{Node, Target, host_bug},
     },
@@ -73,6 +74,8 @@ struct CheckpointStats {
     pause: Duration,
     bytes: u64,
     state_bytes: u64,
+    alignment_us: u64,
+    in_flight_bytes: u64,
 }
 
 impl Stats {
@@ -80,8 +83,11 @@ impl Stats {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Changes the figures of a checkpoint; one that was given up has none.
     fn change(&self, checkpoint: CheckpointId, change: impl FnOnce(&mut CheckpointStats)) {
-        change(self.lock().entry(checkpoint.0).or_default());
+        if let Some(stats) = self.lock().get_mut(&checkpoint.0) {
+            change(stats);
+        }
     }
 }
 
@@ -91,16 +97,24 @@ impl Shared {
         let _ = self.events.send(event);
     }
 
-    pub(crate) fn note_pause(
-        &self,
-        checkpoint: CheckpointId,
-        pause: Duration,
-        snapshot: &TaskSnapshot,
-    ) {
+    /// When a checkpoint that is under way was triggered.
+    pub(crate) fn triggered_at(&self, checkpoint: CheckpointId) -> Option<Instant> {
+        self.stats.lock().get(&checkpoint.0).and_then(|stats| stats.triggered_at)
+    }
+
+    /// The tasks of a chain stood still for so long.
+    pub(crate) fn note_pause(&self, checkpoint: CheckpointId, pause: Duration) {
+        self.stats.change(checkpoint, |stats| stats.pause = stats.pause.max(pause));
+    }
+
+    /// A task has taken its snapshot.
+    pub(crate) fn note_snapshot(&self, checkpoint: CheckpointId, snapshot: &TaskSnapshot) {
         let state_bytes = snapshot.memory.as_ref().map_or(0, |memory| memory.size_bytes());
+        let SnapshotStats { alignment_us, in_flight_bytes, .. } = snapshot.stats;
         self.stats.change(checkpoint, |stats| {
-            stats.pause = stats.pause.max(pause);
-            stats.state_bytes += state_bytes;
+            stats.state_bytes += state_bytes + in_flight_bytes;
+            stats.alignment_us = stats.alignment_us.max(alignment_us);
+            stats.in_flight_bytes += in_flight_bytes;
         });
     }
 
@@ -235,9 +249,11 @@ impl Driver {
         match effect {
             Effect::StartTasks { tasks, restore_from } => self.start_tasks(tasks, restore_from),
             Effect::InjectBarrier { checkpoint, purpose } => {
-                self.shared
-                    .stats
-                    .change(checkpoint, |stats| stats.triggered_at = Some(Instant::now()));
+                let stats = CheckpointStats {
+                    triggered_at: Some(Instant::now()),
+                    ..CheckpointStats::default()
+                };
+                self.shared.stats.lock().insert(checkpoint.0, stats);
                 self.tell_sources(Control::Barrier(checkpoint, purpose));
             }
             Effect::EndInput => self.tell_sources(Control::EndInput),
@@ -323,6 +339,8 @@ impl Driver {
             pause_ms: millis(stats.pause),
             bytes: stats.bytes,
             state_bytes: stats.state_bytes,
+            alignment_ms: stats.alignment_us as f64 / 1e3,
+            in_flight_bytes: stats.in_flight_bytes,
         });
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         tokio::task::spawn_blocking(move || {
@@ -417,9 +435,9 @@ impl Plan {
             let (nodes, writers) = self.chain(task.operator, task.index, &gates);
             let head = match gates.get(&task) {
                 Some(gate) => {
-                    let inputs = channel_inputs(graph, task);
-                    let barriers = self.barriers(inputs.len());
-                    Head::Gate { gate: gate.clone(), inputs, barriers }
+                    let channels = origins(graph, task);
+                    let barriers = self.barriers(channels.len());
+                    Head::Gate { gate: gate.clone(), channels, barriers }
                 }
                 None => Head::Source,
             };
@@ -433,6 +451,8 @@ impl Plan {
                 control,
                 opening: opening.clone(),
                 restore_from,
+                unaligned_after: self.unaligned_after,
+                held: None,
             };
             workers.push((worker, sender));
         }
@@ -503,10 +523,18 @@ fn channel_counts(graph: &JobGraph, to: TaskId) -> Vec<usize> {
     graph.inputs(to.operator).map(|edge| producers(graph, edge, to.index).len()).collect()
 }
 
-/// The input that each channel of a task belongs to.
-fn channel_inputs(graph: &JobGraph, to: TaskId) -> Vec<u32> {
-    let edges = graph.inputs(to.operator).zip(channel_counts(graph, to));
-    edges.flat_map(|(edge, count)| std::iter::repeat_n(edge.input, count)).collect()
+/// Where the records of each channel of a task come from.
+fn origins(graph: &JobGraph, to: TaskId) -> Arc<[Origin]> {
+    let mut origins = Vec::new();
+    for edge in graph.inputs(to.operator) {
+        let from: Arc<str> = graph.operator(edge.from).name.as_str().into();
+        origins.extend(producers(graph, edge, to.index).map(|producer| Origin {
+            input: edge.input,
+            from: from.clone(),
+            producer,
+        }));
+    }
+    origins.into()
 }
 
 /// The channels of an edge that begin at one of its producing tasks.

@@ -6,6 +6,7 @@ use std::{
     fs::{self, File, TryLockError},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use cofferdam_core::{
@@ -77,6 +78,8 @@ pub(crate) struct Plan {
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
     is_exactly_once: bool,
+    /// When a barrier overtakes; see [`CheckpointSettings::unaligned_after_ms`].
+    pub(crate) unaligned_after: Option<Duration>,
     /// What this process keeps of each task between its attempts.
     pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
 }
@@ -434,6 +437,7 @@ impl Job {
         };
         let (mut store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
             .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+        store.compress(spec.is_compressing);
         let locals: BTreeMap<TaskId, Arc<TaskLocal>> =
             tasks.iter().map(|task| (*task, Arc::default())).collect();
         let sources = spec.nodes.iter().zip(&nodes).filter_map(|(node, plan)| match plan {
@@ -463,8 +467,9 @@ impl Job {
         };
         let (events, inbox) = mpsc::unbounded_channel();
         let (graph, is_exactly_once) = (spec.graph.clone(), spec.is_exactly_once);
+        let unaligned_after = spec.checkpoint.unaligned_after_ms.map(Duration::from_millis);
         Ok(Self {
-            plan: Plan { graph, nodes, slots, is_exactly_once, locals },
+            plan: Plan { graph, nodes, slots, is_exactly_once, unaligned_after, locals },
             spec,
             store,
             resume,

@@ -31,6 +31,10 @@ pub enum Progress {
         bytes: u64,
         /// Bytes of the whole state.
         state_bytes: u64,
+        /// The longest time of a task from its first barrier to its last.
+        alignment_ms: f64,
+        /// Bytes of records in it that its barriers have overtaken.
+        in_flight_bytes: u64,
     },
     /// A checkpoint was given up.
     CheckpointFailed {

@@ -8,9 +8,11 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use cofferdam_core::{
+    graph::Partitioner,
     ids::{CheckpointId, TaskId},
     job::Resume,
     key_group::key_groups_of,
@@ -21,9 +23,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     problem::{Code, Problem},
     sink, source,
-    spec::{JobSpec, NodeKind, SinkSpec},
+    spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     storage::{
         StorageError,
+        in_flight::ChannelState,
         manifest::{Manifest, TaskIdentity},
         sled::SledStorage,
         snapshot::{Found, LoadedTask, SnapshotStore},
@@ -47,7 +50,7 @@ pub struct RestoreFrom {
 pub(crate) struct Tasks<'a> {
     pub(crate) spec: &'a JobSpec,
     pub(crate) identities: &'a [TaskIdentity],
-    pub(crate) locals: &'a BTreeMap<TaskId, std::sync::Arc<TaskLocal>>,
+    pub(crate) locals: &'a BTreeMap<TaskId, Arc<TaskLocal>>,
     pub(crate) sources: &'a BTreeMap<String, source::Prepared>,
 }
 
@@ -241,20 +244,43 @@ fn redistribute(
         } else if loaded.len() == new.len() {
             states.extend(loaded);
         } else {
-            let shared = share(tasks, &node.name, &node.kind, loaded, &new);
+            let shared = share(tasks, node, loaded, &new);
             states.extend(shared.map_err(|problem| Failed::Problem(Box::new(problem)))?);
         }
+        let in_flight = states[states.len() - new.len()..].iter().flat_map(|it| &*it.in_flight);
+        check_in_flight(tasks, node, in_flight)
+            .map_err(|problem| Failed::Problem(Box::new(problem)))?;
     }
     Ok(states)
 }
 
+/// Records in flight belong to an edge: it must still be there.
+fn check_in_flight<'a>(
+    tasks: &Tasks<'_>,
+    node: &NodeSpec,
+    mut in_flight: impl Iterator<Item = &'a ChannelState>,
+) -> Result<(), Problem> {
+    let fits = |channel: &ChannelState| {
+        let input = node.inputs.get(channel.input as usize);
+        input.is_some_and(|input| tasks.spec.node(input.from).name == channel.from)
+    };
+    let Some(channel) = in_flight.find(|channel| !fits(channel)) else { return Ok(()) };
+    let message = format!(
+        "the checkpoint holds records on their way from \"{}\" to input {} of \"{}\"",
+        channel.from, channel.input, node.name
+    );
+    Err(Problem::new(Code::StateMismatch, message)
+        .detail("the manifest has no such edge any more")
+        .hint("put the edge back, or change it with a savepoint, which holds no records in flight"))
+}
+
 fn share(
     tasks: &Tasks<'_>,
-    name: &str,
-    kind: &NodeKind,
+    node: &NodeSpec,
     old: Vec<LoadedTask>,
     new: &[&TaskIdentity],
 ) -> Result<States, Problem> {
+    let NodeSpec { name, kind, .. } = node;
     let parallelism = new.len();
     let is_drained = old.iter().all(|task| task.is_drained);
     let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
@@ -274,6 +300,10 @@ fn share(
         .into_iter()
         .map(|state| LoadedTask { state, is_drained, ..LoadedTask::default() })
         .collect();
+    let in_flight = share_in_flight(node, &old, new)?;
+    for (state, in_flight) in states.iter_mut().zip(in_flight) {
+        state.in_flight = Arc::new(in_flight);
+    }
     for (key, value) in old.into_iter().flat_map(|task| task.declared) {
         let owner = new.iter().position(|identity| {
             let (count, max) = (identity.parallelism, identity.max_parallelism);
@@ -284,6 +314,38 @@ fn share(
         }
     }
     Ok(states)
+}
+
+fn share_in_flight(
+    node: &NodeSpec,
+    old: &[LoadedTask],
+    new: &[&TaskIdentity],
+) -> Result<Vec<Vec<ChannelState>>, Problem> {
+    let mut shared: Vec<Vec<ChannelState>> = vec![Vec::new(); new.len()];
+    let parallelism = u32::try_from(new.len()).unwrap_or(u32::MAX);
+    // A sink has no key groups: whichever task takes a record, it is written once.
+    let groups = new.first().map_or(1, |task| task.max_parallelism).max(parallelism);
+    for (receiver, task) in (0..).zip(old) {
+        for channel in task.in_flight.iter() {
+            let input = node.inputs.get(channel.input as usize);
+            let partitioner = input.map_or(Partitioner::Rebalance, |input| input.partitioner);
+            let shares = channel.clone().share(receiver, partitioner, parallelism, groups);
+            let shares = shares.ok_or_else(|| {
+                let message = format!(
+                    "the checkpoint holds records on their way from \"{}\" to every task of \"{}\"",
+                    channel.from, node.name
+                );
+                Problem::new(Code::StateMismatch, message)
+                    .detail("some of its tasks have processed them, and others have not")
+                    .hint(
+                        "set the parallelism back, or change it with a savepoint, which holds no \
+                         records in flight",
+                    )
+            })?;
+            shares.into_iter().for_each(|(task, share)| shared[task as usize].push(share));
+        }
+    }
+    Ok(shared)
 }
 
 /// The states of all tasks of a source or a sink.

@@ -41,6 +41,9 @@ pub struct CheckpointSettings {
     pub tolerable_failures: Option<u32>,
     /// Completed checkpoints that are kept. Flink's default: 1.
     pub retained_max: usize,
+    /// `None`: a barrier waits for its turn in every channel. Else it overtakes what lies before it
+    /// where it has not arrived everywhere this long after the trigger; 0: at once.
+    pub unaligned_after_ms: Option<u64>,
 }
 
 impl Default for CheckpointSettings {
@@ -52,6 +55,7 @@ impl Default for CheckpointSettings {
             concurrent_max: 1,
             tolerable_failures: Some(0),
             retained_max: 1,
+            unaligned_after_ms: None,
         }
     }
 }
@@ -454,8 +458,9 @@ impl Coordinator {
             steps.push(Step::Refused { trigger, reason: AbortReason::NotAllTasksRunning });
             return;
         }
-        // Savepoints are always aligned here, so they may run beside another.
-        let is_forced = matches!(trigger, Trigger::Savepoint { .. });
+        // Savepoints are always aligned, so they may run beside another that is.
+        let is_forced = matches!(trigger, Trigger::Savepoint { .. })
+            && self.settings.unaligned_after_ms.is_none();
         self.submit(now, trigger, is_forced, false, steps);
     }
 

@@ -213,6 +213,15 @@ fn concurrent_savepoints() {
 }
 
 #[test]
+fn savepoint_scheduled_in_unaligned_mode() {
+    let settings = CheckpointSettings { unaligned_after_ms: Some(0), ..tolerant() };
+    let mut rig = Rig::new(1_000_000, settings);
+    assert_eq!(rig.savepoint(1), "begin 1");
+    assert_eq!(rig.savepoint(2), "", "it waits: barriers that overtake must not meet");
+    assert_eq!(rig.complete(1), "complete 1, begin 2");
+}
+
+#[test]
 fn min_delay_between_savepoints_is_ignored() {
     let settings = CheckpointSettings { min_pause_ms: 100_000_000, ..tolerant() };
     let mut rig = Rig::new(10, settings);

@@ -52,23 +52,35 @@ impl Writer {
         Self { partitioner, owners, channels, next }
     }
 
+    /// Whether more may be written to every channel.
+    pub(crate) fn has_credit(&self) -> bool {
+        self.channels.iter().all(|channel| channel.sender.has_credit())
+    }
+
+    /// Waits until it may.
+    pub(crate) async fn wait_for_credit(&self) {
+        for channel in &self.channels {
+            channel.sender.wait_for_credit().await;
+        }
+    }
+
     /// Takes records in; sends what has become a full batch.
-    pub(crate) async fn write(&mut self, batch: Batch) {
+    pub(crate) fn write(&mut self, batch: Batch) {
         match self.partitioner {
-            Partitioner::Hash if 1 < self.channels.len() => self.write_by_key(&batch).await,
+            Partitioner::Hash if 1 < self.channels.len() => self.write_by_key(&batch),
             Partitioner::Broadcast => {
                 for channel in &mut self.channels {
-                    channel.append(batch.clone()).await;
+                    channel.append(batch.clone());
                 }
             }
-            Partitioner::Global => self.channels[0].append(batch).await,
+            Partitioner::Global => self.channels[0].append(batch),
             Partitioner::Hash
             | Partitioner::Forward
             | Partitioner::Rebalance
             | Partitioner::Rescale => {
                 // Whole batches take turns: what is equal in the long run needs no splitting.
                 let channel = &mut self.channels[self.next];
-                channel.append(batch).await;
+                channel.append(batch);
                 if channel.batch.value_ends.is_empty() {
                     self.next = (self.next + 1) % self.channels.len();
                 }
@@ -76,7 +88,7 @@ impl Writer {
         }
     }
 
-    async fn write_by_key(&mut self, batch: &Batch) {
+    fn write_by_key(&mut self, batch: &Batch) {
         let max_parallelism = u32::try_from(self.owners.len()).unwrap_or(u32::MAX);
         let (mut key_start, mut value_start) = (0, 0);
         for (place, &value_end) in batch.value_ends.iter().enumerate() {
@@ -89,24 +101,24 @@ impl Writer {
             channel.reserve();
             channel.batch.push_from(batch, place, key_start..key_end, value_start..value_end);
             if channel.is_full() {
-                channel.flush().await;
+                channel.flush();
             }
             (key_start, value_start) = (key_end, value_end);
         }
     }
 
     /// Sends everything that is held back.
-    pub(crate) async fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         for channel in &mut self.channels {
-            channel.flush().await;
+            channel.flush();
         }
     }
 
     /// Sends something that concerns every channel, behind everything written before.
-    pub(crate) async fn announce(&mut self, element: impl Fn() -> Element) {
+    pub(crate) fn announce(&mut self, element: impl Fn() -> Element) {
         for channel in &mut self.channels {
-            channel.flush().await;
-            channel.sender.send(element()).await;
+            channel.flush();
+            channel.sender.send(element());
         }
     }
 }
@@ -121,10 +133,10 @@ impl Outgoing {
         }
     }
 
-    async fn append(&mut self, batch: Batch) {
+    fn append(&mut self, batch: Batch) {
         self.batch.append(batch);
         if self.is_full() {
-            self.flush().await;
+            self.flush();
         }
     }
 
@@ -133,10 +145,10 @@ impl Outgoing {
         BATCH_RECORDS_MAX <= self.batch.record_count() || BATCH_BYTES_MAX <= self.batch.byte_count()
     }
 
-    async fn flush(&mut self) {
+    fn flush(&mut self) {
         if !self.batch.value_ends.is_empty() {
             let batch = std::mem::replace(&mut self.batch, Batch::empty());
-            self.sender.send(Element::Records(batch)).await;
+            self.sender.send(Element::Records(batch));
         }
     }
 }
@@ -149,7 +161,7 @@ mod tests {
     use crate::{batch::RecordRef, exchange::Gate};
 
     /// Writes 3,000 records through a partitioner to 3 tasks; gives the keys that each received.
-    async fn received(partitioner: Partitioner) -> Vec<Vec<String>> {
+    fn received(partitioner: Partitioner) -> Vec<Vec<String>> {
         let gates: Vec<_> = (0..3).map(|_| Gate::new(1)).collect();
         let senders = gates.iter().map(|gate| Sender::new(gate, 0)).collect();
         let mut writer = Writer::new(partitioner, 128, senders, 0);
@@ -159,9 +171,9 @@ mod tests {
                 let key = format!("key-{}", (chunk * 100 + n) % 700);
                 batch.push(RecordRef { key: Some(key.as_bytes()), value: b"", timestamp: None });
             }
-            writer.write(batch).await;
+            writer.write(batch);
         }
-        writer.announce(|| Element::EndOfInput).await;
+        writer.announce(|| Element::EndOfInput);
         gates
             .iter()
             .map(|gate| {
@@ -178,10 +190,10 @@ mod tests {
             .collect()
     }
 
-    #[tokio::test]
-    async fn hash_sends_a_key_to_one_task_only() {
+    #[test]
+    fn hash_sends_a_key_to_one_task_only() {
         let mut owner = BTreeMap::new();
-        let received = received(Partitioner::Hash).await;
+        let received = received(Partitioner::Hash);
         assert_eq!(received.iter().map(Vec::len).sum::<usize>(), 3_000);
         for (task, keys) in received.iter().enumerate() {
             assert!(500 < keys.len(), "task {task} got {}", keys.len());
@@ -191,10 +203,10 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn broadcast_sends_everything_to_everyone_and_rebalance_shares() {
-        assert!(received(Partitioner::Broadcast).await.iter().all(|keys| keys.len() == 3_000));
-        let shares = received(Partitioner::Rebalance).await;
+    #[test]
+    fn broadcast_sends_everything_to_everyone_and_rebalance_shares() {
+        assert!(received(Partitioner::Broadcast).iter().all(|keys| keys.len() == 3_000));
+        let shares = received(Partitioner::Rebalance);
         assert_eq!(shares.iter().map(Vec::len).sum::<usize>(), 3_000);
         assert!(
             shares.iter().all(|keys| 500 < keys.len()),

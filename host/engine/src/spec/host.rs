@@ -48,6 +48,9 @@ const KNOWN: &[&str] = &[
     "execution.checkpointing.tolerable-failed-checkpoints",
     "execution.checkpointing.num-retained",
     "execution.checkpointing.externalized-checkpoint-retention",
+    "execution.checkpointing.unaligned.enabled",
+    "execution.checkpointing.aligned-checkpoint-timeout",
+    "execution.checkpointing.snapshot-compression",
     "execution.checkpointing.dir",
     "execution.checkpointing.savepoint-dir",
     "execution.checkpointing.storage",
@@ -58,8 +61,23 @@ const RESTART: &str = "restart-strategy.";
 
 /// Settings of Flink that mean nothing here, by the beginning of their key, and why.
 pub(super) const MEANINGLESS: &[(&str, &str)] = &[
-    ("execution.checkpointing.unaligned", "barriers are always aligned"),
-    ("execution.checkpointing.aligned-checkpoint-timeout", "barriers are always aligned"),
+    ("execution.checkpointing.unaligned.forced", "every graph can be checkpointed so"),
+    (
+        "execution.checkpointing.unaligned.interruptible-timers",
+        "a barrier overtakes between two batches, and timers fire within one call",
+    ),
+    (
+        "execution.checkpointing.unaligned.max-subtasks-per-channel-state-file",
+        "the store decides how it keeps values",
+    ),
+    (
+        "execution.checkpointing.unaligned.recover-output-on-downstream",
+        "what was sent is always kept by its receiver",
+    ),
+    (
+        "execution.checkpointing.unaligned.during-recovery",
+        "a task works off what was in flight before it takes the next snapshot",
+    ),
     ("execution.checkpointing.interval-during-backlog", "no source here works off a backlog"),
     ("execution.checkpointing.checkpoints-after-tasks-finish", "it is always so"),
     ("execution.checkpointing.incremental", "checkpoints are always incremental"),
@@ -70,7 +88,6 @@ pub(super) const MEANINGLESS: &[(&str, &str)] = &[
     ("execution.checkpointing.write-buffer-size", "the store decides how it keeps values"),
     ("execution.checkpointing.file-merging", "the store decides how it keeps values"),
     ("execution.checkpointing.cleaner", "the store reclaims its space itself"),
-    ("execution.checkpointing.snapshot-compression", "snapshots are not compressed"),
     ("execution.checkpointing.local-backup", "the newest checkpoint is always kept in memory, too"),
     ("state.backend", "declared state lives in the memory of its operator"),
     ("state.changelog", "declared state lives in the memory of its operator"),

@@ -55,6 +55,8 @@ pub struct JobSpec {
     pub checkpoint: CheckpointSettings,
     /// False: barriers block no channel, and records may be processed twice after a restart.
     pub is_exactly_once: bool,
+    /// Whether snapshots are compressed.
+    pub is_compressing: bool,
     /// Whether completed checkpoints outlive the job.
     pub retention: Retention,
     /// Where savepoints go unless somebody says otherwise.
@@ -333,6 +335,9 @@ impl JobSpec {
             ("max-concurrent-checkpoints", settings.concurrent_max.to_string()),
             ("tolerable-failed-checkpoints", tolerable),
             ("num-retained", settings.retained_max.to_string()),
+            ("unaligned.enabled", settings.unaligned_after_ms.is_some().to_string()),
+            ("aligned-checkpoint-timeout", ms(settings.unaligned_after_ms.unwrap_or(0))),
+            ("snapshot-compression", self.is_compressing.to_string()),
             ("externalized-checkpoint-retention", self.retention.name().to_owned()),
             ("storage", storage.to_owned()),
             ("dir", dir),
@@ -451,6 +456,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
         base_dir: base_dir.to_owned(),
         checkpoint: execution.checkpoint,
         is_exactly_once: execution.is_exactly_once,
+        is_compressing: execution.is_compressing,
         retention: execution.retention,
         savepoint_dir: execution.savepoint_dir,
         storage: execution.storage,
@@ -504,6 +510,7 @@ fn parallelism(section: &Section<'_>) -> Result<Option<u32>> {
 struct Execution {
     checkpoint: CheckpointSettings,
     is_exactly_once: bool,
+    is_compressing: bool,
     retention: Retention,
     savepoint_dir: Option<PathBuf>,
     storage: StorageSpec,
@@ -530,6 +537,7 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
     let mut execution = Execution {
         checkpoint: CheckpointSettings::default(),
         is_exactly_once: true,
+        is_compressing: false,
         retention: Retention::default(),
         savepoint_dir: None,
         storage: StorageSpec::Sled(default_dir.clone()),
@@ -601,25 +609,63 @@ fn read_checkpointing(
     {
         execution.is_exactly_once = mode.value;
     }
+    if let Some(compression) = section.boolean("snapshot-compression")? {
+        execution.is_compressing = compression.value;
+    }
+    read_unaligned(section, execution)?;
     let policies =
         [Retention::NeverRetain, Retention::RetainOnFailure, Retention::RetainOnCancellation];
     let policies = policies.map(|policy| (policy.name(), policy));
     if let Some(policy) = section.choice("externalized-checkpoint-retention", &policies)? {
         execution.retention = policy.value;
     }
-    for (path, why) in MEANINGLESS {
-        if let Some(key) = path.strip_prefix("execution.checkpointing.")
-            && section.has(key)
-        {
-            execution.warnings.push(format!("`{path}` means nothing here: {why}"));
-        }
-    }
+    warn_meaningless(section, "execution.checkpointing.", &mut execution.warnings);
     execution.savepoint_dir = section.text("savepoint-dir")?.map(|dir| base_dir.join(dir.value));
     let dir = section.text("dir")?.map_or(default_dir, |dir| base_dir.join(dir.value));
     execution.storage = match section.choice("storage", &[("sled", true), ("memory", false)])? {
         Some(Located { value: false, .. }) => StorageSpec::Memory,
         _ => StorageSpec::Sled(dir),
     };
+    Ok(())
+}
+
+/// Takes note of settings that Flink has and that mean nothing here.
+fn warn_meaningless(section: &Section<'_>, prefix: &str, warnings: &mut Vec<String>) {
+    for (path, why) in MEANINGLESS {
+        if let Some(key) = path.strip_prefix(prefix)
+            && section.has(key)
+        {
+            warnings.push(format!("`{path}` means nothing here: {why}"));
+        }
+    }
+}
+
+/// Flink: an unaligned checkpoint needs EXACTLY_ONCE, and that no other is pending beside it.
+fn read_unaligned(section: &Section<'_>, execution: &mut Execution) -> Result<()> {
+    let timeout = section.duration_ms("aligned-checkpoint-timeout")?.map_or(0, |it| it.value);
+    let Some(unaligned) = section.section("unaligned")? else { return Ok(()) };
+    let is_enabled = unaligned.boolean("enabled")?;
+    let prefix = "execution.checkpointing.unaligned.";
+    warn_meaningless(&unaligned, prefix, &mut execution.warnings);
+    unaligned.finish()?;
+    let Some(Located { span, .. }) = is_enabled.filter(|enabled| enabled.value) else {
+        return Ok(());
+    };
+    if !execution.is_exactly_once {
+        let path = "execution.checkpointing.unaligned.enabled";
+        let why = "without EXACTLY_ONCE no barrier waits for another";
+        execution.warnings.push(format!("`{path}` means nothing here: {why}"));
+        return Ok(());
+    }
+    let concurrent = execution.checkpoint.concurrent_max;
+    if 1 < concurrent {
+        let why = format!(
+            "it needs max-concurrent-checkpoints = 1, and that is {concurrent}: a barrier that \
+             overtakes must not meet another"
+        );
+        return Err(unaligned.bad_value("enabled", &span, &why));
+    }
+    execution.checkpoint.unaligned_after_ms = Some(timeout);
     Ok(())
 }
 
@@ -1077,7 +1123,7 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
         return Err(section.bad_value("rate", span, "it must be above 0 records a second"));
     }
     let seed = section.integer("seed", 0..=u64::MAX)?.map_or(0, |number| number.value);
-    let has_timestamps = section.boolean("timestamps")?.unwrap_or(false);
+    let has_timestamps = section.boolean("timestamps")?.is_some_and(|it| it.value);
     Ok(GeneratorSpec {
         content,
         count,

@@ -205,10 +205,10 @@ impl<'a> Section<'a> {
         }
     }
 
-    pub(crate) fn boolean(&self, key: &'static str) -> Result<Option<bool>> {
+    pub(crate) fn boolean(&self, key: &'static str) -> Result<Option<Located<bool>>> {
         match self.get(key) {
             None => Ok(None),
-            Some((DeValue::Boolean(value), _)) => Ok(Some(*value)),
+            Some((DeValue::Boolean(value), span)) => Ok(Some(Located { value: *value, span })),
             Some((other, span)) => Err(self.wrong_type(key, &span, other, "true or false")),
         }
     }

@@ -8,7 +8,7 @@ use twox_hash::XxHash3_64;
 use super::{Result, StorageError};
 
 /// The version of everything in a generation. Changes with any change of the format.
-pub const FORMAT: u16 = 1;
+pub const FORMAT: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"CFDM";
 
@@ -33,6 +33,27 @@ pub struct ManifestTask {
     /// The snapshots that make up its state, in the order they are applied: a full one, then
     /// increments. Snapshots are named by the checkpoint they were taken for.
     pub chain: Vec<u64>,
+    /// What its newest snapshot has cost.
+    pub stats: SnapshotStats,
+}
+
+/// What one task's snapshot has cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotStats {
+    /// From the trigger to the task's first barrier, in microseconds.
+    pub start_delay_us: u64,
+    /// From the first barrier to the last, in microseconds.
+    pub alignment_us: u64,
+    /// How long the task was held up, in microseconds.
+    pub sync_us: u64,
+    /// From then on until the snapshot was durable, in microseconds.
+    pub async_us: u64,
+    /// What was written for it, after compression.
+    pub bytes: u64,
+    /// Records in it that the barrier had overtaken, in bytes.
+    pub in_flight_bytes: u64,
+    /// The barrier has overtaken.
+    pub is_unaligned: bool,
 }
 
 /// What a task's state belongs to. State of another identity is refused.
@@ -129,7 +150,8 @@ mod tests {
             has_memory: true,
             has_declared: true,
         };
-        let task = ManifestTask { identity, chain: vec![3, 4, 9] };
+        let stats = SnapshotStats { sync_us: 300, is_unaligned: true, ..SnapshotStats::default() };
+        let task = ManifestTask { identity, chain: vec![3, 4, 9], stats };
         Manifest { job: "words".to_owned(), checkpoint: 9, written_at_ms: 1, tasks: vec![task] }
     }
 
@@ -147,7 +169,7 @@ mod tests {
             Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the manifest of checkpoint 9 has format 99, this program reads format 1"
+            "the manifest of checkpoint 9 has format 99, this program reads format 2"
         );
     }
 

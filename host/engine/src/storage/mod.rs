@@ -6,6 +6,7 @@
 //! is never repaired: it is replaced by a new one and removed as a directory.
 
 pub mod faulty;
+pub mod in_flight;
 pub mod manifest;
 pub mod memory;
 pub(crate) mod savepoint;

@@ -10,6 +10,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Instant,
 };
 
 use cofferdam_core::key_group::key_group;
@@ -18,8 +19,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Generation, Result, Storage, StorageError,
-    manifest::{Manifest, ManifestTask, TaskIdentity, seal, unseal},
+    in_flight::ChannelState,
+    manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, unseal},
 };
+use crate::clock::micros;
 
 /// Pages in one stored value: 256 KiB.
 const PACK_PAGES: usize = 64;
@@ -42,6 +45,12 @@ pub struct TaskSnapshot {
     pub memory: Option<MemorySnapshot>,
     /// The entries of declared state that changed.
     pub declared: Option<StateChanges>,
+    /// Records that the barrier has overtaken: always whole.
+    pub in_flight: Arc<Vec<ChannelState>>,
+    /// What it has cost so far.
+    pub stats: SnapshotStats,
+    /// When the task went on.
+    pub taken_at: Option<Instant>,
 }
 
 /// A task's whole state, read back.
@@ -55,6 +64,8 @@ pub struct LoadedTask {
     pub memory: Vec<MemorySnapshot>,
     /// Every entry of declared state.
     pub declared: BTreeMap<DeclaredKey, Vec<u8>>,
+    /// See [`TaskSnapshot::in_flight`].
+    pub in_flight: Arc<Vec<ChannelState>>,
     /// What was read, in bytes.
     pub bytes: u64,
 }
@@ -80,6 +91,9 @@ struct Header {
     memories: Vec<(u64, u64)>,
     memory_packs: u32,
     declared_packs: u32,
+    in_flight_packs: u32,
+    /// Every pack is an LZ4 block behind its size.
+    is_compressed: bool,
 }
 
 /// The snapshots that make up a task's state, oldest first. Knows which pages of them were written
@@ -201,6 +215,9 @@ pub struct SnapshotStore {
     tasks: Vec<TaskIdentity>,
     /// The snapshots that make up each task's state, were it complete now.
     chains: Vec<Chain>,
+    /// What the snapshots of pending checkpoints have cost, by checkpoint and task.
+    stats: BTreeMap<(u64, usize), SnapshotStats>,
+    is_compressing: bool,
     /// Snapshots that could not be written: the next write tries them first, or the chain would
     /// have a gap.
     unwritten: Vec<(usize, u64, Arc<TaskSnapshot>)>,
@@ -238,6 +255,8 @@ pub struct TaskReport {
     pub state_bytes: u64,
     /// The task had processed the end of its inputs.
     pub is_drained: bool,
+    /// What its newest snapshot has cost.
+    pub stats: SnapshotStats,
 }
 
 /// Opens the generations that hold a whole manifest, and lists all of these manifests.
@@ -272,6 +291,7 @@ fn open_places(storage: &mut dyn Storage, numbers: &[u64], found: &mut Found) ->
 const KIND_HEADER: u8 = 0;
 const KIND_MEMORY: u8 = 1;
 const KIND_DECLARED: u8 = 2;
+const KIND_IN_FLIGHT: u8 = 3;
 
 const HIGHEST_ID_KEY: &[u8] = b"h";
 
@@ -364,12 +384,19 @@ impl SnapshotStore {
             job: job.to_owned(),
             chains: tasks.iter().map(|_| Chain::default()).collect(),
             tasks,
+            stats: BTreeMap::new(),
+            is_compressing: false,
             unwritten: Vec::new(),
             full_bytes: 0,
             increment_bytes: 0,
             highest_id,
             has_leftovers: false,
         }
+    }
+
+    /// Compresses what is written from now on, or does not. What was written is read either way.
+    pub fn compress(&mut self, is_compressing: bool) {
+        self.is_compressing = is_compressing;
     }
 
     /// Makes durable what was deleted.
@@ -392,6 +419,7 @@ impl SnapshotStore {
             let mut report = TaskReport {
                 name: format!("{}/{}", identity.operator, identity.index),
                 snapshots: entry.chain.len(),
+                stats: entry.stats,
                 ..TaskReport::default()
             };
             for id in &entry.chain {
@@ -532,6 +560,9 @@ impl SnapshotStore {
                         false => self.increment_bytes += bytes,
                     }
                     chain.push(*checkpoint, snapshot, *bytes);
+                    let async_us = snapshot.taken_at.map_or(0, |at| micros(at.elapsed()));
+                    let stats = SnapshotStats { bytes: *bytes, async_us, ..snapshot.stats };
+                    self.stats.insert((*checkpoint, *task), stats);
                 }
                 Ok(bytes[first..].to_vec())
             }
@@ -554,7 +585,8 @@ impl SnapshotStore {
         for (task, checkpoint, snapshot) in snapshots {
             let groups = self.tasks[*task].max_parallelism;
             let generation = &mut *self.current.generation;
-            bytes.push(write_snapshot(generation, *task, *checkpoint, snapshot, groups)?);
+            let mut writer = PackWriter::new(generation, *task, *checkpoint, self.is_compressing);
+            bytes.push(writer.snapshot(snapshot, groups)?);
         }
         self.current.generation.flush()?;
         Ok(bytes)
@@ -562,9 +594,11 @@ impl SnapshotStore {
 
     /// The state of every task as of a checkpoint that all of them have acked.
     fn manifest_of(&self, checkpoint: u64, written_at_ms: u64) -> Manifest {
-        let tasks = self.tasks.iter().zip(&self.chains).map(|(identity, chain)| ManifestTask {
+        let tasks = self.tasks.iter().zip(&self.chains).enumerate();
+        let tasks = tasks.map(|(task, (identity, chain))| ManifestTask {
             identity: identity.clone(),
             chain: chain.as_of(checkpoint),
+            stats: self.stats.get(&(checkpoint, task)).copied().unwrap_or_default(),
         });
         Manifest { job: self.job.clone(), checkpoint, written_at_ms, tasks: tasks.collect() }
     }
@@ -583,6 +617,8 @@ impl SnapshotStore {
             Ok(()) => {
                 self.current.checkpoints.push(checkpoint);
                 self.current.checkpoints.sort_unstable();
+                // Older ones that are still pending lose theirs with it, which is all they lose.
+                self.stats.retain(|(pending, _), _| checkpoint < *pending);
                 Ok(())
             }
             // A failed write or flush proves nothing: it must not be there, or it is complete.
@@ -609,7 +645,8 @@ impl SnapshotStore {
     ) -> Result<u64> {
         let manifest = self.manifest_of(checkpoint, written_at_ms);
         let mut generation = target.open(1)?;
-        copy_merged(&*self.current.generation, &manifest, checkpoint, &mut *generation)
+        let from = &*self.current.generation;
+        copy_merged(from, &manifest, checkpoint, self.is_compressing, &mut *generation)
     }
 
     /// Forgets a completed checkpoint, gives back the space of what nothing stands on any more, and
@@ -691,7 +728,8 @@ impl SnapshotStore {
         }
         self.begin_generation(|store, next| {
             let from = &*store.current.generation;
-            copy_merged(from, &manifest, store.highest_id, next).map(|bytes| (checkpoint, bytes))
+            let bytes = copy_merged(from, &manifest, store.highest_id, store.is_compressing, next)?;
+            Ok((checkpoint, bytes))
         })
     }
 
@@ -708,14 +746,16 @@ impl SnapshotStore {
     ) -> Result<()> {
         self.highest_id = self.highest_id.max(checkpoint);
         self.begin_generation(|store, next| {
-            let tasks = store
-                .tasks
-                .iter()
-                .map(|identity| ManifestTask { identity: identity.clone(), chain: Vec::new() });
+            let tasks = store.tasks.iter().map(|identity| ManifestTask {
+                identity: identity.clone(),
+                chain: Vec::new(),
+                stats: SnapshotStats::default(),
+            });
             let job = store.job.clone();
             let manifest = Manifest { job, checkpoint, written_at_ms, tasks: tasks.collect() };
             let merged = |task: usize| Ok(merge(&states[task]));
-            let bytes = write_merged(&merged, &manifest, store.highest_id, next)?;
+            let bytes =
+                write_merged(&merged, &manifest, store.highest_id, store.is_compressing, next)?;
             Ok((checkpoint, bytes))
         })
     }
@@ -785,10 +825,11 @@ fn copy_merged(
     from: &dyn Generation,
     manifest: &Manifest,
     highest_id: u64,
+    is_compressing: bool,
     next: &mut dyn Generation,
 ) -> Result<u64> {
     let merged = |task: usize| Ok(merge(&load_chain(from, task, &manifest.tasks[task].chain)?));
-    write_merged(&merged, manifest, highest_id, next)
+    write_merged(&merged, manifest, highest_id, is_compressing, next)
 }
 
 /// Writes one full snapshot of every task, flushes, writes the manifest, flushes. The chains of
@@ -797,6 +838,7 @@ fn write_merged(
     merged: &dyn Fn(usize) -> Result<TaskSnapshot>,
     manifest: &Manifest,
     highest_id: u64,
+    is_compressing: bool,
     next: &mut dyn Generation,
 ) -> Result<u64> {
     let checkpoint = manifest.checkpoint;
@@ -806,8 +848,9 @@ fn write_merged(
     for (task, entry) in manifest.tasks.iter().enumerate() {
         let identity = entry.identity.clone();
         let snapshot = merged(task)?;
-        bytes += write_snapshot(next, task, checkpoint, &snapshot, identity.max_parallelism)?;
-        tasks.push(ManifestTask { identity, chain: vec![checkpoint] });
+        let mut writer = PackWriter::new(next, task, checkpoint, is_compressing);
+        bytes += writer.snapshot(&snapshot, identity.max_parallelism)?;
+        tasks.push(ManifestTask { identity, chain: vec![checkpoint], stats: entry.stats });
     }
     next.flush()?;
     let merged = Manifest { tasks, ..manifest.clone() };
@@ -855,58 +898,84 @@ fn read_highest_id(generation: &dyn Generation) -> Result<u64> {
     Ok(payload.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes)))
 }
 
-fn write_snapshot(
-    generation: &mut dyn Generation,
-    task: usize,
-    checkpoint: u64,
-    snapshot: &TaskSnapshot,
-    max_parallelism: u32,
-) -> Result<u64> {
-    let mut writer = PackWriter { generation, task, checkpoint, bytes: 0 };
-    let memory_packs = match &snapshot.memory {
-        Some(memory) => writer.memory(memory)?,
-        None => 0,
-    };
-    let declared_packs = match &snapshot.declared {
-        Some(changes) => writer.declared(changes, max_parallelism)?,
-        None => 0,
-    };
-    let memory = snapshot.memory.as_ref();
-    let sizes = |memory: &MemorySnapshot| {
-        memory
-            .memories
-            .iter()
-            .map(|delta| (delta.size_bytes(), delta.page_count() as u64))
-            .collect()
-    };
-    let header = Header {
-        state: snapshot.state.clone(),
-        is_drained: snapshot.is_drained,
-        globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
-        monotonic_ns: memory.map_or(0, |memory| memory.monotonic_ns),
-        memories: memory.map_or_else(Vec::new, sizes),
-        memory_packs,
-        declared_packs,
-    };
-    let payload = postcard::to_stdvec(&header)
-        .map_err(|error| StorageError::store("encode a header", error))?;
-    writer.put(KIND_HEADER, 0, &payload)?;
-    Ok(writer.bytes)
-}
-
 struct PackWriter<'a> {
     generation: &'a mut dyn Generation,
     task: usize,
     checkpoint: u64,
+    is_compressing: bool,
     bytes: u64,
 }
 
-impl PackWriter<'_> {
+impl<'a> PackWriter<'a> {
+    fn new(
+        generation: &'a mut dyn Generation,
+        task: usize,
+        checkpoint: u64,
+        is_compressing: bool,
+    ) -> Self {
+        Self { generation, task, checkpoint, is_compressing, bytes: 0 }
+    }
+
+    /// Writes all of a snapshot; gives the bytes written.
+    fn snapshot(&mut self, snapshot: &TaskSnapshot, max_parallelism: u32) -> Result<u64> {
+        let memory_packs = match &snapshot.memory {
+            Some(memory) => self.memory(memory)?,
+            None => 0,
+        };
+        let declared_packs = match &snapshot.declared {
+            Some(changes) => self.declared(changes, max_parallelism)?,
+            None => 0,
+        };
+        let in_flight_packs = self.in_flight(&snapshot.in_flight)?;
+        let memory = snapshot.memory.as_ref();
+        let sizes = |memory: &MemorySnapshot| {
+            memory
+                .memories
+                .iter()
+                .map(|delta| (delta.size_bytes(), delta.page_count() as u64))
+                .collect()
+        };
+        let header = Header {
+            state: snapshot.state.clone(),
+            is_drained: snapshot.is_drained,
+            globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
+            monotonic_ns: memory.map_or(0, |memory| memory.monotonic_ns),
+            memories: memory.map_or_else(Vec::new, sizes),
+            memory_packs,
+            declared_packs,
+            in_flight_packs,
+            is_compressed: self.is_compressing,
+        };
+        let payload = postcard::to_stdvec(&header)
+            .map_err(|error| StorageError::store("encode a header", error))?;
+        self.put(KIND_HEADER, 0, &payload)?;
+        Ok(self.bytes)
+    }
+
     fn put(&mut self, kind: u8, sequence: u32, payload: &[u8]) -> Result<()> {
         let key = value_key(self.checkpoint, self.task, kind, sequence);
         let value = seal(&key, payload);
         self.bytes += (key.len() + value.len()) as u64;
         self.generation.put(&key, &value)
+    }
+
+    fn put_pack(&mut self, kind: u8, sequence: u32, payload: &[u8]) -> Result<()> {
+        match self.is_compressing {
+            true => self.put(kind, sequence, &lz4_flex::compress_prepend_size(payload)),
+            false => self.put(kind, sequence, payload),
+        }
+    }
+
+    /// A pack is what was on its way in one channel.
+    fn in_flight(&mut self, channels: &[ChannelState]) -> Result<u32> {
+        let mut sequence = 0;
+        for channel in channels {
+            let payload = postcard::to_stdvec(channel)
+                .map_err(|error| StorageError::store("encode records in flight", error))?;
+            self.put_pack(KIND_IN_FLIGHT, sequence, &payload)?;
+            sequence += 1;
+        }
+        Ok(sequence)
     }
 
     /// A pack is the memory's number, a count, that many page numbers, and the pages.
@@ -920,7 +989,7 @@ impl PackWriter<'_> {
                 payload.extend_from_slice(&(pack.len() as u32).to_le_bytes());
                 pack.iter().for_each(|(page, _)| payload.extend_from_slice(&page.to_le_bytes()));
                 pack.iter().for_each(|(_, bytes)| payload.extend_from_slice(bytes));
-                self.put(KIND_MEMORY, sequence, &payload)?;
+                self.put_pack(KIND_MEMORY, sequence, &payload)?;
                 sequence += 1;
             }
         }
@@ -948,7 +1017,7 @@ impl PackWriter<'_> {
             let (pack, after) = rest.split_at(count);
             let payload = postcard::to_stdvec(pack)
                 .map_err(|error| StorageError::store("encode declared state", error))?;
-            self.put(KIND_DECLARED, sequence, &payload)?;
+            self.put_pack(KIND_DECLARED, sequence, &payload)?;
             sequence += 1;
             rest = after;
         }
@@ -1026,13 +1095,21 @@ fn read_snapshot(
 ) -> Result<()> {
     let header = read_header(generation, task, checkpoint)?;
     let damaged = |why: &str| StorageError::damaged(value_name(task, checkpoint), why);
+    let mut bytes = 0;
+    let mut read_pack = |kind: u8, sequence: u32| {
+        let mut framed = read_value(generation, task, checkpoint, kind, sequence)?;
+        bytes += framed.len() as u64;
+        let payload = framed.split_off(8);
+        match header.is_compressed {
+            true => decompress(&payload).map_err(|error| damaged(&error)),
+            false => Ok(payload),
+        }
+    };
     if !header.memories.is_empty() || !header.globals.is_empty() {
         let mut memories: Vec<MemoryDelta> =
             header.memories.iter().map(|(size, _)| MemoryDelta::new(*size)).collect();
         for sequence in 0..header.memory_packs {
-            let framed = read_value(generation, task, checkpoint, KIND_MEMORY, sequence)?;
-            into.bytes += framed.len() as u64;
-            unpack_pages(&framed[8..], &mut memories)
+            unpack_pages(&read_pack(KIND_MEMORY, sequence)?, &mut memories)
                 .ok_or_else(|| damaged("a pack is cut short"))?;
         }
         let counts = memories.iter().map(|delta| delta.page_count() as u64);
@@ -1043,10 +1120,9 @@ fn read_snapshot(
         into.memory.push(MemorySnapshot { memories, globals, monotonic_ns });
     }
     for sequence in 0..header.declared_packs {
-        let framed = read_value(generation, task, checkpoint, KIND_DECLARED, sequence)?;
-        into.bytes += framed.len() as u64;
         let pack: Vec<(DeclaredKey, Option<Vec<u8>>)> =
-            postcard::from_bytes(&framed[8..]).map_err(|error| damaged(&error.to_string()))?;
+            postcard::from_bytes(&read_pack(KIND_DECLARED, sequence)?)
+                .map_err(|error| damaged(&error.to_string()))?;
         for (key, value) in pack {
             match value {
                 Some(value) => into.declared.insert(key, value),
@@ -1054,9 +1130,28 @@ fn read_snapshot(
             };
         }
     }
+    let in_flight = (0..header.in_flight_packs).map(|sequence| {
+        postcard::from_bytes(&read_pack(KIND_IN_FLIGHT, sequence)?)
+            .map_err(|error| damaged(&error.to_string()))
+    });
+    into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
+    into.bytes += bytes;
     into.state = header.state;
     into.is_drained = header.is_drained;
     Ok(())
+}
+
+/// The size in front of a block is bounded by that of the block, so that damage which the checksum
+/// has missed cannot ask for any amount of memory: LZ4 makes nothing more than 255 times smaller.
+fn decompress(block: &[u8]) -> std::result::Result<Vec<u8>, String> {
+    let Some((size, block)) = block.split_first_chunk::<4>() else {
+        return Err("a block is cut short".to_owned());
+    };
+    let size = u32::from_le_bytes(*size) as usize;
+    if block.len().saturating_mul(255) < size {
+        return Err("a block has an impossible size".to_owned());
+    }
+    lz4_flex::decompress(block, size).map_err(|error| error.to_string())
 }
 
 fn unpack_pages(payload: &[u8], memories: &mut [MemoryDelta]) -> Option<()> {
@@ -1091,13 +1186,14 @@ fn merge(loaded: &LoadedTask) -> TaskSnapshot {
     });
     let declared = (!loaded.declared.is_empty()).then(|| changes_of(loaded.declared.iter()));
     let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
-    TaskSnapshot { state, is_drained, memory, declared }
+    let in_flight = loaded.in_flight.clone();
+    TaskSnapshot { state, is_drained, memory, declared, in_flight, ..TaskSnapshot::default() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::memory::MemoryStorage;
+    use crate::storage::{in_flight::InFlight, memory::MemoryStorage};
 
     fn identity() -> TaskIdentity {
         TaskIdentity {
@@ -1138,6 +1234,7 @@ mod tests {
                 monotonic_ns: 1,
             }),
             declared: Some(changes),
+            ..TaskSnapshot::default()
         })
     }
 
@@ -1196,6 +1293,54 @@ mod tests {
         store.complete(5, 0).expect("complete");
         assert_eq!(contents(&store, 5).0, BTreeMap::from([(0, 1), (1, 5), (40, 3), (41, 3)]));
         assert_eq!(store.next_id(), 6);
+    }
+
+    #[test]
+    fn compressed_snapshots_are_smaller_and_read_beside_others() {
+        let mut store = open();
+        let pages: Vec<(u32, u8)> = (0..100).map(|page| (page, page as u8)).collect();
+        let plain =
+            store.write(vec![(0, 1, snapshot(&pages, &[("a", Some(1))]))]).expect("written");
+        store.complete(1, 0).expect("complete");
+        store.compress(true);
+        let pages: Vec<(u32, u8)> = (0..100).map(|page| (page, 7 + page as u8)).collect();
+        let small =
+            store.write(vec![(0, 2, snapshot(&pages, &[("b", Some(2))]))]).expect("written");
+        store.complete(2, 0).expect("complete");
+        assert!(small[0] * 10 < plain[0], "{small:?} compressed, {plain:?} plain");
+        let entries = vec![(b"a".to_vec(), vec![1]), (b"b".to_vec(), vec![2])];
+        let whole = (pages.into_iter().collect(), entries);
+        assert_eq!(contents(&store, 2), whole);
+        store.compact(2).expect("compacts");
+        store.compress(false);
+        assert_eq!(contents(&store, 2), whole);
+        assert_eq!(
+            decompress(&[255, 255, 255, 255, 0]),
+            Err("a block has an impossible size".into())
+        );
+    }
+
+    #[test]
+    fn records_in_flight_are_those_of_the_newest_snapshot() {
+        let mut store = open();
+        let channel = |watermark| ChannelState {
+            input: 1,
+            from: "words".to_owned(),
+            producer: 2,
+            elements: vec![InFlight::Watermark(watermark)],
+        };
+        for (checkpoint, in_flight) in [(1, vec![channel(5)]), (2, vec![channel(6), channel(7)])] {
+            let stats = SnapshotStats { sync_us: checkpoint, ..SnapshotStats::default() };
+            let in_flight = Arc::new(in_flight);
+            let snapshot = TaskSnapshot { in_flight, stats, ..TaskSnapshot::default() };
+            store.write(vec![(0, checkpoint, Arc::new(snapshot))]).expect("written");
+            store.complete(checkpoint, 0).expect("complete");
+        }
+        assert_eq!(*store.load(0, 1).expect("whole").in_flight, [channel(5)]);
+        assert_eq!(*store.load(0, 2).expect("whole").in_flight, [channel(6), channel(7)]);
+        assert_eq!(store.inspect(2).expect("whole")[0].stats.sync_us, 2);
+        store.compact(2).expect("compacts");
+        assert_eq!(*store.load(0, 2).expect("whole").in_flight, [channel(6), channel(7)]);
     }
 
     #[test]

@@ -16,7 +16,10 @@ use std::{
 use cofferdam_sandbox::{Image, Instance};
 use tokio::runtime::Handle;
 
-use crate::storage::snapshot::{LoadedTask, TaskSnapshot};
+use crate::storage::{
+    in_flight::ChannelState,
+    snapshot::{LoadedTask, TaskSnapshot},
+};
 
 /// One task's local copy of its state.
 #[derive(Default)]
@@ -36,6 +39,7 @@ pub(crate) struct Inner {
     pub(crate) image: Image,
     pub(crate) state: Vec<u8>,
     pub(crate) is_drained: bool,
+    pub(crate) in_flight: Arc<Vec<ChannelState>>,
     /// Snapshots of checkpoints that are not known to be complete, oldest first.
     pending: VecDeque<(u64, Arc<TaskSnapshot>)>,
 }
@@ -92,6 +96,7 @@ impl Inner {
             }
             self.state.clone_from(&snapshot.state);
             self.is_drained = snapshot.is_drained;
+            self.in_flight = snapshot.in_flight.clone();
             self.at = Some(taken_for);
         }
         Ok(())
@@ -119,6 +124,7 @@ impl Inner {
         }
         self.state.clone_from(&loaded.state);
         self.is_drained = loaded.is_drained;
+        self.in_flight = loaded.in_flight.clone();
         self.at = Some(checkpoint);
         Ok(())
     }

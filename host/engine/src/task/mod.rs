@@ -13,7 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use cofferdam_core::{
@@ -29,9 +29,14 @@ use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
 use crate::{
+    clock::micros,
     driver::Shared,
     exchange::{Element, Gate, writer::Writer},
     source::{Source, Step},
+    storage::{
+        in_flight::{ChannelState, InFlight},
+        snapshot::TaskSnapshot,
+    },
 };
 
 /// What the driver tells a worker.
@@ -79,8 +84,19 @@ type Result<T> = std::result::Result<T, TaskFailure>;
 pub(crate) enum Head {
     /// The chain's first node reads them.
     Source,
-    /// Other chains send them; for each channel, the input of the first node it belongs to.
-    Gate { gate: Arc<Gate>, inputs: Vec<u32>, barriers: Barriers },
+    /// Other chains send them.
+    Gate { gate: Arc<Gate>, channels: Arc<[Origin]>, barriers: Barriers },
+}
+
+/// Where the records of a channel come from.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin {
+    /// The input of the first node that they belong to.
+    pub(crate) input: u32,
+    /// The name of the operator that sends them.
+    pub(crate) from: Arc<str>,
+    /// Which of its tasks.
+    pub(crate) producer: u32,
 }
 
 /// One chain of one attempt.
@@ -94,6 +110,28 @@ pub(crate) struct Worker {
     pub(crate) control: mpsc::UnboundedReceiver<Control>,
     pub(crate) opening: Arc<Opening>,
     pub(crate) restore_from: Option<CheckpointId>,
+    /// From the trigger on until a barrier overtakes what it waits for; `None`: it never does.
+    pub(crate) unaligned_after: Option<Duration>,
+    /// An unaligned snapshot that still waits for what is in flight.
+    pub(crate) held: Option<Held>,
+}
+
+/// The snapshot of a chain's first node, to which the records that its barrier has overtaken are
+/// still to be added.
+pub(crate) struct Held {
+    checkpoint: CheckpointId,
+    snapshot: Box<TaskSnapshot>,
+    began: Instant,
+}
+
+/// What a worker knows of the barriers that have arrived.
+struct Alignment {
+    barriers: Barriers,
+    /// The checkpoint that was announced last, and when its barrier overtakes.
+    announced: Option<CheckpointId>,
+    overtakes_at: Option<Instant>,
+    /// When the first barrier of the checkpoint that is being aligned was taken.
+    began: Option<(CheckpointId, Instant)>,
 }
 
 /// What a turn of the loop leads to.
@@ -121,9 +159,9 @@ impl Worker {
         self.opening.done(&self.shared);
         match &self.head {
             Head::Source => self.run_source(was_drained).await?,
-            Head::Gate { gate, inputs, barriers } => {
-                let (gate, inputs, barriers) = (gate.clone(), inputs.clone(), barriers.clone());
-                self.run_gate(&gate, &inputs, barriers, was_drained).await?;
+            Head::Gate { gate, channels, barriers } => {
+                let (gate, channels, barriers) = (gate.clone(), channels.clone(), barriers.clone());
+                self.run_gate(&gate, &channels, barriers, was_drained).await?;
             }
         }
         for mut node in self.nodes.drain(..) {
@@ -148,7 +186,7 @@ impl Worker {
     async fn run_source(&mut self, was_drained: bool) -> Result<()> {
         let mut intake = Intake::Open;
         if was_drained {
-            self.announce_end().await;
+            self.announce_end();
             intake = Intake::Drained;
         }
         loop {
@@ -157,10 +195,17 @@ impl Worker {
                     return Ok(());
                 }
             }
-            if intake != Intake::Open {
-                let Some(control) = self.control.recv().await else { return Ok(()) };
-                if self.on_control(control, &mut intake).await? == Turn::Done {
-                    return Ok(());
+            if intake != Intake::Open || !has_credit(&self.writers) {
+                let control = tokio::select! {
+                    biased;
+                    control = self.control.recv() => Some(control),
+                    () = wait_for_credit(&self.writers), if intake == Intake::Open => None,
+                };
+                if let Some(control) = control {
+                    let Some(control) = control else { return Ok(()) };
+                    if self.on_control(control, &mut intake).await? == Turn::Done {
+                        return Ok(());
+                    }
                 }
                 continue;
             }
@@ -174,7 +219,7 @@ impl Worker {
                     tokio::task::consume_budget().await;
                 }
                 Step::Wait(duration) => {
-                    self.flush().await;
+                    self.flush();
                     tokio::select! {
                         biased;
                         control = self.control.recv() => {
@@ -204,46 +249,59 @@ impl Worker {
     async fn run_gate(
         &mut self,
         gate: &Gate,
-        inputs: &[u32],
-        mut barriers: Barriers,
+        channels: &[Origin],
+        barriers: Barriers,
         was_drained: bool,
     ) -> Result<()> {
-        let mut watermarks = Watermarks::new(inputs.len());
+        let mut alignment =
+            Alignment { barriers, announced: None, overtakes_at: None, began: None };
+        let mut watermarks = Watermarks::new(channels.len());
         let mut ended = 0;
         let mut intake = Intake::Open;
+        self.replay_in_flight(channels, &mut watermarks).await?;
         loop {
+            // Before the controls: by the time a barrier is there, so is what was told before it.
+            let announced = gate.announced();
             // Between two batches, so that a busy stream does not keep sinks from committing.
             while let Ok(control) = self.control.try_recv() {
-                if self.on_gate_control(control, gate, &mut barriers, &mut intake).await?
+                if self.on_gate_control(control, gate, &mut alignment, &mut intake).await?
                     == Turn::Done
                 {
                     return Ok(());
                 }
             }
-            let next = match gate.try_next() {
+            self.on_announced(announced, gate, &mut alignment).await?;
+            self.complete_held(gate, channels);
+            let has_credit = has_credit(&self.writers);
+            let next = match has_credit.then(|| gate.try_next()).flatten() {
                 Some(next) => Some(next),
                 None => {
                     // Nothing is held back while there is nothing to do.
-                    self.flush().await;
-                    tokio::select! {
+                    self.flush();
+                    let overtakes_at = alignment.overtakes_at;
+                    let control = tokio::select! {
                         biased;
-                        control = self.control.recv() => {
-                            let Some(control) = control else { return Ok(()) };
-                            if self.on_gate_control(control, gate, &mut barriers, &mut intake).await?
-                                == Turn::Done
-                            {
-                                return Ok(());
-                            }
-                            None
+                        control = self.control.recv() => Some(control),
+                        () = gate.news() => None,
+                        () = until(overtakes_at) => None,
+                        () = wait_for_credit(&self.writers), if !has_credit => None,
+                        () = gate.readable(), if has_credit => None,
+                    };
+                    if let Some(control) = control {
+                        let Some(control) = control else { return Ok(()) };
+                        if self.on_gate_control(control, gate, &mut alignment, &mut intake).await?
+                            == Turn::Done
+                        {
+                            return Ok(());
                         }
-                        next = gate.next() => Some(next),
                     }
+                    None
                 }
             };
             let Some((channel, element)) = next else { continue };
             match element {
                 Element::Records(batch) => {
-                    self.deliver(0, inputs[channel.0 as usize], batch).await?;
+                    self.deliver(0, channels[channel.0 as usize].input, batch).await?;
                     tokio::task::consume_budget().await;
                 }
                 Element::Watermark(watermark) => {
@@ -254,13 +312,13 @@ impl Worker {
                     }
                 }
                 Element::Barrier(checkpoint, purpose) => {
-                    self.on_barrier(gate, &mut barriers, channel, checkpoint, purpose).await?;
+                    self.on_barrier(gate, &mut alignment, channel, checkpoint, purpose).await?;
                 }
                 Element::EndOfInput => {
                     ended += 1;
-                    if ended == inputs.len() {
+                    if ended == channels.len() {
                         match was_drained {
-                            true => self.announce_end().await,
+                            true => self.announce_end(),
                             false => self.drain().await?,
                         }
                         intake = Intake::Drained;
@@ -270,15 +328,114 @@ impl Worker {
         }
     }
 
+    /// Processes what the restored checkpoint's barrier had overtaken, before anything newer: so
+    /// records keep their order, wherever they come from now.
+    async fn replay_in_flight(
+        &mut self,
+        channels: &[Origin],
+        watermarks: &mut Watermarks,
+    ) -> Result<()> {
+        if self.restore_from.is_none() {
+            return Ok(());
+        }
+        let in_flight = self.nodes[0].local.lock().in_flight.clone();
+        for state in in_flight.iter() {
+            let is_its_own =
+                |origin: &Origin| origin.input == state.input && origin.producer == state.producer;
+            let channel = channels.iter().position(is_its_own);
+            for element in &state.elements {
+                wait_for_credit(&self.writers).await;
+                match element {
+                    InFlight::Records(batch) => self.deliver(0, state.input, batch.clone()).await?,
+                    InFlight::Watermark(watermark) => {
+                        let Some(channel) = channel else { continue };
+                        let channel = ChannelId(u32::try_from(channel).unwrap_or(u32::MAX));
+                        if let Some(watermark) = watermarks.advance(channel, *watermark) {
+                            self.advance_all(watermark).await?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A barrier has arrived in a channel, and may overtake.
+    async fn on_announced(
+        &mut self,
+        announced: Option<CheckpointId>,
+        gate: &Gate,
+        alignment: &mut Alignment,
+    ) -> Result<()> {
+        let (Some(after), Some(checkpoint)) = (self.unaligned_after, announced) else {
+            return Ok(());
+        };
+        if alignment.announced < announced {
+            alignment.announced = announced;
+            // Nobody knows the trigger of one that was given up.
+            alignment.overtakes_at =
+                self.shared.triggered_at(checkpoint).map(|triggered| triggered + after);
+        }
+        if alignment.overtakes_at.is_none_or(|at| Instant::now() < at) {
+            return Ok(());
+        }
+        alignment.overtakes_at = None;
+        let Some(arrived) = alignment.barriers.overtake(checkpoint) else { return Ok(()) };
+        let began = alignment.took(checkpoint);
+        let mut taken = self.take_snapshots(checkpoint, began, Duration::ZERO).await?;
+        self.announce(|| Element::Barrier(checkpoint, Purpose::Periodic));
+        match taken.remove(0) {
+            SnapshotOutcome::Taken(snapshot) => {
+                gate.begin_capture(checkpoint, &arrived);
+                self.held = Some(Held { checkpoint, snapshot, began });
+            }
+            declined => self.hand_over(0, checkpoint, declined),
+        }
+        gate.unblock_all();
+        for (node, outcome) in (1..).zip(taken) {
+            self.hand_over(node, checkpoint, outcome);
+        }
+        Ok(())
+    }
+
+    /// Hands over a snapshot that waits for what is in flight, once all of it has come.
+    fn complete_held(&mut self, gate: &Gate, channels: &[Origin]) {
+        let Some(held) = &self.held else { return };
+        let Some((checkpoint, elements)) = gate.take_capture() else { return };
+        if checkpoint != held.checkpoint {
+            return;
+        }
+        let Some(Held { mut snapshot, began, .. }) = self.held.take() else { return };
+        let of_channel = |(origin, elements): (&Origin, Vec<InFlight>)| ChannelState {
+            input: origin.input,
+            from: origin.from.to_string(),
+            producer: origin.producer,
+            elements,
+        };
+        let in_flight: Vec<ChannelState> = channels
+            .iter()
+            .zip(elements)
+            .filter(|(_, elements)| !elements.is_empty())
+            .map(of_channel)
+            .collect();
+        snapshot.stats.in_flight_bytes = in_flight.iter().map(ChannelState::byte_count).sum();
+        snapshot.stats.alignment_us = micros(began.elapsed());
+        snapshot.stats.is_unaligned = true;
+        snapshot.in_flight = Arc::new(in_flight);
+        self.hand_over(0, checkpoint, SnapshotOutcome::Taken(snapshot));
+    }
+
     async fn on_barrier(
         &mut self,
         gate: &Gate,
-        barriers: &mut Barriers,
+        alignment: &mut Alignment,
         channel: ChannelId,
         checkpoint: CheckpointId,
         purpose: Purpose,
     ) -> Result<()> {
-        match barriers.on_barrier(channel, checkpoint) {
+        let step = alignment.barriers.on_barrier(channel, checkpoint);
+        let began = alignment.took(checkpoint);
+        match step {
             AlignStep::Block => gate.block(channel),
             AlignStep::Ignore => {}
             AlignStep::Restart { .. } => {
@@ -286,7 +443,7 @@ impl Worker {
                 gate.block(channel);
             }
             AlignStep::SnapshotNow => {
-                self.snapshot(checkpoint, purpose).await?;
+                self.snapshot(checkpoint, purpose, began).await?;
                 gate.unblock_all();
             }
         }
@@ -297,13 +454,15 @@ impl Worker {
         &mut self,
         control: Control,
         gate: &Gate,
-        barriers: &mut Barriers,
+        alignment: &mut Alignment,
         intake: &mut Intake,
     ) -> Result<Turn> {
-        if let Control::Abort(checkpoint) = control
-            && barriers.on_abort(checkpoint)
-        {
-            gate.unblock_all();
+        if let Control::Abort(checkpoint) = control {
+            if alignment.barriers.on_abort(checkpoint) {
+                gate.unblock_all();
+            }
+            gate.drop_capture(checkpoint);
+            self.held.take_if(|held| held.checkpoint <= checkpoint);
         }
         self.on_control(control, intake).await
     }
@@ -311,7 +470,7 @@ impl Worker {
     async fn on_control(&mut self, control: Control, intake: &mut Intake) -> Result<Turn> {
         match control {
             Control::Barrier(checkpoint, purpose) => {
-                self.snapshot(checkpoint, purpose).await?;
+                self.snapshot(checkpoint, purpose, Instant::now()).await?;
                 if purpose == Purpose::Last && *intake == Intake::Open {
                     *intake = Intake::Held;
                 }
@@ -340,34 +499,70 @@ impl Worker {
         Ok(Turn::Continue)
     }
 
-    /// Snapshots every node, forwards the barrier, and hands the snapshots to the storage.
-    async fn snapshot(&mut self, checkpoint: CheckpointId, purpose: Purpose) -> Result<()> {
-        let began = Instant::now();
+    /// Snapshots every node, forwards the barrier, and hands the snapshots to the storage. `began`
+    /// is when the first barrier was taken.
+    async fn snapshot(
+        &mut self,
+        checkpoint: CheckpointId,
+        purpose: Purpose,
+        began: Instant,
+    ) -> Result<()> {
+        let taken = self.take_snapshots(checkpoint, began, began.elapsed()).await?;
+        self.announce(|| Element::Barrier(checkpoint, purpose));
+        for (node, outcome) in taken.into_iter().enumerate() {
+            self.hand_over(node, checkpoint, outcome);
+        }
+        Ok(())
+    }
+
+    /// Snapshots every node, in their order. All of them wait until the last is done.
+    async fn take_snapshots(
+        &mut self,
+        checkpoint: CheckpointId,
+        began: Instant,
+        alignment: Duration,
+    ) -> Result<Vec<SnapshotOutcome>> {
+        let triggered = self.shared.triggered_at(checkpoint);
+        let start_delay =
+            triggered.map_or(Duration::ZERO, |at| began.saturating_duration_since(at));
+        let paused = Instant::now();
         let mut taken = Vec::with_capacity(self.nodes.len());
         for node in &mut self.nodes {
             let task = node.task;
             let outcome = node.snapshot(checkpoint).await;
-            taken.push((task, node.slot, outcome.map_err(|cause| TaskFailure { task, cause })?));
+            let mut outcome = outcome.map_err(|cause| TaskFailure { task, cause })?;
+            if let SnapshotOutcome::Taken(snapshot) = &mut outcome {
+                snapshot.stats.start_delay_us = micros(start_delay);
+                snapshot.stats.alignment_us = micros(alignment);
+            }
+            taken.push(outcome);
         }
-        let pause = began.elapsed();
-        for writer in &mut self.writers {
-            writer.announce(|| Element::Barrier(checkpoint, purpose)).await;
-        }
-        let attempt = self.attempt;
-        for (task, slot, outcome) in taken {
-            match outcome {
-                SnapshotOutcome::Taken(snapshot) => {
-                    self.shared.note_pause(checkpoint, pause, &snapshot);
-                    self.shared.storage.write(slot, task, attempt, checkpoint, snapshot);
-                }
-                SnapshotOutcome::Declined(message) => {
-                    let reason = AbortReason::Declined { task: Some(task), message };
-                    let event = Event::SnapshotDeclined { task, attempt, checkpoint, reason };
-                    self.shared.report(event);
-                }
+        self.shared.note_pause(checkpoint, paused.elapsed());
+        Ok(taken)
+    }
+
+    fn hand_over(&self, node: usize, checkpoint: CheckpointId, outcome: SnapshotOutcome) {
+        let (node, attempt) = (&self.nodes[node], self.attempt);
+        let task = node.task;
+        match outcome {
+            SnapshotOutcome::Taken(snapshot) => {
+                let snapshot: Arc<TaskSnapshot> = Arc::from(snapshot);
+                node.keep(checkpoint, snapshot.clone());
+                self.shared.note_snapshot(checkpoint, &snapshot);
+                self.shared.storage.write(node.slot, task, attempt, checkpoint, snapshot);
+            }
+            SnapshotOutcome::Declined(message) => {
+                let reason = AbortReason::Declined { task: Some(task), message };
+                let event = Event::SnapshotDeclined { task, attempt, checkpoint, reason };
+                self.shared.report(event);
             }
         }
-        Ok(())
+    }
+
+    fn announce(&mut self, element: impl Fn() -> Element) {
+        for writer in &mut self.writers {
+            writer.announce(&element);
+        }
     }
 
     /// Every input has ended: event time is over, every operator finishes, and so on downstream.
@@ -379,14 +574,12 @@ impl Worker {
             let emissions = finished.map_err(|cause| TaskFailure { task, cause })?;
             self.route(node, emissions).await?;
         }
-        self.announce_end().await;
+        self.announce_end();
         Ok(())
     }
 
-    async fn announce_end(&mut self) {
-        for writer in &mut self.writers {
-            writer.announce(|| Element::EndOfInput).await;
-        }
+    fn announce_end(&mut self) {
+        self.announce(|| Element::EndOfInput);
         for node in &mut self.nodes {
             node.is_drained = true;
             self.shared.report(Event::TaskDrained { task: node.task, attempt: self.attempt });
@@ -412,9 +605,7 @@ impl Worker {
             let emissions = advanced.map_err(|cause| TaskFailure { task, cause })?;
             self.route(node, emissions).await?;
         }
-        for writer in &mut self.writers {
-            writer.announce(|| Element::Watermark(watermark)).await;
-        }
+        self.announce(|| Element::Watermark(watermark));
         Ok(())
     }
 
@@ -425,7 +616,7 @@ impl Worker {
             let processed = self.nodes[node].process(&self.shared, input, batch).await;
             let task = self.nodes[node].task;
             let emissions = processed.map_err(|cause| TaskFailure { task, cause })?;
-            self.send(node, emissions, &mut waiting).await?;
+            self.send(node, emissions, &mut waiting)?;
         }
         Ok(())
     }
@@ -433,7 +624,7 @@ impl Worker {
     /// Sends what a node has emitted to where it goes.
     async fn route(&mut self, node: usize, emissions: Vec<Emission>) -> Result<()> {
         let mut waiting = Vec::new();
-        self.send(node, emissions, &mut waiting).await?;
+        self.send(node, emissions, &mut waiting)?;
         while let Some((node, input, batch)) = waiting.pop() {
             self.deliver(node, input, batch).await?;
         }
@@ -442,7 +633,7 @@ impl Worker {
 
     /// Writes to exchanges at once, in order; what goes to chained nodes is put on the stack, the
     /// first on top.
-    async fn send(
+    fn send(
         &mut self,
         node: usize,
         emissions: Vec<Emission>,
@@ -456,29 +647,54 @@ impl Worker {
             };
             let (last, others) = (*last, others.to_vec());
             for target in others {
-                self.send_to(target, records.clone(), waiting).await;
+                self.send_to(target, records.clone(), waiting);
             }
-            self.send_to(last, records, waiting).await;
+            self.send_to(last, records, waiting);
         }
         waiting[first..].reverse();
         Ok(())
     }
 
-    async fn send_to(
-        &mut self,
-        target: Target,
-        records: Batch,
-        waiting: &mut Vec<(usize, u32, Batch)>,
-    ) {
+    fn send_to(&mut self, target: Target, records: Batch, waiting: &mut Vec<(usize, u32, Batch)>) {
         match target {
             Target::Node { node, input } => waiting.push((node, input, records)),
-            Target::Writer(writer) => self.writers[writer].write(records).await,
+            Target::Writer(writer) => self.writers[writer].write(records),
         }
     }
 
-    async fn flush(&mut self) {
-        for writer in &mut self.writers {
-            writer.flush().await;
+    fn flush(&mut self) {
+        self.writers.iter_mut().for_each(Writer::flush);
+    }
+}
+
+impl Alignment {
+    /// A barrier of a checkpoint has arrived now; gives when its first one had.
+    fn took(&mut self, checkpoint: CheckpointId) -> Instant {
+        match self.began {
+            Some((current, began)) if current == checkpoint => began,
+            _ => {
+                let now = Instant::now();
+                self.began = Some((checkpoint, now));
+                now
+            }
         }
+    }
+}
+
+fn has_credit(writers: &[Writer]) -> bool {
+    writers.iter().all(Writer::has_credit)
+}
+
+async fn wait_for_credit(writers: &[Writer]) {
+    for writer in writers {
+        writer.wait_for_credit().await;
+    }
+}
+
+/// Waits for a moment; `None` never comes.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }

@@ -1,8 +1,11 @@
 //! One task within a chain: a source, an instance of an operator, or a sink.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
 };
 
 use cofferdam_core::{
@@ -18,7 +21,7 @@ use cofferdam_sandbox::{
 use super::{TaskFailure, local::TaskLocal};
 use crate::{
     batch::BatchExt,
-    clock::{now_ms, since_epoch},
+    clock::{micros, now_ms, since_epoch},
     driver::Shared,
     metrics::Metrics,
     sink::{self, Sink},
@@ -73,7 +76,7 @@ pub(crate) struct Node {
 
 /// What came of a barrier.
 pub(crate) enum SnapshotOutcome {
-    Taken(Arc<TaskSnapshot>),
+    Taken(Box<TaskSnapshot>),
     /// The checkpoint fails; the task goes on.
     Declined(String),
 }
@@ -198,9 +201,11 @@ impl Node {
         })
     }
 
-    /// Takes the snapshot of this task, and keeps it until the checkpoint's fate is known.
+    /// Takes the snapshot of this task.
     pub(crate) async fn snapshot(&mut self, checkpoint: CheckpointId) -> Result<SnapshotOutcome> {
-        let mut snapshot = TaskSnapshot { is_drained: self.is_drained, ..TaskSnapshot::default() };
+        let began = Instant::now();
+        let mut snapshot =
+            Box::new(TaskSnapshot { is_drained: self.is_drained, ..TaskSnapshot::default() });
         match &mut self.work {
             Work::Source { .. } => snapshot.state = self.source()?.position(),
             Work::Sink { sink: Some(sink), .. } => {
@@ -213,9 +218,14 @@ impl Node {
                 }
             }
         }
-        let snapshot = Arc::new(snapshot);
-        self.local.lock().push(checkpoint.0, snapshot.clone());
+        snapshot.stats.sync_us = micros(began.elapsed());
+        snapshot.taken_at = Some(Instant::now());
         Ok(SnapshotOutcome::Taken(snapshot))
+    }
+
+    /// Keeps a snapshot until the checkpoint's fate is known.
+    pub(crate) fn keep(&self, checkpoint: CheckpointId, snapshot: Arc<TaskSnapshot>) {
+        self.local.lock().push(checkpoint.0, snapshot);
     }
 
     pub(crate) fn commit(&mut self, checkpoint: CheckpointId) -> Result<()> {

@@ -1,0 +1,143 @@
+//! What an unaligned checkpoint holds of a task's channels: records that its barrier has overtaken.
+
+use cofferdam_core::{
+    graph::Partitioner,
+    key_group::{key_group, task_index},
+};
+use cofferdam_sandbox::Batch;
+use serde::{Deserialize, Serialize};
+
+use crate::batch::BatchExt;
+
+/// How a batch is stored: serde's stand-in for a type of another crate.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Batch")]
+struct Columns {
+    keys: Vec<u8>,
+    key_ends: Vec<u32>,
+    values: Vec<u8>,
+    value_ends: Vec<u32>,
+    timestamps: Vec<i64>,
+}
+
+/// An element that was on its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InFlight {
+    /// Records.
+    Records(#[serde(with = "Columns")] Batch),
+    /// Event time of the channel.
+    Watermark(i64),
+}
+
+/// What was on its way in one channel, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelState {
+    /// The input of the receiving task.
+    pub input: u32,
+    /// The name of the operator that has sent it.
+    pub from: String,
+    /// Which of its tasks.
+    pub producer: u32,
+    /// What was sent.
+    pub elements: Vec<InFlight>,
+}
+
+impl ChannelState {
+    /// The size of its records.
+    #[must_use]
+    pub fn byte_count(&self) -> u64 {
+        let size = |element: &InFlight| match element {
+            InFlight::Records(batch) => batch.byte_count() as u64,
+            InFlight::Watermark(_) => 0,
+        };
+        self.elements.iter().map(size).sum()
+    }
+
+    /// Shares its records out among the tasks that there are now, as their edge would. Watermarks
+    /// stay behind: the sources tell event time again. `None` where every task would need them, and
+    /// some have processed them already.
+    #[must_use]
+    pub fn share(
+        self,
+        receiver: u32,
+        partitioner: Partitioner,
+        parallelism: u32,
+        max_parallelism: u32,
+    ) -> Option<Vec<(u32, Self)>> {
+        let Self { input, from, producer, elements } = self;
+        let mut shares: Vec<Vec<InFlight>> = vec![Vec::new(); parallelism as usize];
+        for element in elements {
+            let InFlight::Records(batch) = element else { continue };
+            match partitioner {
+                Partitioner::Broadcast => return None,
+                Partitioner::Hash => {
+                    let mut parts = vec![Batch::empty(); parallelism as usize];
+                    for record in batch.records() {
+                        let group = key_group(record.key.unwrap_or_default(), max_parallelism);
+                        let owner = task_index(group, parallelism, max_parallelism);
+                        parts[owner as usize].push(record);
+                    }
+                    for (share, part) in shares.iter_mut().zip(parts) {
+                        if 0 < part.record_count() {
+                            share.push(InFlight::Records(part));
+                        }
+                    }
+                }
+                Partitioner::Global => shares[0].push(InFlight::Records(batch)),
+                Partitioner::Forward | Partitioner::Rebalance | Partitioner::Rescale => {
+                    shares[(receiver % parallelism) as usize].push(InFlight::Records(batch));
+                }
+            }
+        }
+        let filled = (0..).zip(shares).filter(|(_, elements)| !elements.is_empty());
+        Some(
+            filled
+                .map(|(task, elements)| {
+                    (task, Self { input, from: from.clone(), producer, elements })
+                })
+                .collect(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::RecordRef;
+
+    fn channel() -> ChannelState {
+        let mut batch = Batch::empty();
+        for n in 0..100 {
+            let key = format!("key-{n}");
+            batch.push(RecordRef { key: Some(key.as_bytes()), value: b"v", timestamp: None });
+        }
+        let elements = vec![InFlight::Records(batch), InFlight::Watermark(3)];
+        ChannelState { input: 0, from: "words".to_owned(), producer: 1, elements }
+    }
+
+    #[test]
+    fn records_by_key_go_to_the_task_that_owns_the_key_now() {
+        let shares = channel().share(1, Partitioner::Hash, 5, 128).expect("can be shared");
+        let mut count = 0;
+        for (task, share) in &shares {
+            for element in &share.elements {
+                let InFlight::Records(batch) = element else { panic!("{element:?}") };
+                for record in batch.records() {
+                    let group = key_group(record.key.expect("a key"), 128);
+                    assert_eq!(task_index(group, 5, 128), *task);
+                    count += 1;
+                }
+            }
+        }
+        assert_eq!((count, shares.len()), (100, 5));
+    }
+
+    #[test]
+    fn records_without_an_owner_stay_together_and_broadcast_ones_cannot_be_shared() {
+        let shares = channel().share(4, Partitioner::Rebalance, 3, 128).expect("can be shared");
+        assert_eq!(shares.iter().map(|(task, _)| *task).collect::<Vec<_>>(), [1]);
+        assert_eq!(shares[0].1.byte_count(), channel().byte_count());
+        assert_eq!(channel().share(4, Partitioner::Global, 3, 128).expect("shared")[0].0, 0);
+        assert_eq!(channel().share(0, Partitioner::Broadcast, 3, 128), None);
+    }
+}

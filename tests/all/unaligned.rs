@@ -1,0 +1,106 @@
+//! Checkpoints whose barriers overtake: under backpressure, with traps, and over a rescale.
+
+use cofferdam_core::job::Outcome;
+use cofferdam_engine::{progress::Progress, restore::open_named};
+use cofferdam_tests::job::{
+    Harness, Ran, after_checkpoints, check_counts, committed, run_manifest,
+};
+
+const COUNT: u64 = 300_000;
+
+/// An operator that is much slower than its source, so that its channels are always full.
+fn slow(lines: &str) -> Harness {
+    Harness {
+        count: COUNT,
+        config: "ballast = 1048576, dirty = 400".to_owned(),
+        checkpointing: format!(
+            "externalized-checkpoint-retention = \"RETAIN_ON_CANCELLATION\"\n{lines}"
+        ),
+        interval_ms: 10,
+        ..Harness::default()
+    }
+}
+
+fn in_flight(ran: &Ran) -> Vec<u64> {
+    let of = |progress: &Progress| match progress {
+        Progress::CheckpointCompleted { in_flight_bytes, .. } => Some(*in_flight_bytes),
+        _ => None,
+    };
+    ran.progress.iter().filter_map(of).collect()
+}
+
+#[test]
+fn records_in_flight_are_restored_once_and_in_order() {
+    let mut harness = slow("unaligned.enabled = true");
+    harness.config.push_str(r#", do = "trap", at = 20000, step = 9000, attempts = 8"#);
+    let (ran, lines) = harness.run();
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(8 <= ran.restart_count(), "{} restarts", ran.restart_count());
+    assert!(4 < ran.restored().len(), "restarts from checkpoints: {:?}", ran.restored());
+    let bytes = in_flight(&ran);
+    let filled = bytes.iter().filter(|bytes| 0 < **bytes).count();
+    assert!(2 < filled, "only {filled} of {} checkpoints held records in flight", bytes.len());
+    check_counts(&lines, COUNT).expect("exactly once");
+}
+
+#[test]
+fn barrier_that_arrives_in_time_overtakes_nothing() {
+    let lines = "unaligned.enabled = true\naligned-checkpoint-timeout = \"1min\"";
+    let (ran, lines) = slow(lines).run();
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    let bytes = in_flight(&ran);
+    assert!(bytes.len() > 2 && bytes.iter().all(|bytes| *bytes == 0), "{bytes:?}");
+    check_counts(&lines, COUNT).expect("exactly once");
+}
+
+#[test]
+fn barrier_that_is_late_overtakes_after_its_timeout() {
+    let mut harness = slow("unaligned.enabled = true\naligned-checkpoint-timeout = \"2ms\"");
+    harness.config.push_str(r#", do = "trap", at = 20000, step = 9000, attempts = 4"#);
+    let (ran, lines) = harness.run();
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(4 <= ran.restart_count());
+    assert!(in_flight(&ran).iter().any(|bytes| 0 < *bytes), "{:?}", in_flight(&ran));
+    check_counts(&lines, COUNT).expect("exactly once");
+}
+
+#[test]
+fn records_in_flight_follow_their_keys_to_another_parallelism() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness { snapshot: "declared", ..slow("unaligned.enabled = true") };
+    let mut carried = 0;
+    for parallelism in [2, 5, 3] {
+        let manifest = Harness { parallelism, ..harness.clone() }.write(dir.path());
+        // A stop would take an aligned one: what is kept here is the newest periodic checkpoint.
+        let ran = run_manifest(&manifest, |job| {
+            after_checkpoints(job, 3, |job| job.cancel());
+        });
+        assert!(matches!(ran.outcome, Ok(Outcome::Canceled { .. })), "{:?}", ran.outcome);
+        let (store, newest) = open_named(&dir.path().join("probe.cofferdam")).expect("whole");
+        let tasks = store.inspect(newest.checkpoint).expect("whole");
+        carried += tasks.iter().map(|task| task.stats.in_flight_bytes).sum::<u64>();
+    }
+    assert!(0 < carried, "no checkpoint that was gone on from held records in flight");
+    let ran = Harness { parallelism: 4, ..harness }.run_in(dir.path());
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    check_counts(&committed(&dir.path().join("output")), COUNT).expect("exactly once");
+}
+
+#[test]
+fn records_for_every_task_are_not_moved_and_the_remedy_is_told() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness {
+        partition: "broadcast",
+        snapshot: "declared",
+        ..slow("unaligned.enabled = true")
+    };
+    let manifest = harness.write(dir.path());
+    let _ = run_manifest(&manifest, |job| after_checkpoints(job, 3, |job| job.cancel()));
+    let problem = Harness { parallelism: 3, ..harness.clone() }.run_in(dir.path()).outcome;
+    let problem = problem.expect_err("it cannot be shared out");
+    assert_eq!(problem.code.number(), "C0020", "{problem}");
+    assert!(problem.to_string().contains("savepoint"), "{problem}");
+    assert_eq!(harness.run_in(dir.path()).outcome, Ok(Outcome::Finished));
+    let lines = committed(&dir.path().join("output"));
+    assert_eq!(lines.len() as u64, 2 * COUNT);
+}
