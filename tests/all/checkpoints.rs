@@ -342,11 +342,17 @@ fn linear_memory_is_not_moved_and_the_remedy_is_told() {
 
 #[test]
 fn no_failing_operation_of_the_storage_loses_or_doubles_anything() {
+    for lines in ["num-retained = 2", "storage = \"filesystem\"\ndir = \"checkpoints\""] {
+        fail_at_each_operation(&with_lines(lines));
+    }
+}
+
+fn fail_at_each_operation(base: &Harness) {
     let harness = Harness {
         count: 8_000,
         rate: Some(80_000),
         config: r#"do = "trap", at = 1500, attempts = 1"#.to_owned(),
-        ..with_lines("num-retained = 2")
+        ..base.clone()
     };
     let faulted = |operation: u64| -> (Ran, Faults, tempfile::TempDir) {
         let dir = tempfile::tempdir().expect("a directory");

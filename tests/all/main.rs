@@ -3,6 +3,7 @@
 mod checkpoints;
 mod exactly_once;
 mod failover;
+mod objects;
 mod program;
 mod sandbox;
 mod soak;

@@ -12,18 +12,8 @@ use cofferdam_tests::{
 };
 use serde_json::Value;
 
-/// The program, built beside the tests.
-fn program() -> PathBuf {
-    let built = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--package", "cofferdam"])
-        .current_dir(guest::root())
-        .status();
-    assert!(built.expect("cargo runs").success());
-    guest::root().join("target/debug/cofferdam")
-}
-
 fn call(arguments: &[&str]) -> Output {
-    Command::new(program()).args(arguments).output().expect("the program runs")
+    Command::new(guest::program()).args(arguments).output().expect("the program runs")
 }
 
 fn json(output: &Output) -> Value {
@@ -44,7 +34,7 @@ impl Drop for Running {
 
 impl Running {
     fn start(manifest: &Path) -> Self {
-        let child = Command::new(program())
+        let child = Command::new(guest::program())
             .args(["run", "--json"])
             .arg(manifest)
             .stdout(Stdio::null())

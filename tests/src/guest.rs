@@ -50,7 +50,8 @@ pub fn program() -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "cofferdam"]).current_dir(root());
+        // With the features of the whole workspace, as the tests: nothing is compiled twice.
+        build.args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]).current_dir(root());
         assert!(build.status().expect("run cargo").success(), "build the program");
     });
     let target =

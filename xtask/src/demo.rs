@@ -43,7 +43,7 @@ pub(crate) fn run() -> Result<()> {
     announce("building cofferdam");
     crate::steps::run(
         Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--package", "cofferdam"])
+            .args(["build", "--quiet", "--workspace", "--bin", "cofferdam"])
             .current_dir(root()),
     )?;
 

@@ -87,7 +87,7 @@ pub(crate) fn test() -> Result<()> {
     run(cargo("examples").args(["test", "--quiet"]))?;
     announce("tests");
     // The program that the kill tests run must be the one under test.
-    run(cargo(".").args(["build", "--quiet", "--package", "cofferdam"]))?;
+    run(cargo(".").args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]))?;
     run(cargo(".").args(["test", "--workspace"]))
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
 /// The kill -9 loop.
 pub(crate) fn crash(rounds: u64) -> Result<()> {
     guests()?;
-    run(cargo(".").args(["build", "--quiet", "--package", "cofferdam"]))?;
+    run(cargo(".").args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]))?;
     run(cargo(".")
         .args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", "crash", "--"])
         .arg(rounds.to_string()))

@@ -10,8 +10,8 @@ use std::{
 use cofferdam_engine::{
     problem::{Code, Problem},
     storage::{
+        self,
         manifest::Manifest,
-        sled::SledStorage,
         snapshot::{Found, SnapshotStore, TaskReport},
     },
 };
@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::{
     args::{CheckpointsVerb, JobArgument},
-    control::state_dir,
+    control::{Places, places},
     report,
 };
 
@@ -66,10 +66,10 @@ struct Opened {
 
 impl Opened {
     fn new(job: &JobArgument) -> Result<Self, Problem> {
-        let dir = state_dir(job)?;
-        let lock = lock(&dir)?;
-        let storage = Box::new(SledStorage::new(dir.clone()));
-        let (store, found) = SnapshotStore::open_existing(storage).map_err(|error| {
+        let Places { state_dir, checkpoints: dir } = places(job)?;
+        let lock = lock(&state_dir)?;
+        let opened = storage::open_at(&dir).and_then(SnapshotStore::open_existing);
+        let (store, found) = opened.map_err(|error| {
             Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display()))
                 .detail(error)
                 .hint("name a state directory, a savepoint, or the manifest of a job that has run")

@@ -18,22 +18,45 @@ use crate::{
     socket::{Answer, Request, ask},
 };
 
-/// The state directory of a job that is named by its manifest or by that directory.
-pub(crate) fn state_dir(job: &JobArgument) -> Result<PathBuf, Problem> {
-    if let Some(dir) = &job.state_dir {
-        return Ok(dir.clone());
+/// Where a job keeps things.
+pub(crate) struct Places {
+    /// Its lock, its socket, its history.
+    pub(crate) state_dir: PathBuf,
+    /// Its checkpoints: that directory, another, or a URL.
+    pub(crate) checkpoints: PathBuf,
+}
+
+/// The places of a job that is named by its manifest, its state directory or where its checkpoints
+/// are.
+pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
+    let both = |dir: &Path| Places { state_dir: dir.to_owned(), checkpoints: dir.to_owned() };
+    if job.job.is_dir() || job.job.to_string_lossy().contains("://") {
+        return Ok(both(job.state_dir.as_deref().unwrap_or(&job.job)));
     }
-    if job.job.is_dir() {
-        return Ok(job.job.clone());
+    if let (Some(dir), false) = (&job.state_dir, job.job.is_file()) {
+        return Ok(both(dir));
     }
-    match JobSpec::read_with(&job.job, job.host.read()?.as_ref())?.storage {
-        StorageSpec::Sled(dir) => Ok(dir),
-        StorageSpec::Memory => Err(Problem::new(
+    let storage = JobSpec::read_with(&job.job, job.host.read()?.as_ref())?.storage;
+    let state_dir = job.state_dir.as_deref().or(storage.state_dir());
+    let checkpoints = match &storage {
+        StorageSpec::Objects { .. } => storage.location(),
+        StorageSpec::Sled(_) | StorageSpec::Memory => state_dir,
+    };
+    match (state_dir, checkpoints) {
+        (Some(state_dir), Some(checkpoints)) => {
+            Ok(Places { state_dir: state_dir.to_owned(), checkpoints: checkpoints.to_owned() })
+        }
+        _ => Err(Problem::new(
             Code::NotRunning,
             format!("{} keeps its state in memory", job.job.display()),
         )
         .hint("only a job with a state directory can be talked to: set storage = \"sled\"")),
     }
+}
+
+/// The state directory of a job.
+pub(crate) fn state_dir(job: &JobArgument) -> Result<PathBuf, Problem> {
+    Ok(places(job)?.state_dir)
 }
 
 pub(crate) async fn savepoint(

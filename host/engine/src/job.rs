@@ -35,8 +35,8 @@ use crate::{
     source::Prepared,
     spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StorageSpec},
     storage::{
-        Storage, faulty::Faults, manifest::TaskIdentity, memory::MemoryStorage, sled::SledStorage,
-        snapshot::SnapshotStore, writer::StorageHandle,
+        self, Storage, StorageError, faulty::Faults, manifest::TaskIdentity, memory::MemoryStorage,
+        objects::ObjectStorage, sled::SledStorage, snapshot::SnapshotStore, writer::StorageHandle,
     },
     task::{
         local::TaskLocal,
@@ -429,8 +429,11 @@ impl Job {
         let identities: Vec<TaskIdentity> =
             tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
         let nodes = prepare_nodes(&spec, &operators)?;
-        let (storage, lock) = open_storage(&spec, options)?;
-        let state_dir = storage.location();
+        let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
+        let state_dir = state_dir.map(Path::to_owned);
+        let lock = state_dir.as_deref().map(lock).transpose()?;
+        let storage = open_storage(&spec.storage, state_dir.as_deref())
+            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
         let storage = match &options.faults {
             Some(faults) => faults.around(storage),
             None => storage,
@@ -581,7 +584,7 @@ impl Job {
         );
         let is_kept = is_untouched || end.is_none_or(|end| self.spec.retention.keeps(end));
         if let Some(claimed) = self.claimed.filter(|_| !is_untouched)
-            && let Err(error) = fs::remove_dir_all(&claimed)
+            && let Err(error) = remove_claimed(&claimed)
         {
             let message = format!("remove {}, which was claimed: {error}", claimed.display());
             self.observer.observe(Progress::Warning { message });
@@ -696,29 +699,41 @@ fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Pro
 }
 
 fn open_storage(
-    spec: &JobSpec,
-    options: &JobOptions,
-) -> Result<(Box<dyn Storage>, Option<File>), Problem> {
-    let dir = match (&options.state_dir, &spec.storage) {
-        (None, StorageSpec::Memory) => return Ok((Box::new(MemoryStorage::default()), None)),
-        (Some(dir), _) | (None, StorageSpec::Sled(dir)) => dir.clone(),
-    };
-    fs::create_dir_all(&dir).map_err(|error| unusable_state(Some(&dir), &error))?;
-    let path = dir.join("LOCK");
-    let lock = File::options().create(true).truncate(false).write(true).open(path);
-    let lock = lock.map_err(|error| unusable_state(Some(&dir), &error))?;
-    match lock.try_lock() {
-        Ok(()) => {
-            let storage = SledStorage::new(dir.clone());
-            storage.finish_removals().map_err(|error| unusable_state(Some(&dir), &error))?;
-            Ok((Box::new(storage), Some(lock)))
+    spec: &StorageSpec,
+    state_dir: Option<&Path>,
+) -> Result<Box<dyn Storage>, StorageError> {
+    match (spec, state_dir) {
+        (StorageSpec::Objects { location, .. }, _) => Ok(Box::new(ObjectStorage::new(location)?)),
+        (_, Some(dir)) => {
+            let storage = SledStorage::new(dir.to_owned());
+            storage.finish_removals()?;
+            Ok(Box::new(storage))
         }
+        (_, None) => Ok(Box::new(MemoryStorage::default())),
+    }
+}
+
+fn remove_claimed(place: &Path) -> Result<(), StorageError> {
+    if place.to_string_lossy().contains("://") {
+        let (store, _) = storage::open_at(place).and_then(SnapshotStore::open_existing)?;
+        return store.clear();
+    }
+    fs::remove_dir_all(place).map_err(|error| StorageError::store("remove a directory", error))
+}
+
+/// Makes a state directory and locks it for one run.
+fn lock(dir: &Path) -> Result<File, Problem> {
+    fs::create_dir_all(dir).map_err(|error| unusable_state(Some(dir), &error))?;
+    let lock = File::options().create(true).truncate(false).write(true).open(dir.join("LOCK"));
+    let lock = lock.map_err(|error| unusable_state(Some(dir), &error))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => Err(Problem::new(
             Code::StateInUse,
             format!("another run is using the state directory {}", dir.display()),
         )
         .hint("wait for it to end, or give this run another one: --state-dir DIR")),
-        Err(TryLockError::Error(error)) => Err(unusable_state(Some(&dir), &error)),
+        Err(TryLockError::Error(error)) => Err(unusable_state(Some(dir), &error)),
     }
 }
 

@@ -25,10 +25,9 @@ use crate::{
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     storage::{
-        StorageError,
+        self, StorageError,
         in_flight::ChannelState,
         manifest::{Manifest, TaskIdentity},
-        sled::SledStorage,
         snapshot::{Found, LoadedTask, SnapshotStore},
     },
     task::local::TaskLocal,
@@ -165,12 +164,9 @@ pub fn open_named(dir: &Path) -> Result<(SnapshotStore, Manifest), Problem> {
         .detail(detail)
         .hint("name the directory that `cofferdam savepoint` wrote, or a job's state directory")
     };
-    if !dir.is_dir() {
-        return Err(missing("there is no such directory".to_owned()));
-    }
-    let storage = Box::new(SledStorage::new(dir.to_owned()));
-    let (store, found) =
-        SnapshotStore::open_existing(storage).map_err(|error| missing(error.to_string()))?;
+    let (store, found) = storage::open_at(dir)
+        .and_then(SnapshotStore::open_existing)
+        .map_err(|error| missing(error.to_string()))?;
     match found.manifests.into_iter().next_back() {
         Some(manifest) => Ok((store, manifest)),
         None => Err(missing(found.damaged.join("; "))),

@@ -121,7 +121,10 @@ pub(super) const MEANINGLESS: &[(&str, &str)] = &[
     ("sql-client", "there are no tables"),
     ("python", "operators are components"),
     ("fs", "files are read by the operating system"),
-    ("s3", "checkpoints are kept on a local disk"),
+    (
+        "s3",
+        "credentials, region and endpoint are read from the environment (AWS_ACCESS_KEY_ID ...)",
+    ),
     ("client", "there is no client"),
     ("queryable-state", "state cannot be queried"),
     ("execution.attached", "there is no client"),
@@ -176,11 +179,7 @@ impl HostSettings {
         let renamed = RENAMED.iter().find(|(old, _)| *old == given);
         let key = renamed.map_or(given, |(_, new)| new);
         if KNOWN.contains(&key) || key.starts_with(RESTART) {
-            let value = translate(key, value).map_err(|why| {
-                Problem::new(Code::NotSupported, format!("`{given}`: {why}"))
-                    .detail(format!("{}: {given}: {value}", self.path.display()))
-            })?;
-            self.text.push_str(&super::setting_line(key, &value));
+            self.text.push_str(&super::setting_line(key, value));
             return Ok(());
         }
         let begins = |prefix: &str| {
@@ -198,27 +197,6 @@ impl HostSettings {
             Some(meant) => problem.hint(format!("did you mean `{meant}`?")),
             None => problem.hint("`cofferdam check --effective` lists the settings there are"),
         })
-    }
-}
-
-/// Flink's values as they are written here.
-fn translate(key: &str, value: &str) -> Result<String, String> {
-    match key {
-        "execution.checkpointing.storage" => match value {
-            "jobmanager" => Ok("memory".to_owned()),
-            "filesystem" => Ok("sled".to_owned()),
-            other => Ok(other.to_owned()),
-        },
-        "execution.checkpointing.dir" | "execution.checkpointing.savepoint-dir" => {
-            match value.split_once("://") {
-                Some(("file", path)) => Ok(path.to_owned()),
-                Some((scheme, _)) => {
-                    Err(format!("checkpoints are kept on a local disk, not in {scheme}://"))
-                }
-                None => Ok(value.to_owned()),
-            }
-        }
-        _ => Ok(value.to_owned()),
     }
 }
 
@@ -252,7 +230,7 @@ mod tests {
         );
         let nested = yaml(
             "restart-strategy:\n  type: fixed-delay\n  fixed-delay:\n    attempts: 3\n\
-             execution:\n  checkpointing:\n    num-retained: 2\n    dir: /var/ck\n",
+             execution:\n  checkpointing:\n    num-retained: 2\n    dir: file:///var/ck\n",
         );
         let lines = |settings: Result<HostSettings, Problem>| {
             let mut lines: Vec<String> =
@@ -277,7 +255,5 @@ mod tests {
         );
         let problem = yaml("checkpointing.interval: 1s\n").expect_err("unknown");
         assert_eq!(problem.code, Code::UnknownKey);
-        let problem = yaml("state.checkpoints.dir: s3://bucket/x\n").expect_err("not local");
-        assert_eq!(problem.code, Code::NotSupported);
     }
 }

@@ -82,8 +82,36 @@ pub struct JobSpec {
 pub enum StorageSpec {
     /// In sled, in this directory.
     Sled(PathBuf),
+    /// As objects.
+    Objects {
+        /// A directory or a URL.
+        location: String,
+        /// What belongs to one machine: the lock, the socket, the history.
+        state_dir: PathBuf,
+    },
     /// In memory: a job whose process ends begins anew.
     Memory,
+}
+
+impl StorageSpec {
+    /// The directory of the lock, the socket and the history.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<&Path> {
+        match self {
+            Self::Sled(dir) | Self::Objects { state_dir: dir, .. } => Some(dir),
+            Self::Memory => None,
+        }
+    }
+
+    /// Where the checkpoints are: a directory or a URL.
+    #[must_use]
+    pub fn location(&self) -> Option<&Path> {
+        match self {
+            Self::Sled(dir) => Some(dir),
+            Self::Objects { location, .. } => Some(Path::new(location)),
+            Self::Memory => None,
+        }
+    }
 }
 
 /// One node of the job graph.
@@ -320,6 +348,7 @@ impl JobSpec {
         let settings = &self.checkpoint;
         let (storage, dir) = match &self.storage {
             StorageSpec::Sled(dir) => ("sled", dir.display().to_string()),
+            StorageSpec::Objects { location, .. } => ("filesystem", location.clone()),
             StorageSpec::Memory => ("memory", "none".to_owned()),
         };
         let savepoint_dir = self.savepoint_dir.as_ref();
@@ -563,7 +592,7 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         execution.mode.batch = shuffle.value;
     }
     if let Some(checkpointing) = section.section("checkpointing")? {
-        read_checkpointing(&checkpointing, base_dir, default_dir, &mut execution)?;
+        read_checkpointing(&checkpointing, base_dir, default_dir, job, &mut execution)?;
         checkpointing.finish()?;
     }
     section.finish()?;
@@ -574,6 +603,7 @@ fn read_checkpointing(
     section: &Section<'_>,
     base_dir: &Path,
     default_dir: PathBuf,
+    job: &str,
     execution: &mut Execution,
 ) -> Result<()> {
     let settings = &mut execution.checkpoint;
@@ -620,13 +650,75 @@ fn read_checkpointing(
         execution.retention = policy.value;
     }
     warn_meaningless(section, "execution.checkpointing.", &mut execution.warnings);
-    execution.savepoint_dir = section.text("savepoint-dir")?.map(|dir| base_dir.join(dir.value));
-    let dir = section.text("dir")?.map_or(default_dir, |dir| base_dir.join(dir.value));
-    execution.storage = match section.choice("storage", &[("sled", true), ("memory", false)])? {
-        Some(Located { value: false, .. }) => StorageSpec::Memory,
-        _ => StorageSpec::Sled(dir),
+    execution.savepoint_dir = match section.text("savepoint-dir")? {
+        Some(dir) => Some(local_dir(section, "savepoint-dir", base_dir, &dir)?),
+        None => None,
     };
+    execution.storage = read_storage(section, base_dir, default_dir, job)?;
     Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum StorageName {
+    Sled,
+    Memory,
+    Objects,
+}
+
+/// Flink: a directory alone stands for `filesystem`. Here that is so for a URL; a path alone is the
+/// job's own state directory.
+fn read_storage(
+    section: &Section<'_>,
+    base_dir: &Path,
+    default_dir: PathBuf,
+    job: &str,
+) -> Result<StorageSpec> {
+    use StorageName::{Memory, Objects, Sled};
+    let names =
+        [("sled", Sled), ("memory", Memory), ("jobmanager", Memory), ("filesystem", Objects)];
+    let name = section.choice("storage", &names)?;
+    let dir = section.text("dir")?;
+    let is_remote =
+        dir.as_ref().is_some_and(|dir| dir.value.contains("://") && !dir.value.starts_with("file"));
+    match (name.as_ref().map(|name| name.value), dir) {
+        (Some(Memory), _) => Ok(StorageSpec::Memory),
+        (Some(Objects), Some(dir)) => Ok(objects_at(&dir.value, base_dir, default_dir, job)),
+        (None, Some(dir)) if is_remote => Ok(objects_at(&dir.value, base_dir, default_dir, job)),
+        (Some(Objects), None) => {
+            let span = name.map_or(0..0, |name| name.span);
+            let why = "it needs `dir`, a directory or a URL such as \"s3://bucket/checkpoints\"";
+            Err(section.bad_value("storage", &span, why))
+        }
+        (Some(Sled) | None, Some(dir)) => {
+            Ok(StorageSpec::Sled(local_dir(section, "dir", base_dir, &dir)?))
+        }
+        (Some(Sled) | None, None) => Ok(StorageSpec::Sled(default_dir)),
+    }
+}
+
+/// Each job has a folder of its own, as in Flink.
+fn objects_at(dir: &str, base_dir: &Path, state_dir: PathBuf, job: &str) -> StorageSpec {
+    let dir = match dir.contains("://") {
+        true => dir.to_owned(),
+        false => base_dir.join(dir).display().to_string(),
+    };
+    StorageSpec::Objects { location: format!("{}/{job}", dir.trim_end_matches('/')), state_dir }
+}
+
+fn local_dir(
+    section: &Section<'_>,
+    key: &str,
+    base_dir: &Path,
+    dir: &Located<String>,
+) -> Result<PathBuf> {
+    let path = dir.value.strip_prefix("file://").unwrap_or(&dir.value);
+    match path.split_once("://") {
+        Some((scheme, _)) => {
+            let why = format!("it must be a local directory, and {scheme}:// is none");
+            Err(section.bad_value(key, &dir.span, &why))
+        }
+        None => Ok(base_dir.join(path)),
+    }
 }
 
 /// Takes note of settings that Flink has and that mean nothing here.

@@ -1,12 +1,9 @@
 //! A storage that fails at one chosen operation, to prove that no failure of any operation loses
 //! or doubles anything.
 
-use std::{
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use super::{Generation, Result, Storage, StorageError};
@@ -81,7 +78,7 @@ impl Storage for FaultyStorage {
         self.storage.remove(number)
     }
 
-    fn location(&self) -> Option<PathBuf> {
+    fn location(&self) -> String {
         self.storage.location()
     }
 }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -31,8 +30,8 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
-    fn location(&self) -> Option<PathBuf> {
-        None
+    fn location(&self) -> String {
+        "memory".to_owned()
     }
 }
 

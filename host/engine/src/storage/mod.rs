@@ -9,16 +9,13 @@ pub mod faulty;
 pub mod in_flight;
 pub mod manifest;
 pub mod memory;
+pub mod objects;
 pub(crate) mod savepoint;
 pub mod sled;
 pub mod snapshot;
 pub(crate) mod writer;
 
-use std::{
-    fs::File,
-    io,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, path::Path};
 
 /// Why a store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +67,21 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Opens the storage of a state directory or savepoint, or of a place with objects.
+///
+/// # Errors
+/// Where there is none.
+pub fn open_at(location: &Path) -> Result<Box<dyn Storage>> {
+    let text = location.to_string_lossy();
+    if text.contains("://") || objects::are_in(location) {
+        return Ok(Box::new(objects::ObjectStorage::new(&text)?));
+    }
+    if !location.is_dir() {
+        return Err(StorageError::store("open a store", "there is no such directory"));
+    }
+    Ok(Box::new(sled::SledStorage::new(location.to_owned())))
+}
+
 /// A row of generations.
 pub trait Storage: Send {
     /// The numbers of all generations, ascending.
@@ -91,7 +103,7 @@ pub trait Storage: Send {
     fn remove(&mut self, number: u64) -> Result<()>;
 
     /// Where it is, for messages.
-    fn location(&self) -> Option<PathBuf>;
+    fn location(&self) -> String;
 }
 
 /// A key-value store. What was put is durable after the next `flush`, not before.

@@ -114,8 +114,8 @@ impl Storage for SledStorage {
             .map_err(|error| StorageError::store("remove a generation", error))
     }
 
-    fn location(&self) -> Option<PathBuf> {
-        Some(self.dir.clone())
+    fn location(&self) -> String {
+        self.dir.display().to_string()
     }
 }
 

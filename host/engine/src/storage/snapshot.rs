@@ -486,9 +486,7 @@ impl SnapshotStore {
     /// Where the store is, for messages.
     #[must_use]
     pub fn location(&self) -> String {
-        self.storage
-            .location()
-            .map_or_else(|| "memory".to_owned(), |path| path.display().to_string())
+        self.storage.location()
     }
 
     /// Tasks begin a new attempt: their chains go on from this checkpoint, or anew.
