@@ -70,7 +70,9 @@ fn running_job_gives_savepoints_and_stops_with_one() {
     let refused = call(&["savepoint", job]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("savepoint-dir"), "{refused:?}");
-    let used = call(&["checkpoints", "list", job]);
+    let kept = json(&call(&["--json", "checkpoints", "list", job]));
+    assert_eq!((kept["job"].as_str(), kept["tasks"].as_u64()), (Some("probe"), Some(6)), "{kept}");
+    let used = call(&["checkpoints", "verify", job]);
     assert_eq!(used.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&used.stderr).contains("C0019"), "{used:?}");
 

@@ -1,14 +1,26 @@
-//! A thousand checkpoints: the directory stays in proportion to the state.
+//! A thousand checkpoints: the directory stays in proportion to the state, and the process as it is.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::{Command, Stdio},
+    sync::Arc,
+};
 
 use cofferdam_core::random::Random;
 use cofferdam_engine::storage::{
+    Storage,
+    objects::ObjectStorage,
     sled::SledStorage,
     snapshot::{SnapshotStore, TaskSnapshot},
 };
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
-use cofferdam_tests::job::lone_task;
+use cofferdam_tests::{
+    guest,
+    job::{Harness, lone_task},
+};
 
 const PAGES: u64 = 8192;
 const PAGE: usize = 4096;
@@ -27,11 +39,23 @@ fn disk_bytes(dir: &Path) -> u64 {
     bytes
 }
 
+fn sled(dir: &Path) -> Box<dyn Storage> {
+    Box::new(SledStorage::new(dir.to_owned()))
+}
+
+fn objects(dir: &Path) -> Box<dyn Storage> {
+    Box::new(ObjectStorage::new(&dir.display().to_string()).expect("a directory"))
+}
+
 /// Takes checkpoints whose changed pages come from `page`; gives the largest size of the directory,
 /// in shares of the state, and checks the last state page by page.
-fn soak(checkpoints: u64, mut page: impl FnMut(&mut Random) -> u64) -> f64 {
+fn soak(
+    open: fn(&Path) -> Box<dyn Storage>,
+    checkpoints: u64,
+    mut page: impl FnMut(&mut Random) -> u64,
+) -> f64 {
     let dir = tempfile::tempdir().expect("a directory");
-    let storage = Box::new(SledStorage::new(dir.path().to_owned()));
+    let storage = open(dir.path());
     let (mut store, _) =
         SnapshotStore::open(storage, "soak", vec![lone_task("op")]).expect("opens");
     let mut random = Random::new(1);
@@ -67,16 +91,64 @@ fn soak(checkpoints: u64, mut page: impl FnMut(&mut Random) -> u64) -> f64 {
 
 #[test]
 fn directory_stays_below_two_and_a_half_times_the_state() {
-    let share = soak(1_000, |random| random.between(0, PAGES - 1));
+    let share = soak(sled, 1_000, |random| random.between(0, PAGES - 1));
     assert!(share < 2.5, "{share:.2} times the state");
 }
 
 #[test]
 fn pages_that_change_again_and_again_take_no_more_space() {
     let mut next = 0;
-    let share = soak(300, |_| {
+    let share = soak(sled, 300, |_| {
         next = (next + 1) % 200;
         next
     });
     assert!(share < 1.3, "{share:.2} times the state");
+}
+
+#[test]
+fn objects_stay_below_two_and_a_half_times_the_state() {
+    let share = soak(objects, 300, |random| random.between(0, PAGES - 1));
+    assert!(share < 2.5, "{share:.2} times the state");
+}
+
+#[test]
+fn process_does_not_grow_from_checkpoint_to_checkpoint() {
+    let count =
+        std::env::var("SOAK_CHECKPOINTS").ok().and_then(|text| text.parse().ok()).unwrap_or(300);
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness {
+        count: u64::MAX >> 1,
+        rate: Some(50_000),
+        interval_ms: 10,
+        config: "ballast = 8388608, dirty = 1, quiet = true".to_owned(),
+        ..Harness::default()
+    };
+    let mut job = Command::new(guest::program())
+        .args(["run", "--json"])
+        .arg(harness.write(dir.path()))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program runs");
+    let lines = BufReader::new(job.stdout.take().expect("piped")).lines();
+    let completed = lines.map_while(Result::ok).filter(|line| {
+        let event: serde_json::Value = serde_json::from_str(line).expect("one object a line");
+        event["event"] == "checkpoint-completed"
+    });
+    let mut sizes = Vec::new();
+    for number in (1..=count).zip(completed).map(|(number, _)| number) {
+        if number % (count / 10) == 0 {
+            sizes.push(resident_bytes(job.id()));
+        }
+    }
+    job.kill().expect("it runs");
+    job.wait().expect("it has ended");
+    let (early, late) = (sizes[2], sizes[9]);
+    assert!(late < early + early / 10 + (4 << 20), "resident bytes: {sizes:?}");
+}
+
+fn resident_bytes(process: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{process}/statm")).expect("it runs");
+    let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
+    pages.expect("a number of pages") * PAGE as u64
 }

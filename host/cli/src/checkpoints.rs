@@ -1,5 +1,5 @@
-//! `cofferdam checkpoints list | inspect | verify | delete`: looks into a state directory or a
-//! savepoint that no job is using.
+//! `cofferdam checkpoints list | inspect | verify | delete`: looks into a state directory, a
+//! savepoint or a place with objects that no job is using. `list` asks the job if one is.
 
 use std::{
     fs::{File, TryLockError},
@@ -8,6 +8,7 @@ use std::{
 };
 
 use cofferdam_engine::{
+    control::KeptCheckpoint,
     problem::{Code, Problem},
     storage::{
         self,
@@ -21,13 +22,20 @@ use crate::{
     args::{CheckpointsVerb, JobArgument},
     control::{Places, places},
     report,
+    socket::{Answer, Request, ask},
+    with_runtime,
 };
 
 pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> {
     match verb {
         CheckpointsVerb::List { job } => {
+            // The store belongs to the run that uses it, so that is asked.
+            if let Some(running) = with_runtime(kept_by_a_run(&places(job)?.state_dir))? {
+                running.iter().for_each(|checkpoint| list(checkpoint, is_json));
+                return Ok(());
+            }
             let opened = Opened::new(job)?;
-            opened.found.manifests.iter().for_each(|manifest| list(manifest, is_json));
+            opened.found.manifests.iter().for_each(|manifest| list(&manifest.into(), is_json));
             opened.warn();
             Ok(())
         }
@@ -53,6 +61,16 @@ pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> 
             }
             Ok(())
         }
+    }
+}
+
+/// The checkpoints of a running job; `None` where none runs.
+async fn kept_by_a_run(state_dir: &Path) -> Result<Option<Vec<KeptCheckpoint>>, Problem> {
+    match ask(state_dir, &Request::Checkpoints).await {
+        Ok(Answer::Kept { checkpoints }) => Ok(Some(checkpoints)),
+        Ok(_) => Err(Problem::new(Code::HostBug, "the job answered another question")),
+        Err(problem) if problem.code == Code::NotRunning => Ok(None),
+        Err(problem) => Err(problem),
     }
 }
 
@@ -158,27 +176,25 @@ fn lock(dir: &Path) -> Result<Option<File>, Problem> {
     }
 }
 
-fn age(manifest: &Manifest) -> String {
-    let written = UNIX_EPOCH + Duration::from_millis(manifest.written_at_ms);
+fn age(written_at_ms: u64) -> String {
+    let written = UNIX_EPOCH + Duration::from_millis(written_at_ms);
     match written.elapsed() {
-        Ok(age) if manifest.written_at_ms != 0 => {
-            format!("{} ago", indicatif::HumanDuration(age))
-        }
+        Ok(age) if written_at_ms != 0 => format!("{} ago", indicatif::HumanDuration(age)),
         _ => "at an unknown time".to_owned(),
     }
 }
 
-fn list(manifest: &Manifest, is_json: bool) {
-    let (id, tasks) = (manifest.checkpoint, manifest.tasks.len());
+fn list(kept: &KeptCheckpoint, is_json: bool) {
+    let KeptCheckpoint { checkpoint, job, tasks, written_at_ms } = kept;
     match is_json {
         true => report::line(&json!({
-            "checkpoint": id,
-            "job": manifest.job,
+            "checkpoint": checkpoint,
+            "job": job,
             "tasks": tasks,
-            "written_at_ms": manifest.written_at_ms,
+            "written_at_ms": written_at_ms,
         })),
         false => {
-            println!("checkpoint {id} of \"{}\": {tasks} tasks, {}", manifest.job, age(manifest));
+            println!("checkpoint {checkpoint} of \"{job}\": {tasks} tasks, {}", age(*written_at_ms))
         }
     }
 }
@@ -228,7 +244,7 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
             "tasks": rows,
         }));
     }
-    list(manifest, false);
+    list(&manifest.into(), false);
     let mut rows = vec![COLUMNS.map(str::to_owned).to_vec()];
     for task in tasks {
         let stats = &task.stats;

@@ -136,6 +136,9 @@ fn say(answer: Answer, what: &str, is_json: bool) -> Result<(), Problem> {
         }
         Answer::Accepted { accepted } if is_json => report::line(&json!({ "accepted": accepted })),
         Answer::Accepted { .. } => println!("{what}"),
+        Answer::Kept { .. } => {
+            return Err(Problem::new(Code::HostBug, "the job answered another question"));
+        }
         Answer::Refused { error } => {
             return Err(Problem::new(Code::RequestRefused, format!("the job says no: {error}"))
                 .hint("its own log says more"));

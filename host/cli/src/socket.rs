@@ -15,7 +15,7 @@ use std::{
 };
 
 use cofferdam_engine::{
-    control::JobHandle,
+    control::{JobHandle, KeptCheckpoint},
     problem::{Code, Problem},
 };
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,8 @@ pub(crate) enum Request {
     Stop { target: Option<PathBuf>, drain: bool },
     /// The end of the job at once.
     Cancel,
+    /// What completed checkpoints there are.
+    Checkpoints,
 }
 
 /// The answer.
@@ -49,6 +51,8 @@ pub(crate) enum Request {
 pub(crate) enum Answer {
     /// The savepoint and where it is.
     Saved { savepoint: PathBuf, checkpoint: u64 },
+    /// The completed checkpoints, oldest first.
+    Kept { checkpoints: Vec<KeptCheckpoint> },
     /// It will be done.
     Accepted { accepted: bool },
     /// Why not.
@@ -150,6 +154,7 @@ async fn answer(request: Request, job: &JobHandle, name: &str, default: Option<P
             job.cancel();
             return Answer::Accepted { accepted: true };
         }
+        Request::Checkpoints => return Answer::Kept { checkpoints: job.checkpoints() },
         Request::Savepoint { target } => (target, None),
         Request::Stop { target, drain } => (target, Some(drain)),
     };

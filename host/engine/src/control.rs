@@ -7,13 +7,40 @@ use std::{
 };
 
 use cofferdam_core::{ids::CheckpointId, job::Event};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
+
+use crate::storage::manifest::Manifest;
 
 /// The way to a running job. Cloning it gives another way to the same job.
 #[derive(Clone)]
 pub struct JobHandle {
     events: UnboundedSender<Event>,
     desk: Arc<Desk>,
+}
+
+/// A completed checkpoint that a running job keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptCheckpoint {
+    /// Its id.
+    pub checkpoint: u64,
+    /// The job's name.
+    pub job: String,
+    /// How many tasks it holds the state of.
+    pub tasks: usize,
+    /// When it was written, in milliseconds since 1970-01-01 UTC.
+    pub written_at_ms: u64,
+}
+
+impl From<&Manifest> for KeptCheckpoint {
+    fn from(manifest: &Manifest) -> Self {
+        Self {
+            checkpoint: manifest.checkpoint,
+            job: manifest.job.clone(),
+            tasks: manifest.tasks.len(),
+            written_at_ms: manifest.written_at_ms,
+        }
+    }
 }
 
 /// The answer to a request for a savepoint: its checkpoint's id, or why there is none.
@@ -32,6 +59,12 @@ impl JobHandle {
     /// Asks for the end of the job at once.
     pub fn cancel(&self) {
         self.send(Event::CancelRequested);
+    }
+
+    /// The completed checkpoints that it keeps, oldest first.
+    #[must_use]
+    pub fn checkpoints(&self) -> Vec<KeptCheckpoint> {
+        self.desk.lock().kept.values().cloned().collect()
     }
 
     /// Writes a savepoint into `dir`, which must not be there. The job goes on.
@@ -63,7 +96,7 @@ impl JobHandle {
     }
 }
 
-/// Requests that wait for their savepoint.
+/// Requests that wait for their savepoint, and what can be told at once.
 #[derive(Default)]
 pub(crate) struct Desk(Mutex<Requests>);
 
@@ -71,6 +104,7 @@ pub(crate) struct Desk(Mutex<Requests>);
 struct Requests {
     last_ticket: u64,
     open: BTreeMap<u64, (PathBuf, oneshot::Sender<SavepointResult>)>,
+    kept: BTreeMap<u64, KeptCheckpoint>,
 }
 
 impl Desk {
@@ -98,6 +132,16 @@ impl Desk {
             // Whoever asked may have gone.
             let _ = sender.send(result.map(|checkpoint| checkpoint.0));
         }
+    }
+
+    /// A checkpoint is complete and kept.
+    pub(crate) fn keep(&self, checkpoint: KeptCheckpoint) {
+        self.lock().kept.insert(checkpoint.checkpoint, checkpoint);
+    }
+
+    /// A checkpoint is not kept any more.
+    pub(crate) fn forget(&self, checkpoint: CheckpointId) {
+        self.lock().kept.remove(&checkpoint.0);
     }
 
     /// The job is over: nobody else will be answered.

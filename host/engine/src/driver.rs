@@ -28,7 +28,8 @@ use tokio::{
 };
 
 use crate::{
-    control::Desk,
+    clock::now_ms,
+    control::{Desk, KeptCheckpoint},
     exchange::{Gate, Sender, writer::Writer},
     job::Plan,
     metrics::Metrics,
@@ -272,6 +273,7 @@ impl Driver {
                 self.notify_complete(checkpoint, purpose)
             }
             Effect::Subsume { checkpoint } => {
+                self.desk.forget(checkpoint);
                 if let Some(newest) = self.core.last_completed() {
                     let oldest_pending = self.core.oldest_pending();
                     self.shared.storage.subsume(checkpoint, newest, oldest_pending);
@@ -331,6 +333,12 @@ impl Driver {
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
         tell(&self.workers, Control::Complete(checkpoint, purpose));
         self.shared.metrics.checkpoints.fetch_add(1, Ordering::Relaxed);
+        self.desk.keep(KeptCheckpoint {
+            checkpoint: checkpoint.0,
+            job: self.plan.job.clone(),
+            tasks: self.plan.locals.len(),
+            written_at_ms: now_ms(),
+        });
         let stats = self.shared.stats.lock().remove(&checkpoint.0).unwrap_or_default();
         let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
         self.observe(Progress::CheckpointCompleted {

@@ -24,7 +24,7 @@ use cofferdam_sandbox::{
 use tokio::sync::mpsc;
 
 use crate::{
-    control::{Desk, JobHandle},
+    control::{Desk, JobHandle, KeptCheckpoint},
     driver::{Driver, Stats, WriterReport},
     history::Recorder,
     metrics::{Metrics, OperatorMetrics},
@@ -74,6 +74,8 @@ struct CheckedOperator {
 
 /// What is needed to build the workers of an attempt.
 pub(crate) struct Plan {
+    /// The job's name.
+    pub(crate) job: String,
     pub(crate) graph: JobGraph,
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
@@ -463,6 +465,13 @@ impl Job {
                 sink::prepare(&node.name, sink, resume.completed.is_empty())?;
             }
         }
+        let desk = Arc::<Desk>::default();
+        for checkpoint in &resume.completed {
+            let manifest = store.manifest(checkpoint.0);
+            let manifest =
+                manifest.map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+            desk.keep(KeptCheckpoint::from(&manifest));
+        }
         let slots = tasks.iter().copied().zip(0..).collect();
         let metrics = Metrics {
             operators: spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect(),
@@ -470,9 +479,10 @@ impl Job {
         };
         let (events, inbox) = mpsc::unbounded_channel();
         let (graph, is_exactly_once) = (spec.graph.clone(), spec.is_exactly_once);
+        let job = spec.name.clone();
         let unaligned_after = spec.checkpoint.unaligned_after_ms.map(Duration::from_millis);
         Ok(Self {
-            plan: Plan { graph, nodes, slots, is_exactly_once, unaligned_after, locals },
+            plan: Plan { job, graph, nodes, slots, is_exactly_once, unaligned_after, locals },
             spec,
             store,
             resume,
@@ -484,7 +494,7 @@ impl Job {
             metrics: Arc::new(metrics),
             events,
             inbox,
-            desk: Arc::default(),
+            desk,
         })
     }
 
