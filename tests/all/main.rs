@@ -1,6 +1,7 @@
 //! Every test that needs more than one crate, in one binary.
 
 mod checkpoints;
+mod dead_letter;
 mod exactly_once;
 mod failover;
 mod objects;

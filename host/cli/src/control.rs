@@ -106,6 +106,13 @@ pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
                     entry.event["tasks"], entry.event["delay_ms"]
                 );
             }
+            "dead-letter" => {
+                println!("{ago}: {task}: {}: {}", text("class"), text("message"));
+                println!(
+                    "    its record went to the dead letters after {} failures",
+                    entry.event["traps"]
+                );
+            }
             "failed" => {
                 println!("{ago}: {task}: {}: {}", text("class"), text("message"));
                 println!("    the job failed");

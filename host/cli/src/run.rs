@@ -249,6 +249,13 @@ impl Observer for Watcher {
             Progress::Recovered { recovery_us } => {
                 tracing::info!("recovered in {:.2} ms", recovery_us as f64 / 1e3);
             }
+            Progress::DeadLetter { task, class, message, traps, isolation_us, .. } => {
+                let took = report::micros(isolation_us);
+                tracing::warn!(
+                    "{task}: a record went to the dead letters after {traps} failures, found in \
+                     {took}: {class}: {message}"
+                );
+            }
             Progress::Warning { message } => tracing::warn!("{message}"),
             other => tracing::info!("{other:?}"),
         }

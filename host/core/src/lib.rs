@@ -11,6 +11,7 @@ pub mod failover;
 pub mod failure;
 pub mod graph;
 pub mod ids;
+pub mod isolate;
 pub mod job;
 pub mod key_group;
 pub mod random;

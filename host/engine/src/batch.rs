@@ -29,6 +29,8 @@ pub trait BatchExt {
     fn push_from(&mut self, other: &Self, place: usize, key: Range<u32>, value: Range<u32>);
     /// Every record, in order.
     fn records(&self) -> impl Iterator<Item = RecordRef<'_>>;
+    /// The records of a range of places.
+    fn part(&self, places: Range<usize>) -> Self;
     /// Adds all records of another batch.
     fn append(&mut self, other: Self);
 }
@@ -98,6 +100,12 @@ impl BatchExt for Batch {
             value_start = value_end;
             RecordRef { key, value, timestamp: self.timestamps.get(place).copied() }
         })
+    }
+
+    fn part(&self, places: Range<usize>) -> Self {
+        let mut part = Self::empty();
+        self.records().skip(places.start).take(places.len()).for_each(|record| part.push(record));
+        part
     }
 
     fn append(&mut self, other: Self) {

@@ -18,7 +18,7 @@ use cofferdam_core::{
     failover::RestartReason,
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner, consumer_range},
-    ids::{CheckpointId, Millis, OperatorId, TaskId},
+    ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
     job::{Effect, Event, Job, Outcome, TaskAttempt},
 };
 use futures::FutureExt;
@@ -98,6 +98,10 @@ impl Shared {
         let _ = self.events.send(event);
     }
 
+    pub(crate) fn observe(&self, progress: Progress) {
+        self.observer.observe(progress);
+    }
+
     /// When a checkpoint that is under way was triggered.
     pub(crate) fn triggered_at(&self, checkpoint: CheckpointId) -> Option<Instant> {
         self.stats.lock().get(&checkpoint.0).and_then(|stats| stats.triggered_at)
@@ -131,7 +135,7 @@ impl Shared {
             self.is_recovering.store(false, Ordering::Relaxed);
             let took = done.failed_at.elapsed().saturating_sub(done.delay);
             let recovery_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-            self.observer.observe(Progress::Recovered { recovery_us });
+            self.observe(Progress::Recovered { recovery_us });
         }
     }
 }
@@ -302,7 +306,7 @@ impl Driver {
     }
 
     fn observe(&self, progress: Progress) {
-        self.shared.observer.observe(progress);
+        self.shared.observe(progress);
     }
 
     fn announce_restart(
@@ -440,7 +444,7 @@ impl Plan {
         let opening = Arc::new(Opening::new(heads().count(), tasks.clone()));
         let mut workers = Vec::with_capacity(heads().count());
         for &(task, attempt) in heads() {
-            let (nodes, writers) = self.chain(task.operator, task.index, &gates);
+            let (nodes, writers) = self.chain(task, attempt, &gates);
             let head = match gates.get(&task) {
                 Some(gate) => {
                     let channels = origins(graph, task);
@@ -470,20 +474,22 @@ impl Plan {
     /// The nodes and writers of the chain that begins with one task.
     fn chain(
         &self,
-        head: OperatorId,
-        index: u32,
+        head: TaskId,
+        attempt: Attempt,
         gates: &BTreeMap<TaskId, Arc<Gate>>,
     ) -> (Vec<Node>, Vec<Writer>) {
         let (mut nodes, mut writers) = (Vec::<Node>::new(), Vec::new());
         // Each entry: an operator, and the node and output whose records it takes.
-        let mut waiting = std::collections::VecDeque::from([(head, None::<(usize, u32, u32)>)]);
+        let index = head.index;
+        let mut waiting =
+            std::collections::VecDeque::from([(head.operator, None::<(usize, u32, u32)>)]);
         while let Some((operator, from)) = waiting.pop_front() {
             let place = nodes.len();
             if let Some((producer, output, input)) = from {
                 add_target(&mut nodes[producer], output, Target::Node { node: place, input });
             }
             let task = TaskId { operator, index };
-            nodes.push(self.node(task));
+            nodes.push(self.node(task, attempt));
             for edge in self.graph.outputs(operator) {
                 if self.graph.is_chained(edge) {
                     waiting.push_back((edge.to, Some((place, edge.output, edge.input))));

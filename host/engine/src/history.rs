@@ -91,6 +91,7 @@ impl Observer for Recorder {
             progress,
             Progress::Restarting { .. }
                 | Progress::Failed { .. }
+                | Progress::DeadLetter { .. }
                 | Progress::CheckpointFailed { .. }
         );
         if is_history

@@ -14,7 +14,7 @@ use cofferdam_core::{
     checkpoint::retention::End,
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner},
-    ids::{OperatorId, TaskId},
+    ids::{Attempt, OperatorId, TaskId},
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_sandbox::{
@@ -33,7 +33,9 @@ use crate::{
     restore::{self, RestoreFrom},
     sink,
     source::Prepared,
-    spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StorageSpec},
+    spec::{
+        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StorageSpec,
+    },
     storage::{
         self, Storage, StorageError, faulty::Faults, manifest::TaskIdentity, memory::MemoryStorage,
         objects::ObjectStorage, sled::SledStorage, snapshot::SnapshotStore, writer::StorageHandle,
@@ -41,6 +43,7 @@ use crate::{
     task::{
         local::TaskLocal,
         node::{Node, OperatorTask, Work},
+        poison::Processed,
     },
 };
 
@@ -88,7 +91,14 @@ pub(crate) struct Plan {
 
 enum NodePlan {
     Source(Prepared),
-    Operator { name: String, component: Component, spec: Arc<OperatorSpec>, has_states: bool },
+    Operator {
+        name: String,
+        component: Component,
+        spec: Arc<OperatorSpec>,
+        has_states: bool,
+        /// How many outputs its component has.
+        outputs: u32,
+    },
     Sink(SinkSpec),
 }
 
@@ -107,24 +117,28 @@ impl Plan {
         }
     }
 
-    pub(crate) fn node(&self, task: TaskId) -> Node {
+    pub(crate) fn node(&self, task: TaskId, attempt: Attempt) -> Node {
         let work = match &self.nodes[task.operator.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
             NodePlan::Sink(spec) => Work::Sink { spec: spec.clone(), sink: None },
-            NodePlan::Operator { name, component, spec, has_states } => {
+            NodePlan::Operator { name, component, spec, has_states, outputs } => {
                 Work::Operator(Box::new(OperatorTask {
                     name: name.clone(),
                     component: component.clone(),
                     spec: spec.clone(),
                     has_states: *has_states,
                     instance: None,
+                    dead_letter_output: *outputs,
+                    processed: Processed::default(),
+                    guard: None,
+                    unsaved: Vec::new(),
                 }))
             }
         };
         Node {
             task,
             slot: self.slots[&task],
-            index: task.index,
+            attempt,
             parallelism: self.graph.operator(task.operator).parallelism,
             work,
             targets: Vec::new(),
@@ -156,6 +170,7 @@ impl CheckedJob {
                 operators.insert(id, load(sandbox, &node.name, operator).await?);
             }
         }
+        check_dead_letters(&spec, &operators)?;
         let edges = resolve_edges(&spec, &operators)?;
         let nodes = spec.graph.operators().map(|(_, operator)| operator.clone()).collect();
         spec.graph = JobGraph::new(nodes, edges).map_err(|error| {
@@ -311,6 +326,33 @@ fn resolve_edges(
     Ok(edges)
 }
 
+fn has_dead_letters(spec: &JobSpec, id: OperatorId) -> bool {
+    matches!(&spec.node(id).kind, NodeKind::Operator(it) if it.dead_letter_after.is_some())
+}
+
+/// Isolated records must go somewhere, and nowhere else.
+fn check_dead_letters(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+) -> Result<(), Problem> {
+    for (id, operator) in operators.iter().filter(|(id, _)| has_dead_letters(spec, **id)) {
+        let name = &spec.node(*id).name;
+        if operator.description.outputs.iter().any(|port| port.name == DEAD_LETTER) {
+            let message = format!("operator \"{name}\" has an output \"{DEAD_LETTER}\" of its own");
+            return Err(Problem::new(Code::BadValue, message)
+                .hint("leave on-trap out, or name that output otherwise"));
+        }
+        let takes =
+            |input: &InputSpec| input.from == *id && input.output.as_deref() == Some(DEAD_LETTER);
+        if !spec.nodes.iter().flat_map(|node| &node.inputs).any(takes) {
+            let message = format!("nothing takes the dead letters of operator \"{name}\"");
+            return Err(Problem::new(Code::BadValue, message)
+                .hint(format!("give a sink inputs = [\"{name}.{DEAD_LETTER}\"]")));
+        }
+    }
+    Ok(())
+}
+
 fn port_names(ports: &[Port]) -> String {
     ports.iter().map(|port| port.name.as_str()).collect::<Vec<_>>().join(", ")
 }
@@ -335,6 +377,10 @@ fn output_of(
         return Ok((0, Formats { key, value }));
     };
     let outputs = &operator.description.outputs;
+    if name == Some(DEAD_LETTER) && has_dead_letters(spec, from) {
+        let output = u32::try_from(outputs.len()).unwrap_or(u32::MAX);
+        return Ok((output, Formats { key: None, value: Format::Json }));
+    }
     let found = (0u32..).zip(outputs).find(|(_, port)| name.is_none_or(|name| name == port.name));
     found.map(|(output, port)| (output, port.into())).ok_or_else(|| unknown(port_names(outputs)))
 }
@@ -690,6 +736,7 @@ fn prepare_nodes(
                     component: checked.component.clone(),
                     spec: Arc::new((**operator).clone()),
                     has_states: !checked.description.states.is_empty(),
+                    outputs: u32::try_from(checked.description.outputs.len()).unwrap_or(u32::MAX),
                 },
                 (NodeKind::Operator(_), None) => {
                     return Err(Problem::new(Code::HostBug, "an operator without a component"));

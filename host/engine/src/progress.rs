@@ -69,6 +69,21 @@ pub enum Progress {
         /// From the failure to those records, the restart delay not counted.
         recovery_us: u64,
     },
+    /// A record was isolated that traps whenever it is processed.
+    DeadLetter {
+        /// The task, `operator/index`.
+        task: String,
+        /// The class of the failure.
+        class: &'static str,
+        /// What happened.
+        message: String,
+        /// The guest's frames.
+        backtrace: Vec<String>,
+        /// How often it has trapped.
+        traps: u32,
+        /// From the trap of its batch until it was found.
+        isolation_us: u64,
+    },
     /// The job has failed for good.
     Failed {
         /// The task that failed, `operator/index`.
@@ -94,6 +109,23 @@ impl Progress {
         reason: String,
     ) -> Self {
         Self::CheckpointFailed { checkpoint: checkpoint.0, code, reason }
+    }
+
+    pub(crate) fn dead_letter(
+        task: String,
+        cause: &FailureCause,
+        traps: u32,
+        isolation_us: u64,
+    ) -> Self {
+        let (class, message) = (cause.class(), cause.message().to_owned());
+        Self::DeadLetter {
+            task,
+            class,
+            message,
+            backtrace: backtrace_of(cause),
+            traps,
+            isolation_us,
+        }
     }
 
     pub(crate) fn failed(task: Option<String>, cause: &FailureCause) -> Self {

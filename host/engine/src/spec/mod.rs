@@ -225,7 +225,13 @@ pub struct OperatorSpec {
     pub snapshot: SnapshotMode,
     /// How many key groups it has.
     pub max_parallelism: u32,
+    /// A record at which it has trapped so often is isolated and goes to its output
+    /// [`DEAD_LETTER`]; `None`: a trap is a failure, however often.
+    pub dead_letter_after: Option<u32>,
 }
+
+/// The output of isolated records. An operator that has one has it from the host.
+pub const DEAD_LETTER: &str = "dead-letter";
 
 /// What a checkpoint holds of an operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -1256,7 +1262,27 @@ fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Re
         limits,
         snapshot: snapshot.map_or(SnapshotMode::Both, |choice| choice.value),
         max_parallelism,
+        dead_letter_after: read_on_trap(section)?,
     })
+}
+
+/// A trap may have another reason than the record, so it takes some to call a record poison.
+const TRAPS_DEFAULT: u32 = 3;
+
+fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {
+    let policies = [("fail", false), (DEAD_LETTER, true)];
+    let policy = section.choice("on-trap", &policies)?;
+    let traps = section.integer("dead-letter-after", 2..=1_000)?;
+    if !policy.is_some_and(|policy| policy.value) {
+        return match traps {
+            Some(traps) => {
+                let why = "it says when a record is isolated: set on-trap = \"dead-letter\"";
+                Err(section.bad_value("dead-letter-after", &traps.span, why))
+            }
+            None => Ok(None),
+        };
+    }
+    Ok(Some(traps.map_or(TRAPS_DEFAULT, |traps| u32::try_from(traps.value).unwrap_or(u32::MAX))))
 }
 
 fn read_limits(section: &Section<'_>) -> Result<Limits> {

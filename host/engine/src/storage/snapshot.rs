@@ -1167,21 +1167,25 @@ fn unpack_pages(payload: &[u8], memories: &mut [MemoryDelta]) -> Option<()> {
     Some(())
 }
 
+/// One snapshot that says what several say that follow each other.
+pub(crate) fn merge_memory(snapshots: &[MemorySnapshot]) -> Option<MemorySnapshot> {
+    let last = snapshots.last()?;
+    let memories = last.memories.iter().enumerate().map(|(index, newest)| {
+        let mut pages = BTreeMap::new();
+        for snapshot in snapshots {
+            pages.extend(snapshot.memories.get(index).into_iter().flat_map(MemoryDelta::pages));
+        }
+        let mut merged = MemoryDelta::new(newest.size_bytes());
+        pages.into_iter().for_each(|(page, bytes)| merged.push(page, bytes));
+        merged
+    });
+    let (globals, monotonic_ns) = (last.globals.clone(), last.monotonic_ns);
+    Some(MemorySnapshot { memories: memories.collect(), globals, monotonic_ns })
+}
+
 /// One full snapshot that says what a chain says.
 fn merge(loaded: &LoadedTask) -> TaskSnapshot {
-    let memory = loaded.memory.last().map(|last| {
-        let memories = last.memories.iter().enumerate().map(|(index, newest)| {
-            let mut pages = BTreeMap::new();
-            for snapshot in &loaded.memory {
-                pages.extend(snapshot.memories.get(index).into_iter().flat_map(MemoryDelta::pages));
-            }
-            let mut merged = MemoryDelta::new(newest.size_bytes());
-            pages.into_iter().for_each(|(page, bytes)| merged.push(page, bytes));
-            merged
-        });
-        let (globals, monotonic_ns) = (last.globals.clone(), last.monotonic_ns);
-        MemorySnapshot { memories: memories.collect(), globals, monotonic_ns }
-    });
+    let memory = merge_memory(&loaded.memory);
     let declared = (!loaded.declared.is_empty()).then(|| changes_of(loaded.declared.iter()));
     let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
     let in_flight = loaded.in_flight.clone();

@@ -9,7 +9,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -29,6 +29,8 @@ pub(crate) struct TaskLocal {
     buried: Mutex<Option<Instance>>,
     /// Whether there is one: asked once a batch.
     has_buried: AtomicBool,
+    /// How many records the next attempt guards, because the operator has trapped; 0: none.
+    suspects: AtomicU64,
 }
 
 /// The state of a task as of a completed checkpoint.
@@ -47,6 +49,16 @@ pub(crate) struct Inner {
 impl TaskLocal {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The operator has trapped, and the record that made it will be among the next so many.
+    pub(crate) fn suspect(&self, records: u64) {
+        self.suspects.store(records, Ordering::Relaxed);
+    }
+
+    /// How many records are to be guarded.
+    pub(crate) fn suspects(&self) -> u64 {
+        self.suspects.load(Ordering::Relaxed)
     }
 
     /// Keeps an instance that has ended until its successor runs.

@@ -7,6 +7,7 @@
 
 pub(crate) mod local;
 pub(crate) mod node;
+pub(crate) mod poison;
 
 use std::{
     sync::{
@@ -177,7 +178,7 @@ impl Worker {
     async fn open(&mut self) -> Result<bool> {
         let mut was_drained = false;
         for node in &mut self.nodes {
-            let opened = node.open(&self.shared, self.attempt, self.restore_from).await;
+            let opened = node.open(&self.shared, self.restore_from).await;
             was_drained |= opened.map_err(|cause| TaskFailure { task: node.task, cause })?;
         }
         Ok(was_drained)

@@ -14,11 +14,15 @@ use cofferdam_core::{
     random::mix,
 };
 use cofferdam_sandbox::{
-    Batch, Component, Emission, GuestError, Host, Instance, InstanceSetup, Level, OpenContext,
-    RestoreError, SnapshotError,
+    Batch, Component, Emission, GuestError, Host, Instance, InstanceSetup, Level, MemorySnapshot,
+    OpenContext, RestoreError, SnapshotError,
 };
 
-use super::{TaskFailure, local::TaskLocal};
+use super::{
+    TaskFailure,
+    local::TaskLocal,
+    poison::{Guard, Processed},
+};
 use crate::{
     batch::BatchExt,
     clock::{micros, now_ms, since_epoch},
@@ -58,6 +62,28 @@ pub(crate) struct OperatorTask {
     pub(crate) spec: Arc<OperatorSpec>,
     pub(crate) has_states: bool,
     pub(crate) instance: Option<Instance>,
+    /// The host's own output, behind those that the component describes.
+    pub(crate) dead_letter_output: u32,
+    pub(crate) processed: Processed,
+    pub(crate) guard: Option<Guard>,
+    /// What was secured since the last checkpoint's snapshot.
+    pub(crate) unsaved: Vec<MemorySnapshot>,
+}
+
+/// What an operator's calls need to know of its task.
+pub(crate) struct Context<'a> {
+    pub(crate) shared: &'a Arc<Shared>,
+    pub(crate) local: &'a Arc<TaskLocal>,
+    pub(crate) task: TaskId,
+    pub(crate) attempt: Attempt,
+    pub(crate) parallelism: u32,
+}
+
+impl Context<'_> {
+    /// `operator/index`.
+    pub(crate) fn name(&self, operator: &str) -> String {
+        format!("{operator}/{}", self.task.index)
+    }
 }
 
 /// One task of one attempt.
@@ -65,7 +91,7 @@ pub(crate) struct Node {
     pub(crate) task: TaskId,
     /// Its number in the checkpoints.
     pub(crate) slot: usize,
-    pub(crate) index: u32,
+    pub(crate) attempt: Attempt,
     pub(crate) parallelism: u32,
     pub(crate) work: Work,
     /// By output.
@@ -87,7 +113,6 @@ impl Node {
     pub(crate) async fn open(
         &mut self,
         shared: &Arc<Shared>,
-        attempt: Attempt,
         restore_from: Option<CheckpointId>,
     ) -> Result<bool> {
         let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
@@ -98,21 +123,29 @@ impl Node {
             let state = checkpoint.map(|_| local.state.clone());
             (state.filter(|state| !state.is_empty()), local.is_drained)
         };
-        let (index, parallelism) = (self.index, self.parallelism);
+        let (index, parallelism) = (self.task.index, self.parallelism);
+        let (local, task, attempt) = (&self.local, self.task, self.attempt);
+        let context = Context { shared, local, task, attempt, parallelism };
         match &mut self.work {
             Work::Source { plan, source } => {
                 *source = Some(plan.open(index, parallelism, state.as_deref())?);
             }
             Work::Sink { spec, sink } => *sink = Some(sink::open(spec, index, state.as_deref())?),
             Work::Operator(operator) => {
-                let mut instance =
-                    operator.open(shared, self.task, attempt, index, parallelism).await?;
+                let mut instance = operator.open(&context).await?;
                 if let Some(checkpoint) = checkpoint {
-                    operator
-                        .restore(shared, &self.local, self.slot, checkpoint, &mut instance)
-                        .await?;
+                    operator.restore(&context, self.slot, checkpoint, &mut instance).await?;
                 }
                 operator.instance = Some(instance);
+                let suspects = self.local.suspects();
+                if 0 < suspects {
+                    let is_restored = checkpoint.is_some() && operator.spec.snapshot.has_memory();
+                    let base = is_restored.then(|| self.local.lock().image.copy()).transpose();
+                    let base = base.map_err(|error| FailureCause::Environment {
+                        message: format!("copy the image of a task: {error}"),
+                    })?;
+                    operator.begin_guard(base, suspects).await?;
+                }
             }
         }
         Ok(was_drained)
@@ -144,15 +177,32 @@ impl Node {
 
     pub(crate) async fn process(
         &mut self,
-        shared: &Shared,
+        shared: &Arc<Shared>,
         input: u32,
         batch: Batch,
     ) -> Result<Vec<Emission>> {
         shared.metrics.operators[self.task.operator.0 as usize].add_in(batch.record_count());
         match &mut self.work {
             Work::Operator(operator) => {
-                let emissions = operator.instance()?.process(input, &batch).await;
-                let emissions = emissions.map_err(cause_of)?;
+                let emissions = match operator.instance()?.process(input, &batch).await {
+                    Ok(emissions) => {
+                        operator.processed.add(batch.record_count());
+                        operator.secure(batch.record_count()).await?;
+                        emissions
+                    }
+                    Err(error) if operator.guard.is_some() => {
+                        let (local, task, attempt) = (&self.local, self.task, self.attempt);
+                        let parallelism = self.parallelism;
+                        let context = Context { shared, local, task, attempt, parallelism };
+                        operator.isolate(&context, input, &batch, error).await?
+                    }
+                    Err(error) => {
+                        if operator.spec.dead_letter_after.is_some() {
+                            self.local.suspect(operator.suspects());
+                        }
+                        return Err(cause_of(error));
+                    }
+                };
                 self.local.unmap_buried();
                 shared.note_processed(self.task);
                 Ok(emissions)
@@ -170,7 +220,9 @@ impl Node {
         shared.metrics.operators[self.task.operator.0 as usize].set_watermark(watermark);
         match &mut self.work {
             Work::Operator(operator) => {
-                operator.instance()?.advance(watermark).await.map_err(cause_of)
+                let emissions = operator.instance()?.advance(watermark).await.map_err(cause_of)?;
+                operator.secure(0).await?;
+                Ok(emissions)
             }
             Work::Source { .. } | Work::Sink { .. } => Ok(Vec::new()),
         }
@@ -233,6 +285,14 @@ impl Node {
             Work::Sink { sink: Some(sink), .. } => {
                 tokio::task::block_in_place(|| sink.commit(checkpoint))
             }
+            Work::Operator(operator) => {
+                operator.processed.on_complete(checkpoint.0);
+                // What had trapped lies behind a checkpoint: it will not come again.
+                if operator.guard.is_none() {
+                    self.local.suspect(0);
+                }
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -249,18 +309,13 @@ impl Node {
 }
 
 impl OperatorTask {
-    fn instance(&mut self) -> Result<&mut Instance> {
+    pub(crate) fn instance(&mut self) -> Result<&mut Instance> {
         self.instance.as_mut().ok_or_else(|| host_bug("an operator that is not open"))
     }
 
-    async fn open(
-        &mut self,
-        shared: &Arc<Shared>,
-        task: TaskId,
-        attempt: Attempt,
-        index: u32,
-        parallelism: u32,
-    ) -> Result<Instance> {
+    pub(crate) async fn open(&mut self, context: &Context<'_>) -> Result<Instance> {
+        let Context { shared, task, attempt, parallelism, .. } = *context;
+        let index = task.index;
         let host = TaskHost::new(shared, task, &self.name, attempt);
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
@@ -281,12 +336,12 @@ impl OperatorTask {
 
     async fn restore(
         &mut self,
-        shared: &Arc<Shared>,
-        local: &Arc<TaskLocal>,
+        context: &Context<'_>,
         slot: usize,
         checkpoint: u64,
         instance: &mut Instance,
     ) -> Result<()> {
+        let Context { shared, local, .. } = context;
         if self.spec.snapshot.has_memory() {
             // Taken out while the instance maps it, so that no lock is held over an await.
             let image = std::mem::take(&mut local.lock().image);
@@ -300,7 +355,7 @@ impl OperatorTask {
         if !self.has_states {
             return Ok(());
         }
-        let shared = shared.clone();
+        let shared = Arc::clone(shared);
         let loaded = blocking(move || shared.storage.load(slot, checkpoint)).await?;
         let entries: Vec<_> = loaded.declared.iter().collect();
         for part in entries.chunks(RESTORE_ENTRIES_MAX) {
@@ -317,6 +372,7 @@ impl OperatorTask {
         snapshot: &mut TaskSnapshot,
     ) -> Result<Option<String>> {
         let (mode, has_states) = (self.spec.snapshot, self.has_states);
+        self.processed.on_barrier(checkpoint.0);
         let instance = self.instance()?;
         // Before anything is handed over: the guest takes for stored what it has handed over.
         if mode.has_memory()
@@ -331,16 +387,15 @@ impl OperatorTask {
         }
         if mode.has_memory() {
             match instance.snapshot().await {
-                Ok(memory) => snapshot.memory = Some(memory),
+                Ok(memory) => snapshot.memory = Some(self.complete_snapshot(memory)?),
                 Err(error @ SnapshotError::HandlesHeld { .. }) => {
                     return Ok(Some(error.to_string()));
                 }
-                Err(SnapshotError::Guest(error)) => return Err(cause_of(error)),
-                Err(error) => {
-                    let message = format!("snapshot a guest's memory: {}", with_source(&error));
-                    return Err(FailureCause::Environment { message });
-                }
+                Err(error) => return Err(snapshot_cause(error)),
             }
+        } else {
+            // Handing over has changed the memory, too.
+            self.secure(0).await?;
         }
         Ok(None)
     }
@@ -396,7 +451,17 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
     }
 }
 
-fn restore_cause(error: RestoreError) -> FailureCause {
+pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
+    match error {
+        SnapshotError::Guest(error) => cause_of(error),
+        error => {
+            let message = format!("snapshot a guest's memory: {}", with_source(&error));
+            FailureCause::Environment { message }
+        }
+    }
+}
+
+pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
     match error {
         RestoreError::Guest(error) => cause_of(error),
         RestoreError::Map(_) => FailureCause::Environment { message: with_source(&error) },

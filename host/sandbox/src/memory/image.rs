@@ -164,6 +164,16 @@ impl Image {
         self.memories.iter().map(|memory| memory.size_bytes).sum()
     }
 
+    /// Another image of the same content. Costs a copy of all of it.
+    ///
+    /// # Errors
+    /// Where the operating system has no memory left.
+    pub fn copy(&self) -> io::Result<Self> {
+        let copies = self.memories.iter().map(MemoryImage::copy);
+        let memories = copies.collect::<io::Result<_>>()?;
+        Ok(Self { memories, globals: self.globals.clone(), monotonic_ns: self.monotonic_ns })
+    }
+
     /// Brings the image forward by one snapshot.
     ///
     /// # Errors
@@ -183,6 +193,22 @@ impl Image {
 }
 
 impl MemoryImage {
+    fn copy(&self) -> io::Result<Self> {
+        use std::os::unix::fs::FileExt;
+        let file = File::from(memfd_create("cofferdam-image", MemfdFlags::CLOEXEC)?);
+        file.set_len(self.size_bytes)?;
+        let mut bytes = vec![0; CHUNK_PAGES * PAGE_BYTES];
+        for start in (0..self.size_bytes).step_by(bytes.len()) {
+            let len = bytes.len().min((self.size_bytes - start) as usize);
+            self.file.read_exact_at(&mut bytes[..len], start)?;
+            // What was never written stays a hole.
+            if bytes[..len].iter().any(|byte| *byte != 0) {
+                file.write_all_at(&bytes[..len], start)?;
+            }
+        }
+        Ok(Self { file, size_bytes: self.size_bytes })
+    }
+
     fn apply(&mut self, delta: &MemoryDelta) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         if self.size_bytes < delta.size_bytes {
@@ -224,6 +250,11 @@ mod tests {
         image.memories[0].file.read_exact_at(&mut bytes, 0).expect("readable");
         let firsts: Vec<u8> = bytes.chunks(PAGE_BYTES).map(|page| page[PAGE_BYTES - 1]).collect();
         assert_eq!(firsts, [0, 1, 9, 0, 0, 5, 0, 0, 8]);
+        let copy = image.copy().expect("memory");
+        image.apply(&snapshot(9 * 4096, &[(2, 4)])).expect("memory");
+        let mut copied = vec![0; copy.size_bytes() as usize];
+        copy.memories[0].file.read_exact_at(&mut copied, 0).expect("readable");
+        assert!(copied == bytes, "a copy is not changed with what it was made of");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! `attempts` in how many attempts (default: in all), `step` how many records later in each further
 //! attempt (default: 0), `task` the index of the only task that does it (default: all do). Beside that, `ballast` is a number of bytes
 //! that it holds from the first record on, and `dirty` a number of pages of them that it writes for
-//! each record.
+//! each record. With `do = "poison"` it traps at the records whose event times `poison` lists.
 
 use std::{hint::black_box, time::Instant};
 
@@ -30,6 +30,7 @@ pub struct Probe {
     last_timestamp: Option<i64>,
     started: Option<Instant>,
     quiet: bool,
+    poison: Vec<i64>,
 }
 
 impl Operator for Probe {
@@ -48,6 +49,8 @@ impl Operator for Probe {
         self.step = context.config.get_or("step", 0)?;
         self.attempts = context.config.get_or("attempts", u32::MAX)?;
         self.dirty = context.config.get_or("dirty", 0)?;
+        let poison = context.config.get("poison").unwrap_or_default();
+        self.poison = poison.split_whitespace().filter_map(|time| time.parse().ok()).collect();
         self.quiet = context.config.get_or("quiet", false)?;
         self.started = Some(Instant::now());
         self.ballast_bytes = context.config.get_or("ballast", 0)?;
@@ -67,6 +70,9 @@ impl Operator for Probe {
         }
         if self.at <= self.seen && !self.deed.is_empty() && self.is_due() {
             self.misbehave(out)?;
+        }
+        if let Some(time) = record.timestamp.filter(|time| self.poison.contains(time)) {
+            panic!("record {time} is poison");
         }
         self.seen += 1;
         let count = self.counts.get_or_default(&record);

@@ -1,0 +1,228 @@
+//! Isolates poison records: what an operator does that has trapped and must not trap again.
+//!
+//! After a trap the job restarts, as after any. The operator that trapped is then *guarded* over the
+//! records that follow: after each batch it keeps an image of its memory in this process, so a batch
+//! that traps again can be taken back and halved, on copies of the instance, until the record is found.
+//! What is found goes to the operator's output `dead-letter`.
+
+use std::time::Instant;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use cofferdam_core::{failure::FailureCause, isolate::Isolation};
+use cofferdam_sandbox::{Batch, Emission, GuestError, Image, MemorySnapshot};
+use serde_json::{Map, Value, json};
+
+use super::node::{Context, OperatorTask, cause_of, host_bug, restore_cause, snapshot_cause};
+use crate::{
+    batch::{BatchExt, RecordRef},
+    clock::micros,
+    progress::Progress,
+    storage::snapshot::merge_memory,
+};
+
+type Result<T> = std::result::Result<T, FailureCause>;
+
+/// Records that are guarded at least, whatever the operator had processed when it trapped.
+const GUARDED_RECORDS_MIN: u64 = 4096;
+
+/// An operator's memory as of its last call that ended well.
+pub(crate) struct Guard {
+    image: Image,
+    records_left: u64,
+}
+
+/// How many records an operator has processed, and as of which checkpoints.
+#[derive(Debug, Default)]
+pub(crate) struct Processed {
+    total: u64,
+    /// Checkpoints that are not complete, with the total at their barriers.
+    barriers: Vec<(u64, u64)>,
+    /// The total at the barrier of the last one that is.
+    completed: u64,
+}
+
+impl Processed {
+    pub(crate) fn add(&mut self, records: usize) {
+        self.total += records as u64;
+    }
+
+    pub(crate) fn on_barrier(&mut self, checkpoint: u64) {
+        self.barriers.push((checkpoint, self.total));
+    }
+
+    pub(crate) fn on_complete(&mut self, checkpoint: u64) {
+        let is_older = |(id, _): &&(u64, u64)| *id <= checkpoint;
+        if let Some((_, total)) = self.barriers.iter().filter(is_older).next_back() {
+            self.completed = *total;
+        }
+        self.barriers.retain(|(id, _)| checkpoint < *id);
+    }
+
+    /// Records that a restart now would bring again.
+    fn since_completed(&self) -> u64 {
+        self.total - self.completed
+    }
+}
+
+/// Whether another try without one of its records may help.
+fn is_about_records(error: &GuestError) -> bool {
+    matches!(
+        error,
+        GuestError::Trap { .. }
+            | GuestError::Limit(_)
+            | GuestError::Rejected { .. }
+            | GuestError::Failed { .. }
+    )
+}
+
+impl OperatorTask {
+    /// How many records are to be guarded after a trap now.
+    pub(crate) fn suspects(&self) -> u64 {
+        // Channels may deliver in another order the next time, so some more.
+        (2 * self.processed.since_completed()).max(GUARDED_RECORDS_MIN)
+    }
+
+    /// Begins to guard `records` records. The instance stands where its checkpoint `base` left it.
+    pub(crate) async fn begin_guard(&mut self, base: Option<Image>, records: u64) -> Result<()> {
+        self.guard = Some(Guard { image: base.unwrap_or_default(), records_left: records });
+        self.secure(0).await
+    }
+
+    /// A call has ended well: what it has written is part of the image from now on.
+    pub(crate) async fn secure(&mut self, records: usize) -> Result<()> {
+        if self.guard.is_none() {
+            return Ok(());
+        }
+        // Handles are no part of memory: while the guest holds some it cannot be guarded.
+        if self.instance()?.check_handles().is_err() {
+            self.guard = None;
+            return Ok(());
+        }
+        let written = self.instance()?.snapshot().await.map_err(snapshot_cause)?;
+        let Some(guard) = &mut self.guard else { return Ok(()) };
+        guard.image.apply(&written).map_err(no_memory)?;
+        guard.records_left = guard.records_left.saturating_sub(records as u64);
+        let is_over = guard.records_left == 0;
+        if self.spec.snapshot.has_memory() {
+            // The next checkpoint has to hold it, and its own snapshot will not find it any more.
+            self.unsaved.push(written);
+        }
+        if is_over {
+            self.guard = None;
+        }
+        Ok(())
+    }
+
+    /// A checkpoint's snapshot was taken: adds what was secured since the one before.
+    pub(crate) fn complete_snapshot(&mut self, memory: MemorySnapshot) -> Result<MemorySnapshot> {
+        if let Some(guard) = &mut self.guard {
+            guard.image.apply(&memory).map_err(no_memory)?;
+        }
+        if self.unsaved.is_empty() {
+            return Ok(memory);
+        }
+        let mut all = std::mem::take(&mut self.unsaved);
+        all.push(memory);
+        merge_memory(&all).ok_or_else(|| host_bug("a snapshot without memories"))
+    }
+
+    /// Processes a batch that has trapped just now without its poison records.
+    pub(crate) async fn isolate(
+        &mut self,
+        context: &Context<'_>,
+        input: u32,
+        batch: &Batch,
+        mut error: GuestError,
+    ) -> Result<Vec<Emission>> {
+        let began = Instant::now();
+        let traps = self.spec.dead_letter_after.unwrap_or(1);
+        // The failure that led to the restart was the first.
+        let mut search =
+            Isolation::new(u32::try_from(batch.record_count()).unwrap_or(u32::MAX), traps - 1);
+        let mut emissions = Vec::new();
+        loop {
+            if !is_about_records(&error) || self.guard.is_none() {
+                return Err(cause_of(error));
+            }
+            self.rewind(context).await?;
+            if let Some(place) = search.on_trap() {
+                let cause = cause_of(error);
+                let record = batch.records().nth(place as usize);
+                let letter = self.dead_letter(context, input, record, &cause, traps);
+                emissions.push(Emission { output: self.dead_letter_output, records: letter });
+                let task = context.name(&self.name);
+                let isolation_us = micros(began.elapsed());
+                context.shared.observe(Progress::dead_letter(task, &cause, traps, isolation_us));
+            }
+            error = loop {
+                let Some(part) = search.next_part() else { return Ok(emissions) };
+                let part = batch.part(part.start as usize..part.end as usize);
+                match self.instance()?.process(input, &part).await {
+                    Ok(more) => {
+                        search.on_success();
+                        emissions.extend(more);
+                        self.processed.add(part.record_count());
+                        self.secure(part.record_count()).await?;
+                    }
+                    Err(error) => break error,
+                }
+            };
+        }
+    }
+
+    /// Replaces the instance by a copy of what it was before the call that has trapped.
+    async fn rewind(&mut self, context: &Context<'_>) -> Result<()> {
+        if let Some(trapped) = self.instance.take() {
+            context.local.bury(trapped);
+        }
+        let mut instance = self.open(context).await?;
+        let guard = self.guard.as_ref().ok_or_else(|| host_bug("nothing to rewind to"))?;
+        instance.restore(&guard.image).await.map_err(restore_cause)?;
+        self.instance = Some(instance);
+        Ok(())
+    }
+
+    /// All that is known of a poison record, as one JSON document.
+    fn dead_letter(
+        &self,
+        context: &Context<'_>,
+        input: u32,
+        record: Option<RecordRef<'_>>,
+        cause: &FailureCause,
+        traps: u32,
+    ) -> Batch {
+        let mut letter = Map::new();
+        let mut bytes = |name: &str, bytes: &[u8]| match std::str::from_utf8(bytes) {
+            Ok(text) => letter.insert(name.to_owned(), text.into()),
+            Err(_) => letter.insert(format!("{name}_base64"), BASE64_STANDARD.encode(bytes).into()),
+        };
+        if let Some(key) = record.and_then(|record| record.key) {
+            bytes("key", key);
+        }
+        if let Some(record) = record {
+            bytes("value", record.value);
+        }
+        let timestamp = record.and_then(|record| record.timestamp);
+        let backtrace = match cause {
+            FailureCause::Trap { backtrace, .. } => backtrace.as_slice(),
+            _ => &[],
+        };
+        letter.extend([
+            ("timestamp".to_owned(), json!(timestamp)),
+            ("task".to_owned(), Value::from(context.name(&self.name))),
+            ("input".to_owned(), Value::from(input)),
+            ("class".to_owned(), Value::from(cause.class())),
+            ("message".to_owned(), Value::from(cause.message())),
+            ("backtrace".to_owned(), json!(backtrace)),
+            ("traps".to_owned(), Value::from(traps)),
+        ]);
+        let mut records = Batch::empty();
+        let value = Value::Object(letter).to_string();
+        records.push(RecordRef { key: None, value: value.as_bytes(), timestamp });
+        records
+    }
+}
+
+fn no_memory(error: std::io::Error) -> FailureCause {
+    FailureCause::Environment { message: format!("keep the image of a guarded task: {error}") }
+}
