@@ -17,6 +17,7 @@ use crate::support::{block_on, disk_bytes, load, median, open, sandbox};
 
 const ROUNDS: usize = 9;
 const PAGE: u64 = 4096;
+const COUNTED_WORDS: u32 = 500_000;
 
 /// Pause in us, changed bytes, seconds into sled, bytes stored, bytes on disk, seconds into a file.
 type Row = (f64, f64, f64, f64, f64, f64);
@@ -45,6 +46,52 @@ pub(crate) fn run() -> Result<()> {
                 config.iter().map(|(key, value)| (*key, value.as_str())).collect();
             block_on(measure(&component, &config, mib, per_mille))??;
         }
+    }
+    block_on(compress(&load(&sandbox, &guest::counter())?))?
+}
+
+/// What compression costs and saves: the state of a counter of words, written whole.
+async fn compress(component: &cofferdam_sandbox::Component) -> Result<()> {
+    println!(
+        "\n| words counted | state | compressed | write + flush | bytes stored | of the state |"
+    );
+    println!("|---|---|---|---|---|---|");
+    let mut instance = open(component, &[]).await?;
+    let mut words = Batch::empty();
+    for number in 0..COUNTED_WORDS {
+        // As long as words are, and no two alike.
+        let word = format!("word-{:x}", number.wrapping_mul(0x9e37_79b9));
+        words.push(RecordRef { key: Some(word.as_bytes()), value: b"", timestamp: None });
+        if words.record_count() == 1024 {
+            instance.process(0, &std::mem::replace(&mut words, Batch::empty())).await?;
+        }
+    }
+    instance.process(0, &words).await?;
+    let memory = instance.snapshot().await?;
+    let state = memory.changed_bytes();
+    let snapshot = Arc::new(TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() });
+    let mut rows = [Vec::new(), Vec::new()];
+    // In turn, so that both meet the same disk.
+    for _ in 0..ROUNDS {
+        for (is_compressing, row) in [false, true].into_iter().zip(&mut rows) {
+            let dir = tempfile::tempdir_in(guest::root().join("target"))?;
+            let storage = Box::new(SledStorage::new(dir.path().to_owned()));
+            let (mut store, _) = SnapshotStore::open(storage, "bench", vec![lone_task("count")])?;
+            store.compress(is_compressing);
+            let began = Instant::now();
+            let bytes = store.write(vec![(0, 1, snapshot.clone())])?[0];
+            row.push((began.elapsed().as_secs_f64() * 1e3, bytes as f64));
+        }
+    }
+    for (name, row) in ["no", "LZ4"].into_iter().zip(rows) {
+        let bytes = median(row.iter().map(|(_, bytes)| *bytes).collect());
+        println!(
+            "| {COUNTED_WORDS} | {:.1} MB | {name} | {:.1} ms | {:.1} MB | {:.2} |",
+            state as f64 / 1e6,
+            median(row.iter().map(|(ms, _)| *ms).collect()),
+            bytes / 1e6,
+            bytes / state as f64,
+        );
     }
     Ok(())
 }
