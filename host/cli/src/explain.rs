@@ -11,7 +11,7 @@ use cofferdam_core::{
     graph::JobGraph,
     ids::{Millis, OperatorId, TaskId},
     random::Random,
-    restart::{RestartState, RestartStrategy},
+    restart::RestartStrategy,
 };
 use cofferdam_engine::{
     problem::{Code, Problem},
@@ -262,7 +262,7 @@ fn strategy_words(strategy: &RestartStrategy) -> String {
 }
 
 fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem> {
-    let strategy = match &arguments.manifest {
+    let restart = match &arguments.manifest {
         Some(manifest) => JobSpec::read_with(manifest, arguments.host.read()?.as_ref())?.restart,
         None => restart_of(&arguments.set)?,
     };
@@ -270,10 +270,10 @@ fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem>
         return Err(Problem::new(Code::BadValue, "the times of --failures must ascend")
             .hint("they are milliseconds since the start, for example 0,500,2000"));
     }
-    let mut state = RestartState::new(strategy.clone());
+    let mut state = restart.state();
     let mut random = Random::new(arguments.seed);
     if !is_json {
-        println!("{}\n", strategy_words(&strategy));
+        println!("{}\n", strategy_words(&restart.strategy));
     }
     for &at_ms in &arguments.failures {
         let verdict = state.on_failure(Millis(at_ms), &mut random);

@@ -257,6 +257,11 @@ pub struct JobSettings {
     pub checkpoint: CheckpointSettings,
     /// What a failure leads to.
     pub restart: RestartStrategy,
+    /// Failures of one incident count as one, whatever the strategy.
+    pub is_merging_failures: bool,
+    /// After so many failovers in a row with no checkpoint completed between them, every task
+    /// restarts; after as many again the job fails. `None`: never.
+    pub escalates_after: Option<u32>,
     /// Seeds jitter and the first trigger.
     pub seed: u64,
 }
@@ -308,6 +313,16 @@ enum Phase {
     Over,
 }
 
+/// What a failure concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Escalation {
+    /// What the failover strategy says.
+    Region,
+    EveryTask,
+    /// The job fails.
+    Job,
+}
+
 /// What a stop was asked for with.
 #[derive(Debug, Clone, Copy)]
 struct Stop {
@@ -325,6 +340,9 @@ pub struct Job {
     failover: FailoverStrategy,
     coordinator: Coordinator,
     restart: RestartState,
+    escalates_after: Option<u32>,
+    /// Failovers since the last completed checkpoint.
+    failovers: u32,
     random: Random,
     phase: Phase,
     /// When each incident's delay is over.
@@ -341,7 +359,15 @@ impl Job {
     /// A job whose tasks are to be started: perform the effect that is given back.
     #[must_use]
     pub fn new(settings: JobSettings, resume: Resume) -> (Self, Effect) {
-        let JobSettings { graph, failover, checkpoint, restart, seed } = settings;
+        let JobSettings {
+            graph,
+            failover,
+            checkpoint,
+            restart,
+            is_merging_failures,
+            escalates_after,
+            seed,
+        } = settings;
         let fresh = |task| {
             let (attempt, state) = (Attempt(0), TaskState::Starting);
             (task, TaskRun { attempt, state, is_drained: false, incident: None })
@@ -351,7 +377,9 @@ impl Job {
             topology: Topology::new(&graph),
             failover,
             coordinator: Coordinator::new(checkpoint, &resume.completed, resume.next_id),
-            restart: RestartState::new(restart),
+            restart: RestartState::new(restart).merging(is_merging_failures),
+            escalates_after,
+            failovers: 0,
             random: Random::new(seed),
             phase: Phase::Active,
             incidents: BTreeMap::new(),
@@ -580,6 +608,7 @@ impl Job {
         if purpose == Purpose::Savepoint || !matches!(self.phase, Phase::Active) {
             return;
         }
+        self.failovers = 0;
         // Tasks that are being restarted commit it when they are restored from it.
         if purpose == Purpose::Last {
             if self.all(|run| run.state == TaskState::Running) {
@@ -695,7 +724,10 @@ impl Job {
             false => None,
         };
         let checkpoint = self.coordinator.last_completed();
-        let Some(verdict) = verdict.filter(|verdict| verdict.can_restart) else {
+        self.failovers += u32::from(verdict.is_some_and(|verdict| verdict.is_new_attempt));
+        let escalation = self.escalation();
+        let allowed = verdict.filter(|it| it.can_restart && escalation != Escalation::Job);
+        let Some(verdict) = allowed else {
             let task = task.map(|(task, _)| task);
             return self.give_up(now, Outcome::Failed { task, cause, checkpoint }, effects);
         };
@@ -708,7 +740,12 @@ impl Job {
                 effects,
             );
         }
-        let reasons = self.restart_set(task, lost);
+        let mut reasons = self.restart_set(task, lost);
+        if escalation == Escalation::EveryTask {
+            for task in self.tasks.keys() {
+                reasons.entry(*task).or_insert(RestartReason::Escalated);
+            }
+        }
         self.phase = Phase::Active;
         let restarting: Vec<TaskId> = reasons.keys().copied().collect();
         self.suspend_checkpoints(now, effects);
@@ -731,6 +768,16 @@ impl Job {
             }
         }
         self.incidents.insert(incident, now.after(delay_ms));
+    }
+
+    /// How far the failovers since the last completed checkpoint have led: restarting the same
+    /// region again and again may be what keeps the job from getting on.
+    fn escalation(&self) -> Escalation {
+        match self.escalates_after {
+            Some(bound) if bound.saturating_mul(2) < self.failovers => Escalation::Job,
+            Some(bound) if bound < self.failovers => Escalation::EveryTask,
+            _ => Escalation::Region,
+        }
     }
 
     /// Which tasks restart. A failure that is not one task's, and one while others are closing

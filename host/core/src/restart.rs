@@ -79,6 +79,9 @@ pub struct Verdict {
 pub struct RestartState {
     strategy: RestartStrategy,
     memory: Memory,
+    /// The end of the last delay, where failures up to it count once; see
+    /// [`RestartState::merging`].
+    merged_until: Option<Option<Millis>>,
 }
 
 #[derive(Debug, Clone)]
@@ -103,7 +106,16 @@ impl RestartState {
             RestartStrategy::FailureRate { .. } => Memory::Recent(VecDeque::new()),
             RestartStrategy::ExponentialDelay(_) => Memory::Backoff { next_at: None, attempts: 0 },
         };
-        Self { strategy, memory }
+        Self { strategy, memory, merged_until: None }
+    }
+
+    /// Failures up to the end of a delay belong to the restart that is already scheduled, whatever
+    /// the strategy: many tasks that fail by one incident cost one attempt. Not Flink's, which does
+    /// so for the exponential delay alone.
+    #[must_use]
+    pub fn merging(mut self, is_merging: bool) -> Self {
+        self.merged_until = is_merging.then_some(None);
+        self
     }
 
     /// How many more failures lead to a restart, where the strategy has such a number.
@@ -123,6 +135,17 @@ impl RestartState {
 
     /// Counts one failure and says what follows from it. `random` gives the jitter.
     pub fn on_failure(&mut self, now: Millis, random: &mut Random) -> Verdict {
+        if let Some(Some(until)) = self.merged_until.filter(|until| Some(now) <= *until) {
+            return verdict(false, true, until.since(now));
+        }
+        let verdict = self.count(now, random);
+        if let Some(until) = &mut self.merged_until {
+            *until = Some(now.after(verdict.backoff_ms));
+        }
+        verdict
+    }
+
+    fn count(&mut self, now: Millis, random: &mut Random) -> Verdict {
         match (&self.strategy, &mut self.memory) {
             (RestartStrategy::FixedDelay { attempts, delay_ms }, Memory::Count(failures)) => {
                 *failures += 1;
@@ -241,6 +264,20 @@ mod tests {
             &[0, 0, 900_000_000, 900_000_001],
             &["new 10", "new 10", "new 10", "new give up"],
         );
+    }
+
+    #[test]
+    fn merged_failures_of_one_incident_count_once() {
+        let strategy = RestartStrategy::FixedDelay { attempts: 2, delay_ms: 10 };
+        let mut state = RestartState::new(strategy.clone()).merging(true);
+        let mut random = Random::new(0);
+        let mut at = |ms| state.on_failure(Millis(ms), &mut random);
+        assert_eq!(at(0), verdict(true, true, 10));
+        assert_eq!(at(3), verdict(false, true, 7));
+        assert_eq!(at(10), verdict(false, true, 0));
+        assert_eq!(at(11), verdict(true, true, 10));
+        assert!(!at(30).can_restart, "the third incident is one too many");
+        check(strategy, &[0, 0, 0], &["new 10", "new 10", "new give up"]);
     }
 
     #[test]

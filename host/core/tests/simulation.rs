@@ -187,6 +187,8 @@ impl World {
                 unaligned_after_ms: None,
             },
             restart: RestartStrategy::FixedDelay { attempts: u64::MAX, delay_ms: 20 },
+            is_merging_failures: seed.is_multiple_of(3),
+            escalates_after: None,
             seed,
         }
     }

@@ -583,7 +583,9 @@ impl Job {
             graph: self.plan.graph.clone(),
             failover: self.spec.failover,
             checkpoint: self.spec.checkpoint.clone(),
-            restart: self.spec.restart.clone(),
+            restart: self.spec.restart.strategy.clone(),
+            is_merging_failures: self.spec.restart.is_merging_failures,
+            escalates_after: self.spec.escalates_after,
             seed: self.seed,
         };
         let resumed_from = self.resume.completed.last().copied();

@@ -42,6 +42,8 @@ pub enum RestartReason {
     Failed,
     /// With `full`, every task restarts.
     EveryTask,
+    /// Restarting less has not helped.
+    Escalated,
     /// A task of its region restarts for a reason of its own.
     SameRegion {
         /// That task.
@@ -68,6 +70,10 @@ impl RestartReason {
         match self {
             Self::Failed => "it failed".to_owned(),
             Self::EveryTask => "every task restarts".to_owned(),
+            Self::Escalated => {
+                "failovers in a row have led to no new checkpoint, so every task restarts"
+                    .to_owned()
+            }
             Self::SameRegion { as_task } => {
                 format!("it is in the region of {}", graph.task_name(as_task))
             }

@@ -35,7 +35,15 @@ fn settings(restart: RestartStrategy) -> JobSettings {
         ..CheckpointSettings::default()
     };
     let graph = graph(&["a", "b"], &[(0, 1, ExchangeType::PipelinedBounded)]);
-    JobSettings { graph, failover: FailoverStrategy::Region, checkpoint, restart, seed: 1 }
+    JobSettings {
+        graph,
+        failover: FailoverStrategy::Region,
+        checkpoint,
+        restart,
+        is_merging_failures: false,
+        escalates_after: None,
+        seed: 1,
+    }
 }
 
 fn fixed_delay(attempts: u64) -> RestartStrategy {
@@ -481,6 +489,34 @@ fn other_regions_go_on_undisturbed_but_pending_checkpoints_end() {
          503: ack a @1 #3     ->
          504: ack b @1 #3     ->
          505: ack c @0 #3     -> persist #3",
+    );
+}
+
+#[test]
+fn failovers_without_a_checkpoint_escalate_to_every_task_and_then_to_the_job() {
+    let settings = JobSettings { escalates_after: Some(1), ..two_regions() };
+    check_with(
+        settings,
+        "0: started @0        ->
+         1: trap c @0         -> cancel c@0, restart in 50
+         2: stopped c@0       ->
+         51: tick             -> start c@1 empty
+         52: started c@1      ->
+         152: tick            -> barrier #1
+         153: ack a @0 #1     ->
+         154: ack b @0 #1     ->
+         155: ack c @1 #1     -> persist #1
+         156: durable #1      -> complete #1
+         157: trap c @1       -> cancel c@1, restart in 50
+         158: stopped c@1     ->
+         207: tick            -> start c@2 from #1
+         208: started c@2     ->
+         209: trap c @2       -> cancel a@0 b@0 c@2, restart in 50
+         210: stopped a@0 b@0 c@2 ->
+         259: tick            -> start a@1 b@1 c@3 from #1
+         260: started a@1 b@1 c@3 ->
+         261: trap c @3       -> cancel a@1 b@1 c@3
+         262: stopped a@1 b@1 c@3 -> fail trap",
     );
 }
 

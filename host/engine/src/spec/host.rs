@@ -55,6 +55,7 @@ const KNOWN: &[&str] = &[
     "execution.checkpointing.savepoint-dir",
     "execution.checkpointing.storage",
     "jobmanager.execution.failover-strategy",
+    "jobmanager.execution.failover-escalation",
 ];
 
 const RESTART: &str = "restart-strategy.";

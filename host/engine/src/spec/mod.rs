@@ -20,7 +20,7 @@ use cofferdam_core::{
     graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
     ids::OperatorId,
     key_group::default_max_parallelism,
-    restart::{ExponentialDelay, RestartStrategy},
+    restart::{ExponentialDelay, RestartState, RestartStrategy},
 };
 use cofferdam_sandbox::{Format, Limits};
 use toml::de::{DeTable, DeValue};
@@ -64,9 +64,11 @@ pub struct JobSpec {
     /// Where checkpoints are kept.
     pub storage: StorageSpec,
     /// What a failure leads to.
-    pub restart: RestartStrategy,
+    pub restart: RestartSpec,
     /// What restarts when a task fails.
     pub failover: FailoverStrategy,
+    /// After so many failovers in a row without a new checkpoint everything restarts.
+    pub escalates_after: Option<u32>,
     /// The operators and edges.
     pub graph: JobGraph,
     /// What each node of the graph is, by its id.
@@ -75,6 +77,23 @@ pub struct JobSpec {
     pub warnings: Vec<String>,
     /// Every setting that counts for the whole job, with the place where it was set, if it was.
     pub origins: BTreeMap<String, Option<String>>,
+}
+
+/// What failures lead to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RestartSpec {
+    /// When tasks restart, and when the job is given up.
+    pub strategy: RestartStrategy,
+    /// Failures of one incident count as one; see [`RestartState::merging`].
+    pub is_merging_failures: bool,
+}
+
+impl RestartSpec {
+    /// The strategy before the first failure.
+    #[must_use]
+    pub fn state(&self) -> RestartState {
+        RestartState::new(self.strategy.clone()).merging(self.is_merging_failures)
+    }
 }
 
 /// Where checkpoints are kept.
@@ -389,7 +408,15 @@ impl JobSpec {
             "jobmanager.execution.failover-strategy".to_owned(),
             self.failover.name().to_owned(),
         ));
-        let (name, values) = strategy_settings(&self.restart);
+        all.push((
+            "jobmanager.execution.failover-escalation".to_owned(),
+            self.escalates_after.map_or("none".to_owned(), |failovers| failovers.to_string()),
+        ));
+        all.push((
+            "restart-strategy.merge-failures".to_owned(),
+            self.restart.is_merging_failures.to_string(),
+        ));
+        let (name, values) = strategy_settings(&self.restart.strategy);
         all.push(("restart-strategy.type".to_owned(), name.to_owned()));
         all.extend(
             values
@@ -483,7 +510,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let execution = read_execution(root, base_dir, &name.value)?;
     let is_checkpointed = execution.checkpoint.interval_ms.is_some();
     let restart = read_restart(root, is_checkpointed)?;
-    let failover = read_failover(root)?;
+    let (failover, escalates_after) = read_failover(root, is_checkpointed)?;
     let (graph, nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
     root.finish()?;
     Ok(JobSpec {
@@ -497,6 +524,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
         storage: execution.storage,
         restart,
         failover,
+        escalates_after,
         graph,
         nodes,
         warnings: execution.warnings,
@@ -508,7 +536,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
 ///
 /// # Errors
 /// The first problem, with the setting it is in.
-pub fn restart_of(settings: &[(String, String)]) -> Result<RestartStrategy> {
+pub fn restart_of(settings: &[(String, String)]) -> Result<RestartSpec> {
     let text: String = settings.iter().map(|(key, value)| setting_line(key, value)).collect();
     let source = Text::new(Path::new("--set"), &text);
     let table = parse_toml(&source, &text, 0)?;
@@ -775,13 +803,16 @@ enum StrategyName {
     ExponentialDelay,
 }
 
-fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartStrategy> {
+fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartSpec> {
     use StrategyName::{ExponentialDelay as Exponential, FailureRate, FixedDelay, None as Never};
     let default = match is_checkpointed {
         true => RestartStrategy::ExponentialDelay(ExponentialDelay::default()),
         false => RestartStrategy::None,
     };
-    let Some(section) = root.section("restart-strategy")? else { return Ok(default) };
+    let Some(section) = root.section("restart-strategy")? else {
+        return Ok(RestartSpec { strategy: default, is_merging_failures: false });
+    };
+    let merging = section.boolean("merge-failures")?;
     let names = [
         ("none", Never),
         ("off", Never),
@@ -799,13 +830,15 @@ fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartStra
     let failure_rate = read_failure_rate(&section)?;
     let exponential = read_exponential(&section)?;
     section.finish()?;
-    Ok(match chosen {
+    let strategy = match chosen {
         None => default,
         Some(Never) => RestartStrategy::None,
         Some(FixedDelay) => fixed_delay,
         Some(FailureRate) => failure_rate,
         Some(Exponential) => RestartStrategy::ExponentialDelay(exponential),
-    })
+    };
+    let is_merging_failures = merging.is_some_and(|merging| merging.value);
+    Ok(RestartSpec { strategy, is_merging_failures })
 }
 
 fn read_fixed_delay(strategies: &Section<'_>) -> Result<RestartStrategy> {
@@ -889,19 +922,30 @@ fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
     Ok(settings)
 }
 
-fn read_failover(root: &Section<'_>) -> Result<FailoverStrategy> {
-    let mut strategy = FailoverStrategy::default();
-    let Some(jobmanager) = root.section("jobmanager")? else { return Ok(strategy) };
+fn read_failover(
+    root: &Section<'_>,
+    is_checkpointed: bool,
+) -> Result<(FailoverStrategy, Option<u32>)> {
+    let (mut strategy, mut escalates_after) = (FailoverStrategy::default(), None);
+    let Some(jobmanager) = root.section("jobmanager")? else { return Ok((strategy, None)) };
     if let Some(section) = jobmanager.section("execution")? {
         let strategies = [FailoverStrategy::Region, FailoverStrategy::Full];
         let strategies = strategies.map(|strategy| (strategy.name(), strategy));
         if let Some(chosen) = section.choice("failover-strategy", &strategies)? {
             strategy = chosen.value;
         }
+        let bound = section.integer("failover-escalation", 1..=u64::from(FLINK_INT_MAX))?;
+        if let Some(Located { value, span }) = bound {
+            if !is_checkpointed {
+                let why = "it counts from checkpoint to checkpoint: set an interval for them";
+                return Err(section.bad_value("failover-escalation", &span, why));
+            }
+            escalates_after = u32::try_from(value).ok();
+        }
         section.finish()?;
     }
     jobmanager.finish()?;
-    Ok(strategy)
+    Ok((strategy, escalates_after))
 }
 
 /// A node as it was read, before names are resolved.
@@ -1385,7 +1429,8 @@ mod tests {
         };
         let job = job.map_or(String::new(), lines) + interval;
         let host = host.map(lines);
-        spec(&job, host.as_deref()).map(|spec| strategy_settings(&spec.restart).0.to_owned())
+        spec(&job, host.as_deref())
+            .map(|spec| strategy_settings(&spec.restart.strategy).0.to_owned())
     }
 
     #[test]
@@ -1410,7 +1455,7 @@ mod tests {
         }
         let checkpointed = spec("[execution.checkpointing]\ninterval = \"1s\"\n", None);
         assert_eq!(
-            checkpointed.expect("a job").restart,
+            checkpointed.expect("a job").restart.strategy,
             RestartStrategy::ExponentialDelay(ExponentialDelay {
                 initial_backoff_ms: 1_000,
                 backoff_ms_max: 60_000,
@@ -1435,11 +1480,27 @@ mod tests {
     }
 
     #[test]
+    fn failures_may_merge_and_failovers_escalate() {
+        let lines = "[execution.checkpointing]\ninterval = \"1s\"\n\
+                     [restart-strategy]\nmerge-failures = true\n\
+                     [jobmanager.execution]\nfailover-escalation = 3\n";
+        let both = spec(lines, None).expect("a job");
+        assert_eq!((both.restart.is_merging_failures, both.escalates_after), (true, Some(3)));
+        let plain = spec("", None).expect("a job");
+        assert_eq!((plain.restart.is_merging_failures, plain.escalates_after), (false, None));
+        let unchecked = spec("[jobmanager.execution]\nfailover-escalation = 3\n", None);
+        assert_eq!(unchecked.map_err(|problem| problem.code).err(), Some(Code::BadValue));
+    }
+
+    #[test]
     fn settings_of_one_strategy_may_come_from_job_and_host() {
         let job = "[restart-strategy.fixed-delay]\nattempts = 7\n";
         let host = "[restart-strategy]\ntype = \"fixed-delay\"\nfixed-delay = { attempts = 2, delay = \"3s\" }\n";
         let spec = spec(job, Some(host)).expect("a job");
-        assert_eq!(spec.restart, RestartStrategy::FixedDelay { attempts: 7, delay_ms: 3_000 });
+        assert_eq!(
+            spec.restart.strategy,
+            RestartStrategy::FixedDelay { attempts: 7, delay_ms: 3_000 }
+        );
         let origin = &spec.origins["restart-strategy.fixed-delay.delay"];
         assert!(
             origin.as_ref().is_some_and(|place| place.starts_with("cofferdam.toml:3:")),
