@@ -51,8 +51,7 @@ impl Processed {
     }
 
     pub(crate) fn on_complete(&mut self, checkpoint: u64) {
-        let is_older = |(id, _): &&(u64, u64)| *id <= checkpoint;
-        if let Some((_, total)) = self.barriers.iter().filter(is_older).next_back() {
+        if let Some((_, total)) = self.barriers.iter().rfind(|(id, _)| *id <= checkpoint) {
             self.completed = *total;
         }
         self.barriers.retain(|(id, _)| checkpoint < *id);
