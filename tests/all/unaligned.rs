@@ -67,13 +67,15 @@ fn barrier_that_is_late_overtakes_after_its_timeout() {
 #[test]
 fn records_in_flight_follow_their_keys_to_another_parallelism() {
     let dir = tempfile::tempdir().expect("a directory");
-    let harness = Harness { snapshot: "declared", ..slow("unaligned.enabled = true") };
+    // Enough for three runs to be cancelled before the end, however slow their checkpoints are.
+    let count = 3 * COUNT;
+    let harness = Harness { count, snapshot: "declared", ..slow("unaligned.enabled = true") };
     let mut carried = 0;
     for parallelism in [2, 5, 3] {
         let manifest = Harness { parallelism, ..harness.clone() }.write(dir.path());
         // A stop would take an aligned one: what is kept here is the newest periodic checkpoint.
         let ran = run_manifest(&manifest, |job| {
-            after_checkpoints(job, 3, |job| job.cancel());
+            after_checkpoints(job, 2, |job| job.cancel());
         });
         assert!(matches!(ran.outcome, Ok(Outcome::Canceled { .. })), "{:?}", ran.outcome);
         let (store, newest) = open_named(&dir.path().join("probe.cofferdam")).expect("whole");
@@ -83,7 +85,7 @@ fn records_in_flight_follow_their_keys_to_another_parallelism() {
     assert!(0 < carried, "no checkpoint that was gone on from held records in flight");
     let ran = Harness { parallelism: 4, ..harness }.run_in(dir.path());
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
-    check_counts(&committed(&dir.path().join("output")), COUNT).expect("exactly once");
+    check_counts(&committed(&dir.path().join("output")), count).expect("exactly once");
 }
 
 #[test]
