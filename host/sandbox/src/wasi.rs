@@ -140,7 +140,8 @@ impl logging::Host for State {
     }
 
     fn panicked(&mut self, message: String) {
-        self.log.write(Level::Error, &message);
+        // The trap that follows carries it, to whoever decides what the failure means.
+        self.log.write(Level::Debug, &message);
         self.last_words = Some(message);
     }
 }
