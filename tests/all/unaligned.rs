@@ -44,6 +44,21 @@ fn records_in_flight_are_restored_once_and_in_order() {
 }
 
 #[test]
+fn checkpoints_that_are_given_up_half_way_lose_nothing() {
+    // Ten milliseconds are too short for most, so many expire while records in flight are awaited.
+    let mut harness =
+        slow("unaligned.enabled = true\ntimeout = \"10ms\"\ntolerable-failed-checkpoints = 100000");
+    harness.parallelism = 4;
+    harness.config.push_str(r#", do = "trap", at = 10000, step = 4000, attempts = 12"#);
+    let (ran, lines) = harness.run();
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    let is_given_up = |progress: &&Progress| matches!(progress, Progress::CheckpointFailed { .. });
+    let given_up = ran.progress.iter().filter(is_given_up).count();
+    assert!(0 < given_up && 12 <= ran.restart_count(), "{given_up} given up");
+    check_counts(&lines, COUNT).expect("exactly once");
+}
+
+#[test]
 fn barrier_that_arrives_in_time_overtakes_nothing() {
     let lines = "unaligned.enabled = true\naligned-checkpoint-timeout = \"1min\"";
     let (ran, lines) = slow(lines).run();

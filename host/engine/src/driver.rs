@@ -540,9 +540,10 @@ fn channel_counts(graph: &JobGraph, to: TaskId) -> Vec<usize> {
 /// Where the records of each channel of a task come from.
 fn origins(graph: &JobGraph, to: TaskId) -> Arc<[Origin]> {
     let mut origins = Vec::new();
-    for edge in graph.inputs(to.operator) {
+    for (place, edge) in (0..).zip(graph.inputs(to.operator)) {
         let from: Arc<str> = graph.operator(edge.from).name.as_str().into();
         origins.extend(producers(graph, edge, to.index).map(|producer| Origin {
+            place,
             input: edge.input,
             from: from.clone(),
             producer,

@@ -26,7 +26,7 @@ use crate::{
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     storage::{
         self, StorageError,
-        in_flight::ChannelState,
+        in_flight::{ChannelState, InFlight},
         manifest::{Manifest, TaskIdentity},
         snapshot::{Found, LoadedTask, SnapshotStore},
     },
@@ -101,7 +101,9 @@ fn restore_newest(
                 return Ok(Some(id));
             }
             Err(Failed::Problem(problem)) => return Err(*problem),
-            Err(Failed::Storage(error @ StorageError::Store { .. })) => {
+            Err(Failed::Storage(
+                error @ (StorageError::Store { .. } | StorageError::Unreachable { .. }),
+            )) => {
                 return Err(unusable(store, &error));
             }
             Err(Failed::Storage(error)) => {
@@ -235,6 +237,9 @@ fn redistribute(
         {
             loaded.iter_mut().for_each(|task| task.memory.clear());
         }
+        for task in &mut loaded {
+            forget_watermarks(tasks, manifest, task);
+        }
         if loaded.is_empty() {
             states.extend(new.iter().map(|_| LoadedTask::default()));
         } else if loaded.len() == new.len() {
@@ -250,6 +255,25 @@ fn redistribute(
     Ok(states)
 }
 
+/// Event time in flight counts for one producing task; where there are others now, they tell it
+/// again.
+fn forget_watermarks(tasks: &Tasks<'_>, manifest: &Manifest, task: &mut LoadedTask) {
+    let parallelism = |identity: &TaskIdentity| identity.parallelism;
+    let is_other = |channel: &ChannelState| {
+        let before = manifest.tasks.iter().map(|task| &task.identity);
+        let before = before.filter(|it| it.operator == channel.from).map(parallelism).next();
+        let now = tasks.identities.iter().filter(|it| it.operator == channel.from);
+        before != now.map(parallelism).next()
+    };
+    if task.in_flight.iter().any(is_other) {
+        let mut channels = task.in_flight.to_vec();
+        for channel in channels.iter_mut().filter(|channel| is_other(channel)) {
+            channel.elements.retain(|element| matches!(element, InFlight::Records(_)));
+        }
+        task.in_flight = Arc::new(channels);
+    }
+}
+
 /// Records in flight belong to an edge: it must still be there.
 fn check_in_flight<'a>(
     tasks: &Tasks<'_>,
@@ -257,13 +281,13 @@ fn check_in_flight<'a>(
     mut in_flight: impl Iterator<Item = &'a ChannelState>,
 ) -> Result<(), Problem> {
     let fits = |channel: &ChannelState| {
-        let input = node.inputs.get(channel.input as usize);
+        let input = node.inputs.get(channel.place as usize);
         input.is_some_and(|input| tasks.spec.node(input.from).name == channel.from)
     };
     let Some(channel) = in_flight.find(|channel| !fits(channel)) else { return Ok(()) };
     let message = format!(
         "the checkpoint holds records on their way from \"{}\" to input {} of \"{}\"",
-        channel.from, channel.input, node.name
+        channel.from, channel.place, node.name
     );
     Err(Problem::new(Code::StateMismatch, message)
         .detail("the manifest has no such edge any more")
@@ -323,7 +347,7 @@ fn share_in_flight(
     let groups = new.first().map_or(1, |task| task.max_parallelism).max(parallelism);
     for (receiver, task) in (0..).zip(old) {
         for channel in task.in_flight.iter() {
-            let input = node.inputs.get(channel.input as usize);
+            let input = node.inputs.get(channel.place as usize);
             let partitioner = input.map_or(Partitioner::Rebalance, |input| input.partitioner);
             let shares = channel.clone().share(receiver, partitioner, parallelism, groups);
             let shares = shares.ok_or_else(|| {

@@ -32,7 +32,9 @@ pub enum InFlight {
 /// What was on its way in one channel, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChannelState {
-    /// The input of the receiving task.
+    /// The place of its edge among the inputs of the receiving node in the manifest.
+    pub place: u32,
+    /// The input of the operator that takes it.
     pub input: u32,
     /// The name of the operator that has sent it.
     pub from: String,
@@ -64,13 +66,15 @@ impl ChannelState {
         parallelism: u32,
         max_parallelism: u32,
     ) -> Option<Vec<(u32, Self)>> {
-        let Self { input, from, producer, elements } = self;
+        let Self { place, input, from, producer, elements } = self;
         let mut shares: Vec<Vec<InFlight>> = vec![Vec::new(); parallelism as usize];
         for element in elements {
             let InFlight::Records(batch) = element else { continue };
+            // Behind a forward edge keys are where a hash before it has sent them, and so is state.
+            let is_by_key = partitioner == Partitioner::Forward && !batch.key_ends.is_empty();
             match partitioner {
                 Partitioner::Broadcast => return None,
-                Partitioner::Hash => {
+                _ if is_by_key || partitioner == Partitioner::Hash => {
                     let mut parts = vec![Batch::empty(); parallelism as usize];
                     for record in batch.records() {
                         let group = key_group(record.key.unwrap_or_default(), max_parallelism);
@@ -84,7 +88,7 @@ impl ChannelState {
                     }
                 }
                 Partitioner::Global => shares[0].push(InFlight::Records(batch)),
-                Partitioner::Forward | Partitioner::Rebalance | Partitioner::Rescale => {
+                _ => {
                     shares[(receiver % parallelism) as usize].push(InFlight::Records(batch));
                 }
             }
@@ -93,7 +97,7 @@ impl ChannelState {
         Some(
             filled
                 .map(|(task, elements)| {
-                    (task, Self { input, from: from.clone(), producer, elements })
+                    (task, Self { place, input, from: from.clone(), producer, elements })
                 })
                 .collect(),
         )
@@ -112,7 +116,7 @@ mod tests {
             batch.push(RecordRef { key: Some(key.as_bytes()), value: b"v", timestamp: None });
         }
         let elements = vec![InFlight::Records(batch), InFlight::Watermark(3)];
-        ChannelState { input: 0, from: "words".to_owned(), producer: 1, elements }
+        ChannelState { place: 0, input: 0, from: "words".to_owned(), producer: 1, elements }
     }
 
     #[test]
@@ -137,6 +141,8 @@ mod tests {
         let shares = channel().share(4, Partitioner::Rebalance, 3, 128).expect("can be shared");
         assert_eq!(shares.iter().map(|(task, _)| *task).collect::<Vec<_>>(), [1]);
         assert_eq!(shares[0].1.byte_count(), channel().byte_count());
+        let by_key = channel().share(1, Partitioner::Forward, 5, 128).expect("can be shared");
+        assert_eq!(Some(by_key), channel().share(1, Partitioner::Hash, 5, 128));
         assert_eq!(channel().share(4, Partitioner::Global, 3, 128).expect("shared")[0].0, 0);
         assert_eq!(channel().share(0, Partitioner::Broadcast, 3, 128), None);
     }

@@ -29,6 +29,22 @@ pub enum StorageError {
         /// Why it failed.
         reason: String,
     },
+    /// It cannot be reached; what is in it may be whole.
+    #[error("{doing}: {reason}")]
+    Unreachable {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+    /// Nobody knows whether a manifest is there.
+    #[error("it is not known whether checkpoint {checkpoint} is complete: {reason}")]
+    InDoubt {
+        /// The checkpoint.
+        checkpoint: u64,
+        /// Why not.
+        reason: String,
+    },
     /// Something that was written is not there, or is not what was written.
     #[error("{what} is damaged: {why}")]
     Damaged {

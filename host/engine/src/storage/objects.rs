@@ -35,6 +35,8 @@ const UPLOADS_MAX: usize = 4;
 
 const GENERATION: &str = "gen-";
 const SEGMENT: &str = "segment-";
+/// In a generation that is being removed: whatever else is left of it does not count.
+const REMOVED: &str = "removed";
 const MAGIC: [u8; 4] = *b"CFDS";
 /// The end of a segment: length of the index, its checksum, version, magic.
 const TAIL_BYTES: usize = 4 + 8 + 2 + 4;
@@ -75,7 +77,12 @@ impl Drop for Threads {
 }
 
 fn failed(doing: &'static str) -> impl Fn(object_store::Error) -> StorageError {
-    move |error| StorageError::store(doing, with_sources(&error))
+    move |error| match error {
+        object_store::Error::NotFound { path, .. } => {
+            StorageError::damaged(path, "it is not there")
+        }
+        error => StorageError::Unreachable { doing, reason: with_sources(&error) },
+    }
 }
 
 fn with_sources(error: &dyn std::error::Error) -> String {
@@ -119,6 +126,12 @@ impl Objects {
         let store = self.store.clone();
         let read = async move { store.get_range(&path, from..from + len).await };
         Ok(self.wait("read an object", read)?.to_vec())
+    }
+
+    fn put(&self, path: ObjectPath) -> Result<()> {
+        let store = self.store.clone();
+        let put = async move { store.put(&path, PutPayload::new()).await.map(|_| ()) };
+        self.wait("write an object", put)
     }
 
     fn delete(&self, path: ObjectPath) -> Result<()> {
@@ -176,6 +189,14 @@ impl ObjectStorage {
         Ok(Self { objects: Objects { store, root, runtime }, location: location.to_owned() })
     }
 
+    /// Removes what there is of a generation that is marked as removed, and last the mark.
+    fn remove_objects(&self, number: u64, objects: Vec<ObjectMeta>) -> Result<()> {
+        let mark = self.folder(number).join(REMOVED);
+        let others = objects.into_iter().map(|object| object.location);
+        others.filter(|path| *path != mark).try_for_each(|path| self.objects.delete(path))?;
+        self.objects.delete(mark)
+    }
+
     fn folder(&self, number: u64) -> ObjectPath {
         self.objects.root.clone().join(format!("{GENERATION}{number:08}"))
     }
@@ -190,7 +211,15 @@ impl Storage for ObjectStorage {
             |folder: &ObjectPath| folder.filename()?.strip_prefix(GENERATION)?.parse::<u64>().ok();
         let mut numbers: Vec<u64> = listed.common_prefixes.iter().filter_map(number).collect();
         numbers.sort_unstable();
-        Ok(numbers)
+        let mut whole = Vec::with_capacity(numbers.len());
+        for number in numbers {
+            let objects = self.objects.list(self.folder(number))?;
+            match objects.iter().any(|object| object.location.filename() == Some(REMOVED)) {
+                true => self.remove_objects(number, objects)?,
+                false => whole.push(number),
+            }
+        }
+        Ok(whole)
     }
 
     fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
@@ -198,10 +227,9 @@ impl Storage for ObjectStorage {
     }
 
     fn remove(&mut self, number: u64) -> Result<()> {
-        // The newest last: it says what of the older ones does not count.
-        let mut objects = self.objects.list(self.folder(number))?;
-        objects.sort_by(|left, right| left.location.cmp(&right.location));
-        objects.into_iter().try_for_each(|object| self.objects.delete(object.location))
+        self.objects.put(self.folder(number).join(REMOVED))?;
+        let objects = self.objects.list(self.folder(number))?;
+        self.remove_objects(number, objects)
     }
 
     fn location(&self) -> String {
@@ -231,6 +259,8 @@ struct Index {
 struct Segment {
     number: u64,
     values: Arc<Vec<u8>>,
+    /// What lies behind the values, once it is on its way.
+    tail: bytes::Bytes,
     entries: Vec<(Vec<u8>, u64, u64)>,
 }
 
@@ -253,6 +283,8 @@ struct ObjectGeneration {
     lost: Vec<Segment>,
     /// Something was deleted since the last segment was cut.
     has_deleted: bool,
+    /// Another run has written to the same place: nothing is written any more.
+    is_fenced: bool,
 }
 
 impl ObjectGeneration {
@@ -265,6 +297,7 @@ impl ObjectGeneration {
             uploads: VecDeque::new(),
             lost: Vec::new(),
             has_deleted: false,
+            is_fenced: false,
             objects,
             folder,
         };
@@ -348,6 +381,9 @@ impl ObjectGeneration {
 
     /// Sends what was collected on its way, and begins the next segment.
     fn cut(&mut self) -> Result<()> {
+        if self.is_fenced {
+            return Err(fenced());
+        }
         let next = self.filling.number + 1;
         let segment = std::mem::take(&mut self.filling);
         self.fill(next);
@@ -359,7 +395,7 @@ impl ObjectGeneration {
         Ok(())
     }
 
-    fn upload(&mut self, segment: Segment) -> Result<()> {
+    fn upload(&mut self, mut segment: Segment) -> Result<()> {
         let index = Index {
             entries: segment.entries.clone(),
             deleted: self.deleted.iter().map(|(key, newest)| (key.clone(), *newest)).collect(),
@@ -375,7 +411,8 @@ impl ObjectGeneration {
         let bytes = (segment.values.len() + tail.len()) as u64;
         self.sizes.entry(segment.number).or_default().bytes = bytes;
         let values = bytes::Bytes::from_owner(SharedValues(segment.values.clone()));
-        let payload = PutPayload::from_iter([values, tail.into()]);
+        segment.tail = tail.into();
+        let payload = PutPayload::from_iter([values, segment.tail.clone()]);
         let (store, path) = (self.objects.store.clone(), self.path(segment.number));
         let answer = self.objects.start(async move {
             store.put_opts(&path, payload, PutMode::Create.into()).await.map(|_| ())
@@ -389,9 +426,18 @@ impl ObjectGeneration {
         let Some((segment, answer)) = self.uploads.pop_front() else { return Ok(()) };
         let error = match answer.recv() {
             Ok(Ok(())) => return Ok(()),
-            Ok(Err(error @ object_store::Error::AlreadyExists { .. })) => {
-                let why = format!("another run writes to the same place: {error}");
-                StorageError::store("write a segment", why)
+            Ok(Err(object_store::Error::AlreadyExists { .. })) => {
+                // It may have been this one all the same, if an answer was lost on its way.
+                let path = self.path(segment.number);
+                let bytes = (segment.values.len() + segment.tail.len()) as u64;
+                let found = self.objects.read(path, 0, bytes).unwrap_or_default();
+                if found.starts_with(&segment.values)
+                    && found[segment.values.len()..] == segment.tail
+                {
+                    return Ok(());
+                }
+                self.is_fenced = true;
+                fenced()
             }
             Ok(Err(error)) => failed("write a segment")(error),
             Err(error) => StorageError::store("write a segment", error),
@@ -402,6 +448,8 @@ impl ObjectGeneration {
 
     /// What could not be written is tried again, under a new number: it may be there all the same.
     fn retry_lost(&mut self) {
+        // What was deleted by then is not told yet.
+        self.has_deleted |= !self.lost.is_empty();
         for segment in std::mem::take(&mut self.lost) {
             for (key, offset, len) in segment.entries {
                 let place = Place { segment: segment.number, offset, len };
@@ -409,7 +457,7 @@ impl ObjectGeneration {
                     self.append(&key, &segment.values[offset as usize..(offset + len) as usize]);
                 }
             }
-            self.sizes.remove(&segment.number);
+            // It may be there, so it is removed like one of which nothing counts.
         }
     }
 
@@ -475,6 +523,10 @@ impl AsRef<[u8]> for SharedValues {
     }
 }
 
+fn fenced() -> StorageError {
+    StorageError::store("write a segment", "another run writes to the same place")
+}
+
 fn release(sizes: &mut BTreeMap<u64, Size>, place: Place) {
     if let Some(size) = sizes.get_mut(&place.segment) {
         size.live = size.live.saturating_sub(place.len);
@@ -516,6 +568,9 @@ impl Generation for ObjectGeneration {
     }
 
     fn flush(&mut self) -> Result<()> {
+        if self.is_fenced {
+            return Err(fenced());
+        }
         self.retry_lost();
         self.empty_segments()?;
         if !self.filling.entries.is_empty() || self.has_deleted {
@@ -589,8 +644,25 @@ mod tests {
         two.put(b"k", b"second").expect("put");
         let error = two.flush().expect_err("somebody else was here").to_string();
         assert!(error.contains("another run writes to the same place"), "{error}");
+        two.put(b"k", b"again").expect("collected");
+        assert!(two.flush().is_err(), "it stays so");
         let generation = over(&store).open(1).expect("opened");
         assert_eq!(generation.get(b"k").expect("readable").as_deref(), Some(&b"first"[..]));
+    }
+
+    #[test]
+    fn removal_that_was_cut_short_is_finished_and_nothing_of_it_counts() {
+        let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let mut storage = over(&store);
+        for number in [1, 2] {
+            let mut generation = storage.open(number).expect("opened");
+            generation.put(b"k", b"v").expect("put");
+            generation.flush().expect("flush");
+        }
+        storage.objects.put(storage.folder(1).join(REMOVED)).expect("marked");
+        assert_eq!(over(&store).generations().expect("listed"), [2]);
+        let left = storage.objects.list(storage.folder(1)).expect("listed");
+        assert!(left.is_empty(), "{left:?}");
     }
 
     #[test]

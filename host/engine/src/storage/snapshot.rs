@@ -260,7 +260,11 @@ pub struct TaskReport {
 }
 
 /// Opens the generations that hold a whole manifest, and lists all of these manifests.
-fn open_places(storage: &mut dyn Storage, numbers: &[u64], found: &mut Found) -> Vec<Place> {
+fn open_places(
+    storage: &mut dyn Storage,
+    numbers: &[u64],
+    found: &mut Found,
+) -> Result<Vec<Place>> {
     let mut places: Vec<Place> = Vec::new();
     for &number in numbers {
         let opened = storage.open(number).and_then(|generation| {
@@ -280,11 +284,13 @@ fn open_places(storage: &mut dyn Storage, numbers: &[u64], found: &mut Found) ->
                     places.push(Place { number, generation, checkpoints });
                 }
             }
+            // What cannot be reached may be whole: an older one must not be taken for the newest.
+            Err(error @ StorageError::Unreachable { .. }) => return Err(error),
             Err(error) => found.damaged.push(format!("generation {number}: {error}")),
         }
     }
     found.manifests.sort_by_key(|manifest| manifest.checkpoint);
-    places
+    Ok(places)
 }
 
 /// The kinds of a snapshot's values, in the order of their keys.
@@ -334,7 +340,7 @@ impl SnapshotStore {
     ) -> Result<(Self, Found)> {
         let numbers = storage.generations()?;
         let mut found = Found { manifests: Vec::new(), damaged: Vec::new() };
-        let mut places = open_places(&mut *storage, &numbers, &mut found);
+        let mut places = open_places(&mut *storage, &numbers, &mut found)?;
         let current = match places.pop() {
             Some(newest) => newest,
             // Not a number that was used before: what is there may be damaged.
@@ -357,7 +363,7 @@ impl SnapshotStore {
     pub fn open_existing(mut storage: Box<dyn Storage>) -> Result<(Self, Found)> {
         let mut found = Found { manifests: Vec::new(), damaged: Vec::new() };
         let numbers = storage.generations()?;
-        let mut places = open_places(&mut *storage, &numbers, &mut found);
+        let mut places = open_places(&mut *storage, &numbers, &mut found)?;
         let Some(current) = places.pop() else {
             return Err(match found.damaged.first() {
                 Some(damage) => StorageError::store("open a store", damage),
@@ -604,7 +610,7 @@ impl SnapshotStore {
     /// Makes a checkpoint complete: writes the manifest of the chains as they are, and flushes.
     ///
     /// # Errors
-    /// Where the manifest is known not to be there.
+    /// Where the manifest is known not to be there; or, with [`StorageError::InDoubt`], is not.
     pub fn complete(&mut self, checkpoint: u64, written_at_ms: u64) -> Result<()> {
         let manifest = self.manifest_of(checkpoint, written_at_ms);
         let key = manifest_key(checkpoint);
@@ -622,10 +628,10 @@ impl SnapshotStore {
             // A failed write or flush proves nothing: it must not be there, or it is complete.
             Err(error) => match generation.delete(&key).and_then(|()| generation.flush()) {
                 Ok(()) => Err(error),
-                Err(again) => Err(StorageError::store(
-                    "withdraw a manifest",
-                    format!("{again}, after {error}"),
-                )),
+                Err(again) => {
+                    let reason = format!("{error}; and it could not be withdrawn: {again}");
+                    Err(StorageError::InDoubt { checkpoint, reason })
+                }
             },
         }
     }
@@ -765,7 +771,8 @@ impl SnapshotStore {
         fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(u64, u64)>,
     ) -> Result<()> {
         let numbers = self.storage.generations()?;
-        let number = numbers.last().map_or(self.current.number, |last| *last) + 1;
+        // A generation without anything in it need not be listed.
+        let number = numbers.last().copied().unwrap_or(0).max(self.current.number) + 1;
         let mut next = self.storage.open(number)?;
         match fill(self, &mut *next) {
             Ok((checkpoint, bytes)) => {
@@ -875,6 +882,7 @@ fn whole_manifests(
     for key in generation.keys(b"m")? {
         match read_manifest(generation, &key) {
             Ok(manifest) => manifests.push(manifest),
+            Err(error @ StorageError::Unreachable { .. }) => return Err(error),
             Err(error) => damaged.push(error.to_string()),
         }
     }
@@ -1326,6 +1334,7 @@ mod tests {
     fn records_in_flight_are_those_of_the_newest_snapshot() {
         let mut store = open();
         let channel = |watermark| ChannelState {
+            place: 1,
             input: 1,
             from: "words".to_owned(),
             producer: 2,

@@ -120,8 +120,12 @@ impl StorageHandle {
     pub(crate) fn load(&self, slot: usize, checkpoint: u64) -> Result<LoadedTask, FailureCause> {
         let loaded = lock(&self.store).load(slot, checkpoint);
         loaded.map_err(|error| match error {
-            StorageError::Store { .. } => FailureCause::Environment { message: error.to_string() },
-            StorageError::Damaged { .. } | StorageError::Format { .. } => {
+            StorageError::Store { .. } | StorageError::Unreachable { .. } => {
+                FailureCause::Environment { message: error.to_string() }
+            }
+            StorageError::Damaged { .. }
+            | StorageError::Format { .. }
+            | StorageError::InDoubt { .. } => {
                 FailureCause::Permanent { message: error.to_string() }
             }
         })
@@ -214,6 +218,12 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
             let checkpoint = CheckpointId(id);
             report.event(match store.complete(id, now_ms()) {
                 Ok(()) => Event::ManifestDurable { checkpoint },
+                // To restart now would be to choose. The next run sees what is there.
+                Err(error @ StorageError::InDoubt { .. }) => {
+                    let message = format!("{error}; run the job again, and it will be seen");
+                    let cause = FailureCause::Permanent { message };
+                    Event::TaskFailed { task: None, cause, lost: None }
+                }
                 Err(error) => Event::ManifestLost { checkpoint, message: error.to_string() },
             });
         }

@@ -92,7 +92,9 @@ pub(crate) enum Head {
 /// Where the records of a channel come from.
 #[derive(Debug, Clone)]
 pub(crate) struct Origin {
-    /// The input of the first node that they belong to.
+    /// The place of its edge among the node's inputs in the manifest.
+    pub(crate) place: u32,
+    /// The input of the operator that takes them.
     pub(crate) input: u32,
     /// The name of the operator that sends them.
     pub(crate) from: Arc<str>,
@@ -173,21 +175,24 @@ impl Worker {
         Ok(())
     }
 
-    /// Opens every node, from its state where there is one. True if the chain had processed the
-    /// end of its inputs by then.
+    /// Opens every node, from its state where there is one. True if all of them had processed the
+    /// end of their inputs by then.
     async fn open(&mut self) -> Result<bool> {
-        let mut was_drained = false;
         for node in &mut self.nodes {
             let opened = node.open(&self.shared, self.restore_from).await;
-            was_drained |= opened.map_err(|cause| TaskFailure { task: node.task, cause })?;
+            opened.map_err(|cause| TaskFailure { task: node.task, cause })?;
         }
-        Ok(was_drained)
+        Ok(self.nodes.iter().all(|node| node.is_drained))
     }
 
     async fn run_source(&mut self, was_drained: bool) -> Result<()> {
         let mut intake = Intake::Open;
+        self.replay_in_flight(&[], &mut Watermarks::new(0)).await?;
         if was_drained {
             self.announce_end();
+            intake = Intake::Drained;
+        } else if self.nodes[0].is_drained {
+            self.drain().await?;
             intake = Intake::Drained;
         }
         loop {
@@ -339,20 +344,27 @@ impl Worker {
         if self.restore_from.is_none() {
             return Ok(());
         }
-        let in_flight = self.nodes[0].local.lock().in_flight.clone();
-        for state in in_flight.iter() {
-            let is_its_own =
-                |origin: &Origin| origin.input == state.input && origin.producer == state.producer;
-            let channel = channels.iter().position(is_its_own);
-            for element in &state.elements {
-                wait_for_credit(&self.writers).await;
-                match element {
-                    InFlight::Records(batch) => self.deliver(0, state.input, batch.clone()).await?,
-                    InFlight::Watermark(watermark) => {
-                        let Some(channel) = channel else { continue };
-                        let channel = ChannelId(u32::try_from(channel).unwrap_or(u32::MAX));
-                        if let Some(watermark) = watermarks.advance(channel, *watermark) {
-                            self.advance_all(watermark).await?;
+        // Nodes behind the first were heads of chains of their own if they have any; the last one
+        // first, because what the others give out comes after it.
+        for node in (0..self.nodes.len()).rev() {
+            let in_flight = self.nodes[node].local.lock().in_flight.clone();
+            for state in in_flight.iter() {
+                let is_its_own = |origin: &Origin| {
+                    node == 0 && (origin.place, origin.producer) == (state.place, state.producer)
+                };
+                let channel = channels.iter().position(is_its_own);
+                for element in &state.elements {
+                    wait_for_credit(&self.writers).await;
+                    match element {
+                        InFlight::Records(batch) => {
+                            self.deliver(node, state.input, batch.clone()).await?;
+                        }
+                        InFlight::Watermark(watermark) => {
+                            let Some(channel) = channel else { continue };
+                            let channel = ChannelId(u32::try_from(channel).unwrap_or(u32::MAX));
+                            if let Some(watermark) = watermarks.advance(channel, *watermark) {
+                                self.advance_all(watermark).await?;
+                            }
                         }
                     }
                 }
@@ -408,6 +420,7 @@ impl Worker {
         }
         let Some(Held { mut snapshot, began, .. }) = self.held.take() else { return };
         let of_channel = |(origin, elements): (&Origin, Vec<InFlight>)| ChannelState {
+            place: origin.place,
             input: origin.input,
             from: origin.from.to_string(),
             producer: origin.producer,
@@ -463,7 +476,10 @@ impl Worker {
                 gate.unblock_all();
             }
             gate.drop_capture(checkpoint);
-            self.held.take_if(|held| held.checkpoint <= checkpoint);
+            // The next increment stands on it, whatever became of its checkpoint.
+            if let Some(held) = self.held.take_if(|held| held.checkpoint <= checkpoint) {
+                self.hand_over(0, held.checkpoint, SnapshotOutcome::Taken(held.snapshot));
+            }
         }
         self.on_control(control, intake).await
     }
@@ -570,6 +586,9 @@ impl Worker {
     async fn drain(&mut self) -> Result<()> {
         self.advance_all(MAX_WATERMARK).await?;
         for node in 0..self.nodes.len() {
+            if self.nodes[node].is_drained {
+                continue;
+            }
             let finished = self.nodes[node].finish(&self.shared).await;
             let task = self.nodes[node].task;
             let emissions = finished.map_err(|cause| TaskFailure { task, cause })?;
@@ -601,6 +620,9 @@ impl Worker {
 
     async fn advance_nodes(&mut self, from: usize, watermark: i64) -> Result<()> {
         for node in from..self.nodes.len() {
+            if self.nodes[node].is_drained {
+                continue;
+            }
             let advanced = self.nodes[node].advance(&self.shared, watermark).await;
             let task = self.nodes[node].task;
             let emissions = advanced.map_err(|cause| TaskFailure { task, cause })?;

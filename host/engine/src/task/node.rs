@@ -108,16 +108,15 @@ pub(crate) enum SnapshotOutcome {
 }
 
 impl Node {
-    /// Makes the node ready, in the state of a checkpoint where there is one. True if it had
-    /// processed the end of its inputs by then.
+    /// Makes the node ready, in the state of a checkpoint where there is one.
     pub(crate) async fn open(
         &mut self,
         shared: &Arc<Shared>,
         restore_from: Option<CheckpointId>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
         self.fetch_state(shared, checkpoint).await?;
-        let (state, was_drained) = {
+        let (state, is_drained) = {
             let local = self.local.lock();
             // A node that the checkpoint does not know begins anew: a real state is never empty.
             let state = checkpoint.map(|_| local.state.clone());
@@ -148,7 +147,8 @@ impl Node {
                 }
             }
         }
-        Ok(was_drained)
+        self.is_drained = is_drained;
+        Ok(())
     }
 
     /// Brings the local copy of the state to a checkpoint, from the storage if need be.

@@ -25,6 +25,10 @@ type Result<T> = std::result::Result<T, FailureCause>;
 /// Records that are guarded at least, whatever the operator had processed when it trapped.
 const GUARDED_RECORDS_MIN: u64 = 4096;
 
+/// Snapshots that wait for a checkpoint before they are merged into one, so that they take no more
+/// than a few times the memory.
+const UNSAVED_MAX: usize = 16;
+
 /// An operator's memory as of its last call that ended well.
 pub(crate) struct Guard {
     image: Image,
@@ -105,6 +109,9 @@ impl OperatorTask {
         if self.spec.snapshot.has_memory() {
             // The next checkpoint has to hold it, and its own snapshot will not find it any more.
             self.unsaved.push(written);
+            if UNSAVED_MAX <= self.unsaved.len() {
+                self.unsaved = merge_memory(&self.unsaved).into_iter().collect();
+            }
         }
         if is_over {
             self.guard = None;
