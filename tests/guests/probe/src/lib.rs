@@ -4,7 +4,8 @@
 //! `attempts` in how many attempts (default: in all), `step` how many records later in each further
 //! attempt (default: 0), `task` the index of the only task that does it (default: all do). Beside that, `ballast` is a number of bytes
 //! that it holds from the first record on, and `dirty` a number of pages of them that it writes for
-//! each record. With `do = "poison"` it traps at the records whose event times `poison` lists.
+//! each record. With `do = "poison"` it traps at the records whose event times `poison` lists;
+//! with `do = "nap"` it sleeps for 30 ms before each record whose number `at` divides.
 
 use std::{hint::black_box, time::Instant};
 
@@ -73,6 +74,9 @@ impl Operator for Probe {
         }
         if let Some(time) = record.timestamp.filter(|time| self.poison.contains(time)) {
             panic!("record {time} is poison");
+        }
+        if self.deed == "nap" && self.seen.is_multiple_of(self.at) {
+            std::thread::sleep(std::time::Duration::from_millis(30));
         }
         self.seen += 1;
         let count = self.counts.get_or_default(&record);
