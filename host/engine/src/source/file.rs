@@ -17,7 +17,7 @@ use cofferdam_core::failure::FailureCause;
 use cofferdam_sandbox::Batch;
 use serde::{Deserialize, Serialize};
 
-use super::{Source, Step, unreadable_position};
+use super::{Source, Step, pace::Pace, unreadable_position};
 use crate::{
     batch::{BatchExt, RecordRef},
     exchange::writer::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX},
@@ -109,6 +109,7 @@ pub(crate) struct FileSource {
     position: Position,
     reader: Option<BufReader<File>>,
     line: Vec<u8>,
+    pace: Pace,
 }
 
 impl FileSource {
@@ -134,7 +135,8 @@ impl FileSource {
             );
             return Err(FailureCause::Permanent { message });
         }
-        Ok(Self { plan: plan.clone(), position, reader: None, line: Vec::new() })
+        let pace = Pace::new(plan.spec.rate, parallelism);
+        Ok(Self { plan: plan.clone(), position, reader: None, line: Vec::new(), pace })
     }
 
     /// The split that is being read.
@@ -249,9 +251,13 @@ impl FileSource {
 
 impl Source for FileSource {
     fn next(&mut self) -> Result<Step, FailureCause> {
+        let allowed = match self.pace.allowance() {
+            Ok(allowed) => allowed.min(BATCH_RECORDS_MAX as u64) as usize,
+            Err(wait) => return Ok(Step::Wait(wait)),
+        };
         let mut batch = Batch::empty();
         let mut latest = None;
-        while batch.record_count() < BATCH_RECORDS_MAX && batch.byte_count() < BATCH_BYTES_MAX {
+        while batch.record_count() < allowed && batch.byte_count() < BATCH_BYTES_MAX {
             if self.reader.is_none() && !self.open_split()? {
                 break;
             }
@@ -268,6 +274,7 @@ impl Source for FileSource {
         if batch.value_ends.is_empty() {
             return Ok(Step::End);
         }
+        self.pace.give(batch.record_count());
         Ok(Step::Records { batch, watermark: latest })
     }
 
@@ -313,6 +320,7 @@ mod tests {
             key: (format == LineFormat::Json).then(|| "/id".to_owned()),
             timestamp: (format == LineFormat::Json).then(|| "/at".to_owned()),
             split_bytes,
+            rate: None,
         };
         FilePlan::new("lines", &spec, dir).expect("files")
     }

@@ -1,11 +1,7 @@
 //! Makes records up: words by a Zipf law, or numbers in sequence. Record `n` is a function of `n`
 //! and the seed, so a position is a number.
 
-use std::{
-    ops::Range,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, sync::Arc};
 
 use cofferdam_core::{
     failure::FailureCause,
@@ -14,16 +10,13 @@ use cofferdam_core::{
 use cofferdam_sandbox::Batch;
 use serde::{Deserialize, Serialize};
 
-use super::{Source, Step, unreadable_position};
+use super::{Source, Step, pace::Pace, unreadable_position};
 use crate::{
     batch::{BatchExt, RecordRef, append_range},
     exchange::writer::BATCH_RECORDS_MAX,
     restore::{decode_states, encode_states},
     spec::{GeneratorContent, GeneratorSpec},
 };
-
-/// The share of a second's records that is given out at a time when a rate is set.
-const RATE_SLICE: f64 = 0.01;
 
 #[derive(Debug, Clone)]
 pub(crate) struct GeneratorPlan {
@@ -163,12 +156,7 @@ pub(crate) struct GeneratorSource {
     strands: Vec<Strand>,
     /// The strand to take from next.
     turn: usize,
-    /// This task's share of the rate.
-    rate: Option<f64>,
-    /// How many records were given out since it was opened.
-    given: u64,
-    /// When it began to give out at its rate.
-    began: Option<Instant>,
+    pace: Pace,
 }
 
 impl GeneratorSource {
@@ -183,8 +171,8 @@ impl GeneratorSource {
             Some(bytes) => postcard::from_bytes(bytes).map_err(unreadable_position)?,
             None => vec![Strand { next, stride }],
         };
-        let rate = plan.spec.rate.map(|rate| rate / f64::from(parallelism));
-        Ok(Self { plan: plan.clone(), strands, turn: 0, rate, given: 0, began: None })
+        let pace = Pace::new(plan.spec.rate, parallelism);
+        Ok(Self { plan: plan.clone(), strands, turn: 0, pace })
     }
 
     /// The next strand that has numbers left, and how many.
@@ -200,26 +188,11 @@ impl GeneratorSource {
         }
         None
     }
-
-    /// How many may be given out now; the time to wait where none may.
-    fn allowance(&mut self) -> Result<u64, Duration> {
-        let Some(rate) = self.rate else { return Ok(u64::MAX) };
-        let elapsed = self.began.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
-        // The first slice is due at once, so that a restart does not begin with a wait.
-        let due = ((elapsed + RATE_SLICE) * rate) as u64;
-        match due.checked_sub(self.given) {
-            Some(0) | None => {
-                let missing = ((self.given + 1) as f64 / rate - elapsed).max(RATE_SLICE);
-                Err(Duration::from_secs_f64(missing.min(1.0)))
-            }
-            Some(allowed) => Ok(allowed),
-        }
-    }
 }
 
 impl Source for GeneratorSource {
     fn next(&mut self) -> Result<Step, FailureCause> {
-        let allowed = match self.allowance() {
+        let allowed = match self.pace.allowance() {
             Ok(allowed) => allowed,
             Err(wait) => return Ok(Step::Wait(wait)),
         };
@@ -251,7 +224,7 @@ impl Source for GeneratorSource {
                 }
             }
         }
-        self.given += count;
+        self.pace.give(count as usize);
         // Every later record has a number of one of the strands.
         let earliest = self.strands.iter().map(|strand| strand.next).min().unwrap_or(0);
         let watermark = has_timestamps.then(|| earliest as i64 - 1);

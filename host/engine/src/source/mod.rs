@@ -2,6 +2,7 @@
 
 mod file;
 mod generator;
+mod pace;
 
 use std::{path::Path, time::Duration};
 

@@ -179,7 +179,7 @@ pub enum SourceSpec {
 }
 
 /// Lines of files, restartable by byte position.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FileSourceSpec {
     /// A glob, relative to the manifest.
     pub path: String,
@@ -191,6 +191,8 @@ pub struct FileSourceSpec {
     pub timestamp: Option<String>,
     /// A file is shared among tasks in pieces of this size.
     pub split_bytes: u64,
+    /// Records a second, by all tasks together; `None`: as fast as they are taken.
+    pub rate: Option<f64>,
 }
 
 /// What the lines of a file are.
@@ -1237,7 +1239,18 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
         }
         None => 64 << 20,
     };
-    Ok(FileSourceSpec { path: path.value, format, key, timestamp, split_bytes })
+    let rate = read_rate(section)?;
+    Ok(FileSourceSpec { path: path.value, format, key, timestamp, split_bytes, rate })
+}
+
+/// Records a second.
+fn read_rate(section: &Section<'_>) -> Result<Option<f64>> {
+    match section.number("rate")? {
+        Some(Located { value, span }) if value <= 0.0 => {
+            Err(section.bad_value("rate", &span, "it must be above 0 records a second"))
+        }
+        rate => Ok(rate.map(|rate| rate.value)),
+    }
 }
 
 fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
@@ -1258,21 +1271,10 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
         },
     };
     let count = section.integer("count", 0..=u64::MAX)?.map(|number| number.value);
-    let rate = section.number("rate")?;
-    if let Some(Located { value, span }) = &rate
-        && *value <= 0.0
-    {
-        return Err(section.bad_value("rate", span, "it must be above 0 records a second"));
-    }
+    let rate = read_rate(section)?;
     let seed = section.integer("seed", 0..=u64::MAX)?.map_or(0, |number| number.value);
     let has_timestamps = section.boolean("timestamps")?.is_some_and(|it| it.value);
-    Ok(GeneratorSpec {
-        content,
-        count,
-        rate: rate.map(|number| number.value),
-        seed,
-        has_timestamps,
-    })
+    Ok(GeneratorSpec { content, count, rate, seed, has_timestamps })
 }
 
 fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Result<OperatorSpec> {
