@@ -780,12 +780,25 @@ fn remove_claimed(place: &Path) -> Result<(), StorageError> {
     fs::remove_dir_all(place).map_err(|error| StorageError::store("remove a directory", error))
 }
 
+/// How often, and after which pause, a lock is tried again: a tenth of a second in all.
+const LOCK_RETRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
 /// Makes a state directory and locks it for one run.
 fn lock(dir: &Path) -> Result<File, Problem> {
     fs::create_dir_all(dir).map_err(|error| unusable_state(Some(dir), &error))?;
     let lock = File::options().create(true).truncate(false).write(true).open(dir.join("LOCK"));
     let lock = lock.map_err(|error| unusable_state(Some(dir), &error))?;
-    match lock.try_lock() {
+    let mut tried = lock.try_lock();
+    // Whoever has just ended, or was forked off by somebody who has, may hold it for a moment.
+    for _ in 0..LOCK_RETRIES {
+        if !matches!(tried, Err(TryLockError::WouldBlock)) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        tried = lock.try_lock();
+    }
+    match tried {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => Err(Problem::new(
             Code::StateInUse,
