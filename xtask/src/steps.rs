@@ -57,7 +57,10 @@ pub(crate) fn guests() -> Result<()> {
     add_target()?;
     for dir in ["examples", "tests/guests"] {
         announce(&format!("building the components in {dir}"));
-        run(cargo(dir).args(["build", "--release", "--quiet", "--target", TARGET]))?;
+        // Manifests name components where their own workspace puts them.
+        let mut build = cargo(dir);
+        build.env_remove("CARGO_TARGET_DIR");
+        run(build.args(["build", "--release", "--quiet", "--target", TARGET]))?;
     }
     Ok(())
 }
