@@ -16,7 +16,7 @@ use cofferdam_engine::{
     storage::faulty::Faults,
 };
 use cofferdam_tests::job::{
-    Harness, Ran, after_records, check_counts, committed, run_manifest, run_with,
+    Harness, Ran, after_records, check_counts, committed, rounds, run_manifest, run_with,
 };
 
 fn golden() -> &'static [String] {
@@ -387,7 +387,7 @@ fn no_flipped_bit_gives_wrong_results() {
     let harness = Harness { count: 20_000, rate: Some(200_000), ..with_lines("num-retained = 2") };
     let manifest = harness.write(dir.path());
     run_and_stop(&manifest, 10_000);
-    let rounds = std::env::var("FLIP_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(25);
+    let rounds = rounds("FLIP_ROUNDS", 25);
     let (mut told, mut random) = (0, Random::new(11));
     for round in 0..rounds {
         let copy = tempfile::tempdir().expect("a directory");

@@ -6,7 +6,7 @@ use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::progress::Progress;
 use cofferdam_tests::{
     crash,
-    job::{Harness, check_counts, committed, run_manifest},
+    job::{Harness, check_counts, committed, rounds, run_manifest},
 };
 
 fn golden() -> &'static [String] {
@@ -202,8 +202,7 @@ fn checkpoints_hold_only_what_changed() {
 
 #[test]
 fn kill_at_any_moment_loses_nothing_and_doubles_nothing() {
-    let rounds =
-        std::env::var("CRASH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50);
+    let rounds = rounds("CRASH_ROUNDS", 50);
     let tally = crash::run(rounds, 7, |_| {}).expect("exactly once");
     assert!(rounds <= tally.kills);
     assert!(rounds / 3 < tally.resumed, "the kills came before the first checkpoint: {tally:?}");

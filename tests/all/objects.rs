@@ -5,7 +5,6 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Command, Output, Stdio},
-    time::{Duration, Instant},
 };
 
 use cofferdam_core::job::Outcome;
@@ -15,7 +14,9 @@ use cofferdam_engine::{
 };
 use cofferdam_tests::{
     guest,
-    job::{Harness, after_checkpoints, check_counts, committed, run_manifest, run_with},
+    job::{
+        Harness, after_checkpoints, check_counts, committed, run_manifest, run_with, wait_for_lines,
+    },
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use s3s::{auth::SimpleAuth, service::S3ServiceBuilder};
@@ -140,11 +141,7 @@ fn job_that_was_killed_goes_on_from_s3() {
         .spawn()
         .expect("the program runs");
     let output = dir.path().join("output");
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while committed(&output).len() < 10_000 {
-        assert!(Instant::now() < deadline, "nothing was committed");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait_for_lines(&output, 10_000);
     child.kill().expect("it runs");
     child.wait().expect("it has ended");
     let url = "s3://tenants/checkpoints/probe";

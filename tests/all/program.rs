@@ -3,12 +3,11 @@
 use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    time::{Duration, Instant},
 };
 
 use cofferdam_tests::{
     guest,
-    job::{Harness, committed},
+    job::{Harness, wait_for_lines},
 };
 use serde_json::Value;
 
@@ -42,11 +41,7 @@ impl Running {
             .spawn()
             .expect("the program runs");
         let dir = manifest.parent().expect("a directory");
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while committed(&dir.join("output")).is_empty() {
-            assert!(Instant::now() < deadline, "nothing was committed");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        wait_for_lines(&dir.join("output"), 1);
         Self(child)
     }
 

@@ -19,7 +19,7 @@ use cofferdam_engine::storage::{
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
 use cofferdam_tests::{
     guest,
-    job::{Harness, lone_task},
+    job::{Harness, lone_task, rounds},
 };
 
 const PAGES: u64 = 8192;
@@ -113,8 +113,7 @@ fn objects_stay_below_two_and_a_half_times_the_state() {
 
 #[test]
 fn process_does_not_grow_from_checkpoint_to_checkpoint() {
-    let count =
-        std::env::var("SOAK_CHECKPOINTS").ok().and_then(|text| text.parse().ok()).unwrap_or(300);
+    let count = rounds("SOAK_CHECKPOINTS", 300);
     let dir = tempfile::tempdir().expect("a directory");
     let harness = Harness {
         count: u64::MAX >> 1,

@@ -308,6 +308,24 @@ pub fn committed(dir: &Path) -> Vec<String> {
     lines
 }
 
+/// Waits until a job that runs elsewhere has committed so many lines.
+///
+/// # Panics
+/// If it has not within a minute.
+pub fn wait_for_lines(dir: &Path, count: usize) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while committed(dir).len() < count {
+        assert!(Instant::now() < deadline, "{count} lines were not committed");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// How often to do something: an environment variable, or what is right for every run of the tests.
+#[must_use]
+pub fn rounds(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
 /// Whether every word has each of the counts from 1 to its last one, once: then nothing was lost
 /// and nothing came twice, whatever the golden run says.
 ///

@@ -22,7 +22,7 @@ use crate::{
     args::{CheckpointsVerb, JobArgument},
     control::{Places, places},
     report,
-    socket::{Answer, Request, ask},
+    socket::{Answer, Request, ask, other_answer},
     with_runtime,
 };
 
@@ -68,7 +68,7 @@ pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> 
 async fn kept_by_a_run(state_dir: &Path) -> Result<Option<Vec<KeptCheckpoint>>, Problem> {
     match ask(state_dir, &Request::Checkpoints).await {
         Ok(Answer::Kept { checkpoints }) => Ok(Some(checkpoints)),
-        Ok(_) => Err(Problem::new(Code::HostBug, "the job answered another question")),
+        Ok(_) => Err(other_answer()),
         Err(problem) if problem.code == Code::NotRunning => Ok(None),
         Err(problem) => Err(problem),
     }

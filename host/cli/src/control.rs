@@ -8,6 +8,7 @@ use std::{
 use cofferdam_engine::{
     problem::{Code, Problem},
     spec::{JobSpec, StorageSpec},
+    storage::is_url,
 };
 use indicatif::HumanDuration;
 use serde_json::json;
@@ -15,7 +16,7 @@ use serde_json::json;
 use crate::{
     args::{CancelArguments, JobArgument, SavepointArguments, StopArguments},
     report,
-    socket::{Answer, Request, ask},
+    socket::{Answer, Request, ask, other_answer},
 };
 
 /// Where a job keeps things.
@@ -30,7 +31,7 @@ pub(crate) struct Places {
 /// are.
 pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
     let both = |dir: &Path| Places { state_dir: dir.to_owned(), checkpoints: dir.to_owned() };
-    if job.job.is_dir() || job.job.to_string_lossy().contains("://") {
+    if job.job.is_dir() || is_url(&job.job) {
         return Ok(both(job.state_dir.as_deref().unwrap_or(&job.job)));
     }
     if let (Some(dir), false) = (&job.state_dir, job.job.is_file()) {
@@ -39,7 +40,7 @@ pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
     let storage = JobSpec::read_with(&job.job, job.host.read()?.as_ref())?.storage;
     let state_dir = job.state_dir.as_deref().or(storage.state_dir());
     let checkpoints = match &storage {
-        StorageSpec::Objects { .. } => storage.location(),
+        StorageSpec::Objects { location, .. } => Some(Path::new(location)),
         StorageSpec::Sled(_) | StorageSpec::Memory => state_dir,
     };
     match (state_dir, checkpoints) {
@@ -143,9 +144,7 @@ fn say(answer: Answer, what: &str, is_json: bool) -> Result<(), Problem> {
         }
         Answer::Accepted { accepted } if is_json => report::line(&json!({ "accepted": accepted })),
         Answer::Accepted { .. } => println!("{what}"),
-        Answer::Kept { .. } => {
-            return Err(Problem::new(Code::HostBug, "the job answered another question"));
-        }
+        Answer::Kept { .. } => return Err(other_answer()),
         Answer::Refused { error } => {
             return Err(Problem::new(Code::RequestRefused, format!("the job says no: {error}"))
                 .hint("its own log says more"));

@@ -176,6 +176,11 @@ async fn answer(request: Request, job: &JobHandle, name: &str, default: Option<P
     }
 }
 
+/// An answer to something that was not asked.
+pub(crate) fn other_answer() -> Problem {
+    Problem::new(Code::HostBug, "the job answered another question")
+}
+
 /// Asks the job that runs in a state directory.
 pub(crate) async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, Problem> {
     let not_running = |detail: String| {

@@ -96,8 +96,8 @@ enum NodePlan {
         component: Component,
         spec: Arc<OperatorSpec>,
         has_states: bool,
-        /// How many outputs its component has.
-        outputs: u32,
+        /// See [`dead_letter_output`].
+        dead_letter_output: u32,
     },
     Sink(SinkSpec),
 }
@@ -121,14 +121,14 @@ impl Plan {
         let work = match &self.nodes[task.operator.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
             NodePlan::Sink(spec) => Work::Sink { spec: spec.clone(), sink: None },
-            NodePlan::Operator { name, component, spec, has_states, outputs } => {
+            NodePlan::Operator { name, component, spec, has_states, dead_letter_output } => {
                 Work::Operator(Box::new(OperatorTask {
                     name: name.clone(),
                     component: component.clone(),
                     spec: spec.clone(),
                     has_states: *has_states,
                     instance: None,
-                    dead_letter_output: *outputs,
+                    dead_letter_output: *dead_letter_output,
                     processed: Processed::default(),
                     guard: None,
                     unsaved: Vec::new(),
@@ -326,6 +326,11 @@ fn resolve_edges(
     Ok(edges)
 }
 
+/// The host's own output, behind those of the component.
+fn dead_letter_output(description: &Description) -> u32 {
+    u32::try_from(description.outputs.len()).unwrap_or(u32::MAX)
+}
+
 fn has_dead_letters(spec: &JobSpec, id: OperatorId) -> bool {
     matches!(&spec.node(id).kind, NodeKind::Operator(it) if it.dead_letter_after.is_some())
 }
@@ -378,7 +383,7 @@ fn output_of(
     };
     let outputs = &operator.description.outputs;
     if name == Some(DEAD_LETTER) && has_dead_letters(spec, from) {
-        let output = u32::try_from(outputs.len()).unwrap_or(u32::MAX);
+        let output = dead_letter_output(&operator.description);
         return Ok((output, Formats { key: None, value: Format::Json }));
     }
     let found = (0u32..).zip(outputs).find(|(_, port)| name.is_none_or(|name| name == port.name));
@@ -738,7 +743,7 @@ fn prepare_nodes(
                     component: checked.component.clone(),
                     spec: Arc::new((**operator).clone()),
                     has_states: !checked.description.states.is_empty(),
-                    outputs: u32::try_from(checked.description.outputs.len()).unwrap_or(u32::MAX),
+                    dead_letter_output: dead_letter_output(&checked.description),
                 },
                 (NodeKind::Operator(_), None) => {
                     return Err(Problem::new(Code::HostBug, "an operator without a component"));
@@ -773,7 +778,7 @@ fn open_storage(
 }
 
 fn remove_claimed(place: &Path) -> Result<(), StorageError> {
-    if place.to_string_lossy().contains("://") {
+    if storage::is_url(place) {
         let (store, _) = storage::open_at(place).and_then(SnapshotStore::open_existing)?;
         return store.clear();
     }

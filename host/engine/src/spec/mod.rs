@@ -29,7 +29,10 @@ use self::{
     host::{HostSettings, MEANINGLESS},
     reader::{Layer, Located, Section, Text, closest},
 };
-use crate::problem::{Code, Problem};
+use crate::{
+    problem::{Code, Problem},
+    storage::is_url,
+};
 
 type Result<T> = std::result::Result<T, Problem>;
 
@@ -118,16 +121,6 @@ impl StorageSpec {
     pub fn state_dir(&self) -> Option<&Path> {
         match self {
             Self::Sled(dir) | Self::Objects { state_dir: dir, .. } => Some(dir),
-            Self::Memory => None,
-        }
-    }
-
-    /// Where the checkpoints are: a directory or a URL.
-    #[must_use]
-    pub fn location(&self) -> Option<&Path> {
-        match self {
-            Self::Sled(dir) => Some(dir),
-            Self::Objects { location, .. } => Some(Path::new(location)),
             Self::Memory => None,
         }
     }
@@ -714,8 +707,9 @@ fn read_storage(
         [("sled", Sled), ("memory", Memory), ("jobmanager", Memory), ("filesystem", Objects)];
     let name = section.choice("storage", &names)?;
     let dir = section.text("dir")?;
-    let is_remote =
-        dir.as_ref().is_some_and(|dir| dir.value.contains("://") && !dir.value.starts_with("file"));
+    let is_remote = dir
+        .as_ref()
+        .is_some_and(|it| is_url(Path::new(&it.value)) && !it.value.starts_with("file"));
     match (name.as_ref().map(|name| name.value), dir) {
         (Some(Memory), _) => Ok(StorageSpec::Memory),
         (Some(Objects), Some(dir)) => Ok(objects_at(&dir.value, base_dir, default_dir, job)),
@@ -734,7 +728,7 @@ fn read_storage(
 
 /// Each job has a folder of its own, as in Flink.
 fn objects_at(dir: &str, base_dir: &Path, state_dir: PathBuf, job: &str) -> StorageSpec {
-    let dir = match dir.contains("://") {
+    let dir = match is_url(Path::new(dir)) {
         true => dir.to_owned(),
         false => base_dir.join(dir).display().to_string(),
     };

@@ -83,14 +83,19 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Whether it is a URL and no path of this machine.
+#[must_use]
+pub fn is_url(location: &Path) -> bool {
+    location.to_string_lossy().contains("://")
+}
+
 /// Opens the storage of a state directory or savepoint, or of a place with objects.
 ///
 /// # Errors
 /// Where there is none.
 pub fn open_at(location: &Path) -> Result<Box<dyn Storage>> {
-    let text = location.to_string_lossy();
-    if text.contains("://") || objects::are_in(location) {
-        return Ok(Box::new(objects::ObjectStorage::new(&text)?));
+    if is_url(location) || objects::are_in(location) {
+        return Ok(Box::new(objects::ObjectStorage::new(&location.to_string_lossy())?));
     }
     if !location.is_dir() {
         return Err(StorageError::store("open a store", "there is no such directory"));

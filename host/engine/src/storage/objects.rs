@@ -27,6 +27,7 @@ use tokio::runtime::Runtime;
 use twox_hash::XxHash3_64;
 
 use super::{Generation, Result, Storage, StorageError, manifest::FORMAT};
+use crate::problem::with_sources;
 
 /// A segment is written when it has this many bytes, or at a flush.
 const SEGMENT_BYTES: usize = 8 << 20;
@@ -57,6 +58,11 @@ pub(super) fn are_in(dir: &Path) -> bool {
         .any(|entry| names_of(&entry.path()).any(|entry| begins(&entry, SEGMENT)))
 }
 
+/// The number in the name of a generation or a segment.
+fn number_of(path: &ObjectPath, prefix: &str) -> Option<u64> {
+    path.filename()?.strip_prefix(prefix)?.parse().ok()
+}
+
 /// The way to the objects from a thread that may block.
 #[derive(Clone)]
 struct Objects {
@@ -82,13 +88,6 @@ fn failed(doing: &'static str) -> impl Fn(object_store::Error) -> StorageError {
             StorageError::damaged(path, "it is not there")
         }
         error => StorageError::Unreachable { doing, reason: with_sources(&error) },
-    }
-}
-
-fn with_sources(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", with_sources(source)),
-        None => error.to_string(),
     }
 }
 
@@ -207,9 +206,8 @@ impl Storage for ObjectStorage {
         let (store, root) = (self.objects.store.clone(), self.objects.root.clone());
         let list = async move { store.list_with_delimiter(Some(&root)).await };
         let listed = self.objects.wait("list the generations", list)?;
-        let number =
-            |folder: &ObjectPath| folder.filename()?.strip_prefix(GENERATION)?.parse::<u64>().ok();
-        let mut numbers: Vec<u64> = listed.common_prefixes.iter().filter_map(number).collect();
+        let folders = listed.common_prefixes.iter();
+        let mut numbers: Vec<u64> = folders.filter_map(|it| number_of(it, GENERATION)).collect();
         numbers.sort_unstable();
         let mut whole = Vec::with_capacity(numbers.len());
         for number in numbers {
@@ -301,12 +299,10 @@ impl ObjectGeneration {
             objects,
             folder,
         };
-        let number = |object: &ObjectMeta| {
-            object.location.filename()?.strip_prefix(SEGMENT)?.parse::<u64>().ok()
-        };
         let listed = generation.objects.list(generation.folder.clone())?;
-        let mut segments: Vec<(u64, u64)> =
-            listed.iter().filter_map(|object| Some((number(object)?, object.size))).collect();
+        let segment =
+            |object: &ObjectMeta| Some((number_of(&object.location, SEGMENT)?, object.size));
+        let mut segments: Vec<(u64, u64)> = listed.iter().filter_map(segment).collect();
         segments.sort_unstable();
         for (segment, bytes) in &segments {
             generation.sizes.insert(*segment, Size { bytes: *bytes, live: 0 });

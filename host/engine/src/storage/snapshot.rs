@@ -974,14 +974,12 @@ impl<'a> PackWriter<'a> {
 
     /// A pack is what was on its way in one channel.
     fn in_flight(&mut self, channels: &[ChannelState]) -> Result<u32> {
-        let mut sequence = 0;
-        for channel in channels {
+        for (sequence, channel) in (0..).zip(channels) {
             let payload = postcard::to_stdvec(channel)
                 .map_err(|error| StorageError::store("encode records in flight", error))?;
             self.put_pack(KIND_IN_FLIGHT, sequence, &payload)?;
-            sequence += 1;
         }
-        Ok(sequence)
+        Ok(channels.len() as u32)
     }
 
     /// A pack is the memory's number, a count, that many page numbers, and the pages.
@@ -1103,19 +1101,20 @@ fn read_snapshot(
     let damaged = |why: &str| StorageError::damaged(value_name(task, checkpoint), why);
     let mut bytes = 0;
     let mut read_pack = |kind: u8, sequence: u32| {
-        let mut framed = read_value(generation, task, checkpoint, kind, sequence)?;
+        let framed = read_value(generation, task, checkpoint, kind, sequence)?;
         bytes += framed.len() as u64;
-        let payload = framed.split_off(8);
+        // Behind its checksum; not copied to take that off.
         match header.is_compressed {
-            true => decompress(&payload).map_err(|error| damaged(&error)),
-            false => Ok(payload),
+            true => decompress(&framed[8..]).map_err(|error| damaged(&error)).map(|it| (it, 0)),
+            false => Ok((framed, 8)),
         }
     };
     if !header.memories.is_empty() || !header.globals.is_empty() {
         let mut memories: Vec<MemoryDelta> =
             header.memories.iter().map(|(size, _)| MemoryDelta::new(*size)).collect();
         for sequence in 0..header.memory_packs {
-            unpack_pages(&read_pack(KIND_MEMORY, sequence)?, &mut memories)
+            let (pack, start) = read_pack(KIND_MEMORY, sequence)?;
+            unpack_pages(&pack[start..], &mut memories)
                 .ok_or_else(|| damaged("a pack is cut short"))?;
         }
         let counts = memories.iter().map(|delta| delta.page_count() as u64);
@@ -1126,10 +1125,10 @@ fn read_snapshot(
         into.memory.push(MemorySnapshot { memories, globals, monotonic_ns });
     }
     for sequence in 0..header.declared_packs {
-        let pack: Vec<(DeclaredKey, Option<Vec<u8>>)> =
-            postcard::from_bytes(&read_pack(KIND_DECLARED, sequence)?)
-                .map_err(|error| damaged(&error.to_string()))?;
-        for (key, value) in pack {
+        let (pack, start) = read_pack(KIND_DECLARED, sequence)?;
+        let entries: Vec<(DeclaredKey, Option<Vec<u8>>)> =
+            postcard::from_bytes(&pack[start..]).map_err(|error| damaged(&error.to_string()))?;
+        for (key, value) in entries {
             match value {
                 Some(value) => into.declared.insert(key, value),
                 None => into.declared.remove(&key),
@@ -1137,8 +1136,8 @@ fn read_snapshot(
         }
     }
     let in_flight = (0..header.in_flight_packs).map(|sequence| {
-        postcard::from_bytes(&read_pack(KIND_IN_FLIGHT, sequence)?)
-            .map_err(|error| damaged(&error.to_string()))
+        let (pack, start) = read_pack(KIND_IN_FLIGHT, sequence)?;
+        postcard::from_bytes(&pack[start..]).map_err(|error| damaged(&error.to_string()))
     });
     into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
     into.bytes += bytes;

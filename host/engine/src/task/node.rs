@@ -28,6 +28,7 @@ use crate::{
     clock::{micros, now_ms, since_epoch},
     driver::Shared,
     metrics::Metrics,
+    problem::with_sources,
     sink::{self, Sink},
     source::{self, Source},
     spec::{OperatorSpec, SinkSpec},
@@ -425,13 +426,6 @@ pub(crate) fn host_bug(message: &str) -> FailureCause {
     FailureCause::HostBug { message: message.to_owned() }
 }
 
-fn with_source(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", with_source(source)),
-        None => error.to_string(),
-    }
-}
-
 /// The class of a guest's error.
 pub(crate) fn cause_of(error: GuestError) -> FailureCause {
     let at = |message: String, record: Option<u32>| match record {
@@ -455,7 +449,7 @@ pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
     match error {
         SnapshotError::Guest(error) => cause_of(error),
         error => {
-            let message = format!("snapshot a guest's memory: {}", with_source(&error));
+            let message = format!("snapshot a guest's memory: {}", with_sources(&error));
             FailureCause::Environment { message }
         }
     }
@@ -464,7 +458,7 @@ pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
 pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
     match error {
         RestoreError::Guest(error) => cause_of(error),
-        RestoreError::Map(_) => FailureCause::Environment { message: with_source(&error) },
+        RestoreError::Map(_) => FailureCause::Environment { message: with_sources(&error) },
         other => FailureCause::Permanent { message: format!("restore a guest's memory: {other}") },
     }
 }
