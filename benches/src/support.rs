@@ -67,6 +67,7 @@ pub(crate) async fn open(component: &Component, config: &[(&str, &str)]) -> Resu
         task_index: 0,
         parallelism: 1,
         max_parallelism: 128,
+        state_cache: None,
         config,
     };
     instance.open(context).await?;

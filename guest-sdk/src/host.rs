@@ -3,6 +3,8 @@
 //! Natively, in unit tests, the log goes to standard error, metrics go nowhere, the clock is the
 //! machine's and the randomness a fixed sequence.
 
+use crate::bindings::cofferdam::operator::types::StateChanges;
+
 #[cfg(target_arch = "wasm32")]
 use crate::bindings::cofferdam::operator as wit;
 #[cfg(target_arch = "wasm32")]
@@ -81,4 +83,63 @@ pub fn random() -> u64 {
         let state = STATE.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         (state ^ (state >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb)
     }
+}
+
+/// The value of a key of a state that the host keeps.
+pub(crate) fn state(state: u32, key: &[u8]) -> Option<Vec<u8>> {
+    #[cfg(target_arch = "wasm32")]
+    return wit::state::get(state, key);
+    #[cfg(not(target_arch = "wasm32"))]
+    KEPT.with_borrow(|kept| kept.get(&(state, key.to_vec())).cloned())
+}
+
+/// Sets and removes entries of states that the host keeps.
+pub(crate) fn put_state(changes: &StateChanges) {
+    #[cfg(target_arch = "wasm32")]
+    wit::state::put(changes);
+    #[cfg(not(target_arch = "wasm32"))]
+    KEPT.with_borrow_mut(|kept| {
+        for (state, key, value) in crate::runtime::entries(changes) {
+            match value {
+                Some(value) => kept.insert((state, key.to_vec()), value.to_vec()),
+                None => kept.remove(&(state, key.to_vec())),
+            };
+        }
+    });
+}
+
+/// Some entries of a state that the host keeps, after a key; none: there are no more.
+pub(crate) fn scan_state(state: u32, after: Option<&[u8]>) -> StateChanges {
+    #[cfg(target_arch = "wasm32")]
+    return wit::state::scan(state, after);
+    #[cfg(not(target_arch = "wasm32"))]
+    KEPT.with_borrow(|kept| {
+        let mut page = crate::runtime::empty_changes();
+        let follows = |key: &[u8]| after.is_none_or(|after| after < key);
+        let entries = kept.iter().filter(|((of, key), _)| *of == state && follows(key));
+        for ((_, key), value) in entries.take(7) {
+            page.states.push(state);
+            page.keys.extend_from_slice(key);
+            page.key_ends.push(page.keys.len() as u32);
+            page.values.extend_from_slice(value);
+            page.value_ends.push(page.values.len() as u32);
+            page.removed.push(false);
+        }
+        page
+    })
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+type Kept = std::collections::BTreeMap<(u32, Vec<u8>), Vec<u8>>;
+
+// What a host would keep, for unit tests: of each thread its own.
+#[cfg(not(target_arch = "wasm32"))]
+std::thread_local! {
+    static KEPT: std::cell::RefCell<Kept> = std::cell::RefCell::default();
+}
+
+/// Forgets what is kept for the tests of this thread.
+#[cfg(test)]
+pub(crate) fn clear_state() {
+    KEPT.with_borrow_mut(Kept::clear);
 }

@@ -52,6 +52,13 @@ impl<O: Operator> Task<O> {
     pub fn open(&mut self, context: OpenContext) -> Result<(), OperatorError> {
         #[cfg(target_arch = "wasm32")]
         take_standard_handles();
+        if let Some(bytes) = context.state_cache {
+            let states = self.operator.states();
+            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX) / states.len().max(1);
+            for (state, (_, field)) in (0..).zip(states) {
+                field.move_to_host(state, bytes);
+            }
+        }
         self.operator.open(&context.into()).map_err(|error| error.into_wit(None))
     }
 

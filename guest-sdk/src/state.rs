@@ -6,7 +6,9 @@ use smallvec::SmallVec;
 
 use crate::{
     bindings::cofferdam::operator::types::{StateChanges, StateKind},
+    host,
     index::Index,
+    runtime::{empty_changes, entries},
     short::{append, hash, is_same},
 };
 
@@ -34,6 +36,8 @@ pub trait StateField {
     fn kind(&self) -> StateKind;
     /// The type of its values.
     fn schema(&self) -> &'static str;
+    /// From now on the host keeps it, under this number; at most so many bytes of it are kept here.
+    fn move_to_host(&mut self, state: u32, cache_bytes: usize);
     /// Hands over what changed since the last time, or everything.
     fn hand_over(&mut self, is_full: bool, changes: &mut Changes<'_>);
     /// Takes one entry back; `None` removes it.
@@ -43,20 +47,31 @@ pub trait StateField {
     fn take_back(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), String>;
 }
 
+/// What an entry takes beside its key and its value: its part of the list and of the index.
+const ENTRY_BYTES: usize = 64;
+/// What is written behind at a time.
+const PUT_BYTES: usize = 256 << 10;
+
 /// One value for each key.
 ///
 /// Lives in the guest's memory as a dense list of entries with an index over them; what changes is
 /// noted, so that a checkpoint costs in proportion to the changes. Keys up to 16 bytes need no
 /// allocation of their own.
+///
+/// With `state.backend.type = "sled"` the host keeps it, on disk if need be, and the list is a
+/// cache: what is not in it is fetched, and what was used longest ago (by the clock algorithm of
+/// Corbató, 1968) makes room, written behind if it has changed. Nothing else differs.
 #[derive(Debug)]
 pub struct ValueState<V> {
     entries: Vec<Entry<V>>,
     /// Places in `entries`, by the hash of the key.
     index: Index,
-    /// Places of entries that changed since the last hand-over.
+    /// Places of entries that changed since the last hand-over. Not kept by a cache.
     changed: Vec<u32>,
     /// Places of entries that were removed and handed over: free for another key.
     free: Vec<u32>,
+    /// Present where the host has the state.
+    cache: Option<Cache>,
 }
 
 #[derive(Debug)]
@@ -64,30 +79,55 @@ struct Entry<V> {
     key: SmallVec<[u8; 16]>,
     /// `None`: removed, or free.
     value: Option<V>,
+    /// What it counted for in the cache when it was last read or written.
+    bytes: u32,
     is_changed: bool,
+    /// It was used since the clock's hand came by.
+    is_used: bool,
     /// Its place is in no index, and waits for another key.
     is_free: bool,
 }
 
+/// What a state needs to know of itself where the host has it.
+#[derive(Debug)]
+struct Cache {
+    /// Its number there.
+    state: u32,
+    bytes: usize,
+    bytes_max: usize,
+    /// The place that is next to make room.
+    hand: usize,
+}
+
 impl<V> Default for ValueState<V> {
     fn default() -> Self {
-        Self { entries: Vec::new(), index: Index::default(), changed: Vec::new(), free: Vec::new() }
+        Self {
+            entries: Vec::new(),
+            index: Index::default(),
+            changed: Vec::new(),
+            free: Vec::new(),
+            cache: None,
+        }
     }
 }
 
-impl<V> ValueState<V> {
+impl<V: Serialize + DeserializeOwned> ValueState<V> {
     /// The value of a key.
     #[must_use]
     #[inline]
-    pub fn get(&self, key: &(impl Keyed + ?Sized)) -> Option<&V> {
-        let place = self.find(key.key_bytes())?;
-        self.entries[place as usize].value.as_ref()
+    pub fn get(&mut self, key: &(impl Keyed + ?Sized)) -> Option<&V> {
+        let place = self.find_or_fetch(key.key_bytes())?;
+        let entry = &mut self.entries[place as usize];
+        if self.cache.is_some() {
+            entry.is_used = true;
+        }
+        entry.value.as_ref()
     }
 
     /// The value of a key, to change it. Counts as changed even if it is not.
     #[inline]
     pub fn get_mut(&mut self, key: &(impl Keyed + ?Sized)) -> Option<&mut V> {
-        let place = self.find(key.key_bytes())?;
+        let place = self.find_or_fetch(key.key_bytes())?;
         self.entries[place as usize].value.as_ref()?;
         self.note_change(place).value.as_mut()
     }
@@ -98,26 +138,55 @@ impl<V> ValueState<V> {
     where
         V: Default,
     {
-        let place = self.find_or_insert(key.key_bytes());
+        let key = key.key_bytes();
+        let place = match self.find_or_fetch(key) {
+            Some(place) => place,
+            None => self.insert(key, None, 0),
+        };
         self.note_change(place).value.get_or_insert_with(V::default)
     }
 
     /// Sets the value of a key.
     pub fn set(&mut self, key: &(impl Keyed + ?Sized), value: V) {
+        // What the host has need not be fetched to be replaced.
         let place = self.find_or_insert(key.key_bytes());
         self.note_change(place).value = Some(value);
     }
 
     /// Removes a key; gives the value it had.
     pub fn remove(&mut self, key: &(impl Keyed + ?Sized)) -> Option<V> {
-        let place = self.find(key.key_bytes())?;
+        let place = self.find_or_fetch(key.key_bytes())?;
         self.entries[place as usize].value.as_ref()?;
         self.note_change(place).value.take()
     }
 
-    /// Every key with its value, in the order in which keys came first.
-    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &V)> {
-        self.entries.iter().filter_map(|entry| Some((entry.key.as_slice(), entry.value.as_ref()?)))
+    /// Calls `each` with every key and its value, in an order that is the same in each run. Where the
+    /// host has the state it is read past the cache, a part at a time.
+    pub fn for_each(&mut self, mut each: impl FnMut(&[u8], &V)) {
+        let Some(Cache { state, .. }) = self.cache else {
+            for entry in &self.entries {
+                if let Some(value) = &entry.value {
+                    each(&entry.key, value);
+                }
+            }
+            return;
+        };
+        self.write_behind(|_| true);
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = host::scan_state(state, after.as_deref());
+            let mut last = None;
+            for (_, key, value) in entries(&page) {
+                if let Some(value) = value {
+                    each(key, &decoded(value));
+                }
+                last = Some(key.to_vec());
+            }
+            if last.is_none() {
+                return;
+            }
+            after = last;
+        }
     }
 
     #[inline]
@@ -126,19 +195,44 @@ impl<V> ValueState<V> {
     }
 
     #[inline]
-    fn find_or_insert(&mut self, key: &[u8]) -> u32 {
+    fn find_or_fetch(&mut self, key: &[u8]) -> Option<u32> {
         match self.find(key) {
-            Some(place) => place,
-            None => self.insert(key),
+            Some(place) => Some(place),
+            None => self.fetch(key),
         }
     }
 
+    #[inline]
+    fn find_or_insert(&mut self, key: &[u8]) -> u32 {
+        match self.find(key) {
+            Some(place) => place,
+            None => self.insert(key, None, 0),
+        }
+    }
+
+    /// Asks the host for a key that is not here.
     #[cold]
-    fn insert(&mut self, key: &[u8]) -> u32 {
+    fn fetch(&mut self, key: &[u8]) -> Option<u32> {
+        let bytes = host::state(self.cache.as_ref()?.state, key)?;
+        Some(self.insert(key, Some(decoded(&bytes)), bytes.len()))
+    }
+
+    #[cold]
+    fn insert(&mut self, key: &[u8], value: Option<V>, value_bytes: usize) -> u32 {
+        let bytes = ENTRY_BYTES + key.len() + value_bytes.max(size_of::<V>());
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        if let Some(cache) = &mut self.cache {
+            cache.bytes += bytes as usize;
+            if cache.bytes_max < cache.bytes {
+                self.make_room();
+            }
+        }
         let entry = Entry {
             key: SmallVec::from_slice(key),
-            value: None,
+            value,
+            bytes,
             is_changed: false,
+            is_used: true,
             is_free: false,
         };
         let place = match self.free.pop() {
@@ -156,34 +250,105 @@ impl<V> ValueState<V> {
         place
     }
 
+    /// Lets go of what was used longest ago, so much at once that one call to the host is worth it.
+    fn make_room(&mut self) {
+        let Some(cache) = &mut self.cache else { return };
+        let (mut left, target) = (cache.bytes, cache.bytes_max / 8 * 7);
+        let mut victims = Vec::new();
+        // In the second round nothing is used any more.
+        for _ in 0..2 * self.entries.len() {
+            if left <= target {
+                break;
+            }
+            cache.hand = (cache.hand + 1) % self.entries.len();
+            let entry = &mut self.entries[cache.hand];
+            if entry.is_free || std::mem::take(&mut entry.is_used) {
+                continue;
+            }
+            left -= (entry.bytes as usize).min(left);
+            // It must not be chosen again.
+            entry.is_used = true;
+            victims.push(cache.hand as u32);
+        }
+        victims.sort_unstable();
+        self.write_behind(|place| victims.binary_search(&place).is_ok());
+        for place in victims {
+            self.release(place);
+        }
+    }
+
+    /// Gives the host those of the changed entries that are meant.
+    fn write_behind(&mut self, is_meant: impl Fn(u32) -> bool) {
+        let Some(Cache { state, .. }) = self.cache else { return };
+        let mut columns = empty_changes();
+        for place in 0..self.entries.len() as u32 {
+            if self.entries[place as usize].is_changed && is_meant(place) {
+                self.write(place, &mut Changes { state, columns: &mut columns });
+                if PUT_BYTES <= columns.keys.len() + columns.values.len() {
+                    host::put_state(&columns);
+                    columns = empty_changes();
+                }
+            }
+        }
+        if !columns.states.is_empty() {
+            host::put_state(&columns);
+        }
+    }
+
+    /// Writes a changed entry, which counts as unchanged from now on.
+    fn write(&mut self, place: u32, changes: &mut Changes<'_>) {
+        let entry = &mut self.entries[place as usize];
+        let before = changes.columns.values.len();
+        changes.push(&entry.key, entry.value.as_ref());
+        entry.is_changed = false;
+        if let Some(cache) = &mut self.cache {
+            let value_bytes = (changes.columns.values.len() - before).max(size_of::<V>());
+            let bytes = u32::try_from(ENTRY_BYTES + entry.key.len() + value_bytes);
+            cache.bytes -= (entry.bytes as usize).min(cache.bytes);
+            entry.bytes = bytes.unwrap_or(u32::MAX);
+            cache.bytes += entry.bytes as usize;
+        }
+    }
+
     #[inline]
     fn note_change(&mut self, place: u32) -> &mut Entry<V> {
         let entry = &mut self.entries[place as usize];
         if !entry.is_changed {
             entry.is_changed = true;
-            self.changed.push(place);
+            entry.is_used = true;
+            if self.cache.is_none() {
+                self.changed.push(place);
+            }
         }
         entry
     }
 
-    /// After a hand-over: nothing has changed, and what was removed makes room.
-    fn settle(&mut self) {
-        let mut changed = std::mem::take(&mut self.changed);
-        for place in changed.drain(..) {
-            let entry = &mut self.entries[place as usize];
-            entry.is_changed = false;
-            if entry.value.is_none() && !entry.is_free {
-                let entries = &self.entries;
-                let hash_of = |place: u32| hash(&entries[place as usize].key);
-                self.index.remove(hash_of(place), place, hash_of);
-                let entry = &mut self.entries[place as usize];
-                entry.key = SmallVec::new();
-                entry.is_free = true;
-                self.free.push(place);
-            }
+    /// Frees a place: its key is not here any more.
+    fn release(&mut self, place: u32) {
+        let entries = &self.entries;
+        let hash_of = |place: u32| hash(&entries[place as usize].key);
+        self.index.remove(hash_of(place), place, hash_of);
+        let entry = &mut self.entries[place as usize];
+        if let Some(cache) = &mut self.cache {
+            cache.bytes -= (entry.bytes as usize).min(cache.bytes);
         }
-        self.changed = changed;
+        entry.key = SmallVec::new();
+        entry.value = None;
+        entry.is_changed = false;
+        entry.is_free = true;
+        self.free.push(place);
     }
+}
+
+/// A value as it was written. What was not written by this state breaks the task.
+fn decoded<V: DeserializeOwned>(bytes: &[u8]) -> V {
+    decode(bytes).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn decode<V: DeserializeOwned>(bytes: &[u8]) -> Result<V, String> {
+    postcard::from_bytes(bytes).map_err(|error| {
+        format!("not the postcard encoding of {}: {error}", std::any::type_name::<V>())
+    })
 }
 
 impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
@@ -195,26 +360,38 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
         std::any::type_name::<V>()
     }
 
+    fn move_to_host(&mut self, state: u32, cache_bytes: usize) {
+        self.cache = Some(Cache { state, bytes: 0, bytes_max: cache_bytes, hand: 0 });
+    }
+
     fn hand_over(&mut self, is_full: bool, changes: &mut Changes<'_>) {
-        if is_full {
-            for (key, value) in self.iter() {
-                changes.push(key, Some(value));
-            }
-        } else {
-            for place in &self.changed {
-                let entry = &self.entries[*place as usize];
+        let places = match self.cache.is_some() {
+            true => (0..self.entries.len() as u32).collect(),
+            false => std::mem::take(&mut self.changed),
+        };
+        if is_full && self.cache.is_none() {
+            for entry in self.entries.iter().filter(|entry| entry.value.is_some()) {
                 changes.push(&entry.key, entry.value.as_ref());
             }
         }
-        self.settle();
+        for place in places {
+            if !self.entries[place as usize].is_changed {
+                continue;
+            }
+            match is_full && self.cache.is_none() {
+                true => self.entries[place as usize].is_changed = false,
+                false => self.write(place, changes),
+            }
+            // What was removed makes room.
+            if self.entries[place as usize].value.is_none() {
+                self.release(place);
+            }
+        }
     }
 
     fn take_back(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), String> {
         let place = self.find_or_insert(key);
-        let value = value.map(postcard::from_bytes).transpose().map_err(|error| {
-            format!("not the postcard encoding of {}: {error}", std::any::type_name::<V>())
-        })?;
-        self.entries[place as usize].value = value;
+        self.entries[place as usize].value = value.map(decode).transpose()?;
         Ok(())
     }
 }
@@ -241,12 +418,14 @@ impl Changes<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn handed_over(state: &mut ValueState<u32>, is_full: bool) -> Vec<(Vec<u8>, Option<u32>)> {
-        let mut columns = crate::runtime::empty_changes();
+        let mut columns = empty_changes();
         state.hand_over(is_full, &mut Changes { state: 0, columns: &mut columns });
-        crate::runtime::entries(&columns)
+        entries(&columns)
             .map(|(_, key, value)| {
                 let value = value.map(|bytes| postcard::from_bytes(bytes).expect("a u32"));
                 (key.to_vec(), value)
@@ -283,7 +462,7 @@ mod tests {
         state.set(b"other".as_slice(), 3);
         state.set(b"a".as_slice(), 4);
         assert_eq!(state.entries.len(), 2, "the freed entry is used again");
-        assert_eq!(state.iter().count(), 2);
+        assert_eq!(all(&mut state).len(), 2);
         assert_eq!(state.get(b"a".as_slice()), Some(&4));
     }
 
@@ -306,22 +485,45 @@ mod tests {
         assert!(keys.len() * 9 / 10 < hashes.len(), "{} of {}", hashes.len(), keys.len());
     }
 
-    #[test]
-    fn thousands_of_random_changes_equal_a_plain_map() {
+    fn all(state: &mut ValueState<u32>) -> BTreeMap<Vec<u8>, u32> {
+        let mut all = BTreeMap::new();
+        state.for_each(|key, value| {
+            assert_eq!(all.insert(key.to_vec(), *value), None, "each key comes once");
+        });
+        all
+    }
+
+    /// Random changes equal a plain map, and what is handed over adds up to it. With a cache, the host
+    /// has what was handed over, as it does in a job.
+    fn random_changes(cache_bytes: Option<usize>) -> ValueState<u32> {
         let mut state = ValueState::<u32>::default();
-        let mut model = std::collections::BTreeMap::<Vec<u8>, u32>::new();
-        let mut replica = std::collections::BTreeMap::<Vec<u8>, u32>::new();
+        if let Some(bytes) = cache_bytes {
+            state.move_to_host(0, bytes);
+        }
+        let (mut model, mut replica) = (BTreeMap::new(), BTreeMap::new());
         let mut seed = 1u64;
         for round in 0..20_000u32 {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let key =
                 format!("key-{}{}", (seed >> 33) % 300, "x".repeat((seed >> 60) as usize * 3));
             let key = key.as_bytes();
-            match (seed >> 20) % 4 {
-                0 => assert_eq!(state.remove(key), model.remove(key)),
-                1 => {
+            match (seed >> 20) % 8 {
+                0 | 1 => assert_eq!(state.remove(key), model.remove(key)),
+                2 => {
                     state.set(key, round);
                     model.insert(key.to_vec(), round);
+                }
+                3 => assert_eq!(state.get(key), model.get(key)),
+                4 => {
+                    let value = state.get_mut(key).map(|value| {
+                        *value += 1;
+                        *value
+                    });
+                    let expected = model.get_mut(key).map(|value| {
+                        *value += 1;
+                        *value
+                    });
+                    assert_eq!(value, expected);
                 }
                 _ => {
                     *state.get_or_default(key) += 1;
@@ -330,15 +532,43 @@ mod tests {
             }
             if round % 500 == 0 {
                 for (key, value) in handed_over(&mut state, false) {
+                    if cache_bytes.is_some() {
+                        let mut columns = empty_changes();
+                        Changes { state: 0, columns: &mut columns }.push(&key, value.as_ref());
+                        host::put_state(&columns);
+                    }
                     match value {
                         Some(value) => replica.insert(key, value),
                         None => replica.remove(&key),
                     };
                 }
-                assert_eq!(replica, model);
+                if cache_bytes.is_none() {
+                    assert_eq!(replica, model);
+                }
+                assert_eq!(all(&mut state), model);
             }
         }
-        assert!(state.iter().all(|(key, value)| model[key] == *value));
-        assert_eq!(state.iter().count(), model.len());
+        assert_eq!(all(&mut state), model);
+        state
+    }
+
+    #[test]
+    fn thousands_of_random_changes_equal_a_plain_map() {
+        random_changes(None);
+    }
+
+    #[test]
+    fn a_state_that_the_host_keeps_equals_a_plain_map_and_stays_within_its_cache() {
+        for bytes_max in [200, 2_000, 10_000, 1 << 20] {
+            host::clear_state();
+            let state = random_changes(Some(bytes_max));
+            let cache = state.cache.as_ref().expect("a cache");
+            let held = state.entries.iter().filter(|entry| !entry.is_free);
+            let bytes: usize = held.map(|entry| entry.bytes as usize).sum();
+            assert_eq!(bytes, cache.bytes);
+            // One entry more than it has room for: that which is in use.
+            assert!(bytes <= bytes_max + 200, "{bytes} of {bytes_max}");
+            assert!(state.changed.is_empty(), "a list of changes would grow without end");
+        }
     }
 }

@@ -26,6 +26,7 @@ impl<O: Operator> TestTask<O> {
             parallelism: 1,
             max_parallelism: 128,
             config: config.collect(),
+            state_cache: None,
         })
         .map_err(own_error)?;
         Ok(Self { task, emitted: Vec::new() })

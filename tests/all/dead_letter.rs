@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::progress::Progress;
-use cofferdam_tests::job::{Harness, Ran, check_counts, committed, run_manifest};
+use cofferdam_tests::job::{HOST_STATE, Harness, Ran, check_counts, committed, run_manifest};
 
 /// A job whose probe traps at the records with these event times, which are their numbers.
 fn poisoned(harness: &Harness, poison: &str, dir: &Path) -> Ran {
@@ -58,9 +58,13 @@ fn one_record_in_a_million_goes_to_the_dead_letters_and_all_others_are_counted_o
 fn several_poison_records_are_all_found_whatever_a_checkpoint_holds() {
     let poison = [40_000, 40_001, 40_007, 60_000, 119_999, 199_999];
     let list = poison.map(|place| place.to_string()).join(" ");
-    for (snapshot, checkpointing) in
-        [("both", ""), ("declared", ""), ("memory", "unaligned.enabled = true")]
-    {
+    for (snapshot, checkpointing) in [
+        ("both", ""),
+        ("declared", ""),
+        ("memory", "unaligned.enabled = true"),
+        ("both", HOST_STATE),
+        ("declared", HOST_STATE),
+    ] {
         let dir = tempfile::tempdir().expect("a directory");
         let harness = Harness {
             count: 200_000,

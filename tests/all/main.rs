@@ -8,6 +8,7 @@ mod objects;
 mod program;
 mod sandbox;
 mod soak;
+mod state_backend;
 mod tidy;
 mod ui;
 mod unaligned;

@@ -66,6 +66,7 @@ async fn open_on(
         task_index: 0,
         parallelism: 1,
         max_parallelism: 128,
+        state_cache: None,
         config,
     };
     instance.open(context).await?;

@@ -12,7 +12,7 @@ use cofferdam_core::random::Random;
 
 use crate::{
     guest,
-    job::{Harness, check_counts, committed},
+    job::{HOST_STATE, Harness, check_counts, committed},
 };
 
 const SIGKILL: i32 = 9;
@@ -31,11 +31,12 @@ pub struct Tally {
 }
 
 /// How checkpoints are taken, job by job.
-const MODES: [&str; 4] = [
+const MODES: [&str; 5] = [
     "",
     "unaligned.enabled = true",
     "max-concurrent-checkpoints = 2\nnum-retained = 2\nsnapshot-compression = true",
     "unaligned.enabled = true\naligned-checkpoint-timeout = \"3ms\"",
+    HOST_STATE,
 ];
 
 /// The job that is killed: keyed counts, exactly once, a checkpoint every 30 ms.

@@ -33,6 +33,14 @@ pub fn sandbox() -> &'static Sandbox {
     })
 }
 
+/// Lines after those of `[execution.checkpointing]`: declared state is kept by the host, with so
+/// little room for it in memory that most of it is on disk.
+pub const HOST_STATE: &str = r#"
+[state.backend]
+type = "sled"
+sled = { cache = "1MiB", write-buffer = "8KiB", guest-cache = "4KiB" }
+"#;
+
 /// A job that counts words with the probe, in a directory of its own.
 #[derive(Debug, Clone)]
 pub struct Harness {
@@ -50,6 +58,8 @@ pub struct Harness {
     pub attempts: u64,
     /// What the probe does, as the `config` table.
     pub config: String,
+    /// How many different words.
+    pub vocabulary: u64,
     /// The edge from the source to the probe.
     pub partition: &'static str,
     /// Further lines of `[execution.checkpointing]`.
@@ -66,6 +76,7 @@ impl Default for Harness {
             snapshot: "both",
             attempts: 1_000,
             config: String::new(),
+            vocabulary: 500,
             partition: "hash",
             checkpointing: r#"externalized-checkpoint-retention = "RETAIN_ON_CANCELLATION""#
                 .to_owned(),
@@ -144,6 +155,7 @@ impl Harness {
             snapshot,
             attempts,
             config,
+            vocabulary,
             partition,
             checkpointing,
             ..
@@ -165,7 +177,7 @@ fixed-delay = {{ attempts = {attempts}, delay = "0s" }}
 [[source]]
 name = "words"
 connector = "generator"
-vocabulary = 500
+vocabulary = {vocabulary}
 seed = 5
 count = {count}
 "#
@@ -283,6 +295,7 @@ pub fn lone_task(operator: &str) -> TaskIdentity {
         digest: None,
         has_memory: true,
         has_declared: false,
+        has_host_state: false,
     }
 }
 

@@ -360,6 +360,11 @@ impl Driver {
                 if let Err(error) = local.lock().settle(checkpoint.0) {
                     tracing::warn!(%error, "bring the local image forward: a restart will read the storage");
                 }
+                if let Some(keyed) = &local.keyed
+                    && let Err(error) = keyed.complete(checkpoint.0)
+                {
+                    tracing::warn!(%error, "bring the declared state forward: it is tried again");
+                }
             }
         });
     }

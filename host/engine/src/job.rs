@@ -34,11 +34,20 @@ use crate::{
     sink,
     source::Prepared,
     spec::{
-        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StorageSpec,
+        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StateBackend,
+        StorageSpec,
     },
     storage::{
-        self, Storage, StorageError, faulty::Faults, manifest::TaskIdentity, memory::MemoryStorage,
-        objects::ObjectStorage, sled::SledStorage, snapshot::SnapshotStore, writer::StorageHandle,
+        self, Storage, StorageError,
+        faulty::Faults,
+        keyed::{KeyedLimits, KeyedState},
+        manifest::TaskIdentity,
+        memory::MemoryStorage,
+        objects::ObjectStorage,
+        sled::SledStorage,
+        snapshot::SnapshotStore,
+        table::Tables,
+        writer::StorageHandle,
     },
     task::{
         local::TaskLocal,
@@ -74,6 +83,9 @@ struct CheckedOperator {
     component: Component,
     description: Description,
 }
+
+/// In the state directory: tables of the state that the host keeps while the job runs.
+const WORKING: &str = "working";
 
 /// What is needed to build the workers of an attempt.
 pub(crate) struct Plan {
@@ -171,6 +183,7 @@ impl CheckedJob {
             }
         }
         check_dead_letters(&spec, &operators)?;
+        check_snapshots(&spec, &operators)?;
         let edges = resolve_edges(&spec, &operators)?;
         let nodes = spec.graph.operators().map(|(_, operator)| operator.clone()).collect();
         spec.graph = JobGraph::new(nodes, edges).map_err(|error| {
@@ -358,6 +371,30 @@ fn check_dead_letters(
     Ok(())
 }
 
+/// State that the host keeps must be in the checkpoints.
+fn check_snapshots(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+) -> Result<(), Problem> {
+    if spec.state_backend == StateBackend::Hashmap {
+        return Ok(());
+    }
+    for (id, checked) in operators {
+        let node = spec.node(*id);
+        if let NodeKind::Operator(operator) = &node.kind
+            && !operator.snapshot.has_declared()
+            && !checked.description.states.is_empty()
+        {
+            let message =
+                format!("the checkpoints of operator \"{}\" would miss its state", node.name);
+            return Err(Problem::new(Code::BadValue, message)
+                .detail("with state.backend.type = \"sled\" the host keeps declared state, and snapshot = \"memory\" leaves it out")
+                .hint("set snapshot = \"both\" or \"declared\""));
+        }
+    }
+    Ok(())
+}
+
 fn port_names(ports: &[Port]) -> String {
     ports.iter().map(|port| port.name.as_str()).collect::<Vec<_>>().join(", ")
 }
@@ -494,8 +531,8 @@ impl Job {
         let (mut store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
             .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
         store.compress(spec.is_compressing);
-        let locals: BTreeMap<TaskId, Arc<TaskLocal>> =
-            tasks.iter().map(|task| (*task, Arc::default())).collect();
+        let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
+            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
         let sources = spec.nodes.iter().zip(&nodes).filter_map(|(node, plan)| match plan {
             NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
             _ => None,
@@ -723,7 +760,48 @@ fn identity(
         digest: operators.get(&task.operator).map(|operator| operator.component.digest().0),
         has_memory,
         has_declared,
+        has_host_state: has_declared && matches!(spec.state_backend, StateBackend::Sled(_)),
     }
+}
+
+/// What this process keeps of each task: nothing yet, and a place for state that the host keeps.
+fn locals(
+    tasks: &[TaskId],
+    identities: &[TaskIdentity],
+    spec: &JobSpec,
+    state_dir: Option<&Path>,
+) -> Result<BTreeMap<TaskId, Arc<TaskLocal>>, StorageError> {
+    let tables = match &spec.state_backend {
+        StateBackend::Sled(backend) if identities.iter().any(|task| task.has_host_state) => {
+            let dir = match state_dir {
+                Some(dir) => dir.join(WORKING),
+                None => tempfile::Builder::new()
+                    .prefix("cofferdam-")
+                    .tempdir()
+                    .map(tempfile::TempDir::keep)
+                    .map_err(|error| StorageError::store("make room for state", error))?,
+            };
+            Some((Tables::new(&dir, backend.cache_bytes)?, backend.write_buffer_bytes))
+        }
+        _ => None,
+    };
+    let local = |(task, identity): (&TaskId, &TaskIdentity)| {
+        let limits = match &spec.node(task.operator).kind {
+            NodeKind::Operator(operator) => operator.limits.clone(),
+            _ => Limits::default(),
+        };
+        let keyed = tables.as_ref().filter(|_| identity.has_host_state);
+        let keyed = keyed.map(|(tables, write_buffer_bytes)| {
+            let limits = KeyedLimits {
+                bytes_max: limits.state_bytes_max,
+                write_buffer_bytes: *write_buffer_bytes,
+                max_parallelism: identity.max_parallelism,
+            };
+            KeyedState::new(tables.clone(), limits).map(Arc::new)
+        });
+        Ok((*task, Arc::new(TaskLocal::new(keyed.transpose()?))))
+    };
+    tasks.iter().zip(identities).map(local).collect()
 }
 
 fn prepare_nodes(

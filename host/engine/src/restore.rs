@@ -28,7 +28,7 @@ use crate::{
         self, StorageError,
         in_flight::{ChannelState, InFlight},
         manifest::{Manifest, TaskIdentity},
-        snapshot::{Found, LoadedTask, SnapshotStore},
+        snapshot::{Found, LoadedTask, Share, SnapshotStore},
     },
     task::local::TaskLocal,
 };
@@ -94,10 +94,10 @@ fn restore_newest(
         let at =
             |problem: Problem| problem.detail(format!("checkpoint {id} in {}", store.location()));
         check_fit(tasks, manifest, false).map_err(at)?;
-        let load = |slot| store.load(slot, id);
-        match redistribute(tasks, manifest, &load) {
-            Ok(state) => {
-                adopt(tasks, store, manifest, state).map_err(|error| unusable(store, &error))?;
+        match redistribute(tasks, manifest, store) {
+            Ok(shares) => {
+                adopt(tasks, store, manifest, None, &shares)
+                    .map_err(|error| unusable(store, &error))?;
                 return Ok(Some(id));
             }
             Err(Failed::Problem(problem)) => return Err(*problem),
@@ -142,14 +142,14 @@ fn restore_named(
     check_fit(tasks, &manifest, from.ignore_unclaimed_state).map_err(|problem| {
         problem.detail(format!("checkpoint {} in {named}", manifest.checkpoint))
     })?;
-    let load = |slot| other.load(slot, manifest.checkpoint);
-    let state = redistribute(tasks, &manifest, &load).map_err(|failed| match failed {
+    let shares = redistribute(tasks, &manifest, &other).map_err(|failed| match failed {
         Failed::Problem(problem) => *problem,
         Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
             .detail(error)
             .hint("use another savepoint or checkpoint"),
     })?;
-    adopt(tasks, store, &manifest, state).map_err(|error| unusable(store, &error))?;
+    adopt(tasks, store, &manifest, Some(&other), &shares)
+        .map_err(|error| unusable(store, &error))?;
     Ok(manifest.checkpoint)
 }
 
@@ -181,7 +181,7 @@ fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
 }
 
 /// The state of every task, by slot.
-type States = Vec<LoadedTask>;
+type Shares = Vec<Share>;
 
 enum Failed {
     Problem(Box<Problem>),
@@ -199,30 +199,32 @@ fn adopt(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
     manifest: &Manifest,
-    states: States,
+    other: Option<&SnapshotStore>,
+    shares: &[Share],
 ) -> Result<(), StorageError> {
     let id = manifest.checkpoint;
     let is_as_it_was = store.is_current(id)
         && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
     if !is_as_it_was {
-        store.import(id, manifest.written_at_ms, &states)?;
+        store.import(id, manifest.written_at_ms, other, shares)?;
     }
-    for (local, state) in tasks.locals.values().zip(&states) {
+    for (local, share) in tasks.locals.values().zip(shares) {
         local
             .lock()
-            .load(id, state)
+            .load(id, &share.state)
             .map_err(|error| StorageError::store("make the image of a task", error))?;
     }
     Ok(())
 }
 
-/// Loads every old task, and shares its state out among the new ones.
+/// Loads every old task, and shares its state out among the new ones. Declared state is only read
+/// through: it may be larger than the memory.
 fn redistribute(
     tasks: &Tasks<'_>,
     manifest: &Manifest,
-    load: &dyn Fn(usize) -> Result<LoadedTask, StorageError>,
-) -> Result<States, Failed> {
-    let mut states: Vec<LoadedTask> = Vec::with_capacity(tasks.identities.len());
+    store: &SnapshotStore,
+) -> Result<Shares, Failed> {
+    let mut shares: Shares = Vec::with_capacity(tasks.identities.len());
     for node in &tasks.spec.nodes {
         let new: Vec<&TaskIdentity> =
             tasks.identities.iter().filter(|identity| identity.operator == node.name).collect();
@@ -231,7 +233,11 @@ fn redistribute(
             .filter(|(_, task)| task.identity.operator == node.name)
             .map(|(slot, _)| slot)
             .collect();
-        let mut loaded = old.into_iter().map(load).collect::<Result<Vec<_>, _>>()?;
+        let load = |slot: &usize| {
+            store.check_declared(*slot, manifest.checkpoint)?;
+            store.load(*slot, manifest.checkpoint)
+        };
+        let mut loaded = old.iter().map(load).collect::<Result<Vec<_>, _>>()?;
         if let NodeKind::Operator(operator) = &node.kind
             && !operator.snapshot.has_memory()
         {
@@ -241,18 +247,30 @@ fn redistribute(
             forget_watermarks(tasks, manifest, task);
         }
         if loaded.is_empty() {
-            states.extend(new.iter().map(|_| LoadedTask::default()));
+            shares.extend(new.iter().map(|_| Share::default()));
         } else if loaded.len() == new.len() {
-            states.extend(loaded);
+            shares.extend(loaded.into_iter().zip(old).map(|(state, slot)| Share {
+                state,
+                declared_from: vec![slot],
+                key_groups: None,
+            }));
         } else {
-            let shared = share(tasks, node, loaded, &new);
-            states.extend(shared.map_err(|problem| Failed::Problem(Box::new(problem)))?);
+            let states = share(tasks, node, loaded, &new);
+            let states = states.map_err(|problem| Failed::Problem(Box::new(problem)))?;
+            shares.extend(states.into_iter().zip(&new).map(|(state, identity)| {
+                let TaskIdentity { index, parallelism, max_parallelism, .. } = **identity;
+                let has_groups = 0 < max_parallelism;
+                let key_groups =
+                    has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
+                Share { state, declared_from: old.clone(), key_groups }
+            }));
         }
-        let in_flight = states[states.len() - new.len()..].iter().flat_map(|it| &*it.in_flight);
+        let in_flight = shares[shares.len() - new.len()..].iter();
+        let in_flight = in_flight.flat_map(|share| &*share.state.in_flight);
         check_in_flight(tasks, node, in_flight)
             .map_err(|problem| Failed::Problem(Box::new(problem)))?;
     }
-    Ok(states)
+    Ok(shares)
 }
 
 /// Event time in flight counts for one producing task; where there are others now, they tell it
@@ -299,7 +317,7 @@ fn share(
     node: &NodeSpec,
     old: Vec<LoadedTask>,
     new: &[&TaskIdentity],
-) -> Result<States, Problem> {
+) -> Result<Vec<LoadedTask>, Problem> {
     let NodeSpec { name, kind, .. } = node;
     let parallelism = new.len();
     let is_drained = old.iter().all(|task| task.is_drained);
@@ -316,22 +334,13 @@ fn share(
         Problem::new(Code::StateMismatch, format!("the state of \"{name}\" cannot be shared out"))
             .detail(error)
     })?;
-    let mut states: States = shares
+    let mut states: Vec<LoadedTask> = shares
         .into_iter()
         .map(|state| LoadedTask { state, is_drained, ..LoadedTask::default() })
         .collect();
     let in_flight = share_in_flight(node, &old, new)?;
     for (state, in_flight) in states.iter_mut().zip(in_flight) {
         state.in_flight = Arc::new(in_flight);
-    }
-    for (key, value) in old.into_iter().flat_map(|task| task.declared) {
-        let owner = new.iter().position(|identity| {
-            let (count, max) = (identity.parallelism, identity.max_parallelism);
-            key_groups_of(identity.index, count, max).contains(&key.key_group)
-        });
-        if let Some(owner) = owner {
-            states[owner].declared.insert(key, value);
-        }
     }
     Ok(states)
 }
@@ -460,6 +469,18 @@ fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Probl
         );
         let hint = format!(
             "linear memory fits only the component that wrote it: put that one back{by_declared_state}"
+        );
+        return mismatch(what, &hint);
+    }
+    if known.has_host_state != task.has_host_state {
+        let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
+        let what = format!(
+            "the checkpoint of \"{name}\" was taken with state.backend.type = \"{}\", the manifest has \"{}\"",
+            backend(known.has_host_state),
+            backend(task.has_host_state)
+        );
+        let hint = format!(
+            "linear memory fits only the state backend that it was written with: set that one back{by_declared_state}"
         );
         return mismatch(what, &hint);
     }

@@ -1,6 +1,6 @@
 //! What a guest can ask of whoever embeds the sandbox.
 
-use crate::Level;
+use crate::{Level, Limit, StateChanges};
 
 /// The answers to a guest's imports. Everything nondeterministic that a guest sees comes through
 /// here, so that it can be recorded.
@@ -22,4 +22,43 @@ pub trait Host: Send + Sync + 'static {
 
     /// How often the task was restarted before.
     fn attempt(&self) -> u32;
+
+    /// The value of a key of declared state.
+    ///
+    /// # Errors
+    /// [`StateError::NotKept`] unless the host keeps it.
+    fn state(&self, _state: u32, _key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        Err(StateError::NotKept)
+    }
+
+    /// Sets and removes entries of declared state.
+    ///
+    /// # Errors
+    /// [`StateError::NotKept`] unless the host keeps it.
+    fn put_state(&self, _changes: &StateChanges) -> Result<(), StateError> {
+        Err(StateError::NotKept)
+    }
+
+    /// Some entries of a declared state after a key; none: there are no more.
+    ///
+    /// # Errors
+    /// [`StateError::NotKept`] unless the host keeps it.
+    fn scan_state(&self, _state: u32, _after: Option<&[u8]>) -> Result<StateChanges, StateError> {
+        Err(StateError::NotKept)
+    }
+}
+
+/// Why a host cannot do what a guest asks of its declared state.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateError {
+    /// The guest was not told that the host keeps its state.
+    #[error("it asks the host for declared state, and keeps that itself")]
+    NotKept,
+    /// The guest has more of it than it may.
+    #[error("{0}")]
+    Limit(Limit),
+    /// The host cannot read or write it.
+    #[error("{0}")]
+    Unavailable(String),
 }

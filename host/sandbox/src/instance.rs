@@ -260,7 +260,8 @@ impl Instance {
     /// See [`GuestError`].
     pub async fn hand_over(&mut self, id: u64, full: bool) -> Result<StateChanges, GuestError> {
         let changes = call!(self, call_checkpoint(CheckpointRequest { id, full }))??;
-        check_changes(&changes)?;
+        check_changes(&changes)
+            .map_err(|message| GuestError::Trap { message, backtrace: Vec::new() })?;
         Ok(changes)
     }
 
@@ -431,7 +432,7 @@ fn check_emissions(emissions: Vec<Emission>) -> Result<Vec<Emission>, GuestError
     Ok(emissions)
 }
 
-fn check_changes(changes: &StateChanges) -> Result<(), GuestError> {
+pub(crate) fn check_changes(changes: &StateChanges) -> Result<(), String> {
     let count = changes.states.len();
     let is_complete = changes.key_ends.len() == count
         && changes.value_ends.len() == count
@@ -441,10 +442,7 @@ fn check_changes(changes: &StateChanges) -> Result<(), GuestError> {
             .and_then(|()| check_column(&changes.value_ends, changes.values.len())),
         false => Err("columns of different length"),
     };
-    checked.map_err(|message| GuestError::Trap {
-        message: format!("it handed over malformed state: {message}"),
-        backtrace: Vec::new(),
-    })
+    checked.map_err(|message| format!("it handed over malformed state: {message}"))
 }
 
 impl Batch {

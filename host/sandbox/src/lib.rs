@@ -30,6 +30,7 @@ mod bindings {
     wasmtime::component::bindgen!({
         path: "../../wit",
         world: "operator",
+        imports: { "cofferdam:operator/state@0.1.0": trappable },
         exports: { default: async },
         ownership: Borrowing { duplicate_if_necessary: false },
         additional_derives: [PartialEq, Eq],
@@ -45,7 +46,7 @@ pub use bindings::cofferdam::operator::{
 };
 pub use component::{Component, ComponentError, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
-pub use host::Host;
+pub use host::{Host, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
 pub use limits::{Limit, Limits};
 pub use memory::{

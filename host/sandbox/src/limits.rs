@@ -17,6 +17,8 @@ const OUTPUT_BYTES_MAX: u64 = 64 << 20;
 const HANDLES_MAX: u32 = 64;
 /// Elements of all tables: function pointers. A large component has ten thousand.
 const TABLE_ELEMENTS_MAX: u64 = 100_000;
+/// Declared state of one task that the host keeps: what a disk of 1 TB has for 60 of them.
+const STATE_BYTES_MAX: u64 = 16 << 30;
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 
@@ -33,6 +35,8 @@ pub struct Limits {
     pub handles_max: u32,
     /// Elements of all tables together. Default: 100,000.
     pub table_elements_max: u64,
+    /// Keys and values of declared state that the host keeps. Default: 16 GiB.
+    pub state_bytes_max: u64,
     /// Bytes of log messages a second; what is beyond is dropped. Default: 64 KiB.
     pub log_bytes_per_second_max: u64,
 }
@@ -45,6 +49,7 @@ impl Default for Limits {
             output_bytes_max: OUTPUT_BYTES_MAX,
             handles_max: HANDLES_MAX,
             table_elements_max: TABLE_ELEMENTS_MAX,
+            state_bytes_max: STATE_BYTES_MAX,
             log_bytes_per_second_max: LOG_BYTES_PER_SECOND_MAX,
         }
     }
@@ -90,6 +95,13 @@ pub enum Limit {
         /// How many elements it may have.
         elements_max: u64,
     },
+    /// [`Limits::state_bytes_max`].
+    State {
+        /// What it would have.
+        wanted_bytes: u64,
+        /// What it may have.
+        bytes_max: u64,
+    },
     /// The stack of the guest's calls.
     Stack,
 }
@@ -111,6 +123,9 @@ impl fmt::Display for Limit {
             }
             Self::Table { elements_max } => {
                 write!(f, "its tables want more than `limits.table-elements` = {elements_max}")
+            }
+            Self::State { wanted_bytes, bytes_max } => {
+                write!(f, "it wants {wanted_bytes} bytes of state, `limits.state` is {bytes_max}")
             }
             Self::Stack => write!(f, "its calls are nested too deeply (stack overflow)"),
         }

@@ -3,6 +3,7 @@
 use wasmtime::{Error, Trap, WasmBacktrace};
 
 use crate::{
+    StateError,
     bindings::cofferdam::operator::types::{ErrorClass, OperatorError},
     limits::Limit,
 };
@@ -39,6 +40,9 @@ pub enum GuestError {
         /// The place of the record in the batch, if it named one.
         record: Option<u32>,
     },
+    /// The host could not do what the guest asked of it.
+    #[error("{0}")]
+    Unavailable(String),
     /// Something that the host should have prevented.
     #[error("{0}")]
     Host(String),
@@ -50,6 +54,16 @@ impl From<OperatorError> for GuestError {
         match class {
             ErrorClass::Rejected => Self::Rejected { message, record },
             ErrorClass::Failed => Self::Failed { message, record },
+        }
+    }
+}
+
+impl From<StateError> for GuestError {
+    fn from(error: StateError) -> Self {
+        match error {
+            StateError::Limit(limit) => Self::Limit(limit),
+            StateError::Unavailable(message) => Self::Unavailable(message),
+            StateError::NotKept => Self::Host(error.to_string()),
         }
     }
 }
@@ -69,6 +83,11 @@ impl GuestError {
     ) -> Self {
         if let Some(limit) = error.downcast_ref::<Limit>() {
             return Self::Limit(*limit);
+        }
+        if let Some(error) = error.downcast_ref::<StateError>()
+            && *error != StateError::NotKept
+        {
+            return error.clone().into();
         }
         if let Some(exit) = error.downcast_ref::<wasmtime_wasi::I32Exit>() {
             let message = format!("the guest called exit({})", exit.0);

@@ -29,8 +29,11 @@ use wasmtime_wasi::{
 };
 
 use crate::{
-    Host, Level, Limits,
-    bindings::cofferdam::operator::{clock, logging, metrics, random as guest_random, task, types},
+    Host, Level, Limits, StateChanges,
+    bindings::cofferdam::operator::{
+        clock, logging, metrics, random as guest_random, state, task, types,
+    },
+    instance::check_changes,
     limits::Meter,
 };
 
@@ -116,6 +119,7 @@ pub(crate) fn link(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     metrics::add_to_linker::<State, Itself>(l, |state| state)?;
     clock::add_to_linker::<State, Itself>(l, |state| state)?;
     guest_random::add_to_linker::<State, Itself>(l, |state| state)?;
+    state::add_to_linker::<State, Itself>(l, |state| state)?;
     task::add_to_linker::<State, Itself>(l, |state| state)?;
     types::add_to_linker::<State, Itself>(l, |state| state)
 }
@@ -165,6 +169,21 @@ impl clock::Host for State {
 impl guest_random::Host for State {
     fn next(&mut self) -> u64 {
         self.log.host.random()
+    }
+}
+
+impl state::Host for State {
+    fn get(&mut self, state: u32, key: Vec<u8>) -> wasmtime::Result<Option<Vec<u8>>> {
+        Ok(self.log.host.state(state, &key)?)
+    }
+
+    fn put(&mut self, changes: StateChanges) -> wasmtime::Result<()> {
+        check_changes(&changes).map_err(wasmtime::Error::msg)?;
+        Ok(self.log.host.put_state(&changes)?)
+    }
+
+    fn scan(&mut self, state: u32, after: Option<Vec<u8>>) -> wasmtime::Result<StateChanges> {
+        Ok(self.log.host.scan_state(state, after.as_deref())?)
     }
 }
 

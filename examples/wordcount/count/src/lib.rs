@@ -22,9 +22,10 @@ impl Operator for Count {
     }
 
     fn finish(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
-        let mut counts: Vec<_> = self.counts.iter().collect();
+        let mut counts = Vec::new();
+        self.counts.for_each(|word, count| counts.push((word.to_vec(), *count)));
         counts.sort();
-        for (word, count) in counts {
+        for (word, count) in &counts {
             let word = std::str::from_utf8(word)?;
             out.emit(Text(word), Text(&format!("{count} {word}")));
         }

@@ -23,6 +23,7 @@ pub struct HostSettings {
 /// Flink's older names of settings that exist.
 const RENAMED: &[(&str, &str)] = &[
     ("restart-strategy", "restart-strategy.type"),
+    ("state.backend", "state.backend.type"),
     ("parallelism.default", "job.parallelism"),
     ("state.checkpoints.num-retained", "execution.checkpointing.num-retained"),
     ("state.checkpoints.dir", "execution.checkpointing.dir"),
@@ -54,6 +55,10 @@ const KNOWN: &[&str] = &[
     "execution.checkpointing.dir",
     "execution.checkpointing.savepoint-dir",
     "execution.checkpointing.storage",
+    "state.backend.type",
+    "state.backend.sled.cache",
+    "state.backend.sled.write-buffer",
+    "state.backend.sled.guest-cache",
     "jobmanager.execution.failover-strategy",
     "jobmanager.execution.failover-escalation",
 ];
@@ -90,8 +95,11 @@ pub(super) const MEANINGLESS: &[(&str, &str)] = &[
     ("execution.checkpointing.file-merging", "the store decides how it keeps values"),
     ("execution.checkpointing.cleaner", "the store reclaims its space itself"),
     ("execution.checkpointing.local-backup", "the newest checkpoint is always kept in memory, too"),
-    ("state.backend", "declared state lives in the memory of its operator"),
-    ("state.changelog", "declared state lives in the memory of its operator"),
+    ("state.backend.rocksdb", "state on disk is kept by sled: state.backend.sled"),
+    ("state.backend.forst", "state on disk is kept by sled: state.backend.sled"),
+    ("state.backend.latency-track", "the host measures whole calls"),
+    ("state.backend.local-recovery", "the newest checkpoint is always kept beside its task, too"),
+    ("state.changelog", "a checkpoint holds what has changed, and is short as it is"),
     ("state.storage", "the store decides how it keeps values"),
     ("execution.savepoint", "say it when the job is run: --from"),
     ("execution.state-recovery", "say it when the job is run: --from"),

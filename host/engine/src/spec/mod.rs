@@ -66,6 +66,8 @@ pub struct JobSpec {
     pub savepoint_dir: Option<PathBuf>,
     /// Where checkpoints are kept.
     pub storage: StorageSpec,
+    /// Where declared state is kept while the job runs.
+    pub state_backend: StateBackend,
     /// What a failure leads to.
     pub restart: RestartSpec,
     /// What restarts when a task fails.
@@ -122,6 +124,43 @@ impl StorageSpec {
         match self {
             Self::Sled(dir) | Self::Objects { state_dir: dir, .. } => Some(dir),
             Self::Memory => None,
+        }
+    }
+}
+
+/// Where declared state is kept while a job runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StateBackend {
+    /// In the memory of each guest.
+    Hashmap,
+    /// By the host, on disk: it may be larger than the memory.
+    Sled(SledBackend),
+}
+
+/// What state on disk takes of the memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SledBackend {
+    /// The database's cache, for all tasks together.
+    pub cache_bytes: u64,
+    /// What a task has changed since the last checkpoint and is not on disk yet.
+    pub write_buffer_bytes: u64,
+    /// What a guest keeps in its own memory, at most a quarter of `limits.memory`.
+    pub guest_cache_bytes: u64,
+}
+
+impl Default for SledBackend {
+    fn default() -> Self {
+        Self { cache_bytes: 64 << 20, write_buffer_bytes: 16 << 20, guest_cache_bytes: 16 << 20 }
+    }
+}
+
+impl StateBackend {
+    /// Its name in a manifest.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hashmap => "hashmap",
+            Self::Sled(_) => "sled",
         }
     }
 }
@@ -239,6 +278,8 @@ pub struct OperatorSpec {
     pub snapshot: SnapshotMode,
     /// How many key groups it has.
     pub max_parallelism: u32,
+    /// What an instance keeps of declared state where the host has it all.
+    pub state_cache_bytes: u64,
     /// A record at which it has trapped so often is isolated and goes to its output
     /// [`DEAD_LETTER`]; `None`: a trap is a failure, however often.
     pub dead_letter_after: Option<u32>,
@@ -399,6 +440,17 @@ impl JobSpec {
             .into_iter()
             .map(|(key, value)| (format!("execution.checkpointing.{key}"), value))
             .collect();
+        all.push(("state.backend.type".to_owned(), self.state_backend.name().to_owned()));
+        if let StateBackend::Sled(backend) = &self.state_backend {
+            let bytes = [
+                ("cache", backend.cache_bytes),
+                ("write-buffer", backend.write_buffer_bytes),
+                ("guest-cache", backend.guest_cache_bytes),
+            ];
+            let setting =
+                |(key, bytes)| (format!("state.backend.sled.{key}"), format!("{bytes} bytes"));
+            all.extend(bytes.map(setting));
+        }
         all.push((
             "jobmanager.execution.failover-strategy".to_owned(),
             self.failover.name().to_owned(),
@@ -486,7 +538,7 @@ fn refuse_nodes(source: &Text<'_>, table: &DeTable<'_>, start: usize) -> Result<
 
 /// Whether a key is one that `check --effective` shows.
 fn is_setting(key: &str) -> bool {
-    let of = ["execution.", "restart-strategy.", "jobmanager."];
+    let of = ["execution.", "state.", "restart-strategy.", "jobmanager."];
     key == "job.parallelism" || of.iter().any(|prefix| key.starts_with(prefix))
 }
 
@@ -506,7 +558,17 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let is_checkpointed = execution.checkpoint.interval_ms.is_some();
     let restart = read_restart(root, is_checkpointed)?;
     let (failover, escalates_after) = read_failover(root, is_checkpointed)?;
-    let (graph, nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
+    let mut warnings = execution.warnings;
+    let state_backend = read_state_backend(root, &mut warnings)?;
+    let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
+    if let StateBackend::Sled(backend) = &state_backend {
+        for node in &mut nodes {
+            if let NodeKind::Operator(operator) = &mut node.kind {
+                let bytes_max = operator.limits.memory_bytes_max / 4;
+                operator.state_cache_bytes = backend.guest_cache_bytes.min(bytes_max);
+            }
+        }
+    }
     root.finish()?;
     Ok(JobSpec {
         name: name.value,
@@ -517,12 +579,13 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
         retention: execution.retention,
         savepoint_dir: execution.savepoint_dir,
         storage: execution.storage,
+        state_backend,
         restart,
         failover,
         escalates_after,
         graph,
         nodes,
-        warnings: execution.warnings,
+        warnings,
         origins: BTreeMap::new(),
     })
 }
@@ -789,6 +852,50 @@ fn read_unaligned(section: &Section<'_>, execution: &mut Execution) -> Result<()
     }
     execution.checkpoint.unaligned_after_ms = Some(timeout);
     Ok(())
+}
+
+/// Below this a cache or buffer would hold next to nothing.
+const BACKEND_BYTES_MIN: u64 = 4 << 10;
+
+/// Flink's backends on disk do what sled does here.
+fn read_state_backend(root: &Section<'_>, warnings: &mut Vec<String>) -> Result<StateBackend> {
+    let Some(state) = root.section("state")? else { return Ok(StateBackend::Hashmap) };
+    let Some(section) = state.section("backend")? else {
+        state.finish()?;
+        return Ok(StateBackend::Hashmap);
+    };
+    let names = [
+        ("hashmap", None),
+        ("sled", Some("sled")),
+        ("rocksdb", Some("rocksdb")),
+        ("forst", Some("forst")),
+    ];
+    let name = section.choice("type", &names)?.and_then(|name| name.value);
+    let mut backend = SledBackend::default();
+    if let Some(sled) = section.section("sled")? {
+        let sizes = [
+            ("cache", &mut backend.cache_bytes),
+            ("write-buffer", &mut backend.write_buffer_bytes),
+            ("guest-cache", &mut backend.guest_cache_bytes),
+        ];
+        for (key, bytes) in sizes {
+            match sled.bytes(key)? {
+                Some(Located { value, .. }) if BACKEND_BYTES_MIN <= value => *bytes = value,
+                Some(Located { span, .. }) => {
+                    return Err(sled.bad_value(key, &span, "it must be at least 4 KiB"));
+                }
+                None => {}
+            }
+        }
+        sled.finish()?;
+    }
+    section.finish()?;
+    state.finish()?;
+    let Some(name) = name else { return Ok(StateBackend::Hashmap) };
+    if name != "sled" {
+        warnings.push(format!("`state.backend.type` = \"{name}\" is taken for \"sled\", the state on disk that there is here"));
+    }
+    Ok(StateBackend::Sled(backend))
 }
 
 #[derive(Clone, Copy)]
@@ -1302,6 +1409,7 @@ fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Re
         limits,
         snapshot: snapshot.map_or(SnapshotMode::Both, |choice| choice.value),
         max_parallelism,
+        state_cache_bytes: 0,
         dead_letter_after: read_on_trap(section)?,
     })
 }
@@ -1344,6 +1452,9 @@ fn read_limits(section: &Section<'_>) -> Result<Limits> {
     }
     if let Some(elements) = section.integer("table-elements", 0..=10_000_000)? {
         limits.table_elements_max = elements.value;
+    }
+    if let Some(state) = section.bytes("state")? {
+        limits.state_bytes_max = state.value;
     }
     if let Some(log) = section.bytes("log")? {
         limits.log_bytes_per_second_max = log.value;

@@ -8,7 +8,9 @@ use twox_hash::XxHash3_64;
 use super::{Result, StorageError};
 
 /// The version of everything in a generation. Changes with any change of the format.
-pub const FORMAT: u16 = 2;
+pub const FORMAT: u16 = 3;
+/// The version before, which is read as well: it knows no state that the host keeps.
+const FORMAT_2: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"CFDM";
 
@@ -73,6 +75,57 @@ pub struct TaskIdentity {
     pub has_memory: bool,
     /// Whether declared state is in the snapshots.
     pub has_declared: bool,
+    /// Whether the host keeps the declared state: linear memory then holds a cache of it.
+    pub has_host_state: bool,
+}
+
+/// What format 2 has of a manifest, a task of it, and a task's identity.
+#[derive(Deserialize)]
+struct Manifest2 {
+    job: String,
+    checkpoint: u64,
+    written_at_ms: u64,
+    tasks: Vec<(Identity2, Vec<u64>, SnapshotStats)>,
+}
+
+#[derive(Deserialize)]
+struct Identity2 {
+    operator: String,
+    index: u32,
+    parallelism: u32,
+    max_parallelism: u32,
+    digest: Option<[u8; 16]>,
+    has_memory: bool,
+    has_declared: bool,
+}
+
+impl From<Manifest2> for Manifest {
+    fn from(old: Manifest2) -> Self {
+        let task = |(identity, chain, stats): (Identity2, Vec<u64>, SnapshotStats)| {
+            let Identity2 {
+                operator,
+                index,
+                parallelism,
+                max_parallelism,
+                digest,
+                has_memory,
+                has_declared,
+            } = identity;
+            let identity = TaskIdentity {
+                operator,
+                index,
+                parallelism,
+                max_parallelism,
+                digest,
+                has_memory,
+                has_declared,
+                has_host_state: false,
+            };
+            ManifestTask { identity, chain, stats }
+        };
+        let Manifest2 { job, checkpoint, written_at_ms, tasks } = old;
+        Self { job, checkpoint, written_at_ms, tasks: tasks.into_iter().map(task).collect() }
+    }
 }
 
 impl Manifest {
@@ -99,10 +152,12 @@ impl Manifest {
             return Err(StorageError::damaged(name, "it ends before its version"));
         };
         let found = u16::from_le_bytes(*version);
-        if found != FORMAT {
-            return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT });
-        }
-        postcard::from_bytes(rest).map_err(|error| StorageError::damaged(name, error))
+        let decoded = match found {
+            FORMAT => postcard::from_bytes(rest),
+            FORMAT_2 => postcard::from_bytes::<Manifest2>(rest).map(Self::from),
+            _ => return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT }),
+        };
+        decoded.map_err(|error| StorageError::damaged(name, error))
     }
 }
 
@@ -149,6 +204,7 @@ mod tests {
             digest: Some([7; 16]),
             has_memory: true,
             has_declared: true,
+            has_host_state: true,
         };
         let stats = SnapshotStats { sync_us: 300, is_unaligned: true, ..SnapshotStats::default() };
         let task = ManifestTask { identity, chain: vec![3, 4, 9], stats };
@@ -169,8 +225,27 @@ mod tests {
             Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the manifest of checkpoint 9 has format 99, this program reads format 2"
+            "the manifest of checkpoint 9 has format 99, this program reads format 3"
         );
+    }
+
+    #[test]
+    fn format_2_is_read_as_state_in_guests() {
+        // A manifest of job "j", checkpoint 9, written at 1 ms, with one task.
+        let mut bytes = b"CFDM\x02\x00\x01j\x09\x01\x01".to_vec();
+        // Operator "count", task 1 of 2, 128 key groups, no digest, memory, no declared state.
+        bytes.extend_from_slice(b"\x05count\x01\x02\x80\x01\x00\x01\x00");
+        // A chain of 3 and 9, and what it has cost: 300 microseconds, unaligned.
+        bytes.extend_from_slice(b"\x02\x03\x09\x00\x00\xac\x02\x00\x00\x00\x01");
+        let read = Manifest::decode("m", &bytes).expect("decodes");
+        let task = &read.tasks[0];
+        assert_eq!((read.job.as_str(), read.checkpoint, read.written_at_ms), ("j", 9, 1));
+        assert_eq!((task.identity.operator.as_str(), task.identity.index), ("count", 1));
+        assert_eq!((task.identity.parallelism, task.identity.max_parallelism), (2, 128));
+        assert!(task.identity.has_memory && !task.identity.has_declared);
+        assert!(!task.identity.has_host_state);
+        assert_eq!((task.chain.as_slice(), task.stats.sync_us), (&[3, 9][..], 300));
+        assert!(task.stats.is_unaligned);
     }
 
     proptest! {

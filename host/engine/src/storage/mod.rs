@@ -5,14 +5,17 @@
 //! store it writes to. A generation holds a full image of every task and the increments since; it
 //! is never repaired: it is replaced by a new one and removed as a directory.
 
+pub mod declared;
 pub mod faulty;
 pub mod in_flight;
+pub mod keyed;
 pub mod manifest;
 pub mod memory;
 pub mod objects;
 pub(crate) mod savepoint;
 pub mod sled;
 pub mod snapshot;
+pub(crate) mod table;
 pub(crate) mod writer;
 
 use std::{fs::File, io, path::Path};

@@ -1,4 +1,4 @@
-//! Generations in sled, the default. The only file that names it.
+//! Generations in sled, the default. Only this file and `table.rs` name it.
 //!
 //! sled rewrites the neighbours of what is inserted, which costs three times the bytes of a large
 //! value. So values of [`PACKED_BYTES_MIN`] and more are appended to a file beside the database,
@@ -136,7 +136,7 @@ fn end_of_places(index: &sled::Db) -> Result<u64> {
 }
 
 /// Calls sled, which panics where it finds its own files damaged in some ways.
-fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T> {
+pub(super) fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T> {
     match std::panic::catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|error| StorageError::store(doing, error)),
         Err(_) => Err(StorageError::damaged("the index", format!("sled gave up: {doing}"))),

@@ -9,16 +9,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::Arc,
     time::Instant,
 };
 
-use cofferdam_core::key_group::key_group;
-use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, StateChanges, memory::PAGE_BYTES};
+use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 
 use super::{
     Generation, Result, Storage, StorageError,
+    declared::{Changes, DeclaredKey, Entries, Entry, Merge},
     in_flight::ChannelState,
     manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, unseal},
 };
@@ -44,7 +45,7 @@ pub struct TaskSnapshot {
     /// The pages that changed.
     pub memory: Option<MemorySnapshot>,
     /// The entries of declared state that changed.
-    pub declared: Option<StateChanges>,
+    pub declared: Option<Changes>,
     /// Records that the barrier has overtaken: always whole.
     pub in_flight: Arc<Vec<ChannelState>>,
     /// What it has cost so far.
@@ -53,7 +54,7 @@ pub struct TaskSnapshot {
     pub taken_at: Option<Instant>,
 }
 
-/// A task's whole state, read back.
+/// A task's state, read back; its declared state is read by [`SnapshotStore::declared`].
 #[derive(Debug, Default)]
 pub struct LoadedTask {
     /// See [`TaskSnapshot::state`].
@@ -62,23 +63,10 @@ pub struct LoadedTask {
     pub is_drained: bool,
     /// Snapshots of the memory, in the order they are applied to an image.
     pub memory: Vec<MemorySnapshot>,
-    /// Every entry of declared state.
-    pub declared: BTreeMap<DeclaredKey, Vec<u8>>,
     /// See [`TaskSnapshot::in_flight`].
     pub in_flight: Arc<Vec<ChannelState>>,
     /// What was read, in bytes.
     pub bytes: u64,
-}
-
-/// An entry of declared state: by key group, so that a range of groups is a range of entries.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct DeclaredKey {
-    /// The key's group.
-    pub key_group: u32,
-    /// The state's number in the operator's description.
-    pub state: u32,
-    /// The key.
-    pub key: Vec<u8>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -166,7 +154,7 @@ impl Chain {
             }
         }
         // Entries of declared state are not followed; a snapshot with some stays until compaction.
-        let has_declared = snapshot.declared.as_ref().is_some_and(|d| !d.states.is_empty());
+        let has_declared = snapshot.declared.as_ref().is_some_and(|d| !d.is_empty());
         let live_pages = (!has_declared && !is_first).then_some(pages_written);
         let bytes = if is_first { 0 } else { bytes };
         // A snapshot without any page of its own, or without any left, counts up to this one.
@@ -194,6 +182,17 @@ impl Link {
             *pages = pages.saturating_sub(1);
         }
     }
+}
+
+/// What a task begins with: state that was read, and whose declared state.
+#[derive(Debug, Default)]
+pub struct Share {
+    /// Everything but declared state.
+    pub state: LoadedTask,
+    /// The tasks of the checkpoint whose declared state it takes over.
+    pub declared_from: Vec<usize>,
+    /// Of these key groups; `None`: all of it.
+    pub key_groups: Option<Range<u32>>,
 }
 
 /// What opening a store has found.
@@ -437,8 +436,7 @@ impl SnapshotStore {
                 report.is_drained = header.is_drained;
             }
             if identity.has_declared {
-                let loaded = load_chain(&*place.generation, task, &entry.chain)?;
-                report.declared_entries = loaded.declared.len();
+                report.declared_entries = self.check_declared(task, checkpoint)?;
             }
             Ok(report)
         });
@@ -590,7 +588,8 @@ impl SnapshotStore {
             let groups = self.tasks[*task].max_parallelism;
             let generation = &mut *self.current.generation;
             let mut writer = PackWriter::new(generation, *task, *checkpoint, self.is_compressing);
-            bytes.push(writer.snapshot(snapshot, groups)?);
+            let declared = snapshot.declared.as_ref().map(|changes| changes.run(groups));
+            bytes.push(writer.snapshot(snapshot, declared)?);
         }
         self.current.generation.flush()?;
         Ok(bytes)
@@ -738,7 +737,7 @@ impl SnapshotStore {
     }
 
     /// Makes a checkpoint of other tasks, or of another store, the newest of this one, from the
-    /// whole state of each task.
+    /// whole state of each task. Declared state is read meanwhile, from this store or from `other`.
     ///
     /// # Errors
     /// The store's; what was there before is then still in use.
@@ -746,7 +745,8 @@ impl SnapshotStore {
         &mut self,
         checkpoint: u64,
         written_at_ms: u64,
-        states: &[LoadedTask],
+        other: Option<&Self>,
+        shares: &[Share],
     ) -> Result<()> {
         self.highest_id = self.highest_id.max(checkpoint);
         self.begin_generation(|store, next| {
@@ -757,7 +757,18 @@ impl SnapshotStore {
             });
             let job = store.job.clone();
             let manifest = Manifest { job, checkpoint, written_at_ms, tasks: tasks.collect() };
-            let merged = |task: usize| Ok(merge(&states[task]));
+            let from = other.unwrap_or(store);
+            let merged = |task: usize| {
+                let share = &shares[task];
+                let owns = |key: &DeclaredKey| {
+                    share.key_groups.as_ref().is_none_or(|groups| groups.contains(&key.key_group))
+                };
+                let runs = share.declared_from.iter().map(|old| from.declared(*old, checkpoint));
+                let declared = Merge::of(runs.collect::<Result<_>>()?).live();
+                let owned =
+                    declared.filter(move |it| it.as_ref().map_or(true, |(key, _)| owns(key)));
+                Ok((merge(&share.state), Box::new(owned) as Entries<'_>))
+            };
             let bytes =
                 write_merged(&merged, &manifest, store.highest_id, store.is_compressing, next)?;
             Ok((checkpoint, bytes))
@@ -797,6 +808,25 @@ impl SnapshotStore {
         }
     }
 
+    /// Reads a task's declared state as of a completed checkpoint, entry by entry.
+    ///
+    /// # Errors
+    /// Where its manifest is missing or damaged; an entry is an error where a part of it is.
+    pub fn declared(&self, task: usize, checkpoint: u64) -> Result<Entries<'_>> {
+        let generation = &*self.place_of(checkpoint)?.generation;
+        let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
+        let chain = manifest.tasks.get(task).map_or(&[][..], |entry| &entry.chain);
+        Ok(declared_of(generation, task, chain)?.live())
+    }
+
+    /// Reads a task's declared state and keeps nothing of it; gives the number of its entries.
+    ///
+    /// # Errors
+    /// Where a part of it is missing or damaged.
+    pub fn check_declared(&self, task: usize, checkpoint: u64) -> Result<usize> {
+        self.declared(task, checkpoint)?.try_fold(0, |count, entry| entry.map(|_| count + 1))
+    }
+
     /// Reads a task's state as of a completed checkpoint.
     ///
     /// # Errors
@@ -833,14 +863,18 @@ fn copy_merged(
     is_compressing: bool,
     next: &mut dyn Generation,
 ) -> Result<u64> {
-    let merged = |task: usize| Ok(merge(&load_chain(from, task, &manifest.tasks[task].chain)?));
+    let merged = |task: usize| {
+        let chain = &manifest.tasks[task].chain;
+        let snapshot = merge(&load_chain(from, task, chain)?);
+        Ok((snapshot, declared_of(from, task, chain)?.live()))
+    };
     write_merged(&merged, manifest, highest_id, is_compressing, next)
 }
 
 /// Writes one full snapshot of every task, flushes, writes the manifest, flushes. The chains of
 /// `manifest` are not looked at: each becomes that snapshot.
-fn write_merged(
-    merged: &dyn Fn(usize) -> Result<TaskSnapshot>,
+fn write_merged<'a>(
+    merged: &dyn Fn(usize) -> Result<(TaskSnapshot, Entries<'a>)>,
     manifest: &Manifest,
     highest_id: u64,
     is_compressing: bool,
@@ -852,9 +886,9 @@ fn write_merged(
     let mut tasks = Vec::with_capacity(manifest.tasks.len());
     for (task, entry) in manifest.tasks.iter().enumerate() {
         let identity = entry.identity.clone();
-        let snapshot = merged(task)?;
+        let (snapshot, declared) = merged(task)?;
         let mut writer = PackWriter::new(next, task, checkpoint, is_compressing);
-        bytes += writer.snapshot(&snapshot, identity.max_parallelism)?;
+        bytes += writer.snapshot(&snapshot, Some(declared))?;
         tasks.push(ManifestTask { identity, chain: vec![checkpoint], stats: entry.stats });
     }
     next.flush()?;
@@ -922,16 +956,13 @@ impl<'a> PackWriter<'a> {
         Self { generation, task, checkpoint, is_compressing, bytes: 0 }
     }
 
-    /// Writes all of a snapshot; gives the bytes written.
-    fn snapshot(&mut self, snapshot: &TaskSnapshot, max_parallelism: u32) -> Result<u64> {
+    /// Writes all of a snapshot, with this run of declared state; gives the bytes written.
+    fn snapshot(&mut self, snapshot: &TaskSnapshot, declared: Option<Entries<'_>>) -> Result<u64> {
         let memory_packs = match &snapshot.memory {
             Some(memory) => self.memory(memory)?,
             None => 0,
         };
-        let declared_packs = match &snapshot.declared {
-            Some(changes) => self.declared(changes, max_parallelism)?,
-            None => 0,
-        };
+        let declared_packs = declared.map_or(Ok(0), |run| self.declared(run))?;
         let in_flight_packs = self.in_flight(&snapshot.in_flight)?;
         let memory = snapshot.memory.as_ref();
         let sizes = |memory: &MemorySnapshot| {
@@ -1000,69 +1031,32 @@ impl<'a> PackWriter<'a> {
         Ok(sequence)
     }
 
-    /// A pack is a list of entries in the order of their key groups; no value: removed.
-    fn declared(&mut self, changes: &StateChanges, max_parallelism: u32) -> Result<u32> {
-        let mut entries: Vec<(DeclaredKey, Option<&[u8]>)> = entries_of(changes)
-            .map(|(state, key, value)| {
-                let key_group = key_group(key, max_parallelism.max(1));
-                (DeclaredKey { key_group, state, key: key.to_vec() }, value)
-            })
-            .collect();
-        entries.sort_by(|(left, _), (right, _)| left.cmp(right));
-        let mut sequence = 0;
-        let mut rest = entries.as_slice();
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let fits = |(key, value): &(DeclaredKey, Option<&[u8]>)| {
-                bytes += key.key.len() + value.map_or(0, <[u8]>::len) + 16;
-                bytes < PACK_BYTES
-            };
-            let count = rest.iter().map(fits).take_while(|fits| *fits).count().max(1);
-            let (pack, after) = rest.split_at(count);
-            let payload = postcard::to_stdvec(pack)
-                .map_err(|error| StorageError::store("encode declared state", error))?;
-            self.put_pack(KIND_DECLARED, sequence, &payload)?;
+    /// A pack is a list of entries in the order of their keys; no value: removed.
+    fn declared(&mut self, run: Entries<'_>) -> Result<u32> {
+        let (mut sequence, mut bytes) = (0, 0);
+        let mut pack: Vec<Entry> = Vec::new();
+        for entry in run {
+            let (key, value) = entry?;
+            bytes += key.key.len() + value.as_ref().map_or(0, Vec::len) + 16;
+            pack.push((key, value));
+            if PACK_BYTES <= bytes {
+                self.declared_pack(sequence, &pack)?;
+                (sequence, bytes) = (sequence + 1, 0);
+                pack.clear();
+            }
+        }
+        if !pack.is_empty() {
+            self.declared_pack(sequence, &pack)?;
             sequence += 1;
-            rest = after;
         }
         Ok(sequence)
     }
-}
 
-/// State, key and value of each change; no value: removed.
-fn entries_of(changes: &StateChanges) -> impl Iterator<Item = (u32, &[u8], Option<&[u8]>)> {
-    let (mut key_start, mut value_start) = (0, 0);
-    changes.states.iter().enumerate().map(move |(place, &state)| {
-        let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
-        let key = &changes.keys[key_start as usize..key_end as usize];
-        let value = &changes.values[value_start as usize..value_end as usize];
-        (key_start, value_start) = (key_end, value_end);
-        (state, key, (!changes.removed[place]).then_some(value))
-    })
-}
-
-/// Entries as the columns that a guest takes back.
-#[must_use]
-pub fn changes_of<'a>(
-    entries: impl Iterator<Item = (&'a DeclaredKey, &'a Vec<u8>)>,
-) -> StateChanges {
-    let mut changes = StateChanges {
-        states: Vec::new(),
-        keys: Vec::new(),
-        key_ends: Vec::new(),
-        values: Vec::new(),
-        value_ends: Vec::new(),
-        removed: Vec::new(),
-    };
-    for (key, value) in entries {
-        changes.states.push(key.state);
-        changes.keys.extend_from_slice(&key.key);
-        changes.key_ends.push(changes.keys.len() as u32);
-        changes.values.extend_from_slice(value);
-        changes.value_ends.push(changes.values.len() as u32);
-        changes.removed.push(false);
+    fn declared_pack(&mut self, sequence: u32, pack: &[Entry]) -> Result<()> {
+        let payload = postcard::to_stdvec(pack)
+            .map_err(|error| StorageError::store("encode declared state", error))?;
+        self.put_pack(KIND_DECLARED, sequence, &payload)
     }
-    changes
 }
 
 fn value_name(task: usize, checkpoint: u64) -> String {
@@ -1091,6 +1085,47 @@ fn read_header(generation: &dyn Generation, task: usize, checkpoint: u64) -> Res
         .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
 }
 
+/// A part of a snapshot that may be compressed, and where it begins.
+fn read_pack(
+    generation: &dyn Generation,
+    (task, checkpoint): (usize, u64),
+    header: &Header,
+    kind: u8,
+    sequence: u32,
+) -> Result<(Vec<u8>, usize)> {
+    let framed = read_value(generation, task, checkpoint, kind, sequence)?;
+    // Behind its checksum; not copied to take that off.
+    match header.is_compressed {
+        true => decompress(&framed[8..])
+            .map(|pack| (pack, 0))
+            .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error)),
+        false => Ok((framed, 8)),
+    }
+}
+
+/// The declared state of a chain, as one run.
+fn declared_of<'a>(
+    generation: &'a dyn Generation,
+    task: usize,
+    chain: &[u64],
+) -> Result<Merge<'a>> {
+    let run = |checkpoint: &u64| {
+        let header = read_header(generation, task, *checkpoint)?;
+        let of = (task, *checkpoint);
+        let packs = (0..header.declared_packs).map(move |sequence| {
+            let (pack, start) = read_pack(generation, of, &header, KIND_DECLARED, sequence)?;
+            postcard::from_bytes::<Vec<Entry>>(&pack[start..])
+                .map_err(|error| StorageError::damaged(value_name(of.0, of.1), error))
+        });
+        let entries = packs.flat_map(|pack| match pack {
+            Ok(entries) => Box::new(entries.into_iter().map(Ok)) as Entries<'static>,
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        });
+        Ok(Box::new(entries) as Entries<'a>)
+    };
+    Ok(Merge::of(chain.iter().map(run).collect::<Result<_>>()?))
+}
+
 fn read_snapshot(
     generation: &dyn Generation,
     task: usize,
@@ -1099,21 +1134,18 @@ fn read_snapshot(
 ) -> Result<()> {
     let header = read_header(generation, task, checkpoint)?;
     let damaged = |why: &str| StorageError::damaged(value_name(task, checkpoint), why);
+    let of = (task, checkpoint);
     let mut bytes = 0;
-    let mut read_pack = |kind: u8, sequence: u32| {
-        let framed = read_value(generation, task, checkpoint, kind, sequence)?;
-        bytes += framed.len() as u64;
-        // Behind its checksum; not copied to take that off.
-        match header.is_compressed {
-            true => decompress(&framed[8..]).map_err(|error| damaged(&error)).map(|it| (it, 0)),
-            false => Ok((framed, 8)),
-        }
+    let mut read = |kind: u8, sequence: u32| {
+        let (pack, start) = read_pack(generation, of, &header, kind, sequence)?;
+        bytes += pack.len() as u64;
+        Ok::<_, StorageError>((pack, start))
     };
     if !header.memories.is_empty() || !header.globals.is_empty() {
         let mut memories: Vec<MemoryDelta> =
             header.memories.iter().map(|(size, _)| MemoryDelta::new(*size)).collect();
         for sequence in 0..header.memory_packs {
-            let (pack, start) = read_pack(KIND_MEMORY, sequence)?;
+            let (pack, start) = read(KIND_MEMORY, sequence)?;
             unpack_pages(&pack[start..], &mut memories)
                 .ok_or_else(|| damaged("a pack is cut short"))?;
         }
@@ -1121,22 +1153,11 @@ fn read_snapshot(
         if !counts.eq(header.memories.iter().map(|(_, pages)| *pages)) {
             return Err(damaged("pages are missing"));
         }
-        let (globals, monotonic_ns) = (header.globals, header.monotonic_ns);
+        let (globals, monotonic_ns) = (header.globals.clone(), header.monotonic_ns);
         into.memory.push(MemorySnapshot { memories, globals, monotonic_ns });
     }
-    for sequence in 0..header.declared_packs {
-        let (pack, start) = read_pack(KIND_DECLARED, sequence)?;
-        let entries: Vec<(DeclaredKey, Option<Vec<u8>>)> =
-            postcard::from_bytes(&pack[start..]).map_err(|error| damaged(&error.to_string()))?;
-        for (key, value) in entries {
-            match value {
-                Some(value) => into.declared.insert(key, value),
-                None => into.declared.remove(&key),
-            };
-        }
-    }
     let in_flight = (0..header.in_flight_packs).map(|sequence| {
-        let (pack, start) = read_pack(KIND_IN_FLIGHT, sequence)?;
+        let (pack, start) = read(KIND_IN_FLIGHT, sequence)?;
         postcard::from_bytes(&pack[start..]).map_err(|error| damaged(&error.to_string()))
     });
     into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
@@ -1190,19 +1211,18 @@ pub(crate) fn merge_memory(snapshots: &[MemorySnapshot]) -> Option<MemorySnapsho
     Some(MemorySnapshot { memories: memories.collect(), globals, monotonic_ns })
 }
 
-/// One full snapshot that says what a chain says.
+/// One full snapshot that says what a chain says, but for declared state.
 fn merge(loaded: &LoadedTask) -> TaskSnapshot {
     let memory = merge_memory(&loaded.memory);
-    let declared = (!loaded.declared.is_empty()).then(|| changes_of(loaded.declared.iter()));
     let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
     let in_flight = loaded.in_flight.clone();
-    TaskSnapshot { state, is_drained, memory, declared, in_flight, ..TaskSnapshot::default() }
+    TaskSnapshot { state, is_drained, memory, in_flight, ..TaskSnapshot::default() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{in_flight::InFlight, memory::MemoryStorage};
+    use crate::storage::{declared::changes_of, in_flight::InFlight, memory::MemoryStorage};
 
     fn identity() -> TaskIdentity {
         TaskIdentity {
@@ -1213,6 +1233,7 @@ mod tests {
             digest: Some([1; 16]),
             has_memory: true,
             has_declared: true,
+            has_host_state: false,
         }
     }
 
@@ -1225,15 +1246,12 @@ mod tests {
     fn snapshot(pages: &[(u32, u8)], entries: &[(&str, Option<u8>)]) -> Arc<TaskSnapshot> {
         let mut delta = MemoryDelta::new(1 << 20);
         pages.iter().for_each(|(page, byte)| delta.push(*page, &[*byte; PAGE_BYTES]));
-        let mut changes = changes_of([].into_iter());
-        for (key, value) in entries {
-            changes.states.push(0);
-            changes.keys.extend_from_slice(key.as_bytes());
-            changes.key_ends.push(changes.keys.len() as u32);
-            changes.values.extend(value);
-            changes.value_ends.push(changes.values.len() as u32);
-            changes.removed.push(value.is_none());
-        }
+        let entries: Vec<Entry> = entries
+            .iter()
+            .map(|(key, value)| {
+                (DeclaredKey::new(0, key.as_bytes(), 128), value.map(|value| vec![value]))
+            })
+            .collect();
         Arc::new(TaskSnapshot {
             state: vec![pages.len() as u8],
             is_drained: false,
@@ -1242,7 +1260,7 @@ mod tests {
                 globals: vec![5],
                 monotonic_ns: 1,
             }),
-            declared: Some(changes),
+            declared: Some(Changes::Guest(changes_of(entries.iter()))),
             ..TaskSnapshot::default()
         })
     }
@@ -1254,8 +1272,11 @@ mod tests {
         let loaded = store.load(0, checkpoint).expect("whole");
         let pages = loaded.memory.iter().flat_map(|snapshot| snapshot.memories[0].pages());
         let pages = pages.map(|(page, bytes)| (page, bytes[0])).collect();
-        let mut entries: Vec<_> =
-            loaded.declared.into_iter().map(|(key, value)| (key.key, value)).collect();
+        let entries = store.declared(0, checkpoint).expect("whole");
+        let mut entries: Vec<_> = entries
+            .map(|entry| entry.map(|(key, value)| (key.key, value.unwrap_or_default())))
+            .collect::<Result<_>>()
+            .expect("whole");
         entries.sort();
         (pages, entries)
     }

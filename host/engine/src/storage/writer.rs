@@ -17,7 +17,9 @@ use cofferdam_core::{
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::{
-    StorageError, savepoint,
+    StorageError,
+    declared::Entries,
+    savepoint,
     snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
 };
 use crate::clock::now_ms;
@@ -118,17 +120,17 @@ impl StorageHandle {
 
     /// Reads a task's state. Blocks.
     pub(crate) fn load(&self, slot: usize, checkpoint: u64) -> Result<LoadedTask, FailureCause> {
-        let loaded = lock(&self.store).load(slot, checkpoint);
-        loaded.map_err(|error| match error {
-            StorageError::Store { .. } | StorageError::Unreachable { .. } => {
-                FailureCause::Environment { message: error.to_string() }
-            }
-            StorageError::Damaged { .. }
-            | StorageError::Format { .. }
-            | StorageError::InDoubt { .. } => {
-                FailureCause::Permanent { message: error.to_string() }
-            }
-        })
+        lock(&self.store).load(slot, checkpoint).map_err(cause_of)
+    }
+
+    /// Reads a task's declared state, entry by entry. Blocks, and the writer waits meanwhile.
+    pub(crate) fn read_declared<T>(
+        &self,
+        slot: usize,
+        checkpoint: u64,
+        read: impl FnOnce(Entries<'_>) -> super::Result<T>,
+    ) -> Result<T, FailureCause> {
+        lock(&self.store).declared(slot, checkpoint).and_then(read).map_err(cause_of)
     }
 
     fn send(&self, command: Command) {
@@ -143,6 +145,19 @@ impl StorageThread {
         self.thread.join().ok()?;
         Arc::into_inner(self.store)
             .map(|store| store.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What an error of the storage means for a task.
+pub(crate) fn cause_of(error: StorageError) -> FailureCause {
+    let message = error.to_string();
+    match error {
+        StorageError::Store { .. } | StorageError::Unreachable { .. } => {
+            FailureCause::Environment { message }
+        }
+        StorageError::Damaged { .. }
+        | StorageError::Format { .. }
+        | StorageError::InDoubt { .. } => FailureCause::Permanent { message },
     }
 }
 
@@ -180,6 +195,10 @@ fn run(
         if next.is_none() {
             next = commands.blocking_recv();
         }
+    }
+    // What was deleted last must not be there again for the next run.
+    if let Err(error) = lock(store).flush() {
+        report.warning(format!("make durable what was deleted: {error}"));
     }
 }
 

@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 
 use crate::storage::{
     in_flight::ChannelState,
+    keyed::KeyedState,
     snapshot::{LoadedTask, TaskSnapshot},
 };
 
@@ -25,6 +26,8 @@ use crate::storage::{
 #[derive(Default)]
 pub(crate) struct TaskLocal {
     inner: Mutex<Inner>,
+    /// Declared state that the host keeps.
+    pub(crate) keyed: Option<Arc<KeyedState>>,
     /// The instance of the attempt before, whose memory is still mapped.
     buried: Mutex<Option<Instance>>,
     /// Whether there is one: asked once a batch.
@@ -47,6 +50,11 @@ pub(crate) struct Inner {
 }
 
 impl TaskLocal {
+    /// Nothing yet, of a task whose declared state the host may keep.
+    pub(crate) fn new(keyed: Option<Arc<KeyedState>>) -> Self {
+        Self { keyed, ..Self::default() }
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

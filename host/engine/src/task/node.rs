@@ -15,7 +15,7 @@ use cofferdam_core::{
 };
 use cofferdam_sandbox::{
     Batch, Component, Emission, GuestError, Host, Instance, InstanceSetup, Level, MemorySnapshot,
-    OpenContext, RestoreError, SnapshotError,
+    OpenContext, RestoreError, SnapshotError, StateChanges, StateError,
 };
 
 use super::{
@@ -32,7 +32,12 @@ use crate::{
     sink::{self, Sink},
     source::{self, Source},
     spec::{OperatorSpec, SinkSpec},
-    storage::snapshot::{TaskSnapshot, changes_of},
+    storage::{
+        declared::{self, Changes, Entry},
+        keyed::KeyedState,
+        snapshot::TaskSnapshot,
+        writer::cause_of as storage_cause,
+    },
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;
@@ -144,7 +149,7 @@ impl Node {
                     let base = base.map_err(|error| FailureCause::Environment {
                         message: format!("copy the image of a task: {error}"),
                     })?;
-                    operator.begin_guard(base, suspects).await?;
+                    operator.begin_guard(&context, base, suspects).await?;
                 }
             }
         }
@@ -158,6 +163,7 @@ impl Node {
             tracing::warn!(%error, "the local image is lost: it is read from the storage");
             false
         });
+        self.fetch_keyed(shared, checkpoint).await?;
         let Some(checkpoint) = checkpoint.filter(|_| !is_here) else { return Ok(()) };
         let (local, slot, shared) = (self.local.clone(), self.slot, shared.clone());
         blocking(move || {
@@ -165,6 +171,19 @@ impl Node {
             local.lock().load(checkpoint, &loaded).map_err(|error| FailureCause::Environment {
                 message: format!("make the image of a task: {error}"),
             })
+        })
+        .await
+    }
+
+    /// Brings the declared state that the host keeps to a checkpoint.
+    async fn fetch_keyed(&mut self, shared: &Arc<Shared>, checkpoint: Option<u64>) -> Result<()> {
+        let Some(keyed) = self.local.keyed.clone() else { return Ok(()) };
+        let is_here = keyed.rewind(checkpoint).map_err(storage_cause)?;
+        let Some(checkpoint) = checkpoint.filter(|_| !is_here) else { return Ok(()) };
+        let (slot, shared) = (self.slot, shared.clone());
+        blocking(move || {
+            let load = |entries: declared::Entries<'_>| keyed.load(checkpoint, entries);
+            shared.storage.read_declared(slot, checkpoint, load)
         })
         .await
     }
@@ -188,7 +207,7 @@ impl Node {
                 let emissions = match operator.instance()?.process(input, &batch).await {
                     Ok(emissions) => {
                         operator.processed.add(batch.record_count());
-                        operator.secure(batch.record_count()).await?;
+                        operator.secure(&self.local, batch.record_count()).await?;
                         emissions
                     }
                     Err(error) if operator.guard.is_some() => {
@@ -222,7 +241,7 @@ impl Node {
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = operator.instance()?.advance(watermark).await.map_err(cause_of)?;
-                operator.secure(0).await?;
+                operator.secure(&self.local, 0).await?;
                 Ok(emissions)
             }
             Work::Source { .. } | Work::Sink { .. } => Ok(Vec::new()),
@@ -266,7 +285,9 @@ impl Node {
             }
             Work::Sink { sink: None, .. } => return Err(host_bug("a sink that is not open")),
             Work::Operator(operator) => {
-                if let Some(declined) = operator.snapshot(checkpoint, &mut snapshot).await? {
+                if let Some(declined) =
+                    operator.snapshot(&self.local, checkpoint, &mut snapshot).await?
+                {
                     return Ok(SnapshotOutcome::Declined(declined));
                 }
             }
@@ -317,7 +338,9 @@ impl OperatorTask {
     pub(crate) async fn open(&mut self, context: &Context<'_>) -> Result<Instance> {
         let Context { shared, task, attempt, parallelism, .. } = *context;
         let index = task.index;
-        let host = TaskHost::new(shared, task, &self.name, attempt);
+        let keyed = context.local.keyed.clone();
+        let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
+        let host = TaskHost::new(shared, task, &self.name, attempt, keyed);
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: Arc::new(host), limits: self.spec.limits.clone(), seed };
@@ -330,6 +353,7 @@ impl OperatorTask {
             parallelism,
             max_parallelism: self.spec.max_parallelism,
             config: &config,
+            state_cache,
         };
         instance.open(context).await.map_err(cause_of)?;
         Ok(instance)
@@ -353,14 +377,16 @@ impl OperatorTask {
             local.lock().image = image;
             return restored.map_err(restore_cause);
         }
-        if !self.has_states {
+        if !self.has_states || local.keyed.is_some() {
             return Ok(());
         }
         let shared = Arc::clone(shared);
-        let loaded = blocking(move || shared.storage.load(slot, checkpoint)).await?;
-        let entries: Vec<_> = loaded.declared.iter().collect();
+        let entries: Vec<Entry> = blocking(move || {
+            shared.storage.read_declared(slot, checkpoint, |entries| entries.collect())
+        })
+        .await?;
         for part in entries.chunks(RESTORE_ENTRIES_MAX) {
-            let changes = changes_of(part.iter().copied());
+            let changes = declared::changes_of(part.iter());
             instance.take_back(&changes).await.map_err(cause_of)?;
         }
         Ok(())
@@ -369,6 +395,7 @@ impl OperatorTask {
     /// Fills the snapshot; a reason if the checkpoint has to be declined.
     async fn snapshot(
         &mut self,
+        local: &TaskLocal,
         checkpoint: CheckpointId,
         snapshot: &mut TaskSnapshot,
     ) -> Result<Option<String>> {
@@ -383,8 +410,14 @@ impl OperatorTask {
         }
         // First, because handing over changes the memory that is snapshotted next.
         if mode.has_declared() && has_states {
-            snapshot.declared =
-                Some(instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?);
+            let changes = instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?;
+            snapshot.declared = Some(match &local.keyed {
+                Some(keyed) => {
+                    keyed.put(&changes).map_err(|error| cause_of(error.into()))?;
+                    Changes::Host(keyed.cut(checkpoint.0).map_err(storage_cause)?)
+                }
+                None => Changes::Guest(changes),
+            });
         }
         if mode.has_memory() {
             match instance.snapshot().await {
@@ -396,7 +429,7 @@ impl OperatorTask {
             }
         } else {
             // Handing over has changed the memory, too.
-            self.secure(0).await?;
+            self.secure(local, 0).await?;
         }
         Ok(None)
     }
@@ -441,6 +474,7 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
         GuestError::Failed { message, record } => {
             FailureCause::Trap { message: at(message, record), backtrace: Vec::new() }
         }
+        GuestError::Unavailable(message) => FailureCause::Environment { message },
         other => FailureCause::HostBug { message: other.to_string() },
     }
 }
@@ -470,10 +504,17 @@ struct TaskHost {
     attempt: Attempt,
     metrics: Arc<Metrics>,
     random: AtomicU64,
+    keyed: Option<Arc<KeyedState>>,
 }
 
 impl TaskHost {
-    fn new(shared: &Shared, task: TaskId, operator: &str, attempt: Attempt) -> Self {
+    fn new(
+        shared: &Shared,
+        task: TaskId,
+        operator: &str,
+        attempt: Attempt,
+        keyed: Option<Arc<KeyedState>>,
+    ) -> Self {
         let now_ns = since_epoch().as_nanos() as u64;
         Self {
             name: format!("{operator}/{}", task.index),
@@ -481,7 +522,12 @@ impl TaskHost {
             attempt,
             metrics: shared.metrics.clone(),
             random: AtomicU64::new(mix(now_ns ^ mix(u64::from(task.index)))),
+            keyed,
         }
+    }
+
+    fn keyed(&self) -> std::result::Result<&KeyedState, StateError> {
+        self.keyed.as_deref().ok_or(StateError::NotKept)
     }
 }
 
@@ -515,5 +561,21 @@ impl Host for TaskHost {
 
     fn attempt(&self) -> u32 {
         self.attempt.0
+    }
+
+    fn state(&self, state: u32, key: &[u8]) -> std::result::Result<Option<Vec<u8>>, StateError> {
+        self.keyed()?.get(state, key)
+    }
+
+    fn put_state(&self, changes: &StateChanges) -> std::result::Result<(), StateError> {
+        self.keyed()?.put(changes)
+    }
+
+    fn scan_state(
+        &self,
+        state: u32,
+        after: Option<&[u8]>,
+    ) -> std::result::Result<StateChanges, StateError> {
+        self.keyed()?.scan(state, after)
     }
 }

@@ -12,12 +12,15 @@ use cofferdam_core::{failure::FailureCause, isolate::Isolation};
 use cofferdam_sandbox::{Batch, Emission, GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
 
-use super::node::{Context, OperatorTask, cause_of, host_bug, restore_cause, snapshot_cause};
+use super::{
+    local::TaskLocal,
+    node::{Context, OperatorTask, cause_of, host_bug, restore_cause, snapshot_cause},
+};
 use crate::{
     batch::{BatchExt, RecordRef},
     clock::micros,
     progress::Progress,
-    storage::snapshot::merge_memory,
+    storage::{snapshot::merge_memory, writer::cause_of as storage_cause},
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;
@@ -86,20 +89,35 @@ impl OperatorTask {
     }
 
     /// Begins to guard `records` records. The instance stands where its checkpoint `base` left it.
-    pub(crate) async fn begin_guard(&mut self, base: Option<Image>, records: u64) -> Result<()> {
+    pub(crate) async fn begin_guard(
+        &mut self,
+        context: &Context<'_>,
+        base: Option<Image>,
+        records: u64,
+    ) -> Result<()> {
         self.guard = Some(Guard { image: base.unwrap_or_default(), records_left: records });
-        self.secure(0).await
+        if let Some(keyed) = &context.local.keyed {
+            keyed.guard();
+        }
+        self.secure(context.local, 0).await
+    }
+
+    fn end_guard(&mut self, local: &TaskLocal) -> Result<()> {
+        self.guard = None;
+        local.keyed.as_ref().map_or(Ok(()), |keyed| keyed.unguard()).map_err(storage_cause)
     }
 
     /// A call has ended well: what it has written is part of the image from now on.
-    pub(crate) async fn secure(&mut self, records: usize) -> Result<()> {
+    pub(crate) async fn secure(&mut self, local: &TaskLocal, records: usize) -> Result<()> {
         if self.guard.is_none() {
             return Ok(());
         }
         // Handles are no part of memory: while the guest holds some it cannot be guarded.
         if self.instance()?.check_handles().is_err() {
-            self.guard = None;
-            return Ok(());
+            return self.end_guard(local);
+        }
+        if let Some(keyed) = &local.keyed {
+            keyed.secure().map_err(storage_cause)?;
         }
         let written = self.instance()?.snapshot().await.map_err(snapshot_cause)?;
         let Some(guard) = &mut self.guard else { return Ok(()) };
@@ -113,10 +131,7 @@ impl OperatorTask {
                 self.unsaved = merge_memory(&self.unsaved).into_iter().collect();
             }
         }
-        if is_over {
-            self.guard = None;
-        }
-        Ok(())
+        if is_over { self.end_guard(local) } else { Ok(()) }
     }
 
     /// A checkpoint's snapshot was taken: adds what was secured since the one before.
@@ -168,7 +183,7 @@ impl OperatorTask {
                         search.on_success();
                         emissions.extend(more);
                         self.processed.add(part.record_count());
-                        self.secure(part.record_count()).await?;
+                        self.secure(context.local, part.record_count()).await?;
                     }
                     Err(error) => break error,
                 }
@@ -180,6 +195,9 @@ impl OperatorTask {
     async fn rewind(&mut self, context: &Context<'_>) -> Result<()> {
         if let Some(trapped) = self.instance.take() {
             context.local.bury(trapped);
+        }
+        if let Some(keyed) = &context.local.keyed {
+            keyed.discard();
         }
         let mut instance = self.open(context).await?;
         let guard = self.guard.as_ref().ok_or_else(|| host_bug("nothing to rewind to"))?;

@@ -102,7 +102,9 @@ impl Operator for Probe {
             panic!("finish does not want to");
         }
         if self.quiet {
-            out.emit(Text("seen"), Text(&format!("{} {}", self.seen, self.counts.iter().count())));
+            let (mut keys, mut sum) = (0, 0);
+            self.counts.for_each(|_, count| (keys, sum) = (keys + 1, sum + count));
+            out.emit(Text("seen"), Text(&format!("{} {keys} {sum}", self.seen)));
         }
         Ok(())
     }

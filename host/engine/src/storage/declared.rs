@@ -1,0 +1,263 @@
+//! Declared state in the order of its keys: each snapshot is a sorted run, and a task's state is the
+//! merge of the runs of its chain.
+//!
+//! A chain is read as a log-structured merge tree reads its levels (O'Neil et al., 1996): of a key that
+//! is in several runs the newest entry counts. Reading takes the memory of one pack a run, whatever
+//! the size of the state.
+
+use std::{
+    cmp::{Ordering, Reverse},
+    collections::BinaryHeap,
+    sync::Arc,
+};
+
+use cofferdam_core::key_group::key_group;
+use cofferdam_sandbox::StateChanges;
+use serde::{Deserialize, Serialize};
+
+use super::{Result, keyed};
+
+/// An entry of declared state: by key group, so that a range of groups is a range of entries.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct DeclaredKey {
+    /// The key's group.
+    pub key_group: u32,
+    /// The state's number in the operator's description.
+    pub state: u32,
+    /// The key.
+    pub key: Vec<u8>,
+}
+
+impl DeclaredKey {
+    /// The key of a state, in its group of so many.
+    pub(crate) fn new(state: u32, key: &[u8], max_parallelism: u32) -> Self {
+        let key_group = key_group(key, max_parallelism.max(1));
+        Self { key_group, state, key: key.to_vec() }
+    }
+}
+
+/// A key with its value; no value: the entry was removed.
+pub type Entry = (DeclaredKey, Option<Vec<u8>>);
+
+/// Entries with ascending keys.
+pub type Entries<'a> = Box<dyn Iterator<Item = Result<Entry>> + 'a>;
+
+/// The entries that have changed between two barriers.
+#[derive(Debug)]
+pub enum Changes {
+    /// Handed over by a guest that keeps its state itself.
+    Guest(StateChanges),
+    /// Collected by the host, which keeps it.
+    Host(Arc<keyed::Layer>),
+}
+
+impl Changes {
+    /// Whether nothing has changed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Guest(changes) => changes.states.is_empty(),
+            Self::Host(layer) => layer.is_empty(),
+        }
+    }
+
+    /// The changes as a run. Of a key that was handed over twice the last counts.
+    #[must_use]
+    pub fn run(&self, max_parallelism: u32) -> Entries<'_> {
+        let changes = match self {
+            Self::Guest(changes) => changes,
+            Self::Host(layer) => return layer.entries(),
+        };
+        let mut entries: Vec<_> = entries_of(changes)
+            .map(|(state, key, value)| (DeclaredKey::new(state, key, max_parallelism), value))
+            .collect();
+        entries.reverse();
+        entries.sort_by(|(left, _), (right, _)| left.cmp(right));
+        entries.dedup_by(|(later, _), (first, _)| later == first);
+        Box::new(entries.into_iter().map(|(key, value)| Ok((key, value.map(<[u8]>::to_vec)))))
+    }
+}
+
+/// State, key and value of each change; no value: removed.
+pub(crate) fn entries_of(
+    changes: &StateChanges,
+) -> impl Iterator<Item = (u32, &[u8], Option<&[u8]>)> {
+    let (mut key_start, mut value_start) = (0, 0);
+    changes.states.iter().enumerate().map(move |(place, &state)| {
+        let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
+        let key = &changes.keys[key_start as usize..key_end as usize];
+        let value = &changes.values[value_start as usize..value_end as usize];
+        (key_start, value_start) = (key_end, value_end);
+        (state, key, (!changes.removed[place]).then_some(value))
+    })
+}
+
+/// Entries as the columns that a guest takes.
+#[must_use]
+pub fn changes_of<'a>(entries: impl Iterator<Item = &'a Entry>) -> StateChanges {
+    let mut changes = StateChanges {
+        states: Vec::new(),
+        keys: Vec::new(),
+        key_ends: Vec::new(),
+        values: Vec::new(),
+        value_ends: Vec::new(),
+        removed: Vec::new(),
+    };
+    for (key, value) in entries {
+        changes.states.push(key.state);
+        changes.keys.extend_from_slice(&key.key);
+        changes.key_ends.push(changes.keys.len() as u32);
+        changes.values.extend_from_slice(value.as_deref().unwrap_or_default());
+        changes.value_ends.push(changes.values.len() as u32);
+        changes.removed.push(value.is_none());
+    }
+    changes
+}
+
+/// Several runs as one: of a key that is in more than one, the entry of the last counts. Ends with the
+/// first error.
+pub(crate) struct Merge<'a> {
+    runs: Vec<Entries<'a>>,
+    /// The next entry of each run, the least key in front, and of equal ones that of the last run.
+    heads: BinaryHeap<Reverse<Head>>,
+    failed: Option<super::StorageError>,
+}
+
+struct Head {
+    entry: Entry,
+    run: usize,
+}
+
+impl PartialEq for Head {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Head {}
+
+impl PartialOrd for Head {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Head {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.entry.0.cmp(&other.entry.0).then(other.run.cmp(&self.run))
+    }
+}
+
+impl<'a> Merge<'a> {
+    /// Merges runs, oldest first.
+    pub(crate) fn of(runs: Vec<Entries<'a>>) -> Self {
+        let mut merge = Self { heads: BinaryHeap::with_capacity(runs.len()), runs, failed: None };
+        (0..merge.runs.len()).for_each(|run| merge.refill(run));
+        merge
+    }
+
+    /// Only the entries that are there: without those that were removed.
+    pub(crate) fn live(self) -> Entries<'a> {
+        Box::new(self.filter(|entry| entry.as_ref().map_or(true, |(_, value)| value.is_some())))
+    }
+
+    fn refill(&mut self, run: usize) {
+        match self.runs[run].next() {
+            Some(Ok(entry)) => self.heads.push(Reverse(Head { entry, run })),
+            Some(Err(error)) => self.failed = Some(error),
+            None => {}
+        }
+    }
+}
+
+impl Iterator for Merge<'_> {
+    type Item = Result<Entry>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let next = self.heads.pop();
+        if let Some(Reverse(Head { entry, run })) = next {
+            self.refill(run);
+            while let Some(Reverse(other)) = self.heads.peek()
+                && other.entry.0 == entry.0
+            {
+                let run = other.run;
+                self.heads.pop();
+                self.refill(run);
+            }
+            if self.failed.is_none() {
+                return Some(Ok(entry));
+            }
+        }
+        let error = self.failed.take()?;
+        self.heads.clear();
+        Some(Err(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::storage::StorageError;
+
+    fn key(number: u8) -> DeclaredKey {
+        DeclaredKey { key_group: u32::from(number / 4), state: 0, key: vec![number] }
+    }
+
+    fn run(entries: &BTreeMap<u8, Option<u8>>) -> Entries<'static> {
+        let entries: Vec<Result<Entry>> = entries
+            .iter()
+            .map(|(number, value)| Ok((key(*number), value.map(|value| vec![value]))))
+            .collect();
+        Box::new(entries.into_iter())
+    }
+
+    proptest! {
+        #[test]
+        fn a_merge_is_what_the_runs_say_one_after_the_other(
+            runs in proptest::collection::vec(
+                proptest::collection::btree_map(0u8..20, proptest::option::of(any::<u8>()), 0..12),
+                0..6,
+            )
+        ) {
+            let mut model = BTreeMap::new();
+            for run in &runs {
+                for (number, value) in run {
+                    match value {
+                        Some(value) => model.insert(*number, *value),
+                        None => model.remove(number),
+                    };
+                }
+            }
+            let merged = Merge::of(runs.iter().map(run).collect()).live();
+            let merged: Vec<Entry> = merged.collect::<Result<_>>().expect("no run fails");
+            let expected: Vec<Entry> =
+                model.iter().map(|(number, value)| (key(*number), Some(vec![*value]))).collect();
+            prop_assert_eq!(merged, expected);
+        }
+    }
+
+    #[test]
+    fn an_error_of_a_run_ends_the_merge() {
+        let whole = run(&BTreeMap::from([(1, Some(1)), (3, Some(3)), (9, Some(9))]));
+        let broken = [Ok((key(2), None)), Err(StorageError::damaged("a run", "cut short"))];
+        let merged = Merge::of(vec![whole, Box::new(broken.into_iter())]);
+        let merged: Vec<Result<Entry>> = merged.collect();
+        assert_eq!(merged.iter().filter(|entry| entry.is_err()).count(), 1);
+        assert!(merged.last().is_some_and(Result::is_err), "nothing comes after it");
+    }
+
+    #[test]
+    fn of_a_key_that_is_handed_over_twice_the_last_value_counts() {
+        let entries = [(key(1), Some(vec![1])), (key(2), Some(vec![2])), (key(1), Some(vec![3]))];
+        let changes = Changes::Guest(changes_of(entries.iter()));
+        let run: Vec<Entry> = changes.run(4).collect::<Result<_>>().expect("no error");
+        let values: BTreeMap<Vec<u8>, Option<Vec<u8>>> =
+            run.iter().map(|(key, value)| (key.key.clone(), value.clone())).collect();
+        assert_eq!(run.len(), 2);
+        assert_eq!(values, BTreeMap::from([(vec![1], Some(vec![3])), (vec![2], Some(vec![2]))]));
+    }
+}

@@ -1,0 +1,607 @@
+//! Declared state that the host keeps because it is larger than a guest's memory: what one task reads
+//! and writes, as of now and as of every checkpoint that may still be gone back to.
+//!
+//! The state is a table as of a completed checkpoint, and over it a layer of changes for each barrier
+//! since. A checkpoint hands the newest layer to the storage as it is, so the task does not wait for a
+//! copy; when the checkpoint has completed, the layer is written into the table. A restart forgets the
+//! layers above its checkpoint, which takes the same time however large the state is.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fmt,
+    ops::Bound,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use cofferdam_sandbox::{Limit, StateChanges, StateError};
+
+use super::{
+    Result, StorageError,
+    declared::{DeclaredKey, Entries, Entry, Merge, changes_of, entries_of},
+    table::{Table, Tables},
+};
+
+/// What an entry takes beside its bytes while its layer is in memory.
+const ENTRY_BYTES: u64 = 64;
+/// Completed layers that wait for the table: from so many write buffers on, whoever writes helps.
+const BEHIND_MAX: u64 = 4;
+/// What a scan gives at a time.
+const SCAN_BYTES: usize = 256 << 10;
+
+/// In the table of a layer: the first byte of an entry that is there, and all of one that was removed.
+const PRESENT: u8 = 1;
+const REMOVED: u8 = 0;
+
+/// What bounds the state of one task.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KeyedLimits {
+    /// Keys and values, all layers together.
+    pub(crate) bytes_max: u64,
+    /// A layer that is larger moves to disk.
+    pub(crate) write_buffer_bytes: u64,
+    /// How many key groups there are.
+    pub(crate) max_parallelism: u32,
+}
+
+/// The declared state of one task.
+pub(crate) struct KeyedState {
+    tables: Tables,
+    limits: KeyedLimits,
+    inner: Mutex<Inner>,
+    /// Held by whoever writes into the table.
+    settling: Mutex<()>,
+    /// Keys and values in the table.
+    base_bytes: AtomicU64,
+}
+
+struct Inner {
+    base: Arc<Table>,
+    /// The checkpoint that the table is of, 0 for the beginning; `None`: its content is not known.
+    at: Option<u64>,
+    /// By the barriers that ended them, oldest first.
+    pending: VecDeque<(u64, Arc<Layer>)>,
+    /// The newest checkpoint that is known to be complete.
+    completed: u64,
+    current: Layer,
+    /// What was written since the last call that ended well, while the task is guarded.
+    unsecured: Option<Layer>,
+}
+
+/// What was changed between two barriers.
+#[derive(Debug, Default)]
+pub struct Layer {
+    changed: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    /// Bytes of `changed`.
+    buffered_bytes: u64,
+    /// Bytes of all of it; of a key that was changed again and again, of each time it went to disk.
+    bytes: u64,
+    spilled: Option<Arc<Spilled>>,
+}
+
+/// The part of a layer that is on disk. Its space comes back with the last who reads it.
+#[derive(Debug)]
+struct Spilled(Table);
+
+impl Drop for Spilled {
+    fn drop(&mut self) {
+        self.0.drop_table();
+    }
+}
+
+impl Layer {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.changed.is_empty() && self.spilled.is_none()
+    }
+
+    /// The changes as a run.
+    pub(crate) fn entries(&self) -> Entries<'_> {
+        self.entries_from(Bound::Unbounded)
+    }
+
+    fn entries_from(&self, from: Bound<Vec<u8>>) -> Entries<'_> {
+        let buffered = self.changed.range::<Vec<u8>, _>((from.clone(), Bound::Unbounded));
+        let buffered = buffered.map(|(key, value)| Ok((decode(key)?, value.clone())));
+        let Some(spilled) = &self.spilled else { return Box::new(buffered) };
+        let spilled = spilled.0.range(from).map(|entry| {
+            let (key, value) = entry?;
+            Ok((decode(&key)?, unspilled(&value)))
+        });
+        Box::new(Merge::of(vec![Box::new(spilled), Box::new(buffered)]))
+    }
+
+    fn set(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
+        let len = |value: &Option<Vec<u8>>| value.as_ref().map_or(0, Vec::len) as u64;
+        let (added, key_bytes) = (len(&value), key.len() as u64 + ENTRY_BYTES);
+        let gone = self.changed.insert(key, value).map_or(0, |before| len(&before) + key_bytes);
+        let change = |bytes: &mut u64| *bytes = (*bytes + key_bytes + added).saturating_sub(gone);
+        change(&mut self.buffered_bytes);
+        change(&mut self.bytes);
+    }
+
+    /// Moves what is buffered to disk.
+    fn spill(&mut self, tables: &Tables) -> Result<()> {
+        let table = match &self.spilled {
+            Some(table) => table.clone(),
+            None => self.spilled.insert(Arc::new(Spilled(tables.table()?))).clone(),
+        };
+        for (key, value) in &self.changed {
+            match value {
+                Some(value) => table.0.insert(key, &[&[PRESENT], value.as_slice()].concat())?,
+                None => table.0.insert(key, &[REMOVED])?,
+            };
+        }
+        self.changed.clear();
+        self.buffered_bytes = 0;
+        Ok(())
+    }
+}
+
+fn unspilled(value: &[u8]) -> Option<Vec<u8>> {
+    value.split_first().filter(|(tag, _)| **tag == PRESENT).map(|(_, value)| value.to_vec())
+}
+
+/// Bytes that sort as the key does.
+fn encode(key: &DeclaredKey) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(8 + key.key.len());
+    bytes.extend_from_slice(&key.key_group.to_be_bytes());
+    bytes.extend_from_slice(&key.state.to_be_bytes());
+    bytes.extend_from_slice(&key.key);
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Result<DeclaredKey> {
+    let parts = bytes.split_first_chunk::<4>();
+    let parts = parts.and_then(|(group, rest)| Some((group, rest.split_first_chunk::<4>()?)));
+    let Some((group, (state, key))) = parts else {
+        return Err(StorageError::damaged("a table of state", "a key is cut short"));
+    };
+    let (key_group, state) = (u32::from_be_bytes(*group), u32::from_be_bytes(*state));
+    Ok(DeclaredKey { key_group, state, key: key.to_vec() })
+}
+
+impl fmt::Debug for KeyedState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyedState").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl KeyedState {
+    /// A state whose content is not known yet: [`rewind`](Self::rewind) says whether to
+    /// [`load`](Self::load) it.
+    pub(crate) fn new(tables: Tables, limits: KeyedLimits) -> Result<Self> {
+        let inner = Inner {
+            base: Arc::new(tables.table()?),
+            at: None,
+            pending: VecDeque::new(),
+            completed: 0,
+            current: Layer::default(),
+            unsecured: None,
+        };
+        let (settling, base_bytes) = (Mutex::default(), AtomicU64::new(0));
+        Ok(Self { tables, limits, inner: Mutex::new(inner), settling, base_bytes })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn key(&self, state: u32, key: &[u8]) -> Vec<u8> {
+        encode(&DeclaredKey::new(state, key, self.limits.max_parallelism))
+    }
+
+    /// The value of a key, as the task has last written it.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    pub(crate) fn get(
+        &self,
+        state: u32,
+        key: &[u8],
+    ) -> std::result::Result<Option<Vec<u8>>, StateError> {
+        let key = self.key(state, key);
+        let (mut spilled, mut buffered) = (Vec::new(), None);
+        let base = {
+            let inner = self.lock();
+            for layer in inner.layers().rev() {
+                buffered = layer.changed.get(&key).cloned();
+                if buffered.is_some() {
+                    break;
+                }
+                spilled.extend(layer.spilled.clone());
+            }
+            inner.base.clone()
+        };
+        // All of them are newer than what was found in memory.
+        for table in spilled {
+            if let Some(value) = table.0.get(&key).map_err(unavailable)? {
+                return Ok(unspilled(&value));
+            }
+        }
+        match buffered {
+            Some(value) => Ok(value),
+            None => base.get(&key).map_err(unavailable),
+        }
+    }
+
+    /// Takes what the task writes behind.
+    ///
+    /// # Errors
+    /// Where it would have more state than it may, or the disk does not take it.
+    pub(crate) fn put(&self, changes: &StateChanges) -> std::result::Result<(), StateError> {
+        let mut inner = self.lock();
+        for (state, key, value) in entries_of(changes) {
+            let key = self.key(state, key);
+            inner.top().set(key, value.map(<[u8]>::to_vec));
+        }
+        let wanted_bytes = self.base_bytes.load(Ordering::Relaxed)
+            + inner.layers().map(|layer| layer.bytes).sum::<u64>();
+        let bytes_max = self.limits.bytes_max;
+        if bytes_max < wanted_bytes {
+            return Err(StateError::Limit(Limit::State { wanted_bytes, bytes_max }));
+        }
+        let write_buffer = self.limits.write_buffer_bytes;
+        if write_buffer < inner.top().buffered_bytes {
+            tokio::task::block_in_place(|| inner.top().spill(&self.tables)).map_err(unavailable)?;
+        }
+        let is_behind = BEHIND_MAX * write_buffer < inner.behind_bytes();
+        drop(inner);
+        if is_behind {
+            tokio::task::block_in_place(|| self.settle()).map_err(unavailable)?;
+        }
+        Ok(())
+    }
+
+    /// Entries of a state after a key, ascending by key group and key; none: there are no more.
+    ///
+    /// # Errors
+    /// Where the disk cannot be read.
+    pub(crate) fn scan(
+        &self,
+        state: u32,
+        after: Option<&[u8]>,
+    ) -> std::result::Result<StateChanges, StateError> {
+        let from = after.map_or(Bound::Unbounded, |key| Bound::Excluded(self.key(state, key)));
+        let inner = self.lock();
+        let base = inner.base.range(from.clone()).map(|entry| {
+            let (key, value) = entry?;
+            Ok((decode(&key)?, Some(value)))
+        });
+        let mut runs: Vec<Entries<'_>> = vec![Box::new(base)];
+        runs.extend(inner.layers().map(|layer| layer.entries_from(from.clone())));
+        let (mut page, mut bytes) = (Vec::<Entry>::new(), 0);
+        for entry in Merge::of(runs).live() {
+            let (key, value) = entry.map_err(unavailable)?;
+            if key.state == state {
+                bytes += key.key.len() + value.as_ref().map_or(0, Vec::len) + ENTRY_BYTES as usize;
+                page.push((key, value));
+            }
+            if SCAN_BYTES <= bytes {
+                break;
+            }
+        }
+        Ok(changes_of(page.iter()))
+    }
+
+    /// A barrier: what was written up to here belongs to its checkpoint.
+    pub(crate) fn cut(&self, checkpoint: u64) -> Result<Arc<Layer>> {
+        self.secure()?;
+        let mut inner = self.lock();
+        let layer = Arc::new(std::mem::take(&mut inner.current));
+        inner.pending.push_back((checkpoint, layer.clone()));
+        Ok(layer)
+    }
+
+    /// A checkpoint is complete: writes what belongs to it into the table. Not to be called where a
+    /// guest waits.
+    ///
+    /// # Errors
+    /// Where the disk does not take it; the state is as it was, and the next call tries again.
+    pub(crate) fn complete(&self, checkpoint: u64) -> Result<()> {
+        {
+            let mut inner = self.lock();
+            inner.completed = inner.completed.max(checkpoint);
+        }
+        self.settle()
+    }
+
+    fn settle(&self) -> Result<()> {
+        let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let (checkpoint, layer, base) = {
+                let inner = self.lock();
+                match inner.pending.front() {
+                    Some((checkpoint, layer)) if *checkpoint <= inner.completed => {
+                        (*checkpoint, layer.clone(), inner.base.clone())
+                    }
+                    _ => return Ok(()),
+                }
+            };
+            for entry in layer.entries() {
+                let (key, value) = entry?;
+                self.write_into(&base, &encode(&key), value.as_deref())?;
+            }
+            // Only now: whoever has not found it in the layer finds it in the table.
+            let mut inner = self.lock();
+            inner.pending.pop_front_if(|(id, _)| *id == checkpoint);
+            inner.at = Some(checkpoint);
+        }
+    }
+
+    fn write_into(&self, base: &Table, key: &[u8], value: Option<&[u8]>) -> Result<()> {
+        let entry_bytes = |value: usize| (key.len() + value) as u64;
+        let gone = match value {
+            Some(value) => {
+                self.base_bytes.fetch_add(entry_bytes(value.len()), Ordering::Relaxed);
+                base.insert(key, value)?
+            }
+            None => base.remove(key)?,
+        };
+        self.base_bytes.fetch_sub(gone.map_or(0, entry_bytes), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// An attempt begins at a checkpoint, or at the beginning. False: what the state was then is not
+    /// here, and must be loaded.
+    ///
+    /// # Errors
+    /// Where the disk does not give room for an empty table.
+    pub(crate) fn rewind(&self, checkpoint: Option<u64>) -> Result<bool> {
+        let Some(checkpoint) = checkpoint else {
+            self.load(0, Box::new(std::iter::empty()))?;
+            return Ok(true);
+        };
+        let mut inner = self.lock();
+        (inner.current, inner.unsecured) = (Layer::default(), None);
+        inner.pending.retain(|(id, _)| *id <= checkpoint);
+        inner.completed = inner.completed.max(checkpoint);
+        Ok(match inner.pending.back() {
+            Some((newest, _)) => inner.at.is_some() && *newest == checkpoint,
+            None => inner.at == Some(checkpoint),
+        })
+    }
+
+    /// Takes over what was read from the storage.
+    ///
+    /// # Errors
+    /// Where it cannot be read, or not be written here; the state is then not known.
+    pub(crate) fn load(&self, checkpoint: u64, entries: Entries<'_>) -> Result<()> {
+        let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let base = Arc::new(self.tables.table()?);
+        let before = {
+            let mut inner = self.lock();
+            let before = std::mem::replace(&mut inner.base, base.clone());
+            inner.at = None;
+            inner.pending.clear();
+            (inner.current, inner.unsecured) = (Layer::default(), None);
+            before
+        };
+        before.drop_table();
+        self.base_bytes.store(0, Ordering::Relaxed);
+        for entry in entries {
+            let (key, value) = entry?;
+            self.write_into(&base, &encode(&key), value.as_deref())?;
+        }
+        self.lock().at = Some(checkpoint);
+        Ok(())
+    }
+
+    /// From now on [`discard`](Self::discard) goes back to the last [`secure`](Self::secure).
+    pub(crate) fn guard(&self) {
+        self.lock().unsecured.get_or_insert_default();
+    }
+
+    /// A call has ended well: what it has written stays.
+    pub(crate) fn secure(&self) -> Result<()> {
+        let mut inner = self.lock();
+        let Some(written) = inner.unsecured.take() else { return Ok(()) };
+        for entry in written.entries() {
+            let (key, value) = entry?;
+            inner.current.set(encode(&key), value);
+        }
+        inner.unsecured = Some(Layer::default());
+        Ok(())
+    }
+
+    /// A call has trapped: what it has written is gone.
+    pub(crate) fn discard(&self) {
+        if let Some(unsecured) = &mut self.lock().unsecured {
+            *unsecured = Layer::default();
+        }
+    }
+
+    /// The guard ends after a call that ended well.
+    pub(crate) fn unguard(&self) -> Result<()> {
+        self.secure()?;
+        self.lock().unsecured = None;
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Oldest first.
+    fn layers(&self) -> impl DoubleEndedIterator<Item = &Layer> {
+        let pending = self.pending.iter().map(|(_, layer)| &**layer);
+        pending.chain([&self.current]).chain(&self.unsecured)
+    }
+
+    /// Where a write goes.
+    fn top(&mut self) -> &mut Layer {
+        self.unsecured.as_mut().unwrap_or(&mut self.current)
+    }
+
+    /// What is complete and waits for the table.
+    fn behind_bytes(&self) -> u64 {
+        let is_complete = |entry: &&(u64, Arc<Layer>)| entry.0 <= self.completed;
+        self.pending.iter().filter(is_complete).map(|(_, layer)| layer.bytes).sum()
+    }
+}
+
+fn unavailable(error: StorageError) -> StateError {
+    StateError::Unavailable(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Model = BTreeMap<Vec<u8>, Vec<u8>>;
+
+    fn state(dir: &tempfile::TempDir, write_buffer_bytes: u64) -> KeyedState {
+        let tables = Tables::new(&dir.path().join("tables"), 1 << 20).expect("tables");
+        let limits = KeyedLimits { bytes_max: 1 << 20, write_buffer_bytes, max_parallelism: 128 };
+        KeyedState::new(tables, limits).expect("a state")
+    }
+
+    fn write(state: &KeyedState, number: u32, key: &[u8], value: Option<Vec<u8>>) {
+        let entry = (DeclaredKey::new(number, key, 128), value);
+        state.put(&changes_of([&entry].into_iter())).expect("room");
+    }
+
+    /// Everything in a state, by the way of a guest that scans it.
+    fn scanned(state: &KeyedState, number: u32) -> Model {
+        let (mut all, mut after) = (Model::new(), None::<Vec<u8>>);
+        loop {
+            let page = state.scan(number, after.as_deref()).expect("readable");
+            let Some((_, last, _)) = entries_of(&page).last() else { return all };
+            after = Some(last.to_vec());
+            for (_, key, value) in entries_of(&page) {
+                all.insert(key.to_vec(), value.expect("none is removed").to_vec());
+            }
+        }
+    }
+
+    /// Random writes, barriers, completions, restarts and guarded calls: what is read is what a map
+    /// says, and the runs of the completed checkpoints add up to it.
+    fn random_life(seed: u64, write_buffer_bytes: u64) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, write_buffer_bytes);
+        assert!(state.rewind(None).expect("an empty table"));
+        let mut random = seed;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 33) % below
+        };
+        let (mut now, mut at) = (Model::new(), BTreeMap::from([(0, Model::new())]));
+        let (mut completed, mut barrier) = (0, 0);
+        let mut secured: Option<Model> = None;
+        for _ in 0..1_500 {
+            let key = format!("key-{}", next(60)).into_bytes();
+            match next(40) {
+                0..25 => {
+                    let value = format!("value-{}", next(1_000)).into_bytes();
+                    write(&state, 1, &key, Some(value.clone()));
+                    now.insert(key, value);
+                }
+                25..30 => {
+                    write(&state, 1, &key, None);
+                    now.remove(&key);
+                }
+                30..33 => {
+                    barrier += 1;
+                    state.cut(barrier).expect("cut");
+                    at.insert(barrier, now.clone());
+                    secured = secured.map(|_| now.clone());
+                }
+                33..35 if completed < barrier => {
+                    // A barrier of an attempt that has ended completes no more.
+                    let pending: Vec<u64> = at.range(completed + 1..).map(|(id, _)| *id).collect();
+                    let Some(chosen) = pending.get(next(5) as usize) else { continue };
+                    completed = *chosen;
+                    state.complete(completed).expect("complete");
+                }
+                35 => {
+                    // Sometimes a checkpoint has completed and nobody has said so.
+                    let known: Vec<u64> = at.range(completed..).map(|(id, _)| *id).collect();
+                    completed = known[next(known.len() as u64) as usize];
+                    let begins_anew = completed == 0;
+                    let from = (!begins_anew).then_some(completed);
+                    assert!(state.rewind(from).expect("rewinds"), "{completed} is here");
+                    now = at[&completed].clone();
+                    at.retain(|id, _| *id <= completed);
+                    secured = None;
+                }
+                36 => {
+                    state.guard();
+                    state.secure().expect("secured");
+                    secured = Some(now.clone());
+                }
+                37 => {
+                    state.secure().expect("secured");
+                    secured = secured.map(|_| now.clone());
+                }
+                38 => {
+                    state.discard();
+                    now = secured.clone().unwrap_or(now);
+                }
+                _ => {
+                    state.unguard().expect("unguarded");
+                    secured = None;
+                }
+            }
+            let key = format!("key-{}", next(60)).into_bytes();
+            assert_eq!(state.get(1, &key).expect("readable"), now.get(&key).cloned());
+            assert_eq!(state.get(0, &key).expect("readable"), None);
+        }
+        assert_eq!(scanned(&state, 1), now);
+        assert!(scanned(&state, 0).is_empty());
+        assert!(!state.rewind(Some(barrier + 7)).expect("rewinds"), "that one never was");
+    }
+
+    #[test]
+    fn random_lives_equal_a_map_in_memory_and_on_disk() {
+        for seed in 0..6 {
+            random_life(seed, 1 << 20);
+            random_life(seed, 300);
+        }
+    }
+
+    #[test]
+    fn what_is_cut_off_is_what_has_changed_since_the_barrier_before() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 100);
+        state.rewind(None).expect("an empty table");
+        for (barrier, count) in [(1, 20u8), (2, 0), (3, 5)] {
+            for number in 0..count {
+                write(&state, 0, &[number], Some(vec![barrier]));
+            }
+            let layer = state.cut(u64::from(barrier)).expect("cut");
+            let entries: Vec<Entry> = layer.entries().collect::<Result<_>>().expect("readable");
+            assert_eq!(entries.len(), usize::from(count));
+            assert_eq!(layer.is_empty(), count == 0);
+            assert!(entries.is_sorted(), "a run is sorted");
+            assert!(entries.iter().all(|(_, value)| *value == Some(vec![barrier])));
+        }
+    }
+
+    #[test]
+    fn more_than_the_limit_is_refused_and_what_was_removed_does_not_count() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 1 << 10);
+        state.rewind(None).expect("an empty table");
+        for round in 1..=40u64 {
+            for number in 0..10u8 {
+                write(&state, 0, &[number], Some(vec![7; 2_000]));
+            }
+            state.cut(round).expect("cut");
+            state.complete(round).expect("complete");
+        }
+        assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (9 + 2_000));
+        let entry = (DeclaredKey::new(0, b"large", 128), Some(vec![0; 1 << 20]));
+        let error = state.put(&changes_of([&entry].into_iter())).expect_err("too much");
+        assert!(matches!(error, StateError::Limit(Limit::State { .. })), "{error:?}");
+    }
+
+    #[test]
+    fn what_was_loaded_is_there() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 1 << 10);
+        assert!(!state.rewind(Some(4)).expect("rewinds"), "nothing is here");
+        let entries = (0..100u8).map(|n| (DeclaredKey::new(2, &[n], 128), Some(vec![n])));
+        state.load(4, Box::new(entries.map(Ok))).expect("loaded");
+        assert!(state.rewind(Some(4)).expect("rewinds"));
+        assert_eq!(scanned(&state, 2), (0..100).map(|n| (vec![n], vec![n])).collect());
+    }
+}
