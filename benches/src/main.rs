@@ -4,6 +4,7 @@ mod call;
 mod checkpoint;
 mod failover;
 mod recovery;
+mod state;
 mod support;
 mod wordcount;
 
@@ -15,9 +16,10 @@ fn main() -> Result<()> {
         Some("recovery") => recovery::run(),
         Some("checkpoint") => checkpoint::run(),
         Some("failover") => failover::run(),
+        Some("state") => state::run(),
         Some("wordcount") => wordcount::run(),
         other => bail!(
-            "which benchmark: call, recovery, checkpoint, failover or wordcount? (not {other:?})"
+            "which benchmark: call, recovery, checkpoint, failover, state or wordcount? (not {other:?})"
         ),
     }
 }

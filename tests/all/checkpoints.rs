@@ -67,6 +67,29 @@ fn several_checkpoints_at_once_and_several_kept_give_the_golden_output() {
 }
 
 #[test]
+fn sources_far_behind_the_clock_have_no_periodic_checkpoints_if_that_is_wanted() {
+    let completed = |lines: &str| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let text = with_lines(lines).manifest();
+        let manifest = dir.path().join("job.toml");
+        // Event times from 1970 on.
+        let text = text.replace("seed = 5\n", "seed = 5\ntimestamps = true\n");
+        fs::write(&manifest, text).expect("written");
+        let ran = run_manifest(&manifest, |_| {});
+        assert_eq!(ran.outcome, Ok(Outcome::Finished));
+        assert!(output(dir.path()) == golden());
+        let is_completed = |it: &&Progress| matches!(it, Progress::CheckpointCompleted { .. });
+        ran.progress.iter().filter(is_completed).count()
+    };
+    let threshold = "\n[pipeline.backlog]\nwatermark-lag-threshold = \"1h\"";
+    let none = completed(&format!("interval-during-backlog = \"0\"{threshold}"));
+    // The tick that was due before the first record, and the last one.
+    assert!(none <= 2, "{none} checkpoints during the backlog");
+    let many = completed(&format!("interval-during-backlog = \"10ms\"{threshold}"));
+    assert!(4 < many, "only {many} checkpoints in 300 ms");
+}
+
+#[test]
 fn at_least_once_loses_nothing() {
     let harness = Harness { config: trap(6_000, 6), ..with_lines("mode = \"AT_LEAST_ONCE\"") };
     let (ran, lines) = harness.run();

@@ -37,7 +37,7 @@ enum Verb {
         /// How often
         rounds: u64,
     },
-    /// Run a benchmark: call, recovery, checkpoint, failover or wordcount
+    /// Run a benchmark: call, recovery, checkpoint, failover, state or wordcount
     Bench {
         /// Which one
         name: String,

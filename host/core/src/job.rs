@@ -49,6 +49,15 @@ pub enum Event {
         /// Its attempt.
         attempt: Attempt,
     },
+    /// A source works off a backlog from now on, or does not any more.
+    BacklogChanged {
+        /// The task.
+        task: TaskId,
+        /// Its attempt.
+        attempt: Attempt,
+        /// Whether it does.
+        is_backlog: bool,
+    },
     /// A task's snapshot is durable.
     SnapshotAcked {
         /// The task.
@@ -439,6 +448,12 @@ impl Job {
             Event::TaskDrained { task, attempt } => {
                 if let Some(run) = self.current(task, attempt) {
                     run.is_drained = true;
+                    self.coordinator.set_backlog(now, task, false);
+                }
+            }
+            Event::BacklogChanged { task, attempt, is_backlog } => {
+                if self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping) {
+                    self.coordinator.set_backlog(now, task, is_backlog);
                 }
             }
             Event::SnapshotAcked { task, attempt, checkpoint } => {
@@ -808,6 +823,7 @@ impl Job {
         let mut ending = Vec::new();
         for task in tasks {
             let Some(run) = self.tasks.get_mut(task) else { continue };
+            self.coordinator.forget_backlog(*task);
             match run.state {
                 TaskState::Starting | TaskState::Running => {
                     run.state = TaskState::Stopping;

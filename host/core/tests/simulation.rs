@@ -179,6 +179,8 @@ impl World {
             failover: self.options.failover,
             checkpoint: CheckpointSettings {
                 interval_ms: Some(self.options.interval_ms.max(self.options.min_pause_ms)),
+                backlog_interval_ms: [None, Some(0), Some(self.options.interval_ms * 3), None]
+                    [seed as usize % 4],
                 min_pause_ms: self.options.min_pause_ms,
                 timeout_ms: self.options.timeout_ms,
                 tolerable_failures: Some(self.options.tolerable),
@@ -389,6 +391,12 @@ impl World {
                 let attempt = task.attempt;
                 self.after(1, Event::TaskDrained { task: id, attempt });
             }
+        }
+        if self.random.one_in(40)
+            && let Some((task, attempt)) = self.any_running()
+        {
+            let is_backlog = self.random.one_in(2);
+            self.after(1, Event::BacklogChanged { task, attempt, is_backlog });
         }
         if self.tasks.values().any(|task| task.is_running) && self.strikes(self.options.trap_one_in)
         {

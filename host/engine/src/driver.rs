@@ -469,6 +469,8 @@ impl Plan {
                 opening: opening.clone(),
                 restore_from,
                 unaligned_after: self.unaligned_after,
+                backlog_lag_ms: self.backlog_lag_ms,
+                is_backlog: false,
                 held: None,
             };
             workers.push((worker, sender));

@@ -97,6 +97,8 @@ pub(crate) struct Plan {
     is_exactly_once: bool,
     /// When a barrier overtakes; see [`CheckpointSettings::unaligned_after_ms`].
     pub(crate) unaligned_after: Option<Duration>,
+    /// See [`JobSpec::backlog_lag_ms`].
+    pub(crate) backlog_lag_ms: Option<u64>,
     /// What this process keeps of each task between its attempts.
     pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
 }
@@ -570,7 +572,16 @@ impl Job {
         let job = spec.name.clone();
         let unaligned_after = spec.checkpoint.unaligned_after_ms.map(Duration::from_millis);
         Ok(Self {
-            plan: Plan { job, graph, nodes, slots, is_exactly_once, unaligned_after, locals },
+            plan: Plan {
+                job,
+                graph,
+                nodes,
+                slots,
+                is_exactly_once,
+                unaligned_after,
+                backlog_lag_ms: spec.backlog_lag_ms,
+                locals,
+            },
             spec,
             store,
             resume,

@@ -31,6 +31,8 @@ use self::{
 pub struct CheckpointSettings {
     /// The base period; `None` takes no periodic checkpoints.
     pub interval_ms: Option<u64>,
+    /// The period while any source works off a backlog, 0: none then; `None`: as at other times.
+    pub backlog_interval_ms: Option<u64>,
     /// From the completion of one checkpoint to the next periodic trigger. Flink's default: 0.
     pub min_pause_ms: u64,
     /// From the trigger to the last ack; then the checkpoint has expired. Flink's default: 10 min.
@@ -50,6 +52,7 @@ impl Default for CheckpointSettings {
     fn default() -> Self {
         Self {
             interval_ms: None,
+            backlog_interval_ms: None,
             min_pause_ms: 0,
             timeout_ms: 600_000,
             concurrent_max: 1,
@@ -316,9 +319,13 @@ pub struct Coordinator {
     pending: BTreeMap<CheckpointId, Pending>,
     next_id: CheckpointId,
     next_request: u64,
-    /// The timer's next tick; `None` while the job does not run, or without an interval.
+    /// The timer's next tick; `None` while there is none, as during a backlog.
     next_tick: Option<Millis>,
+    /// The job runs, and the timer is to tick.
+    is_ticking: bool,
     is_running: bool,
+    /// The sources that work off a backlog.
+    backlog: BTreeSet<TaskId>,
     retained: Retained,
     last_completed_at: Option<Millis>,
     failures: FailureCounter,
@@ -343,7 +350,9 @@ impl Coordinator {
             next_id,
             next_request: 0,
             next_tick: None,
+            is_ticking: false,
             is_running: false,
+            backlog: BTreeSet::new(),
             last_completed_at: None,
             cleaning: 0,
         }
@@ -384,22 +393,47 @@ impl Coordinator {
 
     /// Effective period: never shorter than the pause.
     fn interval_ms(&self) -> Option<u64> {
-        self.settings.interval_ms.map(|interval| interval.max(self.settings.min_pause_ms))
+        let interval = self.settings.interval_ms?;
+        let interval = match self.settings.backlog_interval_ms {
+            Some(0) if !self.backlog.is_empty() => return None,
+            Some(backlog) if !self.backlog.is_empty() => backlog,
+            _ => interval,
+        };
+        Some(interval.max(self.settings.min_pause_ms))
+    }
+
+    /// A source works off a backlog from now on, or does not. A tick that is further away than a period
+    /// comes earlier; one that is due sooner comes as it would have.
+    pub fn set_backlog(&mut self, now: Millis, source: TaskId, is_backlog: bool) {
+        match is_backlog {
+            true => self.backlog.insert(source),
+            false => self.backlog.remove(&source),
+        };
+        if let Some(interval) = self.interval_ms().filter(|_| self.is_ticking) {
+            let due = now.after(interval);
+            self.next_tick = Some(self.next_tick.map_or(due, |at| at.min(due)));
+        }
     }
 
     /// All tasks run: the first tick falls at random in `[min-pause, interval]`.
     pub fn start(&mut self, now: Millis, random: &mut Random) {
         self.is_running = true;
-        self.next_tick = self
-            .interval_ms()
-            .map(|interval| now.after(random.between(self.settings.min_pause_ms, interval)));
+        let pause = self.settings.min_pause_ms;
+        let interval = self.settings.interval_ms.map(|interval| interval.max(pause));
+        self.is_ticking = interval.is_some();
+        self.next_tick = interval.map(|interval| now.after(random.between(pause, interval)));
+    }
+
+    /// A source has ended, or is to begin again and will tell anew.
+    pub fn forget_backlog(&mut self, source: TaskId) {
+        self.backlog.remove(&source);
     }
 
     /// Some tasks do not run any more: ends what is pending and drops what waits. What is being
     /// persisted stays in doubt until its fate is known.
     pub fn stop(&mut self, reason: &AbortReason, steps: &mut Vec<Step>) {
         self.is_running = false;
-        self.next_tick = None;
+        (self.is_ticking, self.next_tick) = (false, None);
         for checkpoint in self.collecting() {
             self.abort(checkpoint, reason.clone(), steps);
         }
@@ -411,7 +445,7 @@ impl Coordinator {
 
     /// The timer asks no more, and what it has asked for is dropped; users may ask.
     pub fn stop_periodic(&mut self, steps: &mut Vec<Step>) {
-        self.next_tick = None;
+        (self.is_ticking, self.next_tick) = (false, None);
         for request in self.queue.drop_periodic() {
             let reason = AbortReason::PeriodicSchedulerShutdown;
             steps.push(Step::Refused { trigger: request.trigger, reason });
@@ -441,13 +475,12 @@ impl Coordinator {
     }
 
     fn tick(&mut self, now: Millis, steps: &mut Vec<Step>) {
-        let Some(interval) = self.interval_ms() else { return };
         let mut ticks = 0;
         while let Some(at) = self.next_tick.filter(|at| *at <= now) {
             // Ticks that are late come all, as many as the queue could hold anyway.
             ticks += 1;
-            self.next_tick =
-                Some(if ticks < QUEUE_MAX { at.after(interval) } else { now.after(1) });
+            let next = |interval| if ticks < QUEUE_MAX { at.after(interval) } else { now.after(1) };
+            self.next_tick = self.interval_ms().map(next);
             self.submit(now, Trigger::Checkpoint, false, true, steps);
         }
     }

@@ -362,3 +362,60 @@ fn every_reason_has_a_name_and_words_of_its_own() {
     assert_eq!((names.len(), words.len()), (all.len(), all.len()));
     assert_eq!(all.iter().filter(|reason| reason.is_counted()).count(), 5);
 }
+
+fn backlog(interval_ms: u64) -> CheckpointSettings {
+    CheckpointSettings { backlog_interval_ms: Some(interval_ms), ..tolerant() }
+}
+
+/// The times at which checkpoints begin until `end`, each complete at once.
+fn begins(rig: &mut Rig, next: &mut u64, end: u64) -> Vec<u64> {
+    let mut times = Vec::new();
+    while rig.now < end {
+        if !rig.run_to(rig.now + 1).is_empty() {
+            times.push(rig.now);
+            rig.complete(*next);
+            *next += 1;
+        }
+    }
+    times
+}
+
+#[test]
+fn interval_during_backlog_counts_while_any_source_works_one_off() {
+    let mut rig = Rig::new(10, backlog(40));
+    let mut next = 1;
+    let first = begins(&mut rig, &mut next, 30)[0];
+    rig.coordinator.set_backlog(Millis(30), A, true);
+    rig.coordinator.set_backlog(Millis(30), B, true);
+    rig.coordinator.set_backlog(Millis(30), B, false);
+    // The tick that was due comes; from then on the longer period counts.
+    let due = (1..).map(|n| first + 10 * n).find(|at| 30 < *at).expect("without end");
+    assert_eq!(begins(&mut rig, &mut next, 130), [due, due + 40, due + 80]);
+    // Leaving the backlog brings the next tick nearer.
+    rig.coordinator.set_backlog(Millis(130), A, false);
+    assert_eq!(begins(&mut rig, &mut next, 145), [140]);
+}
+
+#[test]
+fn no_periodic_checkpoint_during_a_backlog_whose_interval_is_zero() {
+    let mut rig = Rig::new(10, backlog(0));
+    rig.coordinator.set_backlog(Millis(0), A, true);
+    let mut next = 1;
+    assert_eq!(begins(&mut rig, &mut next, 500).len(), 1, "the tick that was due before");
+    assert_eq!(rig.savepoint(1), format!("begin {next}"), "users may ask");
+    rig.complete(next);
+    next += 1;
+    rig.coordinator.set_backlog(Millis(500), A, false);
+    assert_eq!(begins(&mut rig, &mut next, 525), [510, 520]);
+}
+
+#[test]
+fn a_backlog_changes_nothing_without_an_interval_for_it_or_while_nothing_runs() {
+    let mut rig = Rig::new(10, tolerant());
+    rig.coordinator.set_backlog(Millis(0), A, true);
+    assert_eq!(begins(&mut rig, &mut 1, 100).len(), 10);
+    let mut steps = Vec::new();
+    rig.coordinator.stop(&AbortReason::FailoverRegion, &mut steps);
+    rig.coordinator.set_backlog(Millis(100), A, false);
+    assert_eq!(rig.coordinator.next_deadline(), None, "the timer stands still");
+}

@@ -60,6 +60,8 @@ pub struct JobSpec {
     pub is_exactly_once: bool,
     /// Whether snapshots are compressed.
     pub is_compressing: bool,
+    /// A source whose event time is further behind the clock works off a backlog; `None`: none does.
+    pub backlog_lag_ms: Option<u64>,
     /// Whether completed checkpoints outlive the job.
     pub retention: Retention,
     /// Where savepoints go unless somebody says otherwise.
@@ -150,7 +152,7 @@ pub struct SledBackend {
 
 impl Default for SledBackend {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20, write_buffer_bytes: 16 << 20, guest_cache_bytes: 16 << 20 }
+        Self { cache_bytes: 64 << 20, write_buffer_bytes: 64 << 20, guest_cache_bytes: 16 << 20 }
     }
 }
 
@@ -420,6 +422,10 @@ impl JobSpec {
                 "mode",
                 if self.is_exactly_once { "EXACTLY_ONCE" } else { "AT_LEAST_ONCE" }.to_owned(),
             ),
+            (
+                "interval-during-backlog",
+                settings.backlog_interval_ms.map_or("as at other times".to_owned(), ms),
+            ),
             ("timeout", ms(settings.timeout_ms)),
             ("min-pause", ms(settings.min_pause_ms)),
             ("max-concurrent-checkpoints", settings.concurrent_max.to_string()),
@@ -440,6 +446,7 @@ impl JobSpec {
             .into_iter()
             .map(|(key, value)| (format!("execution.checkpointing.{key}"), value))
             .collect();
+        all.push((BACKLOG_LAG.to_owned(), self.backlog_lag_ms.map_or("none".to_owned(), ms)));
         all.push(("state.backend.type".to_owned(), self.state_backend.name().to_owned()));
         if let StateBackend::Sled(backend) = &self.state_backend {
             let bytes = [
@@ -538,7 +545,7 @@ fn refuse_nodes(source: &Text<'_>, table: &DeTable<'_>, start: usize) -> Result<
 
 /// Whether a key is one that `check --effective` shows.
 fn is_setting(key: &str) -> bool {
-    let of = ["execution.", "state.", "restart-strategy.", "jobmanager."];
+    let of = ["execution.", "pipeline.", "state.", "restart-strategy.", "jobmanager."];
     key == "job.parallelism" || of.iter().any(|prefix| key.starts_with(prefix))
 }
 
@@ -559,6 +566,13 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let restart = read_restart(root, is_checkpointed)?;
     let (failover, escalates_after) = read_failover(root, is_checkpointed)?;
     let mut warnings = execution.warnings;
+    let backlog_lag_ms = read_backlog_lag(root)?;
+    if execution.checkpoint.backlog_interval_ms.is_some() && backlog_lag_ms.is_none() {
+        let key = "execution.checkpointing.interval-during-backlog";
+        warnings.push(format!(
+            "`{key}` means nothing without `{BACKLOG_LAG}`: no source has a backlog"
+        ));
+    }
     let state_backend = read_state_backend(root, &mut warnings)?;
     let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
     if let StateBackend::Sled(backend) = &state_backend {
@@ -576,6 +590,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
         checkpoint: execution.checkpoint,
         is_exactly_once: execution.is_exactly_once,
         is_compressing: execution.is_compressing,
+        backlog_lag_ms,
         retention: execution.retention,
         savepoint_dir: execution.savepoint_dir,
         storage: execution.storage,
@@ -704,6 +719,13 @@ fn read_checkpointing(
         .duration_ms("interval")?
         .map(|interval| interval.value)
         .filter(|ms| INTERVAL_MS_MIN <= *ms);
+    if let Some(Located { value, span }) = section.duration_ms("interval-during-backlog")? {
+        if value != 0 && settings.interval_ms.is_none_or(|interval| value < interval) {
+            let why = "it must be 0, for no checkpoints, or at least the interval";
+            return Err(section.bad_value("interval-during-backlog", &span, why));
+        }
+        settings.backlog_interval_ms = Some(value);
+    }
     if let Some(pause) = section.duration_ms("min-pause")? {
         settings.min_pause_ms = pause.value.min(PAUSE_MS_MAX);
     }
@@ -852,6 +874,18 @@ fn read_unaligned(section: &Section<'_>, execution: &mut Execution) -> Result<()
     }
     execution.checkpoint.unaligned_after_ms = Some(timeout);
     Ok(())
+}
+
+/// Proposed for Flink as FLIP-328.
+const BACKLOG_LAG: &str = "pipeline.backlog.watermark-lag-threshold";
+
+fn read_backlog_lag(root: &Section<'_>) -> Result<Option<u64>> {
+    let Some(pipeline) = root.section("pipeline")? else { return Ok(None) };
+    let backlog = pipeline.section("backlog")?;
+    let lag = backlog.as_ref().map(|section| section.duration_ms("watermark-lag-threshold"));
+    backlog.iter().try_for_each(Section::finish)?;
+    pipeline.finish()?;
+    Ok(lag.transpose()?.flatten().map(|lag| lag.value))
 }
 
 /// Below this a cache or buffer would hold next to nothing.

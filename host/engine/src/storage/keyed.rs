@@ -232,6 +232,24 @@ impl KeyedState {
     /// Where it would have more state than it may, or the disk does not take it.
     pub(crate) fn put(&self, changes: &StateChanges) -> std::result::Result<(), StateError> {
         let mut inner = self.lock();
+        self.write(&mut inner, changes)?;
+        let write_buffer = self.limits.write_buffer_bytes;
+        if write_buffer < inner.top().buffered_bytes {
+            tokio::task::block_in_place(|| inner.top().spill(&self.tables)).map_err(unavailable)?;
+        }
+        let is_behind = BEHIND_MAX * write_buffer < inner.behind_bytes();
+        drop(inner);
+        if is_behind {
+            tokio::task::block_in_place(|| self.settle()).map_err(unavailable)?;
+        }
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        inner: &mut Inner,
+        changes: &StateChanges,
+    ) -> std::result::Result<(), StateError> {
         for (state, key, value) in entries_of(changes) {
             let key = self.key(state, key);
             inner.top().set(key, value.map(<[u8]>::to_vec));
@@ -241,15 +259,6 @@ impl KeyedState {
         let bytes_max = self.limits.bytes_max;
         if bytes_max < wanted_bytes {
             return Err(StateError::Limit(Limit::State { wanted_bytes, bytes_max }));
-        }
-        let write_buffer = self.limits.write_buffer_bytes;
-        if write_buffer < inner.top().buffered_bytes {
-            tokio::task::block_in_place(|| inner.top().spill(&self.tables)).map_err(unavailable)?;
-        }
-        let is_behind = BEHIND_MAX * write_buffer < inner.behind_bytes();
-        drop(inner);
-        if is_behind {
-            tokio::task::block_in_place(|| self.settle()).map_err(unavailable)?;
         }
         Ok(())
     }
@@ -285,10 +294,25 @@ impl KeyedState {
         Ok(changes_of(page.iter()))
     }
 
-    /// A barrier: what was written up to here belongs to its checkpoint.
-    pub(crate) fn cut(&self, checkpoint: u64) -> Result<Arc<Layer>> {
-        self.secure()?;
+    /// A barrier: what was written up to here belongs to its checkpoint, and so do the changes that the
+    /// guest hands over. These come from its cache, so they fit into memory, and the guest waits.
+    ///
+    /// # Errors
+    /// As those of [`put`](Self::put).
+    pub(crate) fn cut(
+        &self,
+        checkpoint: u64,
+        changes: &StateChanges,
+    ) -> std::result::Result<Arc<Layer>, StateError> {
+        self.secure().map_err(unavailable)?;
         let mut inner = self.lock();
+        self.write(&mut inner, changes)?;
+        if let Some(unsecured) = &mut inner.unsecured {
+            let handed_over = std::mem::take(unsecured);
+            for (key, value) in handed_over.changed {
+                inner.current.set(key, value);
+            }
+        }
         let layer = Arc::new(std::mem::take(&mut inner.current));
         inner.pending.push_back((checkpoint, layer.clone()));
         Ok(layer)
@@ -460,6 +484,10 @@ mod tests {
         state.put(&changes_of([&entry].into_iter())).expect("room");
     }
 
+    fn none() -> StateChanges {
+        changes_of([].into_iter())
+    }
+
     /// Everything in a state, by the way of a guest that scans it.
     fn scanned(state: &KeyedState, number: u32) -> Model {
         let (mut all, mut after) = (Model::new(), None::<Vec<u8>>);
@@ -501,7 +529,9 @@ mod tests {
                 }
                 30..33 => {
                     barrier += 1;
-                    state.cut(barrier).expect("cut");
+                    let entry = (DeclaredKey::new(1, &key, 128), Some(b"handed over".to_vec()));
+                    state.cut(barrier, &changes_of([&entry].into_iter())).expect("cut");
+                    now.insert(key, b"handed over".to_vec());
                     at.insert(barrier, now.clone());
                     secured = secured.map(|_| now.clone());
                 }
@@ -567,7 +597,7 @@ mod tests {
             for number in 0..count {
                 write(&state, 0, &[number], Some(vec![barrier]));
             }
-            let layer = state.cut(u64::from(barrier)).expect("cut");
+            let layer = state.cut(u64::from(barrier), &none()).expect("cut");
             let entries: Vec<Entry> = layer.entries().collect::<Result<_>>().expect("readable");
             assert_eq!(entries.len(), usize::from(count));
             assert_eq!(layer.is_empty(), count == 0);
@@ -585,7 +615,7 @@ mod tests {
             for number in 0..10u8 {
                 write(&state, 0, &[number], Some(vec![7; 2_000]));
             }
-            state.cut(round).expect("cut");
+            state.cut(round, &none()).expect("cut");
             state.complete(round).expect("complete");
         }
         assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (9 + 2_000));

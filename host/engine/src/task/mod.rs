@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
 use crate::{
-    clock::micros,
+    clock::{micros, now_ms},
     driver::Shared,
     exchange::{Element, Gate, writer::Writer},
     source::{Source, Step},
@@ -115,6 +115,10 @@ pub(crate) struct Worker {
     pub(crate) restore_from: Option<CheckpointId>,
     /// From the trigger on until a barrier overtakes what it waits for; `None`: it never does.
     pub(crate) unaligned_after: Option<Duration>,
+    /// How far event time may lag behind the clock before a source works off a backlog.
+    pub(crate) backlog_lag_ms: Option<u64>,
+    /// Whether it does, as far as was told.
+    pub(crate) is_backlog: bool,
     /// An unaligned snapshot that still waits for what is in flight.
     pub(crate) held: Option<Held>,
 }
@@ -219,6 +223,7 @@ impl Worker {
                 Step::Records { batch, watermark } => {
                     self.route(0, vec![Emission { output: 0, records: batch }]).await?;
                     if let Some(watermark) = watermark {
+                        self.note_backlog(watermark);
                         self.advance(0, watermark).await?;
                     }
                     // A chain without channels never waits by itself.
@@ -242,6 +247,17 @@ impl Worker {
                     intake = Intake::Drained;
                 }
             }
+        }
+    }
+
+    /// Tells where event time begins or ceases to lag behind the clock.
+    fn note_backlog(&mut self, watermark: i64) {
+        let Some(lag_ms) = self.backlog_lag_ms else { return };
+        let now = i64::try_from(now_ms()).unwrap_or(i64::MAX);
+        let is_backlog = i64::try_from(lag_ms).unwrap_or(i64::MAX) < now.saturating_sub(watermark);
+        if is_backlog != std::mem::replace(&mut self.is_backlog, is_backlog) {
+            let (task, attempt) = (self.nodes[0].task, self.attempt);
+            self.shared.report(Event::BacklogChanged { task, attempt, is_backlog });
         }
     }
 

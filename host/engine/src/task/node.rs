@@ -413,8 +413,8 @@ impl OperatorTask {
             let changes = instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?;
             snapshot.declared = Some(match &local.keyed {
                 Some(keyed) => {
-                    keyed.put(&changes).map_err(|error| cause_of(error.into()))?;
-                    Changes::Host(keyed.cut(checkpoint.0).map_err(storage_cause)?)
+                    let layer = keyed.cut(checkpoint.0, &changes);
+                    Changes::Host(layer.map_err(|error| cause_of(error.into()))?)
                 }
                 None => Changes::Guest(changes),
             });
