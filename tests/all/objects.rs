@@ -142,6 +142,10 @@ fn job_that_was_killed_goes_on_from_s3() {
         .expect("the program runs");
     let output = dir.path().join("output");
     wait_for_lines(&output, 10_000);
+    let saved = call(address, &["savepoint", &manifest, "s3://tenants/savepoints", "--json"]);
+    let answer: serde_json::Value = serde_json::from_slice(&saved.stdout).expect("one object");
+    let savepoint = answer["savepoint"].as_str().expect("a place").to_owned();
+    assert!(savepoint.starts_with("s3://tenants/savepoints/savepoint-probe-"), "{savepoint}");
     child.kill().expect("it runs");
     child.wait().expect("it has ended");
     let url = "s3://tenants/checkpoints/probe";
@@ -154,4 +158,9 @@ fn job_that_was_killed_goes_on_from_s3() {
     let log = String::from_utf8_lossy(&ran.stderr).into_owned();
     assert!(ran.status.success() && log.contains("from checkpoint"), "{log}");
     check_counts(&committed(&output), COUNT).expect("exactly once");
+
+    // The savepoint outlives the job and its checkpoints.
+    assert!(!call(address, &["checkpoints", "verify", url]).status.success());
+    let verified = call(address, &["checkpoints", "verify", &savepoint]);
+    assert!(verified.status.success(), "{verified:?}");
 }

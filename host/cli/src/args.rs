@@ -190,7 +190,7 @@ pub(crate) struct JobArgument {
 pub(crate) struct SavepointArguments {
     #[command(flatten)]
     pub(crate) job: JobArgument,
-    /// The directory to make it in [default: execution.checkpointing.savepoint-dir]
+    /// The directory or URL to make it in [default: execution.checkpointing.savepoint-dir]
     pub(crate) target: Option<PathBuf>,
 }
 
@@ -198,7 +198,7 @@ pub(crate) struct SavepointArguments {
 pub(crate) struct StopArguments {
     #[command(flatten)]
     pub(crate) job: JobArgument,
-    /// The directory to make it in [default: execution.checkpointing.savepoint-dir]
+    /// The directory or URL to make it in [default: execution.checkpointing.savepoint-dir]
     #[arg(long, short = 'p', value_name = "DIR")]
     pub(crate) savepoint_path: Option<PathBuf>,
     /// End the sources first, and process and emit everything that waits in the job

@@ -129,6 +129,12 @@ pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
 
 /// The job may run in another directory.
 fn absolute(path: &Path) -> Result<PathBuf, Problem> {
+    if let Some(path) = path.to_str().and_then(|path| path.strip_prefix("file://")) {
+        return absolute(Path::new(path));
+    }
+    if is_url(path) {
+        return Ok(path.to_owned());
+    }
     std::path::absolute(path).map_err(|error| {
         Problem::new(Code::BadValue, format!("{} is not a path", path.display())).detail(error)
     })

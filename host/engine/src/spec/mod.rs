@@ -765,6 +765,9 @@ fn read_checkpointing(
     }
     warn_meaningless(section, "execution.checkpointing.", &mut execution.warnings);
     execution.savepoint_dir = match section.text("savepoint-dir")? {
+        Some(dir) if is_url(Path::new(&dir.value)) && !dir.value.starts_with("file") => {
+            Some(PathBuf::from(dir.value))
+        }
         Some(dir) => Some(local_dir(section, "savepoint-dir", base_dir, &dir)?),
         None => None,
     };
