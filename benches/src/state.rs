@@ -21,7 +21,7 @@ use cofferdam_tests::{guest, job::run_manifest};
 
 use crate::support::{after_restarts, median};
 
-const RECORDS: u64 = 4_000_000;
+const RECORDS: u64 = 1_000_000;
 /// Different words: some 100 MB of state, most of it the bookkeeping of its entries.
 const VOCABULARY: u32 = 1_000_000;
 const ROUNDS: usize = 3;
@@ -128,9 +128,9 @@ fn native(exponent: f64) -> Result<f64> {
 fn recovery(lines: &str) -> Result<(f64, u64)> {
     let dir = tempfile::tempdir_in(guest::root().join("target"))?;
     let path = dir.path().join("job.toml");
-    let at = Random::new(1).between(2_000_000, 2_000_100);
+    let at = Random::new(1).between(600_000, 600_100);
     let config = format!(
-        "config = {{ do = \"trap\", at = {at}, step = 100000, attempts = 12, quiet = true }}"
+        "config = {{ do = \"trap\", at = {at}, step = 20000, attempts = 12, quiet = true }}"
     );
     let component = guest::probe().display().to_string();
     fs::write(&path, manifest(lines, 0.0, &component, &config, "rate = 400000"))?;

@@ -17,7 +17,7 @@ use crate::{
     },
     failover::{
         FailoverStrategy, RestartReason, Situation, tasks_to_restart,
-        topology::{PartitionId, Topology},
+        topology::{PartitionId, RegionId, Topology},
     },
     failure::FailureCause,
     graph::JobGraph,
@@ -144,6 +144,11 @@ pub enum Event {
 /// Everything the core can ask the shell to do. Order within one step matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
+    /// Every reader of these result partitions has finished: remove them.
+    ReleasePartitions {
+        /// The partitions.
+        partitions: Vec<PartitionId>,
+    },
     /// Instantiate tasks, from a checkpoint or empty. Answer: `TasksStarted`.
     StartTasks {
         /// Each with the attempt that it carries in everything it sends.
@@ -302,6 +307,8 @@ struct TaskRun {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TaskState {
+    /// Waits for what its region reads to be there.
+    Created,
     Starting,
     Running,
     /// Being cancelled.
@@ -362,6 +369,11 @@ pub struct Job {
     stop: Option<Stop>,
     /// Whoever waits for the savepoint of the stop.
     stop_ticket: Option<u64>,
+    /// Some regions read result partitions: they run one after the other, and no checkpoint but the
+    /// last holds the state of the job.
+    is_batch: bool,
+    /// Partitions that were given up because every reader had finished.
+    released: BTreeSet<PartitionId>,
 }
 
 impl Job {
@@ -378,10 +390,11 @@ impl Job {
             seed,
         } = settings;
         let fresh = |task| {
-            let (attempt, state) = (Attempt(0), TaskState::Starting);
+            let (attempt, state) = (Attempt(0), TaskState::Created);
             (task, TaskRun { attempt, state, is_drained: false, incident: None })
         };
-        let job = Self {
+        let is_batch = graph.edges().iter().any(|edge| !edge.exchange.must_be_pipelined());
+        let mut job = Self {
             tasks: graph.tasks().into_iter().map(fresh).collect(),
             topology: Topology::new(&graph),
             failover,
@@ -396,10 +409,11 @@ impl Job {
             retry_at: None,
             stop: None,
             stop_ticket: None,
+            is_batch,
+            released: BTreeSet::new(),
         };
-        let tasks = job.tasks.keys().map(|task| (*task, Attempt(0))).collect();
-        let effect = Effect::StartTasks { tasks, restore_from: job.coordinator.last_completed() };
-        (job, effect)
+        let (tasks, restore_from) = (job.start_ready(), job.coordinator.last_completed());
+        (job, Effect::StartTasks { tasks, restore_from })
     }
 
     /// The attempt of a task that runs or is about to.
@@ -449,6 +463,7 @@ impl Job {
                 if let Some(run) = self.current(task, attempt) {
                     run.is_drained = true;
                     self.coordinator.set_backlog(now, task, false);
+                    self.on_drained(task, effects);
                 }
             }
             Event::BacklogChanged { task, attempt, is_backlog } => {
@@ -718,6 +733,88 @@ impl Job {
         }
     }
 
+    /// Regions that have waited for this partition may begin, and partitions that were read for the
+    /// last time are given up.
+    fn on_drained(&mut self, task: TaskId, effects: &mut Vec<Effect>) {
+        if !self.is_batch {
+            return;
+        }
+        let tasks = self.start_ready();
+        if !tasks.is_empty() {
+            let restore_from = self.coordinator.last_completed();
+            effects.push(Effect::StartTasks { tasks, restore_from });
+        }
+        let partitions = self.unread_partitions(task);
+        if !partitions.is_empty() {
+            self.released.extend(&partitions);
+            effects.push(Effect::ReleasePartitions { partitions });
+        }
+    }
+
+    /// Starts every region that waits and whose inputs are there: finished partitions of blocking
+    /// exchanges, and producers that have begun of all others. Flink:
+    /// `PipelinedRegionSchedulingStrategy`.
+    fn start_ready(&mut self) -> Vec<TaskAttempt> {
+        let mut tasks = Vec::new();
+        loop {
+            let regions = self.topology.regions().iter().enumerate();
+            let ready: Vec<TaskId> = regions
+                .filter(|(region, tasks)| self.is_waiting(tasks) && self.is_ready(*region))
+                .flat_map(|(_, tasks)| tasks.iter().copied())
+                .collect();
+            if ready.is_empty() {
+                tasks.sort_unstable();
+                return tasks;
+            }
+            // What begins may be what others have waited for.
+            for task in ready {
+                if let Some(run) = self.tasks.get_mut(&task) {
+                    run.state = TaskState::Starting;
+                    tasks.push((task, run.attempt));
+                }
+            }
+        }
+    }
+
+    fn is_waiting(&self, region: &[TaskId]) -> bool {
+        region.iter().all(|task| self.tasks[task].state == TaskState::Created)
+    }
+
+    fn is_ready(&self, region: RegionId) -> bool {
+        // The one checkpoint of such a job holds the end of every region.
+        if self.coordinator.last_completed().is_some() {
+            return true;
+        }
+        self.topology.consumed_by(region).all(|group| {
+            let outside = |task: &&TaskId| self.topology.region_of(**task) != Some(region);
+            group.producers.iter().filter(outside).all(|producer| {
+                let run = &self.tasks[producer];
+                match group.exchange.is_blocking() {
+                    true => run.is_drained && run.state == TaskState::Running,
+                    false => matches!(run.state, TaskState::Starting | TaskState::Running),
+                }
+            })
+        })
+    }
+
+    /// The partitions that nobody reads any more because the region of a task has finished.
+    fn unread_partitions(&self, task: TaskId) -> Vec<PartitionId> {
+        let Some(region) = self.topology.region_of(task) else { return Vec::new() };
+        let has_finished = |task: &TaskId| {
+            let region = self.topology.region_of(*task).map(|id| &self.topology.regions()[id]);
+            region.is_some_and(|tasks| tasks.iter().all(|task| self.tasks[task].is_drained))
+        };
+        let groups = self.topology.consumed_by(region).filter(|group| {
+            let is_kept = group.exchange.must_be_pipelined() || group.exchange.is_persistent();
+            !is_kept && group.consumers.iter().all(has_finished)
+        });
+        let partitions = groups.flat_map(|group| {
+            let of = |producer: &TaskId| PartitionId { edge: group.edge, producer: *producer };
+            group.producers.iter().map(of)
+        });
+        partitions.filter(|partition| !self.released.contains(partition)).collect()
+    }
+
     fn on_failure(
         &mut self,
         now: Millis,
@@ -807,8 +904,10 @@ impl Job {
             let every = self.tasks.keys().map(|task| (*task, RestartReason::EveryTask));
             return every.collect();
         };
-        let situation =
-            Situation { is_lost: &|partition| Some(partition) == lost, is_created: &|_| false };
+        let situation = Situation {
+            is_lost: &|partition| Some(partition) == lost || self.released.contains(&partition),
+            is_created: &|task| self.tasks[&task].state == TaskState::Created,
+        };
         tasks_to_restart(self.failover, &self.topology, task, situation)
     }
 
@@ -829,7 +928,7 @@ impl Job {
                     run.state = TaskState::Stopping;
                     ending.push((*task, run.attempt));
                 }
-                TaskState::Finished => run.state = TaskState::Stopped,
+                TaskState::Created | TaskState::Finished => run.state = TaskState::Stopped,
                 TaskState::Stopping | TaskState::Stopped => {}
             }
         }
@@ -908,17 +1007,17 @@ impl Job {
             .collect();
         for incident in due {
             self.incidents.remove(&incident);
-            let mut tasks = Vec::new();
             for (task, run) in &mut self.tasks {
                 // What a later incident wants restarts with that one.
                 if run.incident == Some(incident) {
                     run.incident = None;
                     run.attempt = run.attempt.next();
-                    run.state = TaskState::Starting;
+                    run.state = TaskState::Created;
                     run.is_drained = false;
-                    tasks.push((*task, run.attempt));
+                    self.released.retain(|partition| partition.producer != *task);
                 }
             }
+            let tasks = self.start_ready();
             if !tasks.is_empty() {
                 let restore_from = self.coordinator.last_completed();
                 effects.push(Effect::StartTasks { tasks, restore_from });
@@ -945,7 +1044,9 @@ impl Job {
 
     fn on_savepoint_requested(&mut self, now: Millis, ticket: u64, steps: &mut Vec<Step>) {
         let trigger = Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep };
-        if matches!(self.phase, Phase::Active) && !self.is_ending() {
+        if self.is_batch {
+            steps.push(Step::Refused { trigger, reason: AbortReason::BlockingOutputExists });
+        } else if matches!(self.phase, Phase::Active) && !self.is_ending() {
             self.coordinator.request(now, trigger, steps);
         } else {
             let reason = AbortReason::CoordinatorShutdown;
@@ -961,6 +1062,15 @@ impl Job {
         };
         if !matches!(self.phase, Phase::Active) {
             return refuse(AbortReason::CoordinatorShutdown, effects);
+        }
+        if self.is_batch && stop.savepoint.is_some() {
+            return refuse(AbortReason::BlockingOutputExists, effects);
+        }
+        if self.is_batch && !self.is_ending() {
+            // Its regions cannot be continued half-way.
+            let outcome =
+                Outcome::Stopped { checkpoint: None, is_last: false, has_savepoint: false };
+            return self.give_up(now, outcome, effects);
         }
         if let Some(under_way) = &mut self.stop {
             // Whoever asks again is in more of a hurry: nothing is drained any more.
@@ -988,5 +1098,7 @@ impl Job {
     }
 }
 
+#[cfg(test)]
+mod batch_tests;
 #[cfg(test)]
 mod tests;

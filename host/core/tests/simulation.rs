@@ -265,7 +265,7 @@ impl World {
                 }
                 self.later(Event::TasksStopped { tasks });
             }
-            Effect::AnnounceRestart { .. } => {}
+            Effect::AnnounceRestart { .. } | Effect::ReleasePartitions { .. } => {}
             Effect::Finish { outcome } => self.outcome = Some(outcome),
         }
     }

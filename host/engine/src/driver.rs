@@ -15,7 +15,7 @@ use std::{
 
 use cofferdam_core::{
     checkpoint::Purpose,
-    failover::RestartReason,
+    failover::{RestartReason, topology::PartitionId},
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner, consumer_range},
     ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
@@ -30,7 +30,11 @@ use tokio::{
 use crate::{
     clock::now_ms,
     control::{Desk, KeptCheckpoint},
-    exchange::{Gate, Sender, writer::Writer},
+    exchange::{
+        Element, Gate, Outlet, Sender,
+        partition::{PartitionChannel, PartitionReader},
+        writer::Writer,
+    },
     job::Plan,
     metrics::Metrics,
     progress::{Observer, Progress},
@@ -179,6 +183,9 @@ struct RunningWorker {
     is_source: bool,
     control: UnboundedSender<Control>,
     handle: JoinHandle<()>,
+    /// Feeds the channels that begin at partitions.
+    reader: Option<JoinHandle<()>>,
+    partition_channels: Vec<Sender>,
 }
 
 impl Driver {
@@ -260,6 +267,14 @@ impl Driver {
                 };
                 self.shared.stats.lock().insert(checkpoint.0, stats);
                 self.tell_sources(Control::Barrier(checkpoint, purpose));
+                // No barrier travels through a partition: its readers have it from here.
+                for sender in self.workers.iter().flat_map(|worker| &worker.partition_channels) {
+                    sender.send(Element::Barrier(checkpoint, purpose));
+                }
+            }
+            Effect::ReleasePartitions { partitions } => {
+                let known = self.plan.partitions.iter();
+                known.for_each(|known| partitions.iter().for_each(|id| known.release(*id)));
             }
             Effect::EndInput => self.tell_sources(Control::EndInput),
             Effect::PersistManifest { checkpoint } => self.shared.storage.complete(checkpoint),
@@ -379,7 +394,7 @@ impl Driver {
             tasks: tasks.len(),
         });
         let workers = self.plan.workers(tasks, restore_from, &self.shared);
-        self.workers.extend(workers.into_iter().map(|(worker, control)| run(worker, control)));
+        self.workers.extend(workers.into_iter().map(run));
     }
 
     fn cancel_tasks(&mut self, tasks: Vec<TaskAttempt>) {
@@ -389,7 +404,10 @@ impl Driver {
             std::mem::take(&mut self.workers).into_iter().partition(|worker| is_meant(worker));
         self.workers = others;
         let ending: Vec<RunningWorker> = ending;
-        ending.iter().for_each(|worker| worker.handle.abort());
+        for worker in &ending {
+            worker.handle.abort();
+            worker.reader.iter().for_each(JoinHandle::abort);
+        }
         let shared = self.shared.clone();
         tokio::spawn(async move {
             for worker in ending {
@@ -408,11 +426,24 @@ fn tell<'w>(workers: impl IntoIterator<Item = &'w RunningWorker>, control: Contr
     }
 }
 
-fn run(worker: Worker, control: UnboundedSender<Control>) -> RunningWorker {
+fn run(prepared: PreparedWorker) -> RunningWorker {
+    let PreparedWorker { worker, control, reader } = prepared;
+    let channels = reader.iter().flat_map(|reader| &reader.channels);
+    let partition_channels = channels.map(|channel| channel.sender.clone()).collect();
     let is_source = matches!(worker.head, Head::Source);
     let (shared, attempt) = (worker.shared.clone(), worker.attempt);
     let tasks: Vec<TaskId> = worker.nodes.iter().map(|node| node.task).collect();
     let first = tasks[0];
+    let reader = reader.and_then(|reader| match worker.restore_from {
+        None => Some(tokio::spawn(reader.run(shared.clone()))),
+        // The last checkpoint of a job is after the end of everything that there was to read.
+        Some(_) => {
+            for channel in &reader.channels {
+                channel.sender.send(Element::EndOfInput);
+            }
+            None
+        }
+    });
     let handle = tokio::spawn(async move {
         let ended = AssertUnwindSafe(worker.run()).catch_unwind().await;
         let (task, cause) = match ended {
@@ -427,7 +458,14 @@ fn run(worker: Worker, control: UnboundedSender<Control>) -> RunningWorker {
         };
         shared.report(Event::TaskFailed { task: Some((task, attempt)), cause, lost: None });
     });
-    RunningWorker { tasks, is_source, control, handle }
+    RunningWorker { tasks, is_source, control, handle, reader, partition_channels }
+}
+
+/// A worker that is to be run, and what feeds those of its channels that begin at partitions.
+struct PreparedWorker {
+    worker: Worker,
+    control: UnboundedSender<Control>,
+    reader: Option<PartitionReader>,
 }
 
 impl Plan {
@@ -438,7 +476,7 @@ impl Plan {
         tasks: Vec<TaskAttempt>,
         restore_from: Option<CheckpointId>,
         shared: &Arc<Shared>,
-    ) -> Vec<(Worker, UnboundedSender<Control>)> {
+    ) -> Vec<PreparedWorker> {
         let graph = &self.graph;
         let is_head: BTreeSet<OperatorId> = graph.chain_heads().collect();
         let heads = || tasks.iter().filter(|(task, _)| is_head.contains(&task.operator));
@@ -471,11 +509,66 @@ impl Plan {
                 unaligned_after: self.unaligned_after,
                 backlog_lag_ms: self.backlog_lag_ms,
                 is_backlog: false,
+                is_batch: self.partitions.is_some(),
                 held: None,
             };
-            workers.push((worker, sender));
+            workers.push(PreparedWorker { worker, control: sender, reader: None });
+        }
+        // Only now, when every partition that these tasks produce for each other is known.
+        for prepared in &mut workers {
+            if let Head::Gate { gate, .. } = &prepared.worker.head {
+                let (task, attempt) = (prepared.worker.nodes[0].task, prepared.worker.attempt);
+                prepared.reader = self.reader(task, attempt, gate);
+            }
         }
         workers
+    }
+
+    /// What feeds the channels of a task that begin at partitions, if there are such.
+    fn reader(&self, task: TaskId, attempt: Attempt, gate: &Arc<Gate>) -> Option<PartitionReader> {
+        let partitions = self.partitions.as_ref()?;
+        let (mut channels, mut first) = (Vec::new(), 0);
+        for (place, edge) in self.graph.edges().iter().enumerate() {
+            if edge.to != task.operator {
+                continue;
+            }
+            let producers = producers(&self.graph, edge, task.index);
+            let count = producers.len();
+            if !edge.exchange.must_be_pipelined() {
+                channels.extend(producers.enumerate().map(|(channel, index)| {
+                    let producer = TaskId { operator: edge.from, index };
+                    let id = PartitionId { edge: place, producer };
+                    PartitionChannel {
+                        sender: Sender::new(gate, first + channel),
+                        id,
+                        partition: partitions.get(id),
+                        reader: (task.index - receivers(&self.graph, edge, index).start) as usize,
+                    }
+                }));
+            }
+            first += count;
+        }
+        (!channels.is_empty()).then_some(PartitionReader { task, attempt, channels })
+    }
+
+    /// Where a producing task puts the records of an edge.
+    fn outlets(
+        &self,
+        edge: &Edge,
+        producer: TaskId,
+        attempt: Attempt,
+        gates: &BTreeMap<TaskId, Arc<Gate>>,
+    ) -> Vec<Outlet> {
+        let partitions = self.partitions.as_ref().filter(|_| !edge.exchange.must_be_pipelined());
+        let Some(partitions) = partitions else {
+            let senders = senders(&self.graph, edge, producer.index, gates);
+            return senders.into_iter().map(Outlet::Channel).collect();
+        };
+        let place = self.graph.edges().iter().position(|other| other == edge).unwrap_or(0);
+        let readers = receivers(&self.graph, edge, producer.index).len();
+        let id = PartitionId { edge: place, producer };
+        let writer = Arc::new(Mutex::new(partitions.begin(id, attempt, readers)));
+        (0..readers).map(|reader| Outlet::Partition(writer.clone(), reader)).collect()
     }
 
     /// The nodes and writers of the chain that begins with one task.
@@ -502,9 +595,9 @@ impl Plan {
                     waiting.push_back((edge.to, Some((place, edge.output, edge.input))));
                     continue;
                 }
-                let senders = senders(&self.graph, edge, index, gates);
+                let outlets = self.outlets(edge, task, attempt, gates);
                 let groups = self.max_parallelism(edge.to);
-                let writer = Writer::new(edge.partitioner, groups, senders, index as usize);
+                let writer = Writer::new(edge.partitioner, groups, outlets, index as usize);
                 add_target(&mut nodes[place], edge.output, Target::Writer(writers.len()));
                 writers.push(writer);
             }
@@ -566,15 +659,6 @@ fn senders(
     index: u32,
     gates: &BTreeMap<TaskId, Arc<Gate>>,
 ) -> Vec<Sender> {
-    let (sources, targets) =
-        (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
-    let receivers = match edge.partitioner {
-        Partitioner::Hash
-        | Partitioner::Rebalance
-        | Partitioner::Broadcast
-        | Partitioner::Global => 0..targets,
-        Partitioner::Forward | Partitioner::Rescale => consumer_range(index, sources, targets),
-    };
     let before = graph.inputs(edge.to).take_while(|other| *other != edge).count();
     let sender = |to: u32| {
         let task = TaskId { operator: edge.to, index: to };
@@ -582,5 +666,18 @@ fn senders(
         let place = index - producers(graph, edge, to).start;
         Sender::new(&gates[&task], first + place as usize)
     };
-    receivers.map(sender).collect()
+    receivers(graph, edge, index).map(sender).collect()
+}
+
+/// The receiving tasks of an edge that one producing task writes to.
+fn receivers(graph: &JobGraph, edge: &Edge, index: u32) -> Range<u32> {
+    let (sources, targets) =
+        (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
+    match edge.partitioner {
+        Partitioner::Hash
+        | Partitioner::Rebalance
+        | Partitioner::Broadcast
+        | Partitioner::Global => 0..targets,
+        Partitioner::Forward | Partitioner::Rescale => consumer_range(index, sources, targets),
+    }
 }

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -12,6 +13,7 @@ use std::{
 use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
     checkpoint::retention::End,
+    exchange::ExchangeType,
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner},
     ids::{Attempt, OperatorId, TaskId},
@@ -26,6 +28,7 @@ use tokio::sync::mpsc;
 use crate::{
     control::{Desk, JobHandle, KeptCheckpoint},
     driver::{Driver, Stats, WriterReport},
+    exchange::partition::Partitions,
     history::Recorder,
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
@@ -86,6 +89,8 @@ struct CheckedOperator {
 
 /// In the state directory: tables of the state that the host keeps while the job runs.
 const WORKING: &str = "working";
+/// And the results of exchanges that are not pipelined.
+const PARTITIONS: &str = "partitions";
 
 /// What is needed to build the workers of an attempt.
 pub(crate) struct Plan {
@@ -99,6 +104,8 @@ pub(crate) struct Plan {
     pub(crate) unaligned_after: Option<Duration>,
     /// See [`JobSpec::backlog_lag_ms`].
     pub(crate) backlog_lag_ms: Option<u64>,
+    /// Where the results of exchanges that are not pipelined lie, if there are any.
+    pub(crate) partitions: Option<Arc<Partitions>>,
     /// What this process keeps of each task between its attempts.
     pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
 }
@@ -205,7 +212,7 @@ impl CheckedJob {
 /// What can be explained and cannot be run yet.
 fn refuse_other_exchanges(spec: &JobSpec) -> Result<(), Problem> {
     let mut edges = spec.graph.edges().iter();
-    if let Some(edge) = edges.find(|edge| !edge.exchange.must_be_pipelined()) {
+    if let Some(edge) = edges.find(|edge| edge.exchange == ExchangeType::PipelinedApproximate) {
         let node = spec.node(edge.to);
         let place = node.inputs.get(edge.input as usize).map_or("", |input| &input.place);
         let message = format!(
@@ -215,7 +222,7 @@ fn refuse_other_exchanges(spec: &JobSpec) -> Result<(), Problem> {
             node.name
         );
         return Err(Problem::new(Code::NotSupported, message).detail(place).hint(
-            "use \"pipelined-bounded\", the default of a stream; `cofferdam explain` knows them all",
+            "its records may be lost when a task restarts; use \"pipelined-bounded\", the default of a stream",
         ));
     }
     Ok(())
@@ -535,6 +542,8 @@ impl Job {
         store.compress(spec.is_compressing);
         let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
             .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+        let partitions = partitions(&spec, state_dir.as_deref())
+            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
         let sources = spec.nodes.iter().zip(&nodes).filter_map(|(node, plan)| match plan {
             NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
             _ => None,
@@ -580,6 +589,7 @@ impl Job {
                 is_exactly_once,
                 unaligned_after,
                 backlog_lag_ms: spec.backlog_lag_ms,
+                partitions,
                 locals,
             },
             spec,
@@ -775,6 +785,25 @@ fn identity(
     }
 }
 
+/// A directory of this run alone, which it removes.
+fn scratch_dir(state_dir: Option<&Path>, name: &str) -> io::Result<PathBuf> {
+    match state_dir {
+        Some(dir) => Ok(dir.join(name)),
+        None => {
+            let dir = tempfile::Builder::new().prefix("cofferdam-").tempdir()?;
+            Ok(dir.keep())
+        }
+    }
+}
+
+/// Where the results of exchanges that are not pipelined lie.
+fn partitions(spec: &JobSpec, state_dir: Option<&Path>) -> io::Result<Option<Arc<Partitions>>> {
+    if spec.graph.edges().iter().all(|edge| edge.exchange.must_be_pipelined()) {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(Partitions::new(&scratch_dir(state_dir, PARTITIONS)?)?)))
+}
+
 /// What this process keeps of each task: nothing yet, and a place for state that the host keeps.
 fn locals(
     tasks: &[TaskId],
@@ -784,14 +813,8 @@ fn locals(
 ) -> Result<BTreeMap<TaskId, Arc<TaskLocal>>, StorageError> {
     let tables = match &spec.state_backend {
         StateBackend::Sled(backend) if identities.iter().any(|task| task.has_host_state) => {
-            let dir = match state_dir {
-                Some(dir) => dir.join(WORKING),
-                None => tempfile::Builder::new()
-                    .prefix("cofferdam-")
-                    .tempdir()
-                    .map(tempfile::TempDir::keep)
-                    .map_err(|error| StorageError::store("make room for state", error))?,
-            };
+            let dir = scratch_dir(state_dir, WORKING)
+                .map_err(|error| StorageError::store("make room for state", error))?;
             Some((Tables::new(&dir, backend.cache_bytes)?, backend.write_buffer_bytes))
         }
         _ => None,

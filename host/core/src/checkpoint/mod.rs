@@ -109,6 +109,8 @@ pub enum AbortReason {
     CoordinatorSuspend,
     /// Tasks are restarted.
     FailoverRegion,
+    /// Before it began: regions of the job run one after the other.
+    BlockingOutputExists,
 }
 
 impl AbortReason {
@@ -128,7 +130,8 @@ impl AbortReason {
             | Self::Subsumed
             | Self::CoordinatorShutdown
             | Self::CoordinatorSuspend
-            | Self::FailoverRegion => false,
+            | Self::FailoverRegion
+            | Self::BlockingOutputExists => false,
         }
     }
 
@@ -149,6 +152,7 @@ impl AbortReason {
             Self::CoordinatorShutdown => "CHECKPOINT_COORDINATOR_SHUTDOWN",
             Self::CoordinatorSuspend => "CHECKPOINT_COORDINATOR_SUSPEND",
             Self::FailoverRegion => "JOB_FAILOVER_REGION",
+            Self::BlockingOutputExists => "BLOCKING_OUTPUT_EXIST",
         }
     }
 
@@ -182,6 +186,10 @@ impl AbortReason {
             Self::CoordinatorShutdown => "the job ends".to_owned(),
             Self::CoordinatorSuspend => "the job is not running".to_owned(),
             Self::FailoverRegion => "tasks were restarted".to_owned(),
+            Self::BlockingOutputExists => {
+                "a job with exchanges that are not pipelined has no state between its regions"
+                    .to_owned()
+            }
         }
     }
 }

@@ -199,6 +199,7 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
             format!("not saved: {}", reason.name())
         }
         Effect::CancelTasks { tasks } => format!("cancel {}", show_tasks(tasks, all)),
+        Effect::ReleasePartitions { .. } => "release".to_owned(),
         Effect::AnnounceRestart { delay_ms, .. } => format!("restart in {delay_ms}"),
         Effect::Finish { outcome } => match outcome {
             Outcome::Finished => "finish".to_owned(),

@@ -10,6 +10,7 @@
 //! news of it overtakes what lies before: the gate announces it, and [`Gate::begin_capture`] copies
 //! what is still before it in each channel.
 
+pub(crate) mod partition;
 pub(crate) mod writer;
 
 use std::{
@@ -22,11 +23,13 @@ use std::{
 
 use cofferdam_core::{
     checkpoint::Purpose,
+    failure::FailureCause,
     ids::{ChannelId, CheckpointId},
 };
 use cofferdam_sandbox::Batch;
 use tokio::sync::Notify;
 
+use self::partition::PartitionWriter;
 use crate::{batch::BatchExt, storage::in_flight::InFlight};
 
 /// Bytes a channel holds before its sender waits: some tens of batches, so that neither side waits
@@ -214,6 +217,50 @@ impl Capture {
             Element::Barrier(..) | Element::EndOfInput => {}
         }
     }
+}
+
+/// Where what a writer has for one receiver goes.
+#[derive(Debug, Clone)]
+pub(crate) enum Outlet {
+    /// Into a channel, while the receiver runs.
+    Channel(Sender),
+    /// Into a partition, for this one of its readers.
+    Partition(Arc<Mutex<PartitionWriter>>, usize),
+}
+
+impl Outlet {
+    fn send(&self, element: Element) {
+        match self {
+            Self::Channel(sender) => sender.send(element),
+            Self::Partition(partition, reader) => lock(partition).write(*reader, element),
+        }
+    }
+
+    fn has_credit(&self) -> bool {
+        match self {
+            Self::Channel(sender) => sender.has_credit(),
+            // A partition takes whatever comes: it is on disk.
+            Self::Partition(..) => true,
+        }
+    }
+
+    async fn wait_for_credit(&self) {
+        if let Self::Channel(sender) = self {
+            sender.wait_for_credit().await;
+        }
+    }
+
+    /// Nothing follows, in none of a partition's parts.
+    fn finish(&self) -> Result<(), FailureCause> {
+        match self {
+            Self::Channel(_) => Ok(()),
+            Self::Partition(partition, _) => lock(partition).finish(),
+        }
+    }
+}
+
+fn lock(partition: &Mutex<PartitionWriter>) -> std::sync::MutexGuard<'_, PartitionWriter> {
+    partition.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The sending side of one channel.

@@ -1,12 +1,13 @@
 //! The sending side of an edge: picks the channel of each record and cuts batches.
 
 use cofferdam_core::{
+    failure::FailureCause,
     graph::Partitioner,
     key_group::{key_group, task_index},
 };
 use cofferdam_sandbox::Batch;
 
-use super::{Element, Sender};
+use super::{Element, Outlet};
 use crate::batch::BatchExt;
 
 /// A batch is sent when it has this many records: enough for the cost of a guest's call to vanish,
@@ -28,20 +29,20 @@ pub(crate) struct Writer {
 
 #[derive(Debug)]
 struct Outgoing {
-    sender: Sender,
+    outlet: Outlet,
     batch: Batch,
 }
 
 impl Writer {
-    /// `senders` in the order of the receiving tasks; for a forward edge, just the one.
+    /// `outlets` in the order of the receiving tasks; for a forward edge, just the one.
     pub(crate) fn new(
         partitioner: Partitioner,
         max_parallelism: u32,
-        senders: Vec<Sender>,
+        outlets: Vec<Outlet>,
         start: usize,
     ) -> Self {
-        let outgoing = |sender| Outgoing { sender, batch: Batch::empty() };
-        let channels: Vec<Outgoing> = senders.into_iter().map(outgoing).collect();
+        let outgoing = |outlet| Outgoing { outlet, batch: Batch::empty() };
+        let channels: Vec<Outgoing> = outlets.into_iter().map(outgoing).collect();
         let next = start % channels.len().max(1);
         let parallelism = u32::try_from(channels.len()).unwrap_or(u32::MAX);
         let owner = |group| task_index(group, parallelism, max_parallelism);
@@ -54,13 +55,13 @@ impl Writer {
 
     /// Whether more may be written to every channel.
     pub(crate) fn has_credit(&self) -> bool {
-        self.channels.iter().all(|channel| channel.sender.has_credit())
+        self.channels.iter().all(|channel| channel.outlet.has_credit())
     }
 
     /// Waits until it may.
     pub(crate) async fn wait_for_credit(&self) {
         for channel in &self.channels {
-            channel.sender.wait_for_credit().await;
+            channel.outlet.wait_for_credit().await;
         }
     }
 
@@ -114,11 +115,20 @@ impl Writer {
         }
     }
 
+    /// Ends what does not end by itself.
+    ///
+    /// # Errors
+    /// Where a partition could not be written.
+    pub(crate) fn finish(&mut self) -> Result<(), FailureCause> {
+        self.flush();
+        self.channels.iter().try_for_each(|channel| channel.outlet.finish())
+    }
+
     /// Sends something that concerns every channel, behind everything written before.
     pub(crate) fn announce(&mut self, element: impl Fn() -> Element) {
         for channel in &mut self.channels {
             channel.flush();
-            channel.sender.send(element());
+            channel.outlet.send(element());
         }
     }
 }
@@ -148,7 +158,7 @@ impl Outgoing {
     fn flush(&mut self) {
         if !self.batch.value_ends.is_empty() {
             let batch = std::mem::replace(&mut self.batch, Batch::empty());
-            self.sender.send(Element::Records(batch));
+            self.outlet.send(Element::Records(batch));
         }
     }
 }
@@ -158,12 +168,15 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{batch::RecordRef, exchange::Gate};
+    use crate::{
+        batch::RecordRef,
+        exchange::{Gate, Sender},
+    };
 
     /// Writes 3,000 records through a partitioner to 3 tasks; gives the keys that each received.
     fn received(partitioner: Partitioner) -> Vec<Vec<String>> {
         let gates: Vec<_> = (0..3).map(|_| Gate::new(1)).collect();
-        let senders = gates.iter().map(|gate| Sender::new(gate, 0)).collect();
+        let senders = gates.iter().map(|gate| Outlet::Channel(Sender::new(gate, 0))).collect();
         let mut writer = Writer::new(partitioner, 128, senders, 0);
         for chunk in 0..30 {
             let mut batch = Batch::empty();

@@ -561,10 +561,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let parallelism = parallelism(&job)?.unwrap_or(1);
     job.finish()?;
 
-    let execution = read_execution(root, base_dir, &name.value)?;
-    let is_checkpointed = execution.checkpoint.interval_ms.is_some();
-    let restart = read_restart(root, is_checkpointed)?;
-    let (failover, escalates_after) = read_failover(root, is_checkpointed)?;
+    let mut execution = read_execution(root, base_dir, &name.value)?;
     let mut warnings = execution.warnings;
     let backlog_lag_ms = read_backlog_lag(root)?;
     if execution.checkpoint.backlog_interval_ms.is_some() && backlog_lag_ms.is_none() {
@@ -575,6 +572,17 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     }
     let state_backend = read_state_backend(root, &mut warnings)?;
     let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
+    let is_batch = graph.edges().iter().any(|edge| !edge.exchange.must_be_pipelined());
+    if is_batch && execution.checkpoint.interval_ms.take().is_some() {
+        let key = "execution.checkpointing.interval";
+        let why =
+            "regions that run one after the other have nothing to go back to but their inputs";
+        warnings
+            .push(format!("`{key}` means nothing with exchanges that are not pipelined: {why}"));
+    }
+    let is_checkpointed = execution.checkpoint.interval_ms.is_some();
+    let restart = read_restart(root, is_checkpointed)?;
+    let (failover, escalates_after) = read_failover(root, is_checkpointed)?;
     if let StateBackend::Sled(backend) = &state_backend {
         for node in &mut nodes {
             if let NodeKind::Operator(operator) = &mut node.kind {

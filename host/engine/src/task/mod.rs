@@ -119,6 +119,8 @@ pub(crate) struct Worker {
     pub(crate) backlog_lag_ms: Option<u64>,
     /// Whether it does, as far as was told.
     pub(crate) is_backlog: bool,
+    /// Regions of the job run one after the other, and what has ended makes room.
+    pub(crate) is_batch: bool,
     /// An unaligned snapshot that still waits for what is in flight.
     pub(crate) held: Option<Held>,
 }
@@ -193,7 +195,7 @@ impl Worker {
         let mut intake = Intake::Open;
         self.replay_in_flight(&[], &mut Watermarks::new(0)).await?;
         if was_drained {
-            self.announce_end();
+            self.announce_end().await?;
             intake = Intake::Drained;
         } else if self.nodes[0].is_drained {
             self.drain().await?;
@@ -340,7 +342,7 @@ impl Worker {
                     ended += 1;
                     if ended == channels.len() {
                         match was_drained {
-                            true => self.announce_end(),
+                            true => self.announce_end().await?,
                             false => self.drain().await?,
                         }
                         intake = Intake::Drained;
@@ -610,16 +612,26 @@ impl Worker {
             let emissions = finished.map_err(|cause| TaskFailure { task, cause })?;
             self.route(node, emissions).await?;
         }
-        self.announce_end();
-        Ok(())
+        self.announce_end().await
     }
 
-    fn announce_end(&mut self) {
+    /// Tells whoever comes behind, and the driver, that nothing more will.
+    async fn announce_end(&mut self) -> Result<()> {
         self.announce(|| Element::EndOfInput);
+        let last = self.nodes[self.nodes.len() - 1].task;
+        for writer in &mut self.writers {
+            writer.finish().map_err(|cause| TaskFailure { task: last, cause })?;
+        }
         for node in &mut self.nodes {
             node.is_drained = true;
+            if self.is_batch {
+                // Its results are where others read them: nobody asks it for anything any more.
+                let closed = node.close().await;
+                closed.map_err(|cause| TaskFailure { task: node.task, cause })?;
+            }
             self.shared.report(Event::TaskDrained { task: node.task, attempt: self.attempt });
         }
+        Ok(())
     }
 
     /// Event time has moved on at the head of the chain.

@@ -284,6 +284,8 @@ impl Node {
                 snapshot.state = tokio::task::block_in_place(|| sink.pre_commit(checkpoint))?;
             }
             Work::Sink { sink: None, .. } => return Err(host_bug("a sink that is not open")),
+            // It has ended for good and made room; see `Worker::announce_end`.
+            Work::Operator(operator) if self.is_drained && operator.instance.is_none() => {}
             Work::Operator(operator) => {
                 if let Some(declined) =
                     operator.snapshot(&self.local, checkpoint, &mut snapshot).await?
