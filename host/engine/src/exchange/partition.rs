@@ -384,7 +384,7 @@ mod tests {
             assert_eq!(read(&partitions, 0).await.expect("whole"), even);
             assert_eq!(read(&partitions, 1).await.expect("whole"), odd);
         }
-        assert!(4 < partitions.get(ID).expect("known").lock().blocks[0].len(), "several blocks");
+        assert!(2 < partitions.get(ID).expect("known").lock().blocks[0].len(), "several blocks");
     }
 
     #[tokio::test]
