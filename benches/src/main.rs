@@ -10,6 +10,10 @@ mod wordcount;
 
 use anyhow::{Result, bail};
 
+/// The program's.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("call") => call::run(),

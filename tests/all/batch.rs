@@ -3,13 +3,19 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{job::Job, progress::Progress};
 use cofferdam_tests::{
     guest,
-    job::{Ran, check_counts, committed, run_manifest},
+    job::{Ran, after_records, block_on, check_counts, committed, run_manifest, when},
 };
 
 const COUNT: u64 = 60_000;
@@ -135,4 +141,129 @@ fn a_trap_in_one_region_leaves_the_finished_ones_alone() {
         assert!(tasks.iter().all(is_theirs), "{tasks:?}");
         assert_eq!(tasks.len(), 2, "one pipeline of a counter and its sink: {tasks:?}");
     }
+}
+
+#[test]
+fn lost_partition_is_made_again_by_its_producer_and_gives_no_wrong_record() {
+    for harm in ["damage", "remove"] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let partitions = dir.path().join("batch.cofferdam/partitions");
+        // The second counters are slow enough for the harm to strike before they have read all.
+        let config = r#"do = "nap", at = 400"#.to_owned();
+        let batch = Batch { config, parallelism: 1, ..Batch::default() };
+        let struck = Arc::new(AtomicBool::new(false));
+        let ran = batch.run_in(dir.path(), |job| {
+            let (metrics, struck) = (job.metrics(), struck.clone());
+            // Once it has emitted, what the first counter has made is read.
+            let written = move || metrics.read(|_| false, |index| index == 3).records_written;
+            when(
+                move || 0 < written(),
+                move || struck.store(harm_last_block(&partitions, harm), Ordering::Release),
+            );
+        });
+        assert!(struck.load(Ordering::Acquire), "{harm}: there was nothing to harm");
+        assert_eq!(ran.outcome, Ok(Outcome::Finished), "{harm}");
+        check(dir.path(), harm);
+        let restarted = restarted(&ran);
+        let [tasks] = restarted.as_slice() else { panic!("{harm}: {restarted:?}") };
+        // The partition of the sources was released when the first counter had read it, so they, too.
+        assert_eq!(tasks, &["first/0", "firsts/0", "out/0", "second/0", "words/0"], "{harm}");
+    }
+}
+
+/// Harms the end of what the first counter has made for the second; false: it is not there.
+fn harm_last_block(partitions: &Path, harm: &str) -> bool {
+    let entries = fs::read_dir(partitions).into_iter().flatten().flatten();
+    // The edge to the second counter is the second one.
+    let Some(file) = entries
+        .map(|entry| entry.path())
+        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("1-")))
+    else {
+        return false;
+    };
+    if harm == "remove" {
+        return fs::remove_file(file).is_ok();
+    }
+    let Ok(mut bytes) = fs::read(&file) else { return false };
+    let last = bytes.len() - 100;
+    bytes[last] ^= 0x40;
+    fs::write(&file, bytes).is_ok()
+}
+
+#[test]
+fn killed_job_begins_anew_and_stopped_one_says_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let batch = Batch { rate: Some(60_000), ..Batch::default() };
+    let ran = batch.run_in(dir.path(), |job| after_records(job, 10_000, |job| job.stop()));
+    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { checkpoint: None, .. })), "{ran:?}");
+    let manifest = batch.write(dir.path());
+    let mut child = Command::new(guest::program())
+        .args(["run", "--no-progress"])
+        .arg(&manifest)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program runs");
+    let partitions = dir.path().join("batch.cofferdam/partitions");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while fs::read_dir(&partitions).map_or(0, Iterator::count) == 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    child.kill().expect("it runs");
+    child.wait().expect("it has ended");
+    let ran = batch.run_in(dir.path(), |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    check(dir.path(), "killed");
+}
+
+#[test]
+fn savepoints_of_such_a_job_are_refused_with_the_reason() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let batch = Batch { rate: Some(60_000), ..Batch::default() };
+    let answer = Arc::new(Mutex::new(None));
+    let target = dir.path().join("saved");
+    let ran = batch.run_in(dir.path(), |job| {
+        let answer = answer.clone();
+        after_records(job, 5_000, move |job| {
+            let saved = block_on(job.savepoint(target));
+            *answer.lock().expect("no panic") = Some(saved);
+        });
+    });
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    let answer = answer.lock().expect("no panic").take().expect("answered");
+    assert!(answer.expect_err("refused").contains("exchanges that are not pipelined"));
+}
+
+#[test]
+fn full_failover_begins_with_the_first_region_again() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = r#"do = "trap", at = 5000, attempts = 1"#.to_owned();
+    let batch = Batch { config, ..Batch::default() };
+    let manifest = batch.write(dir.path());
+    let text = fs::read_to_string(&manifest).expect("readable");
+    let full = "[jobmanager.execution]\nfailover-strategy = \"full\"\n\n[[source]]";
+    fs::write(&manifest, text.replacen("[[source]]", full, 1)).expect("written");
+    let ran = run_manifest(&manifest, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    check(dir.path(), "full");
+    assert!(restarted(&ran).iter().all(|tasks| tasks.len() == 10), "{:?}", restarted(&ran));
+}
+
+#[test]
+fn runtime_mode_batch_makes_the_exchanges_blocking() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = Batch::default().write(dir.path());
+    let text = fs::read_to_string(&manifest).expect("readable");
+    let text = text.replace(", exchange = \"blocking\"", "").replacen(
+        "[restart-strategy]",
+        "[execution]\nruntime-mode = \"BATCH\"\n\n[restart-strategy]",
+        1,
+    );
+    fs::write(&manifest, text).expect("written");
+    let ran = run_manifest(&manifest, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    check(dir.path(), "BATCH");
+    let is_start = |progress: &&Progress| matches!(progress, Progress::Started { .. });
+    assert!(3 <= ran.progress.iter().filter(is_start).count(), "region by region");
 }

@@ -16,7 +16,7 @@ use cofferdam_engine::{
     storage::faulty::Faults,
 };
 use cofferdam_tests::job::{
-    Harness, Ran, after_records, check_counts, committed, rounds, run_manifest, run_with,
+    Harness, Ran, after_records, block_on, check_counts, committed, rounds, run_manifest, run_with,
 };
 
 fn golden() -> &'static [String] {
@@ -46,14 +46,6 @@ fn output(dir: &Path) -> Vec<String> {
 fn run_and_stop(manifest: &Path, records: u64) {
     let ran = run_manifest(manifest, |job| after_records(job, records, |job| job.stop()));
     assert!(matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })), "{:?}", ran.outcome);
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime")
-        .block_on(future)
 }
 
 #[test]

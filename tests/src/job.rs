@@ -259,6 +259,18 @@ pub fn run_with(manifest: &Path, options: &JobOptions, with: impl FnOnce(&Job)) 
     Ran { outcome, progress }
 }
 
+/// Waits for a future on a runtime of its own.
+///
+/// # Panics
+/// If the runtime cannot be made.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(future)
+}
+
 /// Calls `then` on a thread of its own as soon as `is_time`, or after a minute.
 pub fn when(is_time: impl Fn() -> bool + Send + 'static, then: impl FnOnce() + Send + 'static) {
     std::thread::spawn(move || {

@@ -18,6 +18,11 @@ use cofferdam_engine::problem::Problem;
 
 use crate::args::{Arguments, Verb};
 
+/// What one thread allocates another one frees here, batch by batch and entry by entry. The usual
+/// allocator keeps three times as much memory of that for itself, and is half as fast at state on disk.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let is_json = arguments.json;

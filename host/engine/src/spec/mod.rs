@@ -142,7 +142,7 @@ pub enum StateBackend {
 /// What state on disk takes of the memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SledBackend {
-    /// The database's cache, for all tasks together.
+    /// The database's cache, for all tasks together; beside it, it takes some 20 bytes a key.
     pub cache_bytes: u64,
     /// What a task has changed since the last checkpoint and is not on disk yet.
     pub write_buffer_bytes: u64,
@@ -152,7 +152,7 @@ pub struct SledBackend {
 
 impl Default for SledBackend {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20, write_buffer_bytes: 64 << 20, guest_cache_bytes: 16 << 20 }
+        Self { cache_bytes: 256 << 20, write_buffer_bytes: 64 << 20, guest_cache_bytes: 16 << 20 }
     }
 }
 

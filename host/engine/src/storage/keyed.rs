@@ -25,9 +25,9 @@ use super::{
 };
 
 /// What an entry takes beside its bytes while its layer is in memory.
-const ENTRY_BYTES: u64 = 64;
+const ENTRY_BYTES: u64 = 128;
 /// Completed layers that wait for the table: from so many write buffers on, whoever writes helps.
-const BEHIND_MAX: u64 = 4;
+const BEHIND_MAX: u64 = 2;
 /// What a scan gives at a time.
 const SCAN_BYTES: usize = 256 << 10;
 
