@@ -7,6 +7,7 @@ use std::{
     path::Path,
     process::{Command, Stdio},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use cofferdam_core::random::Random;
@@ -150,4 +151,47 @@ fn resident_bytes(process: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{process}/statm")).expect("it runs");
     let pages = text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
     pages.expect("a number of pages") * PAGE as u64
+}
+
+#[test]
+fn state_on_disk_grows_and_the_process_does_not() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let harness = Harness {
+        count: u64::MAX >> 1,
+        vocabulary: 5_000_000,
+        parallelism: 1,
+        interval_ms: 500,
+        config: "quiet = true }\nlimits = { memory = \"64MiB\", call = \"20s\"".to_owned(),
+        checkpointing: "\n[state.backend]\ntype = \"sled\"\n\
+             sled = { cache = \"32MiB\", write-buffer = \"8MiB\", guest-cache = \"2MiB\" }"
+            .to_owned(),
+        ..Harness::default()
+    };
+    let manifest = harness.write(dir.path());
+    // Every record another word, nearly.
+    let text = fs::read_to_string(&manifest).expect("readable");
+    let text = text.replace("vocabulary = ", "exponent = 0\nvocabulary = ");
+    fs::write(&manifest, text).expect("written");
+    let mut job = Command::new(guest::program())
+        .args(["run", "--no-progress"])
+        .arg(&manifest)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program runs");
+    let working = dir.path().join("probe.cofferdam/working");
+    let mut sizes = Vec::new();
+    for disk in [40, 80, 120].map(|mib| mib << 20) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let size = || if working.is_dir() { disk_bytes(&working) } else { 0 };
+        while size() < disk && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert!(disk <= size(), "the state has not grown: {sizes:?}");
+        sizes.push(resident_bytes(job.id()));
+    }
+    job.kill().expect("it runs");
+    job.wait().expect("it has ended");
+    assert!(sizes[2] < sizes[0] + sizes[0] / 2, "resident bytes: {sizes:?}");
+    println!("resident bytes: {sizes:?}");
 }
