@@ -97,20 +97,10 @@ pub(crate) fn test() -> Result<()> {
 /// Runs the simulation of the core with a setting in its environment.
 pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
     let test = if setting == "SEED" { "one_seed" } else { "many_seeds" };
+    let package = ["test", "--release", "--quiet", "--package", "cofferdam-core"];
     let mut command = cargo(".");
-    command.args([
-        "test",
-        "--release",
-        "--quiet",
-        "--package",
-        "cofferdam-core",
-        "--test",
-        "simulation",
-        "--",
-        "--nocapture",
-        "--ignored",
-        test,
-    ]);
+    command.args(package).args(["--test", "simulation", "--test", "batch_simulation"]);
+    command.args(["--", "--nocapture", "--ignored", test]);
     run(command.env(setting, value.to_string()))
 }
 

@@ -802,7 +802,11 @@ impl Job {
         let Some(region) = self.topology.region_of(task) else { return Vec::new() };
         let has_finished = |task: &TaskId| {
             let region = self.topology.region_of(*task).map(|id| &self.topology.regions()[id]);
-            region.is_some_and(|tasks| tasks.iter().all(|task| self.tasks[task].is_drained))
+            // What is about to restart will read it again, however far it was.
+            let is_done = |task: &TaskId| {
+                self.tasks[task].is_drained && self.tasks[task].state == TaskState::Running
+            };
+            region.is_some_and(|tasks| tasks.iter().all(is_done))
         };
         let groups = self.topology.consumed_by(region).filter(|group| {
             let is_kept = group.exchange.must_be_pipelined() || group.exchange.is_persistent();

@@ -1,5 +1,7 @@
 //! Restart sets of random graphs against an oracle that knows only pairs of tasks and fixpoints.
 
+mod common;
+
 use std::collections::BTreeSet;
 
 use cofferdam_core::{
@@ -8,73 +10,11 @@ use cofferdam_core::{
         FailoverStrategy, Situation, tasks_to_restart,
         topology::{PartitionId, Topology},
     },
-    graph::{Edge, JobGraph, Operator, Partitioner},
-    ids::{OperatorId, TaskId},
+    ids::TaskId,
     random::Random,
 };
 
-fn random_graph(random: &mut Random) -> JobGraph {
-    let count = random.between(1, 7) as u32;
-    let operators: Vec<Operator> = (0..count)
-        .map(|n| Operator { name: format!("v{n}"), parallelism: random.between(1, 4) as u32 })
-        .collect();
-    let mut edges = Vec::new();
-    for to in 1..count {
-        for from in 0..to {
-            if !random.one_in(2) {
-                continue;
-            }
-            let is_equal =
-                operators[from as usize].parallelism == operators[to as usize].parallelism;
-            let partitioner = match random.between(0, 4) {
-                0 if is_equal => Partitioner::Forward,
-                0 | 1 => Partitioner::Rescale,
-                2 => Partitioner::Hash,
-                3 => Partitioner::Broadcast,
-                _ => Partitioner::Global,
-            };
-            edges.push(Edge {
-                from: OperatorId(from),
-                output: 0,
-                to: OperatorId(to),
-                input: 0,
-                partitioner,
-                exchange: ExchangeType::ALL[random.between(0, 6) as usize],
-            });
-        }
-    }
-    JobGraph::new(operators, edges).expect("edges go upwards")
-}
-
-/// A producer, its consumer, and the partition between them.
-type Pair = (TaskId, TaskId, PartitionId, ExchangeType);
-
-fn pairs(graph: &JobGraph) -> Vec<Pair> {
-    let mut pairs = Vec::new();
-    for (place, edge) in graph.edges().iter().enumerate() {
-        let sources = graph.operator(edge.from).parallelism;
-        let targets = graph.operator(edge.to).parallelism;
-        for s in 0..sources {
-            for t in 0..targets {
-                let is_near = if sources >= targets {
-                    t * sources / targets <= s && s < (t + 1) * sources / targets
-                } else {
-                    (s * targets).div_ceil(sources) <= t
-                        && t < ((s + 1) * targets).div_ceil(sources)
-                };
-                let is_pointwise =
-                    matches!(edge.partitioner, Partitioner::Forward | Partitioner::Rescale);
-                if is_near || !is_pointwise {
-                    let producer = TaskId { operator: edge.from, index: s };
-                    let consumer = TaskId { operator: edge.to, index: t };
-                    let partition = PartitionId { edge: place, producer };
-                    pairs.push((producer, consumer, partition, edge.exchange));
-                }
-            }
-        }
-    }
-    pairs
-}
+use common::{Pair, pairs, random_graph};
 
 /// Regions by repeated joining: first along what must be pipelined, then wherever two regions can
 /// reach each other.
@@ -159,7 +99,7 @@ fn oracle(
 
 fn check(seed: u64) -> usize {
     let mut random = Random::new(seed);
-    let graph = random_graph(&mut random);
+    let graph = random_graph(&mut random, &ExchangeType::ALL);
     let tasks: Vec<TaskId> = graph.tasks().into_iter().collect();
     let pairs = pairs(&graph);
     let topology = Topology::new(&graph);

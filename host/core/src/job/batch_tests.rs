@@ -307,6 +307,19 @@ fn partition_with_two_consumers_is_released_by_the_second() {
 }
 
 #[test]
+fn partition_of_a_reader_that_is_about_to_restart_is_kept() {
+    let mut rig = rig(&[("p", 1), ("c", 2)], &[(0, 1, Hash, Blocking)]);
+    rig.finish("p/0 c/0").started();
+    let task = Some((rig.task("c/0"), Attempt(0)));
+    let cause = FailureCause::Environment { message: "no luck".to_owned() };
+    rig.step(Event::TaskFailed { task, cause, lost: None });
+    // Within the delay the other reader finishes.
+    assert_eq!(rig.finish("c/1").released(), "");
+    assert_eq!(rig.wait().started(), "c/0@1");
+    assert_eq!(rig.finish("c/0").released(), "p/0");
+}
+
+#[test]
 fn released_partition_that_is_needed_again_restarts_its_producer() {
     // v1 -B-> v2 -B-> v3: v3 cannot read v2's partition, and v1's was released.
     let edges = [(1, 2, Forward, Blocking), (0, 1, Forward, Blocking)];
