@@ -15,7 +15,7 @@ use cofferdam_core::job::Outcome;
 use cofferdam_engine::{job::Job, progress::Progress};
 use cofferdam_tests::{
     guest,
-    job::{Ran, after_records, block_on, check_counts, committed, run_manifest, when},
+    job::{Ran, after_records, block_on, check_counts, committed, rounds, run_manifest, when},
 };
 
 const COUNT: u64 = 60_000;
@@ -266,4 +266,33 @@ fn runtime_mode_batch_makes_the_exchanges_blocking() {
     check(dir.path(), "BATCH");
     let is_start = |progress: &&Progress| matches!(progress, Progress::Started { .. });
     assert!(3 <= ran.progress.iter().filter(is_start).count(), "region by region");
+}
+
+#[test]
+fn thousands_of_traps_in_one_region_change_no_record_and_touch_no_other() {
+    let traps = rounds("REGION_TRAPS", 300);
+    let golden = tempfile::tempdir().expect("a directory");
+    let batch = Batch { parallelism: 1, ..Batch::default() };
+    assert_eq!(batch.run_in(golden.path(), |_| {}).outcome, Ok(Outcome::Finished));
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = format!(r#"do = "trap", at = 3, attempts = {traps}"#);
+    let attempts = u32::try_from(traps).expect("some thousands");
+    let began = Instant::now();
+    let ran = Batch { config, attempts, ..batch }.run_in(dir.path(), |_| {});
+    println!("{traps} traps in {:.1} s", began.elapsed().as_secs_f64());
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert_eq!(ran.restart_count() as u64, traps);
+    let is_theirs = |task: &String| task == "second/0" || task == "out/0";
+    assert!(restarted(&ran).iter().all(|tasks| tasks.iter().all(is_theirs)));
+    // Sources, first counters and their sink were started once, and have read each record once.
+    let firsts = ran
+        .progress
+        .iter()
+        .filter(|progress| matches!(progress, Progress::Started { attempt: 0, .. }));
+    assert_eq!(firsts.count(), 3, "three regions in their first attempt");
+    for output in ["firsts", "output"] {
+        let (faulted, golden) = (dir.path().join(output), golden.path().join(output));
+        assert!(committed(&faulted) == committed(&golden), "{output} is not the golden run's");
+    }
 }
