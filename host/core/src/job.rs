@@ -305,6 +305,18 @@ struct TaskRun {
     incident: Option<u64>,
 }
 
+impl TaskRun {
+    fn has_begun(&self) -> bool {
+        matches!(self.state, TaskState::Starting | TaskState::Running)
+    }
+
+    /// It has processed the end of its inputs, and nothing takes that back. Its word may come before
+    /// that of all who were started with it.
+    fn has_ended(&self) -> bool {
+        self.is_drained && self.has_begun()
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TaskState {
     /// Waits for what its region reads to be there.
@@ -790,8 +802,8 @@ impl Job {
             group.producers.iter().filter(outside).all(|producer| {
                 let run = &self.tasks[producer];
                 match group.exchange.is_blocking() {
-                    true => run.is_drained && run.state == TaskState::Running,
-                    false => matches!(run.state, TaskState::Starting | TaskState::Running),
+                    true => run.has_ended(),
+                    false => run.has_begun(),
                 }
             })
         })
@@ -803,10 +815,7 @@ impl Job {
         let has_finished = |task: &TaskId| {
             let region = self.topology.region_of(*task).map(|id| &self.topology.regions()[id]);
             // What is about to restart will read it again, however far it was.
-            let is_done = |task: &TaskId| {
-                self.tasks[task].is_drained && self.tasks[task].state == TaskState::Running
-            };
-            region.is_some_and(|tasks| tasks.iter().all(is_done))
+            region.is_some_and(|tasks| tasks.iter().all(|task| self.tasks[task].has_ended()))
         };
         let groups = self.topology.consumed_by(region).filter(|group| {
             let is_kept = group.exchange.must_be_pipelined() || group.exchange.is_persistent();

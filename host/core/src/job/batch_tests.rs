@@ -193,6 +193,24 @@ fn consumers_of_hybrid_exchanges_are_not_started_again_when_their_producer_finis
 }
 
 #[test]
+fn a_producer_may_end_before_its_start_is_reported() {
+    let mut rig = rig(&[("p", 2), ("c", 1)], &[(0, 1, Hash, Blocking)]);
+    rig.started();
+    rig.finish("p/1");
+    let task = rig.task("p/0");
+    let cause = FailureCause::Environment { message: "no luck".to_owned() };
+    rig.step(Event::TaskFailed { task: Some((task, Attempt(0))), cause, lost: None });
+    rig.now += 10;
+    let mut effects = Vec::new();
+    rig.job.step(Millis(rig.now), Event::Tick, &mut effects);
+    assert!(matches!(effects.as_slice(), [Effect::StartTasks { .. }]), "{effects:?}");
+    // The word that it runs is still on its way.
+    let drained = Event::TaskDrained { task, attempt: Attempt(1) };
+    rig.step(drained);
+    assert_eq!(rig.started(), "c/0");
+}
+
+#[test]
 fn hybrid_consumers_wait_for_producers_that_wait() {
     let edges =
         [(0, 1, Forward, HybridFull), (1, 2, Forward, Blocking), (2, 3, Forward, HybridSelective)];
