@@ -8,7 +8,7 @@ mod reader;
 pub mod value;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -665,7 +665,29 @@ struct Execution {
 /// Which exchange an edge has that says none of its own.
 struct RuntimeMode {
     mode: ModeName,
-    batch: ExchangeType,
+    batch: ShuffleMode,
+}
+
+/// Which exchange the edges of a batch job have.
+#[derive(Clone, Copy)]
+enum ShuffleMode {
+    /// This one, but for forward edges, which are chained.
+    All(ExchangeType),
+    /// What Flink's `ExecutionMode` says.
+    Execution(ExecutionMode),
+}
+
+/// Flink's older names (`ExecutionConfig`, until 1.20).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ExecutionMode {
+    /// Every edge is pipelined.
+    PipelinedForced,
+    /// And those that break the pipeline are blocking.
+    Pipelined,
+    /// Only forward edges are pipelined.
+    Batch,
+    /// None is.
+    BatchForced,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -685,7 +707,10 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         retention: Retention::default(),
         savepoint_dir: None,
         storage: StorageSpec::Sled(default_dir.clone()),
-        mode: RuntimeMode { mode: ModeName::Streaming, batch: ExchangeType::Blocking },
+        mode: RuntimeMode {
+            mode: ModeName::Streaming,
+            batch: ShuffleMode::All(ExchangeType::Blocking),
+        },
         warnings: Vec::new(),
     };
     let Some(section) = root.section("execution")? else { return Ok(execution) };
@@ -698,10 +723,14 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         execution.mode.mode = mode.value;
     }
     let shuffles = [
-        ("ALL_EXCHANGES_BLOCKING", ExchangeType::Blocking),
-        ("ALL_EXCHANGES_PIPELINED", ExchangeType::PipelinedBounded),
-        ("ALL_EXCHANGES_HYBRID_FULL", ExchangeType::HybridFull),
-        ("ALL_EXCHANGES_HYBRID_SELECTIVE", ExchangeType::HybridSelective),
+        ("ALL_EXCHANGES_BLOCKING", ShuffleMode::All(ExchangeType::Blocking)),
+        ("ALL_EXCHANGES_PIPELINED", ShuffleMode::All(ExchangeType::PipelinedBounded)),
+        ("ALL_EXCHANGES_HYBRID_FULL", ShuffleMode::All(ExchangeType::HybridFull)),
+        ("ALL_EXCHANGES_HYBRID_SELECTIVE", ShuffleMode::All(ExchangeType::HybridSelective)),
+        ("PIPELINED_FORCED", ShuffleMode::Execution(ExecutionMode::PipelinedForced)),
+        ("PIPELINED", ShuffleMode::Execution(ExecutionMode::Pipelined)),
+        ("BATCH", ShuffleMode::Execution(ExecutionMode::Batch)),
+        ("BATCH_FORCED", ShuffleMode::Execution(ExecutionMode::BatchForced)),
     ];
     if let Some(shuffle) = section.choice("batch-shuffle-mode", &shuffles)? {
         execution.mode.batch = shuffle.value;
@@ -1254,7 +1283,10 @@ fn resolve(
             let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
             let partitioner = raw_input.partitioner.unwrap_or(default);
             // Which output a name means is known once the component has been asked.
-            let exchange = raw_input.exchange.unwrap_or_else(|| mode.exchange(partitioner, &raw));
+            let exchange = raw_input.exchange.unwrap_or_else(|| {
+                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, inputs.len());
+                mode.exchange(partitioner, breaks_pipeline, &raw)
+            });
             edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
             spans.push(raw_input.from.span.clone());
             let place = root.place(&raw_input.from.span);
@@ -1291,9 +1323,13 @@ fn resolve(
 }
 
 impl RuntimeMode {
-    /// The exchange of an edge that says none: streams are pipelined; in a batch only what can be
-    /// chained is.
-    fn exchange(&self, partitioner: Partitioner, nodes: &[RawNode]) -> ExchangeType {
+    /// The exchange of an edge that says none: streams are pipelined; in a batch the mode says it.
+    fn exchange(
+        &self,
+        partitioner: Partitioner,
+        breaks_pipeline: bool,
+        nodes: &[RawNode],
+    ) -> ExchangeType {
         let is_bounded = |node: &RawNode| match &node.kind {
             NodeKind::Source(SourceSpec::Generator(generator)) => generator.count.is_some(),
             _ => true,
@@ -1303,11 +1339,42 @@ impl RuntimeMode {
             ModeName::Batch => true,
             ModeName::Automatic => nodes.iter().all(is_bounded),
         };
-        match is_batch && partitioner != Partitioner::Forward {
-            true => self.batch,
-            false => ExchangeType::PipelinedBounded,
-        }
+        let is_forward = partitioner == Partitioner::Forward;
+        let is_blocking = match self.batch {
+            _ if !is_batch => false,
+            ShuffleMode::All(_) if is_forward => false,
+            ShuffleMode::All(exchange) => return exchange,
+            ShuffleMode::Execution(ExecutionMode::PipelinedForced) => false,
+            ShuffleMode::Execution(ExecutionMode::Pipelined) => breaks_pipeline,
+            ShuffleMode::Execution(ExecutionMode::Batch) => breaks_pipeline || !is_forward,
+            ShuffleMode::Execution(ExecutionMode::BatchForced) => true,
+        };
+        if is_blocking { ExchangeType::Blocking } else { ExchangeType::PipelinedBounded }
     }
+}
+
+/// Whether what comes in by an input has an origin in common with an input before it: a node that reads
+/// one of both to its end first would wait for ever if both were pipelined.
+fn breaks_pipeline(
+    nodes: &[RawNode],
+    ids: &BTreeMap<&str, OperatorId>,
+    node: &RawNode,
+    input: usize,
+) -> bool {
+    let origins = |input: &RawInput| {
+        let (mut found, mut waiting) = (BTreeSet::new(), vec![input]);
+        while let Some(input) = waiting.pop() {
+            let producer = input.from.value.split('.').next().unwrap_or_default();
+            if let Some(id) = ids.get(producer)
+                && found.insert(*id)
+            {
+                waiting.extend(&nodes[id.0 as usize].inputs);
+            }
+        }
+        found
+    };
+    let own = origins(&node.inputs[input]);
+    node.inputs[..input].iter().any(|before| !own.is_disjoint(&origins(before)))
 }
 
 fn unknown_input<'n>(
@@ -1583,6 +1650,46 @@ mod tests {
         let host = host.map(lines);
         spec(&job, host.as_deref())
             .map(|spec| strategy_settings(&spec.restart.strategy).0.to_owned())
+    }
+
+    /// P for each edge that is pipelined and B for each that is blocking, in the order of the manifest.
+    fn exchanges(mode: &str, nodes: &str) -> String {
+        let execution = format!(
+            "[execution]\nruntime-mode = \"BATCH\"\nbatch-shuffle-mode = \"{mode}\"\n\n{nodes}"
+        );
+        let spec = spec(&execution, None).expect("a job");
+        let letter = |edge: &Edge| if edge.exchange.must_be_pipelined() { 'P' } else { 'B' };
+        spec.graph.edges().iter().map(letter).collect()
+    }
+
+    fn operator(name: &str, inputs: &str) -> String {
+        format!("[[operator]]\nname = \"{name}\"\ncomponent = \"c.wasm\"\ninputs = [{inputs}]\n\n")
+    }
+
+    const MODES: [&str; 4] = ["PIPELINED_FORCED", "PIPELINED", "BATCH", "BATCH_FORCED"];
+
+    #[test]
+    fn data_exchange_mode_forward_test() {
+        // To a map, a filter, by key to a reduce, to a sink; without the combiner, which is none here.
+        let nodes = [
+            operator("map", "\"s\""),
+            operator("filter", "\"map\""),
+            operator("reduce", "{ from = \"filter\", partition = \"hash\" }"),
+            "[[sink]]\nname = \"out\"\nconnector = \"discard\"\ninputs = [\"reduce\"]\n".to_owned(),
+        ];
+        let found = MODES.map(|mode| exchanges(mode, &nodes.concat()));
+        assert_eq!(found, ["PPPP", "PPPP", "PPBP", "BBBB"]);
+    }
+
+    #[test]
+    fn branches_that_meet_again_break_the_pipeline_once() {
+        let nodes = [
+            operator("left", "\"s\""),
+            operator("right", "{ from = \"s\", partition = \"hash\" }"),
+            operator("join", "\"left\", \"right\""),
+        ];
+        let found = MODES.map(|mode| exchanges(mode, &nodes.concat()));
+        assert_eq!(found, ["PPPP", "PPPB", "PBPB", "BBBB"]);
     }
 
     #[test]
