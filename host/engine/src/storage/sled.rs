@@ -12,6 +12,7 @@ use std::{
     os::unix::fs::FileExt,
     panic::AssertUnwindSafe,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::fs::FallocateFlags;
@@ -97,7 +98,7 @@ impl Storage for SledStorage {
             .mode(sled::Mode::HighThroughput)
             // Durability is asked for, never assumed: see `flush`.
             .flush_every_ms(None);
-        let index = guarded("open a generation", || config.open())?;
+        let index = guarded("open a generation", || open_unlocked(&config))?;
         pack.len = pack.len.max(end_of_places(&index)?);
         sync_dir(&path)
             .and_then(|()| sync_dir(&self.dir))
@@ -117,6 +118,22 @@ impl Storage for SledStorage {
     fn location(&self) -> String {
         self.dir.display().to_string()
     }
+}
+
+/// How often, and after which pause, a lock is tried again: a fifth of a second in all.
+const LOCK_RETRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+/// A database that was dropped just now may still be held by one of sled's own threads.
+fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
+    let is_locked = |error: &sled::Error| error.to_string().contains("could not acquire lock");
+    for _ in 0..LOCK_RETRIES {
+        match config.open() {
+            Err(error) if is_locked(&error) => std::thread::sleep(LOCK_PAUSE),
+            opened => return opened,
+        }
+    }
+    config.open()
 }
 
 /// Where the last value ends that the index knows of. After a power cut that may be behind the end
