@@ -188,7 +188,7 @@ inputs = ["v2"]
     assert_eq!(answer["restart"], serde_json::json!(["v1/0", "v2/0", "v3/0"]));
     assert_eq!(answer["because"]["v3/0"], "it failed");
     let refused = call(&["run", job]);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("C0022"), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("C0012"), "{refused:?}");
 
     let restarts = call(&[
         "explain",

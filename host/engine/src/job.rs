@@ -559,6 +559,15 @@ impl Job {
             observer.observe(Progress::Warning { message });
         }
         let resume = restored.resume;
+        let is_half_way = || locals.values().any(|local| !local.lock().is_drained);
+        if partitions.is_some() && !resume.completed.is_empty() && is_half_way() {
+            let message = "the checkpoint is of a job half-way, and this one runs region by region";
+            return Err(Problem::new(Code::StateMismatch, message)
+                .detail("what its sources had still to read would be lost")
+                .hint(
+                    "make its exchanges pipelined again, or begin anew with another --state-dir",
+                ));
+        }
         for node in &spec.nodes {
             if let NodeKind::Sink(sink) = &node.kind {
                 sink::prepare(&node.name, sink, resume.completed.is_empty())?;
