@@ -76,7 +76,7 @@ pub struct Layer {
     changed: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     /// Bytes of `changed`.
     buffered_bytes: u64,
-    /// Bytes of all of it; of a key that was changed again and again, of each time it went to disk.
+    /// Bytes of all of it.
     bytes: u64,
     spilled: Option<Arc<Spilled>>,
 }
@@ -128,10 +128,15 @@ impl Layer {
             None => self.spilled.insert(Arc::new(Spilled(tables.table()?))).clone(),
         };
         for (key, value) in &self.changed {
-            match value {
+            let replaced = match value {
                 Some(value) => table.0.insert(key, &[&[PRESENT], value.as_slice()].concat())?,
                 None => table.0.insert(key, &[REMOVED])?,
             };
+            // It was counted when it was written, and so was what it replaces.
+            if let Some(before) = replaced {
+                let entry_bytes = before as u64 - 1 + key.len() as u64 + ENTRY_BYTES;
+                self.bytes = self.bytes.saturating_sub(entry_bytes);
+            }
         }
         self.changed.clear();
         self.buffered_bytes = 0;
