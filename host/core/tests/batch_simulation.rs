@@ -1,6 +1,8 @@
 //! Jobs whose regions run one after the other, by seeds: random graphs, exchange types, failures and
 //! lost partitions. Every task reads what its producers have made last, and every job ends.
 
+#![expect(clippy::disallowed_methods, reason = "the test's own settings come from the environment")]
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -267,7 +269,7 @@ fn simulate(seed: u64) -> (u64, u64, u64) {
     let graph = random_graph(&mut random, &EXCHANGES);
     let settings = JobSettings {
         graph: graph.clone(),
-        failover: [FailoverStrategy::Region, FailoverStrategy::Full][usize::from(seed % 9 == 0)],
+        failover: [FailoverStrategy::Region, FailoverStrategy::Full][usize::from(seed.is_multiple_of(9))],
         checkpoint: CheckpointSettings::default(),
         restart: RestartStrategy::FixedDelay { attempts: u64::MAX, delay_ms: seed % 40 },
         is_merging_failures: false,
