@@ -269,7 +269,8 @@ fn simulate(seed: u64) -> (u64, u64, u64) {
     let graph = random_graph(&mut random, &EXCHANGES);
     let settings = JobSettings {
         graph: graph.clone(),
-        failover: [FailoverStrategy::Region, FailoverStrategy::Full][usize::from(seed.is_multiple_of(9))],
+        failover: [FailoverStrategy::Region, FailoverStrategy::Full]
+            [usize::from(seed.is_multiple_of(9))],
         checkpoint: CheckpointSettings::default(),
         restart: RestartStrategy::FixedDelay { attempts: u64::MAX, delay_ms: seed % 40 },
         is_merging_failures: false,
