@@ -23,7 +23,8 @@ pub trait Operator: DeclaredState + Default + 'static {
     /// The value of the records written.
     type Out<'a>: Encode;
 
-    /// Prepares the task. Runs again before each restore: it must not depend on when it runs.
+    /// Prepares the task. Runs again before each restore: it must not depend on when it runs, nor write
+    /// declared state.
     ///
     /// # Errors
     /// Ends the attempt.

@@ -59,7 +59,13 @@ impl<O: Operator> Task<O> {
                 field.move_to_host(state, bytes);
             }
         }
-        self.operator.open(&context.into()).map_err(|error| error.into_wit(None))
+        self.operator.open(&context.into()).map_err(|error| error.into_wit(None))?;
+        match self.operator.states().iter().find(|(_, field)| field.is_changed()) {
+            None => Ok(()),
+            Some((name, _)) => Err(failed(format!(
+                "state \"{name}\" was written in `open`: it is restored after that; write it in `process`"
+            ))),
+        }
     }
 
     /// Decodes and processes each record of a batch.
@@ -112,7 +118,6 @@ impl<O: Operator> Task<O> {
     /// # Errors
     /// Where an entry is not of this operator's state.
     pub fn restore(&mut self, changes: &StateChanges) -> Result<(), OperatorError> {
-        let failed = |message| OperatorError { class: ErrorClass::Failed, message, record: None };
         let mut states = self.operator.states();
         for (state, key, value) in entries(changes) {
             let (name, field) = states
@@ -133,6 +138,10 @@ impl<O: Operator> Task<O> {
         self.operator.finish(&mut output).map_err(|error| error.into_wit(None))?;
         Ok(self.ports.take())
     }
+}
+
+fn failed(message: String) -> OperatorError {
+    OperatorError { class: ErrorClass::Failed, message, record: None }
 }
 
 fn wit_port(port: Port) -> types::Port {

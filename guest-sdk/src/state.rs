@@ -1,6 +1,7 @@
 //! Declared state: what an operator keeps by key, at the speed of its own memory, and hands over
 //! to the host as changes since the last checkpoint.
 
+use postcard::experimental::serialized_size;
 use serde::{Serialize, de::DeserializeOwned};
 use smallvec::SmallVec;
 
@@ -38,6 +39,8 @@ pub trait StateField {
     fn schema(&self) -> &'static str;
     /// From now on the host keeps it, under this number; at most so many bytes of it are kept here.
     fn move_to_host(&mut self, state: u32, cache_bytes: usize);
+    /// Whether something was written that was not handed over.
+    fn is_changed(&self) -> bool;
     /// Hands over what changed since the last time, or everything.
     fn hand_over(&mut self, is_full: bool, changes: &mut Changes<'_>);
     /// Takes one entry back; `None` removes it.
@@ -58,9 +61,13 @@ const PUT_BYTES: usize = 256 << 10;
 /// noted, so that a checkpoint costs in proportion to the changes. Keys up to 16 bytes need no
 /// allocation of their own.
 ///
+/// It may be written once [`open`](crate::Operator::open) has ended: what a checkpoint holds of it is
+/// restored then.
+///
 /// With `state.backend.type = "sled"` the host keeps it, on disk if need be, and the list is a
 /// cache: what is not in it is fetched, and what was used longest ago (by the clock algorithm of
-/// Corbató, 1968) makes room, written behind if it has changed. Nothing else differs.
+/// Corbató, 1968) makes room, written behind if it has changed. Nothing else differs. A value that owns
+/// memory is measured after each change, at the cost of encoding it.
 #[derive(Debug)]
 pub struct ValueState<V> {
     entries: Vec<Entry<V>>,
@@ -97,6 +104,18 @@ struct Cache {
     bytes_max: usize,
     /// The place that is next to make room.
     hand: usize,
+    /// The entry that was changed last: what it has become is counted when another is changed.
+    last_changed: Option<u32>,
+}
+
+impl Cache {
+    /// Counts an entry anew whose value takes so many bytes when it is written.
+    fn count<V>(&mut self, entry: &mut Entry<V>, value_bytes: usize) {
+        let bytes = ENTRY_BYTES + entry.key.len() + value_bytes.max(size_of::<V>());
+        self.bytes -= (entry.bytes as usize).min(self.bytes);
+        entry.bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.bytes += entry.bytes as usize;
+    }
 }
 
 impl<V> Default for ValueState<V> {
@@ -224,7 +243,7 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
         if let Some(cache) = &mut self.cache {
             cache.bytes += bytes as usize;
             if cache.bytes_max < cache.bytes {
-                self.make_room();
+                self.make_room(None);
             }
         }
         let entry = Entry {
@@ -250,8 +269,9 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
         place
     }
 
-    /// Lets go of what was used longest ago, so much at once that one call to the host is worth it.
-    fn make_room(&mut self) {
+    /// Lets go of what was used longest ago, so much at once that one call to the host is worth it;
+    /// of everything but the entry that is in use.
+    fn make_room(&mut self, in_use: Option<u32>) {
         let Some(cache) = &mut self.cache else { return };
         let (mut left, target) = (cache.bytes, cache.bytes_max / 8 * 7);
         let mut victims = Vec::new();
@@ -262,7 +282,8 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
             }
             cache.hand = (cache.hand + 1) % self.entries.len();
             let entry = &mut self.entries[cache.hand];
-            if entry.is_free || std::mem::take(&mut entry.is_used) {
+            let is_in_use = in_use == Some(cache.hand as u32);
+            if entry.is_free || is_in_use || std::mem::take(&mut entry.is_used) {
                 continue;
             }
             left -= (entry.bytes as usize).min(left);
@@ -273,17 +294,22 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
         victims.sort_unstable();
         self.write_behind(|place| victims.binary_search(&place).is_ok());
         for place in victims {
-            self.release(place);
+            if !self.entries[place as usize].is_free {
+                self.release(place);
+            }
         }
     }
 
-    /// Gives the host those of the changed entries that are meant.
+    /// Gives the host those of the changed entries that are meant. What was removed makes room.
     fn write_behind(&mut self, is_meant: impl Fn(u32) -> bool) {
         let Some(Cache { state, .. }) = self.cache else { return };
         let mut columns = empty_changes();
         for place in 0..self.entries.len() as u32 {
             if self.entries[place as usize].is_changed && is_meant(place) {
                 self.write(place, &mut Changes { state, columns: &mut columns });
+                if self.entries[place as usize].value.is_none() {
+                    self.release(place);
+                }
                 if PUT_BYTES <= columns.keys.len() + columns.values.len() {
                     host::put_state(&columns);
                     columns = empty_changes();
@@ -302,16 +328,16 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
         changes.push(&entry.key, entry.value.as_ref());
         entry.is_changed = false;
         if let Some(cache) = &mut self.cache {
-            let value_bytes = (changes.columns.values.len() - before).max(size_of::<V>());
-            let bytes = u32::try_from(ENTRY_BYTES + entry.key.len() + value_bytes);
-            cache.bytes -= (entry.bytes as usize).min(cache.bytes);
-            entry.bytes = bytes.unwrap_or(u32::MAX);
-            cache.bytes += entry.bytes as usize;
+            cache.count(entry, changes.columns.values.len() - before);
         }
     }
 
     #[inline]
     fn note_change(&mut self, place: u32) -> &mut Entry<V> {
+        // A value that owns nothing is as large as its type says, and was counted when it came.
+        if self.cache.is_some() && std::mem::needs_drop::<V>() {
+            self.count_last_change(place);
+        }
         let entry = &mut self.entries[place as usize];
         if !entry.is_changed {
             entry.is_changed = true;
@@ -321,6 +347,22 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
             }
         }
         entry
+    }
+
+    /// Counts what the entry that was changed before this one has become.
+    fn count_last_change(&mut self, place: u32) {
+        let Some(cache) = &mut self.cache else { return };
+        let Some(last) = cache.last_changed.replace(place).filter(|last| *last != place) else {
+            return;
+        };
+        let entry = &mut self.entries[last as usize];
+        if let Some(value) = &entry.value {
+            // What cannot be written is told when it is.
+            cache.count(entry, serialized_size(value).unwrap_or(0));
+            if cache.bytes_max < cache.bytes {
+                self.make_room(Some(place));
+            }
+        }
     }
 
     /// Frees a place: its key is not here any more.
@@ -361,24 +403,29 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
     }
 
     fn move_to_host(&mut self, state: u32, cache_bytes: usize) {
-        self.cache = Some(Cache { state, bytes: 0, bytes_max: cache_bytes, hand: 0 });
+        self.cache =
+            Some(Cache { state, bytes: 0, bytes_max: cache_bytes, hand: 0, last_changed: None });
+    }
+
+    fn is_changed(&self) -> bool {
+        self.entries.iter().any(|entry| entry.is_changed)
     }
 
     fn hand_over(&mut self, is_full: bool, changes: &mut Changes<'_>) {
-        let places = match self.cache.is_some() {
-            true => (0..self.entries.len() as u32).collect(),
-            false => std::mem::take(&mut self.changed),
-        };
-        if is_full && self.cache.is_none() {
+        if self.cache.is_some() {
+            // It goes the usual way, some at a time, and not as one answer that may be too large.
+            return self.write_behind(|_| true);
+        }
+        if is_full {
             for entry in self.entries.iter().filter(|entry| entry.value.is_some()) {
                 changes.push(&entry.key, entry.value.as_ref());
             }
         }
-        for place in places {
+        for place in std::mem::take(&mut self.changed) {
             if !self.entries[place as usize].is_changed {
                 continue;
             }
-            match is_full && self.cache.is_none() {
+            match is_full {
                 true => self.entries[place as usize].is_changed = false,
                 false => self.write(place, changes),
             }
@@ -570,5 +617,53 @@ mod tests {
             assert!(bytes <= bytes_max + 200, "{bytes} of {bytes_max}");
             assert!(state.changed.is_empty(), "a list of changes would grow without end");
         }
+    }
+
+    #[test]
+    fn values_that_grow_stay_within_the_cache() {
+        for way in 0..3 {
+            host::clear_state();
+            let mut state = ValueState::<Vec<u8>>::default();
+            state.move_to_host(0, 50_000);
+            for round in 0..2_000u32 {
+                let key = (round % 40).to_le_bytes();
+                match way {
+                    0 => state.set(key.as_slice(), vec![1; round as usize * 10]),
+                    1 => state.get_or_default(key.as_slice()).extend([1; 200]),
+                    _ => match state.get_mut(key.as_slice()) {
+                        Some(value) => value.extend([1; 200]),
+                        None => state.set(key.as_slice(), vec![1; 200]),
+                    },
+                }
+                let held: usize = state.entries.iter().flat_map(|e| &e.value).map(Vec::len).sum();
+                // But for the one in use.
+                assert!(held <= 50_000 + 20_000, "way {way}, round {round}: {held} bytes");
+            }
+            let mut bytes = 0;
+            state.for_each(|_, value| bytes += value.len());
+            let expected = [(1_960..2_000).sum::<usize>() * 10, 2_000 * 200, 2_000 * 200];
+            assert_eq!(bytes, expected[way]);
+        }
+    }
+
+    #[test]
+    fn what_a_cache_hands_over_is_written_behind_and_not_in_one_answer() {
+        host::clear_state();
+        let mut state = ValueState::<Vec<u8>>::default();
+        state.move_to_host(0, 1 << 20);
+        for number in 0..90u8 {
+            state.set([number].as_slice(), vec![number; 10_000]);
+        }
+        state.remove([5].as_slice());
+        assert!(state.is_changed());
+        let mut columns = empty_changes();
+        state.hand_over(false, &mut Changes { state: 0, columns: &mut columns });
+        assert!(columns.states.is_empty());
+        assert!(!state.is_changed());
+        let kept = host::state(0, &[7]).expect("written behind");
+        assert_eq!(decoded::<Vec<u8>>(&kept), [7; 10_000]);
+        assert_eq!(host::state(0, &[5]), None);
+        let held = state.entries.iter().filter(|entry| !entry.is_free);
+        assert_eq!(held.count(), 89, "what was removed takes no room");
     }
 }

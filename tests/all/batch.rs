@@ -236,6 +236,52 @@ fn savepoints_of_such_a_job_are_refused_with_the_reason() {
 }
 
 #[test]
+fn a_result_larger_than_its_limit_is_told_as_such() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let batch = Batch { attempts: 0, ..Batch::default() };
+    let manifest = batch.write(dir.path());
+    let text = fs::read_to_string(&manifest).expect("readable");
+    let limited = "name = \"first\"\nlimits = { partition = \"64KiB\" }";
+    fs::write(&manifest, text.replacen("name = \"first\"", limited, 1)).expect("written");
+    let problem = run_manifest(&manifest, |_| {}).outcome.expect_err("too large");
+    assert_eq!(problem.code.number(), "C0102", "{problem}");
+    assert!(problem.to_string().contains("`limits.partition` = 65536"), "{problem}");
+}
+
+#[test]
+fn a_job_that_runs_region_by_region_does_not_begin_half_way() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let pipelined = Batch { exchange: "pipelined-bounded", rate: Some(60_000), ..Batch::default() };
+    let ran = pipelined.run_in(dir.path(), |job| after_records(job, 5_000, |job| job.stop()));
+    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { is_last: true, .. })), "{:?}", ran.outcome);
+    let blocking = Batch { exchange: "blocking", ..pipelined.clone() };
+    let problem = blocking.run_in(dir.path(), |_| {}).outcome.expect_err("refused").to_string();
+    assert!(problem.contains("of a job half-way"), "{problem}");
+    let ran = pipelined.run_in(dir.path(), |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished), "and nothing was harmed");
+    check(dir.path(), "as it was");
+}
+
+#[test]
+fn an_input_that_is_named_twice_brings_every_record_twice() {
+    for exchange in ["pipelined", "blocking"] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let manifest = Batch::default().write(dir.path());
+        let text = fs::read_to_string(&manifest).expect("readable");
+        let input =
+            format!(r#"{{ from = "first", partition = "rebalance", exchange = "{exchange}" }}"#);
+        let once = r#"[{ from = "first", partition = "forward", exchange = "pipelined" }]"#;
+        assert!(text.contains(once));
+        fs::write(&manifest, text.replace(once, &format!("[{input}, {input}]"))).expect("written");
+        assert_eq!(run_manifest(&manifest, |_| {}).outcome, Ok(Outcome::Finished));
+        let mut lines = committed(&dir.path().join("firsts"));
+        lines.sort();
+        assert_eq!(lines.len() as u64, 2 * COUNT, "{exchange}");
+        assert!(lines.chunks(2).all(|pair| pair[0] == pair[1]), "{exchange}");
+    }
+}
+
+#[test]
 fn full_failover_begins_with_the_first_region_again() {
     let dir = tempfile::tempdir().expect("a directory");
     let config = r#"do = "trap", at = 5000, attempts = 1"#.to_owned();

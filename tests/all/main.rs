@@ -1,5 +1,6 @@
 //! Every test that needs more than one crate, in one binary.
 
+mod approximate;
 mod batch;
 mod checkpoints;
 mod dead_letter;

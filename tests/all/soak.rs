@@ -114,7 +114,7 @@ fn objects_stay_below_two_and_a_half_times_the_state() {
 
 #[test]
 fn process_does_not_grow_from_checkpoint_to_checkpoint() {
-    let count = rounds("SOAK_CHECKPOINTS", 300);
+    let count = rounds("SOAK_CHECKPOINTS", 600);
     let dir = tempfile::tempdir().expect("a directory");
     let harness = Harness {
         count: u64::MAX >> 1,
@@ -143,7 +143,8 @@ fn process_does_not_grow_from_checkpoint_to_checkpoint() {
     }
     job.kill().expect("it runs");
     job.wait().expect("it has ended");
-    let (early, late) = (sizes[2], sizes[9]);
+    // By the half the allocator has what it keeps for its threads.
+    let (early, late) = (sizes[4], sizes[9]);
     assert!(late < early + early / 10 + (4 << 20), "resident bytes: {sizes:?}");
 }
 

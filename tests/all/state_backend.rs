@@ -143,6 +143,16 @@ fn more_state_than_its_limit_is_told_as_such() {
 }
 
 #[test]
+fn state_that_is_written_before_it_is_restored_is_refused_by_both_backends() {
+    for harness in [Harness::default(), by_host(Harness::default())] {
+        let config = r#"do = "write-in-open""#.to_owned();
+        let problem = Harness { attempts: 0, config, ..harness }.run().0.outcome;
+        let problem = problem.expect_err("refused").to_string();
+        assert!(problem.contains("state \"counts\" was written in `open`"), "{problem}");
+    }
+}
+
+#[test]
 fn memory_alone_would_miss_what_the_host_keeps() {
     let harness = by_host(Harness { snapshot: "memory", ..Harness::default() });
     let problem = harness.run().0.outcome.expect_err("refused").to_string();

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cofferdam_core::{
+    exchange::ExchangeType,
     failover::{
         FailoverStrategy, Situation, tasks_to_restart,
         topology::{PartitionId, Topology},
@@ -160,6 +161,7 @@ fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem>
     let situation = Situation {
         is_lost: &|partition| lost.contains(&partition),
         is_created: &|task| created.contains(&task),
+        is_exact: false,
     };
     let restart = tasks_to_restart(spec.failover, &topology, failed, situation);
     let because: BTreeMap<String, String> = restart
@@ -211,7 +213,11 @@ fn draw_graph(spec: &JobSpec) {
     for (id, operator) in spec.graph.operators() {
         println!("{} x{}", operator.name, operator.parallelism);
         for edge in spec.graph.outputs(id) {
-            let arrow = if edge.exchange.must_be_pipelined() { "-->" } else { "==>" };
+            let arrow = match edge.exchange {
+                ExchangeType::PipelinedApproximate => "~~>",
+                exchange if exchange.has_partition() => "==>",
+                _ => "-->",
+            };
             let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
             println!(
                 "  {arrow} {} ({}, {}{chained})",

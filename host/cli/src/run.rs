@@ -325,6 +325,7 @@ impl View {
                 "records_written_per_second": written,
                 "checkpoints": reading.checkpoints,
                 "restarts": reading.restarts,
+                "records_lost": reading.records_lost,
                 "watermark": reading.watermark,
             })),
             Mode::Live => {
@@ -367,11 +368,16 @@ impl View {
                 "records_written": reading.records_written,
                 "checkpoints": reading.checkpoints,
                 "restarts": reading.restarts,
+                "records_lost": reading.records_lost,
             }));
             return;
         }
+        let lost = match reading.records_lost {
+            0 => String::new(),
+            lost => format!(", {} records lost", report::count(lost)),
+        };
         eprintln!(
-            "{} {word} after {seconds:.2} s: {} records read, {} written, {} checkpoints, {} restarts",
+            "{} {word} after {seconds:.2} s: {} records read, {} written, {} checkpoints, {} restarts{lost}",
             self.job,
             report::count(reading.records_read),
             report::count(reading.records_written),

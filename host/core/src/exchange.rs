@@ -60,6 +60,12 @@ impl ExchangeType {
         matches!(self, Self::Pipelined | Self::PipelinedBounded)
     }
 
+    /// Its records go through result partitions on disk; those of the others through channels.
+    #[must_use]
+    pub fn has_partition(self) -> bool {
+        !matches!(self, Self::Pipelined | Self::PipelinedBounded | Self::PipelinedApproximate)
+    }
+
     /// Its consumers cannot begin before its producers have finished.
     #[must_use]
     pub fn is_blocking(self) -> bool {

@@ -15,6 +15,7 @@ use crate::{
     checkpoint::{
         AbortReason, CheckpointSettings, Coordinator, Purpose, SavepointPurpose, Step, Trigger,
     },
+    exchange::ExchangeType,
     failover::{
         FailoverStrategy, RestartReason, Situation, tasks_to_restart,
         topology::{PartitionId, RegionId, Topology},
@@ -273,8 +274,9 @@ pub struct JobSettings {
     pub restart: RestartStrategy,
     /// Failures of one incident count as one, whatever the strategy.
     pub is_merging_failures: bool,
-    /// After so many failovers in a row with no checkpoint completed between them, every task
-    /// restarts; after as many again the job fails. `None`: never.
+    /// After so many failovers in a row with no checkpoint completed between them, more restarts than
+    /// the failure asks for: where a task may restart alone and lose records, its whole region; after
+    /// as many again every task; after as many again the job fails. `None`: never.
     pub escalates_after: Option<u32>,
     /// Seeds jitter and the first trigger.
     pub seed: u64,
@@ -344,7 +346,10 @@ enum Phase {
 /// What a failure concerns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Escalation {
-    /// What the failover strategy says.
+    /// What the failover strategy says. Approximate exchanges let a task restart without those that it
+    /// reads from.
+    Task,
+    /// These, too.
     Region,
     EveryTask,
     /// The job fails.
@@ -384,6 +389,8 @@ pub struct Job {
     /// Some regions read result partitions: they run one after the other, and no checkpoint but the
     /// last holds the state of the job.
     is_batch: bool,
+    /// Some tasks may restart without those that they read from.
+    is_approximate: bool,
     /// Partitions that were given up because every reader had finished.
     released: BTreeSet<PartitionId>,
 }
@@ -405,7 +412,9 @@ impl Job {
             let (attempt, state) = (Attempt(0), TaskState::Created);
             (task, TaskRun { attempt, state, is_drained: false, incident: None })
         };
-        let is_batch = graph.edges().iter().any(|edge| !edge.exchange.must_be_pipelined());
+        let is_batch = graph.edges().iter().any(|edge| edge.exchange.has_partition());
+        let is_approximate =
+            graph.edges().iter().any(|edge| edge.exchange == ExchangeType::PipelinedApproximate);
         let mut job = Self {
             tasks: graph.tasks().into_iter().map(fresh).collect(),
             topology: Topology::new(&graph),
@@ -422,6 +431,7 @@ impl Job {
             stop: None,
             stop_ticket: None,
             is_batch,
+            is_approximate,
             released: BTreeSet::new(),
         };
         let (tasks, restore_from) = (job.start_ready(), job.coordinator.last_completed());
@@ -793,11 +803,12 @@ impl Job {
     }
 
     fn is_ready(&self, region: RegionId) -> bool {
-        // The one checkpoint of such a job holds the end of every region.
-        if self.coordinator.last_completed().is_some() {
-            return true;
-        }
+        let has_checkpoint = self.coordinator.last_completed().is_some();
         self.topology.consumed_by(region).all(|group| {
+            // The one checkpoint of a job with partitions holds the end of every region.
+            if has_checkpoint && group.exchange.has_partition() {
+                return true;
+            }
             let outside = |task: &&TaskId| self.topology.region_of(**task) != Some(region);
             group.producers.iter().filter(outside).all(|producer| {
                 let run = &self.tasks[producer];
@@ -818,7 +829,7 @@ impl Job {
             region.is_some_and(|tasks| tasks.iter().all(|task| self.tasks[task].has_ended()))
         };
         let groups = self.topology.consumed_by(region).filter(|group| {
-            let is_kept = group.exchange.must_be_pipelined() || group.exchange.is_persistent();
+            let is_kept = !group.exchange.has_partition() || group.exchange.is_persistent();
             !is_kept && group.consumers.iter().all(has_finished)
         });
         let partitions = groups.flat_map(|group| {
@@ -865,7 +876,7 @@ impl Job {
                 effects,
             );
         }
-        let mut reasons = self.restart_set(task, lost);
+        let mut reasons = self.restart_set(task, lost, escalation);
         if escalation == Escalation::EveryTask {
             for task in self.tasks.keys() {
                 reasons.entry(*task).or_insert(RestartReason::Escalated);
@@ -898,11 +909,13 @@ impl Job {
     /// How far the failovers since the last completed checkpoint have led: restarting the same
     /// region again and again may be what keeps the job from getting on.
     fn escalation(&self) -> Escalation {
-        match self.escalates_after {
-            Some(bound) if bound.saturating_mul(2) < self.failovers => Escalation::Job,
-            Some(bound) if bound < self.failovers => Escalation::EveryTask,
-            _ => Escalation::Region,
-        }
+        let levels: &[Escalation] = match self.is_approximate {
+            true => &[Escalation::Task, Escalation::Region, Escalation::EveryTask],
+            false => &[Escalation::Region, Escalation::EveryTask],
+        };
+        let before = self.failovers.saturating_sub(1);
+        let level = self.escalates_after.map_or(0, |bound| before / bound.max(1));
+        levels.get(level as usize).copied().unwrap_or(Escalation::Job)
     }
 
     /// Which tasks restart. A failure that is not one task's, and one while others are closing
@@ -911,6 +924,7 @@ impl Job {
         &self,
         task: Option<TaskAttempt>,
         lost: Option<PartitionId>,
+        escalation: Escalation,
     ) -> BTreeMap<TaskId, RestartReason> {
         let is_ending = matches!(self.phase, Phase::Ending(_));
         let Some((task, _)) = task.filter(|_| !is_ending) else {
@@ -920,6 +934,7 @@ impl Job {
         let situation = Situation {
             is_lost: &|partition| Some(partition) == lost || self.released.contains(&partition),
             is_created: &|task| self.tasks[&task].state == TaskState::Created,
+            is_exact: escalation != Escalation::Task,
         };
         tasks_to_restart(self.failover, &self.topology, task, situation)
     }

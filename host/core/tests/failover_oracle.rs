@@ -64,6 +64,7 @@ fn oracle(
     failed: TaskId,
     lost: &BTreeSet<PartitionId>,
     created: &BTreeSet<TaskId>,
+    is_exact: bool,
 ) -> BTreeSet<TaskId> {
     let region = regions(tasks, pairs);
     let region_of = |task: &TaskId| region[tasks.iter().position(|t| t == task).expect("known")];
@@ -72,13 +73,13 @@ fn oracle(
         let before = restarting.len();
         for (producer, consumer, partition, exchange) in pairs {
             let (from, to) = (region_of(producer), region_of(consumer));
-            let can_be_read = matches!(
-                exchange,
+            let can_be_read = match exchange {
                 ExchangeType::Blocking
-                    | ExchangeType::BlockingPersistent
-                    | ExchangeType::HybridFull
-                    | ExchangeType::PipelinedApproximate
-            ) && !lost.contains(partition);
+                | ExchangeType::BlockingPersistent
+                | ExchangeType::HybridFull => !lost.contains(partition),
+                ExchangeType::PipelinedApproximate => !is_exact && !lost.contains(partition),
+                _ => false,
+            };
             if restarting.contains(&to) && !can_be_read {
                 restarting.insert(from);
             }
@@ -108,15 +109,17 @@ fn check(seed: u64) -> usize {
             pairs.iter().map(|pair| pair.2).filter(|_| random.one_in(5)).collect();
         let created: BTreeSet<TaskId> =
             tasks.iter().copied().filter(|_| random.one_in(6)).collect();
+        let is_exact = random.one_in(3);
         let situation = Situation {
             is_lost: &|partition| lost.contains(&partition),
             is_created: &|task| created.contains(&task),
+            is_exact,
         };
         let decided: BTreeSet<TaskId> =
             tasks_to_restart(FailoverStrategy::Region, &topology, *task, situation)
                 .into_keys()
                 .collect();
-        let expected = oracle(&tasks, &pairs, *task, &lost, &created);
+        let expected = oracle(&tasks, &pairs, *task, &lost, &created, is_exact);
         assert_eq!(decided, expected, "SEED={seed}: {task:?} fails in {graph:#?}");
     }
     topology.regions().len()

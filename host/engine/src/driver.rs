@@ -15,6 +15,7 @@ use std::{
 
 use cofferdam_core::{
     checkpoint::Purpose,
+    exchange::ExchangeType,
     failover::{RestartReason, topology::PartitionId},
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner, consumer_range},
@@ -32,6 +33,7 @@ use crate::{
     control::{Desk, KeptCheckpoint},
     exchange::{
         Element, Gate, Outlet, Sender,
+        link::{LinkId, Losses},
         partition::{PartitionChannel, PartitionReader},
         writer::Writer,
     },
@@ -174,6 +176,8 @@ pub(crate) struct Driver {
     started: Instant,
     workers: Vec<RunningWorker>,
     failed_at: Option<Instant>,
+    /// The newest checkpoint that was given up: tasks that begin later know nothing of it.
+    given_up: Option<CheckpointId>,
     outcome: Option<Outcome>,
     desk: Arc<Desk>,
 }
@@ -215,6 +219,7 @@ impl Driver {
             started: Instant::now(),
             workers: Vec::new(),
             failed_at: None,
+            given_up: None,
             outcome: None,
             desk,
         }
@@ -299,6 +304,7 @@ impl Driver {
                 }
             }
             Effect::Discard { checkpoint, reason } => {
+                self.given_up = self.given_up.max(Some(checkpoint));
                 tell(&self.workers, Control::Abort(checkpoint));
                 self.shared.stats.lock().remove(&checkpoint.0);
                 let task = reason.task().map(|task| self.plan.graph.task_name(task));
@@ -351,6 +357,7 @@ impl Driver {
 
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
         tell(&self.workers, Control::Complete(checkpoint, purpose));
+        self.plan.links.complete(checkpoint);
         self.shared.metrics.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.desk.keep(KeptCheckpoint {
             checkpoint: checkpoint.0,
@@ -393,7 +400,7 @@ impl Driver {
             restored_from: restore_from.map(|checkpoint| checkpoint.0),
             tasks: tasks.len(),
         });
-        let workers = self.plan.workers(tasks, restore_from, &self.shared);
+        let workers = self.plan.workers(tasks, restore_from, self.given_up, &self.shared);
         self.workers.extend(workers.into_iter().map(run));
     }
 
@@ -408,6 +415,7 @@ impl Driver {
             worker.handle.abort();
             worker.reader.iter().for_each(JoinHandle::abort);
         }
+        self.plan.links.disconnect(|consumer| tasks.iter().any(|(task, _)| *task == consumer));
         let shared = self.shared.clone();
         tokio::spawn(async move {
             for worker in ending {
@@ -468,13 +476,24 @@ struct PreparedWorker {
     reader: Option<PartitionReader>,
 }
 
+/// A channel of a task.
+struct Incoming<'g> {
+    /// The edge's place in the graph.
+    place: usize,
+    edge: &'g Edge,
+    producer: TaskId,
+    /// Its place among the task's.
+    channel: usize,
+}
+
 impl Plan {
-    /// Builds the workers of these tasks, with their channels. No channel leads out of a region, so
-    /// those of other tasks are not concerned.
+    /// Builds the workers of these tasks, with their channels. No channel leads out of a region but
+    /// those that outlive attempts, so other tasks are not concerned.
     fn workers(
         &self,
         tasks: Vec<TaskAttempt>,
         restore_from: Option<CheckpointId>,
+        given_up: Option<CheckpointId>,
         shared: &Arc<Shared>,
     ) -> Vec<PreparedWorker> {
         let graph = &self.graph;
@@ -487,11 +506,11 @@ impl Plan {
         let opening = Arc::new(Opening::new(heads().count(), tasks.clone()));
         let mut workers = Vec::with_capacity(heads().count());
         for &(task, attempt) in heads() {
-            let (nodes, writers) = self.chain(task, attempt, &gates);
+            let (nodes, writers) = self.chain(task, attempt, restore_from, &gates);
             let head = match gates.get(&task) {
                 Some(gate) => {
                     let channels = origins(graph, task);
-                    let barriers = self.barriers(channels.len());
+                    let barriers = self.barriers(channels.len(), given_up);
                     Head::Gate { gate: gate.clone(), channels, barriers }
                 }
                 None => Head::Source,
@@ -514,40 +533,78 @@ impl Plan {
             };
             workers.push(PreparedWorker { worker, control: sender, reader: None });
         }
-        // Only now, when every partition that these tasks produce for each other is known.
+        // Only now, when all that these tasks produce for each other has begun.
         for prepared in &mut workers {
             if let Head::Gate { gate, .. } = &prepared.worker.head {
                 let (task, attempt) = (prepared.worker.nodes[0].task, prepared.worker.attempt);
                 prepared.reader = self.reader(task, attempt, gate);
+                for Incoming { place, edge, producer, channel } in self.incoming(task) {
+                    if edge.exchange == ExchangeType::PipelinedApproximate {
+                        let id = LinkId { edge: place, producer, consumer: task };
+                        let receiver = Sender::new(gate, channel);
+                        self.links.connect(id, receiver, restore_from);
+                    }
+                }
             }
         }
+        self.tell_losses(shared);
         workers
+    }
+
+    fn tell_losses(&self, shared: &Shared) {
+        for (place, Losses { lost, regained }) in self.links.take_news() {
+            let edge = &self.graph.edges()[place];
+            let from = &self.graph.operator(edge.from).name;
+            let to = &self.graph.operator(edge.to).name;
+            if 0 < regained {
+                shared.metrics.records_lost.fetch_sub(regained, Ordering::Relaxed);
+                let message = format!(
+                    "{regained} records from {from} to {to} that were lost come again: {from} has restarted, too"
+                );
+                shared.observe(Progress::Warning { message });
+            }
+            if 0 < lost {
+                shared.metrics.records_lost.fetch_add(lost, Ordering::Relaxed);
+                let message = format!(
+                    "{lost} records from {from} to {to} are lost: {to} has restarted without {from}"
+                );
+                shared.observe(Progress::Warning { message });
+            }
+        }
+    }
+
+    /// The channels of a task, in their order.
+    fn incoming(&self, task: TaskId) -> impl Iterator<Item = Incoming<'_>> {
+        let edges = self.graph.edges().iter().enumerate();
+        let channels = edges.filter(move |(_, edge)| edge.to == task.operator).flat_map(
+            move |(place, edge)| {
+                let producers = producers(&self.graph, edge, task.index);
+                producers.map(move |index| (place, edge, TaskId { operator: edge.from, index }))
+            },
+        );
+        channels.enumerate().map(|(channel, (place, edge, producer))| Incoming {
+            place,
+            edge,
+            producer,
+            channel,
+        })
     }
 
     /// What feeds the channels of a task that begin at partitions, if there are such.
     fn reader(&self, task: TaskId, attempt: Attempt, gate: &Arc<Gate>) -> Option<PartitionReader> {
         let partitions = self.partitions.as_ref()?;
-        let (mut channels, mut first) = (Vec::new(), 0);
-        for (place, edge) in self.graph.edges().iter().enumerate() {
-            if edge.to != task.operator {
-                continue;
+        let incoming = self.incoming(task).filter(|channel| channel.edge.exchange.has_partition());
+        let channels = incoming.map(|Incoming { place, edge, producer, channel }| {
+            let id = PartitionId { edge: place, producer };
+            let readers = receivers(&self.graph, edge, producer.index);
+            PartitionChannel {
+                sender: Sender::new(gate, channel),
+                id,
+                partition: partitions.get(id),
+                reader: (task.index - readers.start) as usize,
             }
-            let producers = producers(&self.graph, edge, task.index);
-            let count = producers.len();
-            if !edge.exchange.must_be_pipelined() {
-                channels.extend(producers.enumerate().map(|(channel, index)| {
-                    let producer = TaskId { operator: edge.from, index };
-                    let id = PartitionId { edge: place, producer };
-                    PartitionChannel {
-                        sender: Sender::new(gate, first + channel),
-                        id,
-                        partition: partitions.get(id),
-                        reader: (task.index - receivers(&self.graph, edge, index).start) as usize,
-                    }
-                }));
-            }
-            first += count;
-        }
+        });
+        let channels: Vec<_> = channels.collect();
         (!channels.is_empty()).then_some(PartitionReader { task, attempt, channels })
     }
 
@@ -557,17 +614,28 @@ impl Plan {
         edge: &Edge,
         producer: TaskId,
         attempt: Attempt,
+        restore_from: Option<CheckpointId>,
         gates: &BTreeMap<TaskId, Arc<Gate>>,
     ) -> Vec<Outlet> {
-        let partitions = self.partitions.as_ref().filter(|_| !edge.exchange.must_be_pipelined());
-        let Some(partitions) = partitions else {
+        let place = self.graph.edges().iter().position(|other| other == edge).unwrap_or(0);
+        let receivers = receivers(&self.graph, edge, producer.index);
+        if edge.exchange == ExchangeType::PipelinedApproximate {
+            let link = |index| {
+                let consumer = TaskId { operator: edge.to, index };
+                let id = LinkId { edge: place, producer, consumer };
+                Outlet::Link(self.links.begin(id, restore_from))
+            };
+            return receivers.map(link).collect();
+        }
+        let Some(partitions) = self.partitions.as_ref().filter(|_| edge.exchange.has_partition())
+        else {
             let senders = senders(&self.graph, edge, producer.index, gates);
             return senders.into_iter().map(Outlet::Channel).collect();
         };
-        let place = self.graph.edges().iter().position(|other| other == edge).unwrap_or(0);
-        let readers = receivers(&self.graph, edge, producer.index).len();
+        let readers = receivers.len();
         let id = PartitionId { edge: place, producer };
-        let writer = Arc::new(Mutex::new(partitions.begin(id, attempt, readers)));
+        let bytes_max = self.partition_bytes_max(producer.operator);
+        let writer = Arc::new(Mutex::new(partitions.begin(id, attempt, readers, bytes_max)));
         (0..readers).map(|reader| Outlet::Partition(writer.clone(), reader)).collect()
     }
 
@@ -576,6 +644,7 @@ impl Plan {
         &self,
         head: TaskId,
         attempt: Attempt,
+        restore_from: Option<CheckpointId>,
         gates: &BTreeMap<TaskId, Arc<Gate>>,
     ) -> (Vec<Node>, Vec<Writer>) {
         let (mut nodes, mut writers) = (Vec::<Node>::new(), Vec::new());
@@ -595,7 +664,7 @@ impl Plan {
                     waiting.push_back((edge.to, Some((place, edge.output, edge.input))));
                     continue;
                 }
-                let outlets = self.outlets(edge, task, attempt, gates);
+                let outlets = self.outlets(edge, task, attempt, restore_from, gates);
                 let groups = self.max_parallelism(edge.to);
                 let writer = Writer::new(edge.partitioner, groups, outlets, index as usize);
                 add_target(&mut nodes[place], edge.output, Target::Writer(writers.len()));

@@ -16,7 +16,7 @@ use cofferdam_core::{
     exchange::ExchangeType,
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner},
-    ids::{Attempt, OperatorId, TaskId},
+    ids::{Attempt, CheckpointId, OperatorId, TaskId},
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_sandbox::{
@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use crate::{
     control::{Desk, JobHandle, KeptCheckpoint},
     driver::{Driver, Stats, WriterReport},
-    exchange::partition::Partitions,
+    exchange::{link::Links, partition::Partitions},
     history::Recorder,
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
@@ -104,6 +104,8 @@ pub(crate) struct Plan {
     pub(crate) unaligned_after: Option<Duration>,
     /// See [`JobSpec::backlog_lag_ms`].
     pub(crate) backlog_lag_ms: Option<u64>,
+    /// The channels of approximate exchanges.
+    pub(crate) links: Links,
     /// Where the results of exchanges that are not pipelined lie, if there are any.
     pub(crate) partitions: Option<Arc<Partitions>>,
     /// What this process keeps of each task between its attempts.
@@ -129,13 +131,17 @@ impl Plan {
         self.slots[&task]
     }
 
-    /// How the tasks treat barriers.
-    pub(crate) fn barriers(&self, channels: usize) -> Barriers {
+    /// How a task treats barriers that begins after a checkpoint was given up.
+    pub(crate) fn barriers(&self, channels: usize, given_up: Option<CheckpointId>) -> Barriers {
         let channels = u32::try_from(channels).unwrap_or(u32::MAX);
-        match self.is_exactly_once {
+        let mut barriers = match self.is_exactly_once {
             true => Barriers::Aligned(Aligner::new(channels)),
             false => Barriers::Tracked(Tracker::new(channels)),
+        };
+        if let Some(checkpoint) = given_up {
+            barriers.on_abort(checkpoint);
         }
+        barriers
     }
 
     pub(crate) fn node(&self, task: TaskId, attempt: Attempt) -> Node {
@@ -168,6 +174,14 @@ impl Plan {
         }
     }
 
+    /// How many bytes a result partition of an operator may have. Sources are the host's own.
+    pub(crate) fn partition_bytes_max(&self, operator: OperatorId) -> u64 {
+        match &self.nodes[operator.0 as usize] {
+            NodePlan::Operator { spec, .. } => spec.limits.partition_bytes_max,
+            NodePlan::Source(_) | NodePlan::Sink(_) => u64::MAX,
+        }
+    }
+
     /// The number of key groups by which records are sent to an operator.
     pub(crate) fn max_parallelism(&self, operator: OperatorId) -> u32 {
         match &self.nodes[operator.0 as usize] {
@@ -184,7 +198,7 @@ impl CheckedJob {
     /// # Errors
     /// The first problem.
     pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
-        refuse_other_exchanges(&spec)?;
+        check_approximate(&spec)?;
         let mut operators = BTreeMap::new();
         for (id, node) in (0..).map(OperatorId).zip(&spec.nodes) {
             if let NodeKind::Operator(operator) = &node.kind {
@@ -209,23 +223,32 @@ impl CheckedJob {
     }
 }
 
-/// What can be explained and cannot be run yet.
-fn refuse_other_exchanges(spec: &JobSpec) -> Result<(), Problem> {
+/// Refuses what does not go together with exchanges that may lose records.
+fn check_approximate(spec: &JobSpec) -> Result<(), Problem> {
     let mut edges = spec.graph.edges().iter();
-    if let Some(edge) = edges.find(|edge| edge.exchange == ExchangeType::PipelinedApproximate) {
-        let node = spec.node(edge.to);
-        let place = node.inputs.get(edge.input as usize).map_or("", |input| &input.place);
-        let message = format!(
-            "the exchange \"{}\" between \"{}\" and \"{}\" cannot be run yet",
-            edge.exchange.name(),
-            spec.node(edge.from).name,
-            node.name
-        );
-        return Err(Problem::new(Code::NotSupported, message).detail(place).hint(
-            "its records may be lost when a task restarts; use \"pipelined-bounded\", the default of a stream",
-        ));
-    }
-    Ok(())
+    let of_type = |edge: &&Edge| edge.exchange == ExchangeType::PipelinedApproximate;
+    let Some(edge) = edges.find(of_type) else { return Ok(()) };
+    let is_batch = spec.graph.edges().iter().any(|edge| edge.exchange.has_partition());
+    let (other, hint) = match spec.checkpoint.unaligned_after_ms {
+        Some(_) => {
+            let hint = "what a checkpoint holds of the channels would be missing or come twice; set `execution.checkpointing.unaligned.enabled = false`";
+            ("unaligned checkpoints", hint)
+        }
+        None if is_batch => {
+            let hint = "a job that runs region by region has no checkpoints to go on from; use \"pipelined-bounded\" or \"blocking\"";
+            ("exchanges that are not pipelined", hint)
+        }
+        None => return Ok(()),
+    };
+    let node = spec.node(edge.to);
+    let place = node.inputs.get(edge.input as usize).map_or("", |input| &input.place);
+    let message = format!(
+        "the exchange \"{}\" between \"{}\" and \"{}\" does not go together with {other}",
+        edge.exchange.name(),
+        spec.node(edge.from).name,
+        node.name
+    );
+    Err(Problem::new(Code::NotSupported, message).detail(place).hint(hint))
 }
 
 /// Sets up the sandbox of a program.
@@ -598,6 +621,7 @@ impl Job {
                 is_exactly_once,
                 unaligned_after,
                 backlog_lag_ms: spec.backlog_lag_ms,
+                links: Links::default(),
                 partitions,
                 locals,
             },
@@ -807,7 +831,7 @@ fn scratch_dir(state_dir: Option<&Path>, name: &str) -> io::Result<PathBuf> {
 
 /// Where the results of exchanges that are not pipelined lie.
 fn partitions(spec: &JobSpec, state_dir: Option<&Path>) -> io::Result<Option<Arc<Partitions>>> {
-    if spec.graph.edges().iter().all(|edge| edge.exchange.must_be_pipelined()) {
+    if spec.graph.edges().iter().all(|edge| !edge.exchange.has_partition()) {
         return Ok(None);
     }
     Ok(Some(Arc::new(Partitions::new(&scratch_dir(state_dir, PARTITIONS)?)?)))

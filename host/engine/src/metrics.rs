@@ -72,6 +72,8 @@ pub struct Metrics {
     pub checkpoints: AtomicU64,
     /// Restarts.
     pub restarts: AtomicU64,
+    /// Records lost by tasks that restarted without those that they read from.
+    pub records_lost: AtomicU64,
 }
 
 /// A reading of the counters.
@@ -85,6 +87,8 @@ pub struct Reading {
     pub checkpoints: u64,
     /// Restarts.
     pub restarts: u64,
+    /// Records lost by tasks that restarted without those that they read from.
+    pub records_lost: u64,
     /// The lowest watermark of the sinks, if every one has one.
     pub watermark: Option<i64>,
 }
@@ -102,6 +106,7 @@ impl Metrics {
         let mut reading = Reading {
             checkpoints: load(&self.checkpoints),
             restarts: load(&self.restarts),
+            records_lost: load(&self.records_lost),
             ..Reading::default()
         };
         let mut lowest = i64::MAX;

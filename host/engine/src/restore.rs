@@ -180,7 +180,7 @@ fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
     Problem::new(Code::StateUnusable, message).detail(error)
 }
 
-/// The state of every task, by slot.
+/// What every task takes over, by slot.
 type Shares = Vec<Share>;
 
 enum Failed {
@@ -209,10 +209,12 @@ fn adopt(
         store.import(id, manifest.written_at_ms, other, shares)?;
     }
     for (local, share) in tasks.locals.values().zip(shares) {
-        local
-            .lock()
-            .load(id, &share.state)
-            .map_err(|error| StorageError::store("make the image of a task", error))?;
+        let mut local = local.lock();
+        if let Some(turn) = local.rewind(id) {
+            local
+                .load(turn, id, &share.state)
+                .map_err(|error| StorageError::store("make the image of a task", error))?;
+        }
     }
     Ok(())
 }

@@ -55,6 +55,9 @@ pub enum StateError {
     /// The guest was not told that the host keeps its state.
     #[error("it asks the host for declared state, and keeps that itself")]
     NotKept,
+    /// The guest writes it before it is restored.
+    #[error("it writes declared state in `open`, and only after that is its state restored")]
+    NotOpen,
     /// The guest has more of it than it may.
     #[error("{0}")]
     Limit(Limit),

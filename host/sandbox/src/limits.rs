@@ -19,6 +19,8 @@ const HANDLES_MAX: u32 = 64;
 const TABLE_ELEMENTS_MAX: u64 = 100_000;
 /// Declared state of one task that the host keeps: what a disk of 1 TB has for 60 of them.
 const STATE_BYTES_MAX: u64 = 16 << 30;
+/// Result partitions of one task: of a batch job's tasks there are many, and most are released early.
+const PARTITION_BYTES_MAX: u64 = 64 << 30;
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 
@@ -37,6 +39,8 @@ pub struct Limits {
     pub table_elements_max: u64,
     /// Keys and values of declared state that the host keeps. Default: 16 GiB.
     pub state_bytes_max: u64,
+    /// Bytes of one result partition on disk. Default: 64 GiB.
+    pub partition_bytes_max: u64,
     /// Bytes of log messages a second; what is beyond is dropped. Default: 64 KiB.
     pub log_bytes_per_second_max: u64,
 }
@@ -50,6 +54,7 @@ impl Default for Limits {
             handles_max: HANDLES_MAX,
             table_elements_max: TABLE_ELEMENTS_MAX,
             state_bytes_max: STATE_BYTES_MAX,
+            partition_bytes_max: PARTITION_BYTES_MAX,
             log_bytes_per_second_max: LOG_BYTES_PER_SECOND_MAX,
         }
     }
@@ -102,6 +107,11 @@ pub enum Limit {
         /// What it may have.
         bytes_max: u64,
     },
+    /// [`Limits::partition_bytes_max`].
+    Partition {
+        /// What it may write.
+        bytes_max: u64,
+    },
     /// The stack of the guest's calls.
     Stack,
 }
@@ -126,6 +136,9 @@ impl fmt::Display for Limit {
             }
             Self::State { wanted_bytes, bytes_max } => {
                 write!(f, "it wants {wanted_bytes} bytes of state, `limits.state` is {bytes_max}")
+            }
+            Self::Partition { bytes_max } => {
+                write!(f, "a result is larger than `limits.partition` = {bytes_max} bytes")
             }
             Self::Stack => write!(f, "its calls are nested too deeply (stack overflow)"),
         }

@@ -63,7 +63,7 @@ impl From<StateError> for GuestError {
         match error {
             StateError::Limit(limit) => Self::Limit(limit),
             StateError::Unavailable(message) => Self::Unavailable(message),
-            StateError::NotKept => Self::Host(error.to_string()),
+            StateError::NotKept | StateError::NotOpen => Self::Host(error.to_string()),
         }
     }
 }
@@ -85,7 +85,7 @@ impl GuestError {
             return Self::Limit(*limit);
         }
         if let Some(error) = error.downcast_ref::<StateError>()
-            && *error != StateError::NotKept
+            && !matches!(error, StateError::NotKept | StateError::NotOpen)
         {
             return error.clone().into();
         }

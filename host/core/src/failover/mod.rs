@@ -98,6 +98,9 @@ pub struct Situation<'a> {
     pub is_lost: &'a dyn Fn(PartitionId) -> bool,
     /// True for a task that was never started: it has nothing to restart.
     pub is_created: &'a dyn Fn(TaskId) -> bool,
+    /// No record may be lost: readers of approximate exchanges do not do without what they cannot
+    /// read again.
+    pub is_exact: bool,
 }
 
 /// The tasks that restart because `failed` did, each with the reason; empty if it is not a task.
@@ -156,7 +159,9 @@ fn regions_to_restart(
             };
             for producer in &group.producers {
                 let partition = PartitionId { edge: group.edge, producer: *producer };
-                if !is_readable_again(group.exchange) || (situation.is_lost)(partition) {
+                let is_readable_again = group.exchange.is_reconsumable()
+                    || !situation.is_exact && group.exchange == ExchangeType::PipelinedApproximate;
+                if !is_readable_again || (situation.is_lost)(partition) {
                     draw_in(producer, RestartReason::ProducesLost { partition, reader });
                 }
             }
@@ -172,11 +177,6 @@ fn regions_to_restart(
         }
     }
     found
-}
-
-/// Approximate exchanges cannot be read again either, but their readers do without.
-fn is_readable_again(exchange: ExchangeType) -> bool {
-    exchange.is_reconsumable() || exchange == ExchangeType::PipelinedApproximate
 }
 
 #[cfg(test)]

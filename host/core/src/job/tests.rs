@@ -521,6 +521,74 @@ fn failovers_without_a_checkpoint_escalate_to_every_task_and_then_to_the_job() {
     );
 }
 
+/// `a` sends to `b`, which may lose records.
+fn approximate() -> JobSettings {
+    let graph = graph(&["a", "b"], &[(0, 1, ExchangeType::PipelinedApproximate)]);
+    JobSettings { graph, ..settings(fixed_delay(10)) }
+}
+
+#[test]
+fn reader_of_an_approximate_exchange_restarts_alone_and_checkpoints_go_on() {
+    check_with(
+        approximate(),
+        "0: started @0        ->
+         100: tick            -> barrier #1
+         101: ack a @0 #1     ->
+         102: ack b @0 #1     -> persist #1
+         103: durable #1      -> complete #1
+         104: trap b @0       -> cancel b@0, restart in 50
+         105: stopped b@0     ->
+         154: tick            -> start b@1 from #1
+         155: started b@1     ->
+         255: tick            -> barrier #2
+         256: ack b @1 #2     ->
+         257: ack a @0 #2     -> persist #2
+         258: durable #2      -> complete #2, discard #1 subsumed
+         259: trap a @0       -> cancel a@0 b@1, restart in 50
+         260: stopped a@0 b@1 ->
+         309: tick            -> start a@1 b@2 from #2",
+    );
+}
+
+#[test]
+fn reader_of_an_approximate_exchange_restarts_with_its_producer_if_that_fails_meanwhile() {
+    check_with(
+        approximate(),
+        "0: started @0        ->
+         1: trap b @0         -> cancel b@0, restart in 50
+         2: trap a @0         -> cancel a@0, restart in 50
+         3: stopped b@0       ->
+         51: tick             ->
+         52: stopped a@0      -> start @1 empty
+         53: started a@1 b@1  ->
+         54: trap b @1        -> cancel b@1, restart in 50
+         104: stopped b@1     -> start b@2 empty",
+    );
+}
+
+#[test]
+fn failovers_that_may_lose_records_escalate_to_those_that_do_not() {
+    let settings = JobSettings { escalates_after: Some(1), ..approximate() };
+    check_with(
+        settings,
+        "0: started @0        ->
+         1: trap b @0         -> cancel b@0, restart in 50
+         2: stopped b@0       ->
+         51: tick             -> start b@1 empty
+         52: started b@1      ->
+         53: trap b @1        -> cancel a@0 b@1, restart in 50
+         54: stopped a@0 b@1  ->
+         103: tick            -> start a@1 b@2 empty
+         104: started a@1 b@2 ->
+         105: trap b @2       -> cancel a@1 b@2, restart in 50
+         106: stopped a@1 b@2 ->
+         155: tick            -> start a@2 b@3 empty
+         156: started a@2 b@3 ->
+         157: trap b @3       -> cancel a@2 b@3
+         158: stopped a@2 b@3 -> fail trap",
+    );
+}
+
 #[test]
 fn simultaneous_failures_of_two_regions_are_handled_independently() {
     check_with(

@@ -10,6 +10,7 @@
 //! news of it overtakes what lies before: the gate announces it, and [`Gate::begin_capture`] copies
 //! what is still before it in each channel.
 
+pub(crate) mod link;
 pub(crate) mod partition;
 pub(crate) mod writer;
 
@@ -29,7 +30,7 @@ use cofferdam_core::{
 use cofferdam_sandbox::Batch;
 use tokio::sync::Notify;
 
-use self::partition::PartitionWriter;
+use self::{link::Link, partition::PartitionWriter};
 use crate::{batch::BatchExt, storage::in_flight::InFlight};
 
 /// Bytes a channel holds before its sender waits: some tens of batches, so that neither side waits
@@ -224,6 +225,8 @@ impl Capture {
 pub(crate) enum Outlet {
     /// Into a channel, while the receiver runs.
     Channel(Sender),
+    /// Into a channel whose receiver may be away.
+    Link(Arc<Link>),
     /// Into a partition, for this one of its readers.
     Partition(Arc<Mutex<PartitionWriter>>, usize),
 }
@@ -232,6 +235,7 @@ impl Outlet {
     fn send(&self, element: Element) {
         match self {
             Self::Channel(sender) => sender.send(element),
+            Self::Link(link) => link.send(element),
             Self::Partition(partition, reader) => lock(partition).write(*reader, element),
         }
     }
@@ -239,21 +243,32 @@ impl Outlet {
     fn has_credit(&self) -> bool {
         match self {
             Self::Channel(sender) => sender.has_credit(),
+            Self::Link(link) => link.has_credit(),
             // A partition takes whatever comes: it is on disk.
             Self::Partition(..) => true,
         }
     }
 
     async fn wait_for_credit(&self) {
-        if let Self::Channel(sender) = self {
-            sender.wait_for_credit().await;
+        match self {
+            Self::Channel(sender) => sender.wait_for_credit().await,
+            Self::Link(link) => link.wait_for_credit().await,
+            Self::Partition(..) => {}
+        }
+    }
+
+    /// Whether what was written is there.
+    fn check(&self) -> Result<(), FailureCause> {
+        match self {
+            Self::Channel(_) | Self::Link(_) => Ok(()),
+            Self::Partition(partition, _) => lock(partition).check(),
         }
     }
 
     /// Nothing follows, in none of a partition's parts.
     fn finish(&self) -> Result<(), FailureCause> {
         match self {
-            Self::Channel(_) => Ok(()),
+            Self::Channel(_) | Self::Link(_) => Ok(()),
             Self::Partition(partition, _) => lock(partition).finish(),
         }
     }

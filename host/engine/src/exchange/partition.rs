@@ -20,6 +20,7 @@ use cofferdam_core::{
     ids::{Attempt, TaskId},
     job::Event,
 };
+use cofferdam_sandbox::Limit;
 use tokio::sync::Notify;
 
 use super::{Element, Sender};
@@ -92,12 +93,13 @@ impl Partitions {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A producer begins a partition for so many readers; one of an earlier attempt is removed.
+    /// A producer begins a partition for so many readers, of so many bytes at most; one of an earlier attempt is removed.
     pub(crate) fn begin(
         &self,
         id: PartitionId,
         attempt: Attempt,
         readers: usize,
+        bytes_max: u64,
     ) -> PartitionWriter {
         let TaskId { operator, index } = id.producer;
         let name = format!("{}-{}-{index}-{}", id.edge, operator.0, attempt.0);
@@ -108,14 +110,14 @@ impl Partitions {
         });
         let before = self.lock().insert(id, partition.clone());
         before.iter().for_each(|partition| partition.remove());
-        let limit =
+        let block_bytes =
             (BUFFERED_BYTES_MAX / readers.max(1)).clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
         let (file, failure) = match File::create_new(&partition.path) {
             Ok(file) => (Some(file), None),
-            Err(error) => (None, Some(error)),
+            Err(error) => (None, Some(not_written(&partition.path, &error))),
         };
         let waiting = (0..readers).map(|_| Waiting::default()).collect();
-        PartitionWriter { partition, file, offset: 0, waiting, block_bytes: limit, failure }
+        PartitionWriter { partition, file, offset: 0, bytes_max, waiting, block_bytes, failure }
     }
 
     /// The partition of the producer's newest attempt.
@@ -187,10 +189,11 @@ pub(crate) struct PartitionWriter {
     /// Closed when it is finished, or has failed.
     file: Option<File>,
     offset: u64,
+    bytes_max: u64,
     waiting: Vec<Waiting>,
     block_bytes: usize,
-    /// Why something is missing; told when the partition is to be finished.
-    failure: Option<io::Error>,
+    /// Why something is missing.
+    failure: Option<FailureCause>,
 }
 
 /// What becomes the next block of a reader.
@@ -231,14 +234,30 @@ impl PartitionWriter {
                 file.write_all(&framed)?;
                 Ok(Block { offset: self.offset, len })
             });
+        let written = match written {
+            Ok(block) if self.bytes_max < block.offset + u64::from(block.len) => {
+                let message = Limit::Partition { bytes_max: self.bytes_max }.to_string();
+                Err(FailureCause::LimitExceeded { message })
+            }
+            Ok(block) => Ok(block),
+            Err(error) => Err(not_written(&self.partition.path, &error)),
+        };
         match written {
             Ok(block) => {
                 self.offset += u64::from(block.len);
                 self.partition.lock().blocks[reader].push(block);
                 self.partition.changed.notify_waiters();
             }
-            Err(error) => (self.file, self.failure) = (None, Some(error)),
+            Err(cause) => (self.file, self.failure) = (None, Some(cause)),
         }
+    }
+
+    /// Whether everything could be written up to here.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn check(&self) -> Result<(), FailureCause> {
+        self.failure.clone().map_or(Ok(()), Err)
     }
 
     /// Nothing follows.
@@ -247,15 +266,16 @@ impl PartitionWriter {
     /// Where something could not be written; the partition is then never finished.
     pub(super) fn finish(&mut self) -> Result<(), FailureCause> {
         (0..self.waiting.len()).for_each(|reader| self.flush(reader));
-        if let Some(error) = &self.failure {
-            let message = format!("write {}: {error}", self.partition.path.display());
-            return Err(FailureCause::Environment { message });
-        }
+        self.check()?;
         self.file = None;
         self.partition.lock().is_finished = true;
         self.partition.changed.notify_waiters();
         Ok(())
     }
+}
+
+fn not_written(path: &Path, error: &io::Error) -> FailureCause {
+    FailureCause::Environment { message: format!("write {}: {error}", path.display()) }
 }
 
 /// What one task reads of partitions: for each of its channels that begins at one, where that is.
@@ -373,7 +393,7 @@ mod tests {
     async fn each_reader_gets_what_is_its_own_again_and_again() {
         let dir = tempfile::tempdir().expect("a directory");
         let partitions = Partitions::new(&dir.path().join("partitions")).expect("made");
-        let mut writer = partitions.begin(ID, Attempt(0), 2);
+        let mut writer = partitions.begin(ID, Attempt(0), 2, u64::MAX);
         for size in 1..200usize {
             writer.write(size % 2, records(&vec![7; size * 100]));
         }
@@ -391,7 +411,7 @@ mod tests {
     async fn a_reader_may_come_before_the_end_and_waits_for_it() {
         let dir = tempfile::tempdir().expect("a directory");
         let partitions = Arc::new(Partitions::new(&dir.path().join("partitions")).expect("made"));
-        let mut writer = partitions.begin(ID, Attempt(0), 1);
+        let mut writer = partitions.begin(ID, Attempt(0), 1, u64::MAX);
         let reading = tokio::spawn({
             let partitions = partitions.clone();
             async move { read(&partitions, 0).await }
@@ -410,7 +430,7 @@ mod tests {
         for harm in ["flip", "cut", "swap", "remove"] {
             let dir = tempfile::tempdir().expect("a directory");
             let partitions = Partitions::new(&dir.path().join("partitions")).expect("made");
-            let mut writer = partitions.begin(ID, Attempt(0), 1);
+            let mut writer = partitions.begin(ID, Attempt(0), 1, u64::MAX);
             (0..60).for_each(|_| writer.write(0, records(&[1; 20_000])));
             writer.finish().expect("written");
             let path = partitions.get(ID).expect("known").path.clone();
@@ -442,7 +462,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let partitions = Partitions::new(&dir.path().join("partitions")).expect("made");
         for attempt in 0..3 {
-            let mut writer = partitions.begin(ID, Attempt(attempt), 1);
+            let mut writer = partitions.begin(ID, Attempt(attempt), 1, u64::MAX);
             writer.write(0, records(&vec![1; 1 + attempt as usize]));
             if attempt != 1 {
                 writer.finish().expect("written");
@@ -456,12 +476,30 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_written_is_told_when_it_is_to_be_finished() {
+    fn a_partition_has_a_limit() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let partitions = Partitions::new(&dir.path().join("partitions")).expect("made");
+        let mut writer = partitions.begin(ID, Attempt(0), 1, 1 << 20);
+        let written = (0..100).take_while(|_| {
+            writer.write(0, records(&[1; 50_000]));
+            writer.check().is_ok()
+        });
+        let written = written.count();
+        assert!((15..=24).contains(&written), "it is found while it is written: {written}");
+        let error = writer.finish().expect_err("too large");
+        assert!(matches!(error, FailureCause::LimitExceeded { .. }), "{error}");
+        let size = fs::metadata(&partitions.get(ID).expect("known").path).expect("there").len();
+        assert!(size <= (1 << 20) + (512 << 10), "{size}");
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_told_at_once_and_when_it_is_to_be_finished() {
         let dir = tempfile::tempdir().expect("a directory");
         let partitions = Partitions::new(&dir.path().join("partitions")).expect("made");
         fs::remove_dir_all(&partitions.dir).expect("removed");
-        let mut writer = partitions.begin(ID, Attempt(0), 1);
+        let mut writer = partitions.begin(ID, Attempt(0), 1, u64::MAX);
         writer.write(0, records(&[1]));
+        assert!(writer.check().is_err());
         let error = writer.finish().expect_err("there is no directory");
         assert!(matches!(error, FailureCause::Environment { .. }), "{error}");
         assert!(!partitions.get(ID).expect("known").lock().is_finished);

@@ -66,7 +66,10 @@ impl Writer {
     }
 
     /// Takes records in; sends what has become a full batch.
-    pub(crate) fn write(&mut self, batch: Batch) {
+    ///
+    /// # Errors
+    /// Where a partition could not be written.
+    pub(crate) fn write(&mut self, batch: Batch) -> Result<(), FailureCause> {
         match self.partitioner {
             Partitioner::Hash if 1 < self.channels.len() => self.write_by_key(&batch),
             Partitioner::Broadcast => {
@@ -87,6 +90,8 @@ impl Writer {
                 }
             }
         }
+        // All parts of a partition are in one file.
+        self.channels.first().map_or(Ok(()), |channel| channel.outlet.check())
     }
 
     fn write_by_key(&mut self, batch: &Batch) {
@@ -184,7 +189,7 @@ mod tests {
                 let key = format!("key-{}", (chunk * 100 + n) % 700);
                 batch.push(RecordRef { key: Some(key.as_bytes()), value: b"", timestamp: None });
             }
-            writer.write(batch);
+            writer.write(batch).expect("channels take everything");
         }
         writer.announce(|| Element::EndOfInput);
         gates

@@ -572,7 +572,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     }
     let state_backend = read_state_backend(root, &mut warnings)?;
     let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
-    let is_batch = graph.edges().iter().any(|edge| !edge.exchange.must_be_pipelined());
+    let is_batch = graph.edges().iter().any(|edge| edge.exchange.has_partition());
     if is_batch && execution.checkpoint.interval_ms.take().is_some() {
         let key = "execution.checkpointing.interval";
         let why =
@@ -1567,6 +1567,9 @@ fn read_limits(section: &Section<'_>) -> Result<Limits> {
     }
     if let Some(state) = section.bytes("state")? {
         limits.state_bytes_max = state.value;
+    }
+    if let Some(partition) = section.bytes("partition")? {
+        limits.partition_bytes_max = partition.value;
     }
     if let Some(log) = section.bytes("log")? {
         limits.log_bytes_per_second_max = log.value;

@@ -114,8 +114,8 @@ pub fn changes_of<'a>(entries: impl Iterator<Item = &'a Entry>) -> StateChanges 
     changes
 }
 
-/// Several runs as one: of a key that is in more than one, the entry of the last counts. Ends with the
-/// first error.
+/// Several runs as one: of a key that is in more than one, the entry of the last counts, and of one that
+/// a run has twice (as format 2 could) the later. Ends with the first error.
 pub(crate) struct Merge<'a> {
     runs: Vec<Entries<'a>>,
     /// The next entry of each run, the least key in front, and of equal ones that of the last run.
@@ -175,14 +175,15 @@ impl Iterator for Merge<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let next = self.heads.pop();
-        if let Some(Reverse(Head { entry, run })) = next {
+        if let Some(Reverse(Head { mut entry, run })) = next {
             self.refill(run);
-            while let Some(Reverse(other)) = self.heads.peek()
-                && other.entry.0 == entry.0
+            while self.heads.peek().is_some_and(|Reverse(other)| other.entry.0 == entry.0)
+                && let Some(Reverse(other)) = self.heads.pop()
             {
-                let run = other.run;
-                self.heads.pop();
-                self.refill(run);
+                if other.run == run {
+                    entry = other.entry;
+                }
+                self.refill(other.run);
             }
             if self.failed.is_none() {
                 return Some(Ok(entry));
@@ -238,6 +239,15 @@ mod tests {
                 model.iter().map(|(number, value)| (key(*number), Some(vec![*value]))).collect();
             prop_assert_eq!(merged, expected);
         }
+    }
+
+    #[test]
+    fn of_a_key_that_a_run_has_twice_the_later_counts() {
+        let older = [Ok((key(1), Some(vec![9]))), Ok((key(2), Some(vec![9])))];
+        let newer = [Ok((key(1), Some(vec![1]))), Ok((key(1), None)), Ok((key(1), Some(vec![3])))];
+        let merged = Merge::of(vec![Box::new(older.into_iter()), Box::new(newer.into_iter())]);
+        let merged: Vec<Entry> = merged.collect::<Result<_>>().expect("no error");
+        assert_eq!(merged, [(key(1), Some(vec![3])), (key(2), Some(vec![9]))]);
     }
 
     #[test]

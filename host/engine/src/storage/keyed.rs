@@ -30,6 +30,8 @@ const ENTRY_BYTES: u64 = 128;
 const BEHIND_MAX: u64 = 2;
 /// What a scan gives at a time.
 const SCAN_BYTES: usize = 256 << 10;
+/// What a key counts for beside its bytes and those of its value: the table's index of it, in memory.
+const KEY_BYTES: u64 = 24;
 
 /// In the table of a layer: the first byte of an entry that is there, and all of one that was removed.
 const PRESENT: u8 = 1;
@@ -57,10 +59,16 @@ pub(crate) struct KeyedState {
     base_bytes: AtomicU64,
 }
 
+/// What makes an attempt's load its own: one that was aborted may have left a load behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Turn(u64);
+
 struct Inner {
     base: Arc<Table>,
     /// The checkpoint that the table is of, 0 for the beginning; `None`: its content is not known.
     at: Option<u64>,
+    /// That of the newest attempt.
+    turn: Turn,
     /// By the barriers that ended them, oldest first.
     pending: VecDeque<(u64, Arc<Layer>)>,
     /// The newest checkpoint that is known to be complete.
@@ -174,12 +182,12 @@ impl fmt::Debug for KeyedState {
 }
 
 impl KeyedState {
-    /// A state whose content is not known yet: [`rewind`](Self::rewind) says whether to
-    /// [`load`](Self::load) it.
+    /// An empty state, as it is at the beginning of a job.
     pub(crate) fn new(tables: Tables, limits: KeyedLimits) -> Result<Self> {
         let inner = Inner {
             base: Arc::new(tables.table()?),
-            at: None,
+            at: Some(0),
+            turn: Turn(0),
             pending: VecDeque::new(),
             completed: 0,
             current: Layer::default(),
@@ -268,7 +276,8 @@ impl KeyedState {
         Ok(())
     }
 
-    /// Entries of a state after a key, ascending by key group and key; none: there are no more.
+    /// Entries of a state after a key, ascending by key group and key; none: there are no more. Seeks to
+    /// the state in each key group, past the entries of others.
     ///
     /// # Errors
     /// Where the disk cannot be read.
@@ -277,26 +286,27 @@ impl KeyedState {
         state: u32,
         after: Option<&[u8]>,
     ) -> std::result::Result<StateChanges, StateError> {
-        let from = after.map_or(Bound::Unbounded, |key| Bound::Excluded(self.key(state, key)));
+        let seek =
+            |key_group| Bound::Included(encode(&DeclaredKey { key_group, state, key: Vec::new() }));
+        let mut from = after.map_or(seek(0), |key| Bound::Excluded(self.key(state, key)));
         let inner = self.lock();
-        let base = inner.base.range(from.clone()).map(|entry| {
-            let (key, value) = entry?;
-            Ok((decode(&key)?, Some(value)))
-        });
-        let mut runs: Vec<Entries<'_>> = vec![Box::new(base)];
-        runs.extend(inner.layers().map(|layer| layer.entries_from(from.clone())));
         let (mut page, mut bytes) = (Vec::<Entry>::new(), 0);
-        for entry in Merge::of(runs).live() {
-            let (key, value) = entry.map_err(unavailable)?;
-            if key.state == state {
+        'seeks: loop {
+            for entry in inner.entries_from(&from) {
+                let (key, value) = entry.map_err(unavailable)?;
+                if key.state != state {
+                    let behind = u32::from(state < key.state);
+                    from = seek(key.key_group + behind);
+                    continue 'seeks;
+                }
                 bytes += key.key.len() + value.as_ref().map_or(0, Vec::len) + ENTRY_BYTES as usize;
                 page.push((key, value));
+                if SCAN_BYTES <= bytes {
+                    break;
+                }
             }
-            if SCAN_BYTES <= bytes {
-                break;
-            }
+            return Ok(changes_of(page.iter()));
         }
-        Ok(changes_of(page.iter()))
     }
 
     /// A barrier: what was written up to here belongs to its checkpoint, and so do the changes that the
@@ -309,14 +319,14 @@ impl KeyedState {
         checkpoint: u64,
         changes: &StateChanges,
     ) -> std::result::Result<Arc<Layer>, StateError> {
-        self.secure().map_err(unavailable)?;
         let mut inner = self.lock();
         self.write(&mut inner, changes)?;
-        if let Some(unsecured) = &mut inner.unsecured {
-            let handed_over = std::mem::take(unsecured);
-            for (key, value) in handed_over.changed {
-                inner.current.set(key, value);
-            }
+        inner.merge_unsecured().map_err(unavailable)?;
+        // Checkpoints that never complete leave their layers here: together they take no more memory
+        // than one may.
+        if self.limits.write_buffer_bytes < inner.layers().map(|layer| layer.buffered_bytes).sum() {
+            tokio::task::block_in_place(|| inner.current.spill(&self.tables))
+                .map_err(unavailable)?;
         }
         let layer = Arc::new(std::mem::take(&mut inner.current));
         inner.pending.push_back((checkpoint, layer.clone()));
@@ -360,7 +370,7 @@ impl KeyedState {
     }
 
     fn write_into(&self, base: &Table, key: &[u8], value: Option<&[u8]>) -> Result<()> {
-        let entry_bytes = |value: usize| (key.len() + value) as u64;
+        let entry_bytes = |value: usize| (key.len() + value) as u64 + KEY_BYTES;
         let gone = match value {
             Some(value) => {
                 self.base_bytes.fetch_add(entry_bytes(value.len()), Ordering::Relaxed);
@@ -372,40 +382,37 @@ impl KeyedState {
         Ok(())
     }
 
-    /// An attempt begins at a checkpoint, or at the beginning. False: what the state was then is not
-    /// here, and must be loaded.
-    ///
-    /// # Errors
-    /// Where the disk does not give room for an empty table.
-    pub(crate) fn rewind(&self, checkpoint: Option<u64>) -> Result<bool> {
-        let Some(checkpoint) = checkpoint else {
-            self.load(0, Box::new(std::iter::empty()))?;
-            return Ok(true);
-        };
+    /// An attempt begins at a checkpoint; 0: at the beginning. What the state was then may not be here,
+    /// and must be [loaded](Self::load) in the turn that is given.
+    pub(crate) fn rewind(&self, checkpoint: u64) -> Option<Turn> {
         let mut inner = self.lock();
+        inner.turn.0 += 1;
         (inner.current, inner.unsecured) = (Layer::default(), None);
         inner.pending.retain(|(id, _)| *id <= checkpoint);
         inner.completed = inner.completed.max(checkpoint);
-        Ok(match inner.pending.back() {
-            Some((newest, _)) => inner.at.is_some() && *newest == checkpoint,
-            None => inner.at == Some(checkpoint),
-        })
+        let newest = inner.pending.back().map(|(id, _)| *id).or(inner.at);
+        let is_here = inner.at.is_some() && newest == Some(checkpoint) && !inner.is_broken();
+        (!is_here).then_some(inner.turn)
     }
 
-    /// Takes over what was read from the storage.
+    /// Takes over what was read from the storage, or nothing for the beginning. Does nothing if
+    /// another attempt has begun meanwhile.
     ///
     /// # Errors
     /// Where it cannot be read, or not be written here; the state is then not known.
-    pub(crate) fn load(&self, checkpoint: u64, entries: Entries<'_>) -> Result<()> {
-        let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn load(&self, turn: Turn, checkpoint: u64, entries: Entries<'_>) -> Result<()> {
+        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let base = Arc::new(self.tables.table()?);
         let before = {
             let mut inner = self.lock();
-            let before = std::mem::replace(&mut inner.base, base.clone());
+            if inner.turn != turn {
+                base.drop_table();
+                return Ok(());
+            }
             inner.at = None;
             inner.pending.clear();
             (inner.current, inner.unsecured) = (Layer::default(), None);
-            before
+            std::mem::replace(&mut inner.base, base.clone())
         };
         before.drop_table();
         self.base_bytes.store(0, Ordering::Relaxed);
@@ -425,12 +432,10 @@ impl KeyedState {
     /// A call has ended well: what it has written stays.
     pub(crate) fn secure(&self) -> Result<()> {
         let mut inner = self.lock();
-        let Some(written) = inner.unsecured.take() else { return Ok(()) };
-        for entry in written.entries() {
-            let (key, value) = entry?;
-            inner.current.set(encode(&key), value);
+        inner.merge_unsecured()?;
+        if self.limits.write_buffer_bytes < inner.current.buffered_bytes {
+            tokio::task::block_in_place(|| inner.current.spill(&self.tables))?;
         }
-        inner.unsecured = Some(Layer::default());
         Ok(())
     }
 
@@ -459,6 +464,34 @@ impl Inner {
     /// Where a write goes.
     fn top(&mut self) -> &mut Layer {
         self.unsecured.as_mut().unwrap_or(&mut self.current)
+    }
+
+    /// Everything from a key on.
+    fn entries_from(&self, from: &Bound<Vec<u8>>) -> Entries<'_> {
+        let base = self.base.range(from.clone()).map(|entry| {
+            let (key, value) = entry?;
+            Ok((decode(&key)?, Some(value)))
+        });
+        let mut runs: Vec<Entries<'_>> = vec![Box::new(base)];
+        runs.extend(self.layers().map(|layer| layer.entries_from(from.clone())));
+        Merge::of(runs).live()
+    }
+
+    /// What was written since the last call that ended well stays.
+    fn merge_unsecured(&mut self) -> Result<()> {
+        let Some(unsecured) = &mut self.unsecured else { return Ok(()) };
+        let written = std::mem::take(unsecured);
+        for entry in written.entries() {
+            let (key, value) = entry?;
+            self.current.set(encode(&key), value);
+        }
+        Ok(())
+    }
+
+    /// Whether something of it lies in a database that has failed.
+    fn is_broken(&self) -> bool {
+        let spilled = self.layers().filter_map(|layer| layer.spilled.as_ref());
+        self.base.is_broken() || spilled.into_iter().any(|spilled| spilled.0.is_broken())
     }
 
     /// What is complete and waits for the table.
@@ -511,7 +544,7 @@ mod tests {
     fn random_life(seed: u64, write_buffer_bytes: u64) {
         let dir = tempfile::tempdir().expect("a directory");
         let state = state(&dir, write_buffer_bytes);
-        assert!(state.rewind(None).expect("an empty table"));
+        assert_eq!(state.rewind(0), None, "an empty table is here");
         let mut random = seed;
         let mut next = |below: u64| {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -551,9 +584,7 @@ mod tests {
                     // Sometimes a checkpoint has completed and nobody has said so.
                     let known: Vec<u64> = at.range(completed..).map(|(id, _)| *id).collect();
                     completed = known[next(known.len() as u64) as usize];
-                    let begins_anew = completed == 0;
-                    let from = (!begins_anew).then_some(completed);
-                    assert!(state.rewind(from).expect("rewinds"), "{completed} is here");
+                    assert_eq!(state.rewind(completed), None, "{completed} is here");
                     now = at[&completed].clone();
                     at.retain(|id, _| *id <= completed);
                     secured = None;
@@ -582,7 +613,7 @@ mod tests {
         }
         assert_eq!(scanned(&state, 1), now);
         assert!(scanned(&state, 0).is_empty());
-        assert!(!state.rewind(Some(barrier + 7)).expect("rewinds"), "that one never was");
+        assert!(state.rewind(barrier + 7).is_some(), "that one never was");
     }
 
     #[test]
@@ -597,7 +628,6 @@ mod tests {
     fn what_is_cut_off_is_what_has_changed_since_the_barrier_before() {
         let dir = tempfile::tempdir().expect("a directory");
         let state = state(&dir, 100);
-        state.rewind(None).expect("an empty table");
         for (barrier, count) in [(1, 20u8), (2, 0), (3, 5)] {
             for number in 0..count {
                 write(&state, 0, &[number], Some(vec![barrier]));
@@ -615,7 +645,6 @@ mod tests {
     fn more_than_the_limit_is_refused_and_what_was_removed_does_not_count() {
         let dir = tempfile::tempdir().expect("a directory");
         let state = state(&dir, 1 << 10);
-        state.rewind(None).expect("an empty table");
         for round in 1..=40u64 {
             for number in 0..10u8 {
                 write(&state, 0, &[number], Some(vec![7; 2_000]));
@@ -623,7 +652,7 @@ mod tests {
             state.cut(round, &none()).expect("cut");
             state.complete(round).expect("complete");
         }
-        assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (9 + 2_000));
+        assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (9 + 2_000 + KEY_BYTES));
         let entry = (DeclaredKey::new(0, b"large", 128), Some(vec![0; 1 << 20]));
         let error = state.put(&changes_of([&entry].into_iter())).expect_err("too much");
         assert!(matches!(error, StateError::Limit(Limit::State { .. })), "{error:?}");
@@ -633,10 +662,98 @@ mod tests {
     fn what_was_loaded_is_there() {
         let dir = tempfile::tempdir().expect("a directory");
         let state = state(&dir, 1 << 10);
-        assert!(!state.rewind(Some(4)).expect("rewinds"), "nothing is here");
-        let entries = (0..100u8).map(|n| (DeclaredKey::new(2, &[n], 128), Some(vec![n])));
-        state.load(4, Box::new(entries.map(Ok))).expect("loaded");
-        assert!(state.rewind(Some(4)).expect("rewinds"));
+        let turn = state.rewind(4).expect("nothing is here");
+        state.load(turn, 4, numbers(100)).expect("loaded");
+        assert_eq!(state.rewind(4), None);
         assert_eq!(scanned(&state, 2), (0..100).map(|n| (vec![n], vec![n])).collect());
+    }
+
+    fn numbers(count: u8) -> Entries<'static> {
+        let mut entries: Vec<Entry> =
+            (0..count).map(|n| (DeclaredKey::new(2, &[n], 128), Some(vec![n]))).collect();
+        entries.sort();
+        Box::new(entries.into_iter().map(Ok))
+    }
+
+    #[test]
+    fn what_an_aborted_attempt_still_loads_is_not_what_the_next_one_finds() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 1 << 10);
+        let aborted = state.rewind(4).expect("nothing is here");
+        let next = state.rewind(5).expect("nothing is here");
+        state.load(next, 5, numbers(7)).expect("loaded");
+        state.load(aborted, 4, numbers(100)).expect("nothing is done");
+        assert_eq!(scanned(&state, 2).len(), 7);
+        assert_eq!(state.rewind(5), None);
+        // And the next may begin while the one before is at it.
+        let aborted = state.rewind(6).expect("nothing is here");
+        let while_loading = numbers(9).inspect(|_| {
+            assert!(state.rewind(6).is_some(), "not yet");
+        });
+        state.load(aborted, 6, Box::new(while_loading)).expect("loaded");
+        assert_eq!(state.rewind(6), None, "whole, whoever has loaded it");
+        assert_eq!(scanned(&state, 2).len(), 9);
+    }
+
+    #[test]
+    fn checkpoints_that_never_complete_do_not_fill_the_memory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 4 << 10);
+        for barrier in 1..=50 {
+            for number in 0..10u8 {
+                write(&state, 0, &[number], Some(vec![barrier; 100]));
+            }
+            state.cut(u64::from(barrier), &none()).expect("cut");
+            let buffered: u64 = state.lock().layers().map(|layer| layer.buffered_bytes).sum();
+            assert!(buffered <= 2 * (4 << 10), "{buffered} bytes after {barrier} barriers");
+        }
+        assert_eq!(state.get(0, &[3]).expect("readable"), Some(vec![50; 100]));
+    }
+
+    #[test]
+    fn what_was_secured_moves_to_disk_too() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 1 << 10);
+        state.guard();
+        for number in 0..200u8 {
+            write(&state, 0, &[number], Some(vec![number; 20]));
+            state.secure().expect("secured");
+            assert!(state.lock().current.buffered_bytes <= 1 << 10);
+        }
+        assert_eq!(scanned(&state, 0).len(), 200);
+    }
+
+    #[test]
+    fn a_scan_finds_its_state_among_others() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 1 << 10);
+        for number in 0..200u8 {
+            write(&state, u32::from(number % 5), &[number], Some(vec![number; 2_000]));
+            if number % 50 == 0 {
+                state.cut(u64::from(number) + 1, &none()).expect("cut");
+                state.complete(u64::from(number) + 1).expect("complete");
+            }
+        }
+        for wanted in 0..5 {
+            let found: Vec<u8> = scanned(&state, wanted).into_keys().flatten().collect();
+            let expected: Vec<u8> = (0..200).filter(|n| u32::from(n % 5) == wanted).collect();
+            assert_eq!(found, expected);
+        }
+        assert!(scanned(&state, 5).is_empty());
+    }
+
+    #[test]
+    fn a_database_that_has_failed_is_replaced() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 1 << 10);
+        write(&state, 2, &[1], Some(vec![1]));
+        state.cut(1, &none()).expect("cut");
+        state.complete(1).expect("complete");
+        state.tables.break_database();
+        assert!(matches!(state.get(2, &[9]), Err(StateError::Unavailable(_))));
+        let turn = state.rewind(1).expect("what is here cannot be read");
+        state.load(turn, 1, numbers(3)).expect("there is a new database");
+        assert_eq!(state.rewind(1), None);
+        assert_eq!(scanned(&state, 2).len(), 3);
     }
 }

@@ -8,8 +8,8 @@ use std::{
     ops::Bound,
     path::{Path, PathBuf},
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -22,46 +22,61 @@ const CACHE_OVERHEAD: u64 = 8;
 /// Below this sled refuses to open.
 const CACHE_BYTES_MIN: u64 = 256;
 
-/// The tables of one run.
+/// The tables of one run. They lie in one database, and in another one after that has failed: sled
+/// refuses everything after its first error.
 #[derive(Clone)]
 pub(crate) struct Tables {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    database: ::sled::Db,
-    made: AtomicU64,
     dir: PathBuf,
+    cache_bytes: u64,
+    database: Mutex<Arc<Database>>,
+    /// Databases and tables that were made.
+    made: AtomicU64,
+}
+
+struct Database {
+    sled: ::sled::Db,
+    dir: PathBuf,
+    is_broken: AtomicBool,
 }
 
 impl Tables {
-    /// Makes an empty database in `dir` that takes about so many bytes of memory, and some 20 a key.
+    /// Makes an empty database below `dir` that takes about so many bytes of memory, and some 20 a key.
     pub(crate) fn new(dir: &Path, cache_bytes: u64) -> Result<Self> {
-        let failed = |error: io::Error| {
-            StorageError::store("make room for state", format!("{}: {error}", dir.display()))
-        };
         match fs::remove_dir_all(dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(no_room(dir, &error));
+            }
             _ => {}
         }
-        fs::create_dir_all(dir).map_err(failed)?;
-        let config = ::sled::Config::new()
-            .path(dir)
-            .cache_capacity((cache_bytes / CACHE_OVERHEAD).max(CACHE_BYTES_MIN))
-            .mode(::sled::Mode::HighThroughput)
-            // Nobody reads it after a crash.
-            .flush_every_ms(None);
-        let database = guarded("make room for state", || config.open())?;
-        let (made, dir) = (AtomicU64::new(0), dir.to_owned());
-        Ok(Self { inner: Arc::new(Inner { database, made, dir }) })
+        let database = Mutex::new(Arc::new(Database::new(dir.join("0"), cache_bytes)?));
+        let (dir, made) = (dir.to_owned(), AtomicU64::new(1));
+        Ok(Self { inner: Arc::new(Inner { dir, cache_bytes, database, made }) })
     }
 
-    /// Makes an empty table.
+    /// Makes an empty table, if need be in a new database.
     pub(crate) fn table(&self) -> Result<Table> {
         let number = self.inner.made.fetch_add(1, Ordering::Relaxed);
+        let database = {
+            let mut newest = self.inner.database.lock().unwrap_or_else(PoisonError::into_inner);
+            if newest.is_broken() {
+                let dir = self.inner.dir.join(number.to_string());
+                *newest = Arc::new(Database::new(dir, self.inner.cache_bytes)?);
+            }
+            newest.clone()
+        };
         let name = number.to_be_bytes();
-        let tree = guarded("make a table", || self.inner.database.open_tree(name))?;
-        Ok(Table { tree, name, tables: self.clone() })
+        let tree = database.guarded("make a table", |sled| sled.open_tree(name))?;
+        Ok(Table { tree, name, database })
+    }
+
+    /// As an error of the disk does.
+    #[cfg(test)]
+    pub(crate) fn break_database(&self) {
+        self.inner.database.lock().expect("no panic").is_broken.store(true, Ordering::Relaxed);
     }
 }
 
@@ -72,11 +87,53 @@ impl Drop for Inner {
     }
 }
 
+impl Database {
+    fn new(dir: PathBuf, cache_bytes: u64) -> Result<Self> {
+        fs::create_dir_all(&dir).map_err(|error| no_room(&dir, &error))?;
+        let config = ::sled::Config::new()
+            .path(&dir)
+            .cache_capacity((cache_bytes / CACHE_OVERHEAD).max(CACHE_BYTES_MIN))
+            .mode(::sled::Mode::HighThroughput)
+            // Nobody reads it after a crash.
+            .flush_every_ms(None);
+        let sled = guarded("make room for state", || config.open())?;
+        Ok(Self { sled, dir, is_broken: AtomicBool::new(false) })
+    }
+
+    fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Relaxed)
+    }
+
+    fn guarded<T>(
+        &self,
+        doing: &'static str,
+        call: impl FnOnce(&::sled::Db) -> ::sled::Result<T>,
+    ) -> Result<T> {
+        if self.is_broken() {
+            let why = "the database has failed before; its state is read from the last checkpoint";
+            return Err(StorageError::store(doing, why));
+        }
+        guarded(doing, || call(&self.sled))
+            .inspect_err(|_| self.is_broken.store(true, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Database {
+    /// One that has failed makes room for the next.
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn no_room(dir: &Path, error: &io::Error) -> StorageError {
+    StorageError::store("make room for state", format!("{}: {error}", dir.display()))
+}
+
 /// One table.
 pub(crate) struct Table {
     tree: ::sled::Tree,
     name: [u8; 8],
-    tables: Tables,
+    database: Arc<Database>,
 }
 
 impl std::fmt::Debug for Table {
@@ -88,19 +145,19 @@ impl std::fmt::Debug for Table {
 impl Table {
     /// The value of a key.
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let value = guarded("read state", || self.tree.get(key))?;
+        let value = self.database.guarded("read state", |_| self.tree.get(key))?;
         Ok(value.map(|value| value.to_vec()))
     }
 
     /// Sets the value of a key. Gives the length of the value before.
     pub(crate) fn insert(&self, key: &[u8], value: &[u8]) -> Result<Option<usize>> {
-        let before = guarded("write state", || self.tree.insert(key, value))?;
+        let before = self.database.guarded("write state", |_| self.tree.insert(key, value))?;
         Ok(before.map(|value| value.len()))
     }
 
     /// Removes a key. Gives the length of its value.
     pub(crate) fn remove(&self, key: &[u8]) -> Result<Option<usize>> {
-        let before = guarded("remove state", || self.tree.remove(key))?;
+        let before = self.database.guarded("remove state", |_| self.tree.remove(key))?;
         Ok(before.map(|value| value.len()))
     }
 
@@ -110,17 +167,25 @@ impl Table {
         from: Bound<Vec<u8>>,
     ) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> {
         let mut range = self.tree.range::<Vec<u8>, _>((from, Bound::Unbounded));
-        std::iter::from_fn(move || match guarded("read state", || range.next().transpose()) {
-            Ok(entry) => entry.map(|(key, value)| Ok((key.to_vec(), value.to_vec()))),
-            Err(error) => Some(Err(error)),
+        std::iter::from_fn(move || {
+            match self.database.guarded("read state", |_| range.next().transpose()) {
+                Ok(entry) => entry.map(|(key, value)| Ok((key.to_vec(), value.to_vec()))),
+                Err(error) => Some(Err(error)),
+            }
         })
     }
 
     /// Gives its space back.
     pub(crate) fn drop_table(&self) {
-        let database = &self.tables.inner.database;
-        if let Err(error) = guarded("remove a table", || database.drop_tree(self.name)) {
+        if let Err(error) =
+            self.database.guarded("remove a table", |sled| sled.drop_tree(self.name))
+        {
             tracing::debug!(%error, "its space comes back with the end of the run");
         }
+    }
+
+    /// Whether its database has failed, so that nothing can be read any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.database.is_broken()
     }
 }

@@ -36,12 +36,36 @@ pub(crate) struct TaskLocal {
     suspects: AtomicU64,
 }
 
+/// What makes an attempt's load its own: one that was aborted may have left a load behind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Turn(u64);
+
+/// The image of a task while a guest maps it. Goes back when it is dropped, also where the attempt is
+/// aborted in between.
+pub(crate) struct Lent<'a> {
+    local: &'a TaskLocal,
+    turn: Turn,
+    at: Option<u64>,
+    pub(crate) image: Image,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.local.lock();
+        if inner.turn == self.turn {
+            (inner.image, inner.at) = (std::mem::take(&mut self.image), self.at);
+        }
+    }
+}
+
 /// The state of a task as of a completed checkpoint.
 #[derive(Debug, Default)]
 pub(crate) struct Inner {
+    /// That of the newest attempt.
+    turn: Turn,
     /// The checkpoint that everything below is of; `None`: nothing is here.
     at: Option<u64>,
-    pub(crate) image: Image,
+    image: Image,
     pub(crate) state: Vec<u8>,
     pub(crate) is_drained: bool,
     pub(crate) in_flight: Arc<Vec<ChannelState>>,
@@ -57,6 +81,21 @@ impl TaskLocal {
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the image out, so that no lock is held over an await. Nothing is here meanwhile.
+    pub(crate) fn lend_image(&self) -> Lent<'_> {
+        let mut inner = self.lock();
+        let image = std::mem::take(&mut inner.image);
+        Lent { local: self, turn: inner.turn, at: inner.at.take(), image }
+    }
+
+    /// A copy of the image.
+    ///
+    /// # Errors
+    /// Where there is no memory left.
+    pub(crate) fn copy_image(&self) -> io::Result<Image> {
+        self.lock().image.copy()
     }
 
     /// The operator has trapped, and the record that made it will be among the next so many.
@@ -111,7 +150,7 @@ impl Inner {
             if let Some(memory) = &snapshot.memory
                 && let Err(error) = self.image.apply(memory)
             {
-                *self = Self::default();
+                self.clear();
                 return Err(error);
             }
             self.state.clone_from(&snapshot.state);
@@ -122,23 +161,36 @@ impl Inner {
         Ok(())
     }
 
-    /// An attempt begins at `checkpoint`. False if the state is not here and must be loaded.
-    pub(crate) fn rewind(&mut self, checkpoint: Option<u64>) -> io::Result<bool> {
-        let Some(checkpoint) = checkpoint else {
-            *self = Self::default();
-            return Ok(true);
-        };
-        self.settle(checkpoint)?;
+    /// An attempt begins at a checkpoint; 0: at the beginning. The state may not be here, and must be
+    /// [loaded](Self::load) in the turn that is given.
+    pub(crate) fn rewind(&mut self, checkpoint: u64) -> Option<Turn> {
+        self.turn.0 += 1;
+        if checkpoint == 0 {
+            self.clear();
+            return None;
+        }
+        if let Err(error) = self.settle(checkpoint) {
+            tracing::warn!(%error, "the local image is lost: it is read from the storage");
+        }
         self.pending.clear();
-        Ok(self.at == Some(checkpoint))
+        (self.at != Some(checkpoint)).then_some(self.turn)
     }
 
-    /// Takes over what was loaded from the storage.
+    /// Takes over what was loaded from the storage. Does nothing if another attempt has begun
+    /// meanwhile.
     ///
     /// # Errors
     /// Where there is no memory left.
-    pub(crate) fn load(&mut self, checkpoint: u64, loaded: &LoadedTask) -> io::Result<()> {
-        *self = Self::default();
+    pub(crate) fn load(
+        &mut self,
+        turn: Turn,
+        checkpoint: u64,
+        loaded: &LoadedTask,
+    ) -> io::Result<()> {
+        if self.turn != turn {
+            return Ok(());
+        }
+        self.clear();
         for snapshot in &loaded.memory {
             self.image.apply(snapshot)?;
         }
@@ -147,6 +199,10 @@ impl Inner {
         self.in_flight = loaded.in_flight.clone();
         self.at = Some(checkpoint);
         Ok(())
+    }
+
+    fn clear(&mut self) {
+        *self = Self { turn: self.turn, ..Self::default() };
     }
 }
 
@@ -165,12 +221,42 @@ mod tests {
         (1..=3).for_each(|id| inner.push(id, snapshot(id as u8)));
         inner.settle(1).expect("memory");
         assert_eq!(inner.state, [1]);
-        assert!(inner.rewind(Some(2)).expect("memory"), "2 completed unnoticed");
+        assert_eq!(inner.rewind(2), None, "2 completed unnoticed");
         assert_eq!(inner.state, [2]);
         inner.settle(3).expect("memory");
         assert_eq!(inner.state, [2], "3 was taken by the attempt before");
-        assert!(!inner.rewind(Some(9)).expect("memory"), "9 is not here");
-        assert!(inner.rewind(None).expect("memory"));
+        assert!(inner.rewind(9).is_some(), "9 is not here");
+        assert_eq!(inner.rewind(0), None);
         assert!(inner.state.is_empty());
+    }
+
+    #[test]
+    fn what_an_aborted_attempt_still_loads_is_not_what_the_next_one_finds() {
+        let local = TaskLocal::default();
+        let mut inner = local.lock();
+        let loaded = |state: u8| LoadedTask { state: vec![state], ..LoadedTask::default() };
+        let aborted = inner.rewind(4).expect("nothing is here");
+        let next = inner.rewind(5).expect("nothing is here");
+        inner.load(next, 5, &loaded(5)).expect("memory");
+        inner.load(aborted, 4, &loaded(4)).expect("memory");
+        assert_eq!(inner.rewind(5), None);
+        assert_eq!(inner.state, [5]);
+    }
+
+    #[test]
+    fn an_image_that_is_lent_comes_back_but_not_to_another_attempt() {
+        let local = TaskLocal::default();
+        let is_here = |checkpoint| local.lock().rewind(checkpoint).is_none();
+        {
+            let mut inner = local.lock();
+            inner.push(1, snapshot(1));
+            assert_eq!(inner.rewind(1), None);
+        }
+        drop(local.lend_image());
+        assert!(is_here(1));
+        let lent = local.lend_image();
+        assert!(!is_here(1), "somebody else has its image");
+        drop(lent);
+        assert!(!is_here(1), "the attempt after it has not waited");
     }
 }

@@ -697,19 +697,32 @@ impl Worker {
                 continue;
             };
             let (last, others) = (*last, others.to_vec());
+            let task = self.nodes[node].task;
             for target in others {
-                self.send_to(target, records.clone(), waiting);
+                self.send_to(task, target, records.clone(), waiting)?;
             }
-            self.send_to(last, records, waiting);
+            self.send_to(task, last, records, waiting)?;
         }
         waiting[first..].reverse();
         Ok(())
     }
 
-    fn send_to(&mut self, target: Target, records: Batch, waiting: &mut Vec<(usize, u32, Batch)>) {
+    fn send_to(
+        &mut self,
+        task: TaskId,
+        target: Target,
+        records: Batch,
+        waiting: &mut Vec<(usize, u32, Batch)>,
+    ) -> Result<()> {
         match target {
-            Target::Node { node, input } => waiting.push((node, input, records)),
-            Target::Writer(writer) => self.writers[writer].write(records),
+            Target::Node { node, input } => {
+                waiting.push((node, input, records));
+                Ok(())
+            }
+            Target::Writer(writer) => {
+                let written = self.writers[writer].write(records);
+                written.map_err(|cause| TaskFailure { task, cause })
+            }
         }
     }
 

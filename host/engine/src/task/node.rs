@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -121,7 +121,9 @@ impl Node {
         restore_from: Option<CheckpointId>,
     ) -> Result<()> {
         let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
-        self.fetch_state(shared, checkpoint).await?;
+        // Checkpoints are counted from 1.
+        self.fetch_state(shared, checkpoint.unwrap_or(0)).await?;
+        self.fetch_keyed(shared, checkpoint.unwrap_or(0)).await?;
         let (state, is_drained) = {
             let local = self.local.lock();
             // A node that the checkpoint does not know begins anew: a real state is never empty.
@@ -145,7 +147,7 @@ impl Node {
                 let suspects = self.local.suspects();
                 if 0 < suspects {
                     let is_restored = checkpoint.is_some() && operator.spec.snapshot.has_memory();
-                    let base = is_restored.then(|| self.local.lock().image.copy()).transpose();
+                    let base = is_restored.then(|| self.local.copy_image()).transpose();
                     let base = base.map_err(|error| FailureCause::Environment {
                         message: format!("copy the image of a task: {error}"),
                     })?;
@@ -158,32 +160,29 @@ impl Node {
     }
 
     /// Brings the local copy of the state to a checkpoint, from the storage if need be.
-    async fn fetch_state(&mut self, shared: &Arc<Shared>, checkpoint: Option<u64>) -> Result<()> {
-        let is_here = self.local.lock().rewind(checkpoint).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the local image is lost: it is read from the storage");
-            false
-        });
-        self.fetch_keyed(shared, checkpoint).await?;
-        let Some(checkpoint) = checkpoint.filter(|_| !is_here) else { return Ok(()) };
+    async fn fetch_state(&mut self, shared: &Arc<Shared>, checkpoint: u64) -> Result<()> {
+        let Some(turn) = self.local.lock().rewind(checkpoint) else { return Ok(()) };
         let (local, slot, shared) = (self.local.clone(), self.slot, shared.clone());
         blocking(move || {
             let loaded = shared.storage.load(slot, checkpoint)?;
-            local.lock().load(checkpoint, &loaded).map_err(|error| FailureCause::Environment {
-                message: format!("make the image of a task: {error}"),
+            local.lock().load(turn, checkpoint, &loaded).map_err(|error| {
+                FailureCause::Environment { message: format!("make the image of a task: {error}") }
             })
         })
         .await
     }
 
     /// Brings the declared state that the host keeps to a checkpoint.
-    async fn fetch_keyed(&mut self, shared: &Arc<Shared>, checkpoint: Option<u64>) -> Result<()> {
+    async fn fetch_keyed(&mut self, shared: &Arc<Shared>, checkpoint: u64) -> Result<()> {
         let Some(keyed) = self.local.keyed.clone() else { return Ok(()) };
-        let is_here = keyed.rewind(checkpoint).map_err(storage_cause)?;
-        let Some(checkpoint) = checkpoint.filter(|_| !is_here) else { return Ok(()) };
+        let Some(turn) = keyed.rewind(checkpoint) else { return Ok(()) };
         let (slot, shared) = (self.slot, shared.clone());
         blocking(move || {
-            let load = |entries: declared::Entries<'_>| keyed.load(checkpoint, entries);
-            shared.storage.read_declared(slot, checkpoint, load)
+            let load = |entries: declared::Entries<'_>| keyed.load(turn, checkpoint, entries);
+            match checkpoint {
+                0 => load(Box::new(std::iter::empty())).map_err(storage_cause),
+                _ => shared.storage.read_declared(slot, checkpoint, load),
+            }
         })
         .await
     }
@@ -342,10 +341,10 @@ impl OperatorTask {
         let index = task.index;
         let keyed = context.local.keyed.clone();
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
-        let host = TaskHost::new(shared, task, &self.name, attempt, keyed);
+        let host = Arc::new(TaskHost::new(shared, task, &self.name, attempt, keyed));
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
-        let setup = InstanceSetup { host: Arc::new(host), limits: self.spec.limits.clone(), seed };
+        let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
         let mut instance = self.component.instantiate(setup).await.map_err(cause_of)?;
         let config: Vec<(&str, &str)> =
             self.spec.config.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
@@ -358,6 +357,7 @@ impl OperatorTask {
             state_cache,
         };
         instance.open(context).await.map_err(cause_of)?;
+        host.is_open.store(true, Ordering::Relaxed);
         Ok(instance)
     }
 
@@ -370,14 +370,11 @@ impl OperatorTask {
     ) -> Result<()> {
         let Context { shared, local, .. } = context;
         if self.spec.snapshot.has_memory() {
-            // Taken out while the instance maps it, so that no lock is held over an await.
-            let image = std::mem::take(&mut local.lock().image);
-            if image.is_empty() {
+            let lent = local.lend_image();
+            if lent.image.is_empty() {
                 return Ok(());
             }
-            let restored = instance.restore(&image).await;
-            local.lock().image = image;
-            return restored.map_err(restore_cause);
+            return instance.restore(&lent.image).await.map_err(restore_cause);
         }
         if !self.has_states || local.keyed.is_some() {
             return Ok(());
@@ -424,6 +421,11 @@ impl OperatorTask {
         if mode.has_memory() {
             match instance.snapshot().await {
                 Ok(memory) => snapshot.memory = Some(self.complete_snapshot(memory)?),
+                // What was handed over counts as stored for the guest: it cannot be declined now.
+                Err(error @ SnapshotError::HandlesHeld { .. }) if snapshot.declared.is_some() => {
+                    let message = format!("it has taken handles while it handed over: {error}");
+                    return Err(FailureCause::Trap { message, backtrace: Vec::new() });
+                }
                 Err(error @ SnapshotError::HandlesHeld { .. }) => {
                     return Ok(Some(error.to_string()));
                 }
@@ -507,6 +509,8 @@ struct TaskHost {
     metrics: Arc<Metrics>,
     random: AtomicU64,
     keyed: Option<Arc<KeyedState>>,
+    /// Whether `open` has ended, and state may be written.
+    is_open: AtomicBool,
 }
 
 impl TaskHost {
@@ -525,6 +529,7 @@ impl TaskHost {
             metrics: shared.metrics.clone(),
             random: AtomicU64::new(mix(now_ns ^ mix(u64::from(task.index)))),
             keyed,
+            is_open: AtomicBool::new(false),
         }
     }
 
@@ -570,7 +575,11 @@ impl Host for TaskHost {
     }
 
     fn put_state(&self, changes: &StateChanges) -> std::result::Result<(), StateError> {
-        self.keyed()?.put(changes)
+        let keyed = self.keyed()?;
+        if !self.is_open.load(Ordering::Relaxed) {
+            return Err(StateError::NotOpen);
+        }
+        keyed.put(changes)
     }
 
     fn scan_state(

@@ -58,6 +58,9 @@ impl Operator for Probe {
         if self.deed == "trap-in-open" && host::attempt() < self.attempts {
             panic!("open does not want to");
         }
+        if self.deed == "write-in-open" {
+            self.counts.set(b"a key".as_slice(), 1);
+        }
         if self.deed == "fail-in-open" {
             return Err(Error::failed("no luck"));
         }
