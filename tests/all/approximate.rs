@@ -187,16 +187,16 @@ fn producer_restarts_with_its_reader_and_nothing_is_lost() {
 #[test]
 fn both_may_fail_and_the_process_may_end_in_between() {
     let dir = tempfile::tempdir().expect("a directory");
-    let trap = |at, step| format!(r#"do = "trap", at = {at}, attempts = 6, step = {step}"#);
+    let trap = |at, step| format!(r#"do = "trap", at = {at}, attempts = 4, step = {step}"#);
     let job = Approximate {
-        first: trap(9_000, 1_700),
-        second: trap(5_000, 2_300),
+        first: trap(2_000, 300),
+        second: trap(1_500, 400),
         checkpointing: "interval = \"10ms\"\nexternalized-checkpoint-retention = \"RETAIN_ON_CANCELLATION\"",
         ..Approximate::default()
     };
     let manifest = job.write(dir.path());
     let mut all_lost = 0;
-    for records in [12_000, 20_000, u64::MAX] {
+    for records in [40_000, 50_000, u64::MAX] {
         let ran = run_manifest(&manifest, |job| {
             if records < u64::MAX {
                 after_records(job, records, |job| job.stop());

@@ -608,16 +608,17 @@ impl Plan {
         (!channels.is_empty()).then_some(PartitionReader { task, attempt, channels })
     }
 
-    /// Where a producing task puts the records of an edge.
+    /// Where a producing task puts the records of an edge, which is named by its place: an input may
+    /// be there twice.
     fn outlets(
         &self,
-        edge: &Edge,
+        place: usize,
         producer: TaskId,
         attempt: Attempt,
         restore_from: Option<CheckpointId>,
         gates: &BTreeMap<TaskId, Arc<Gate>>,
     ) -> Vec<Outlet> {
-        let place = self.graph.edges().iter().position(|other| other == edge).unwrap_or(0);
+        let edge = &self.graph.edges()[place];
         let receivers = receivers(&self.graph, edge, producer.index);
         if edge.exchange == ExchangeType::PipelinedApproximate {
             let link = |index| {
@@ -629,7 +630,7 @@ impl Plan {
         }
         let Some(partitions) = self.partitions.as_ref().filter(|_| edge.exchange.has_partition())
         else {
-            let senders = senders(&self.graph, edge, producer.index, gates);
+            let senders = senders(&self.graph, place, producer.index, gates);
             return senders.into_iter().map(Outlet::Channel).collect();
         };
         let readers = receivers.len();
@@ -653,21 +654,22 @@ impl Plan {
         let mut waiting =
             std::collections::VecDeque::from([(head.operator, None::<(usize, u32, u32)>)]);
         while let Some((operator, from)) = waiting.pop_front() {
-            let place = nodes.len();
+            let node = nodes.len();
             if let Some((producer, output, input)) = from {
-                add_target(&mut nodes[producer], output, Target::Node { node: place, input });
+                add_target(&mut nodes[producer], output, Target::Node { node, input });
             }
             let task = TaskId { operator, index };
             nodes.push(self.node(task, attempt));
-            for edge in self.graph.outputs(operator) {
+            let edges = self.graph.edges().iter().enumerate();
+            for (place, edge) in edges.filter(|(_, edge)| edge.from == operator) {
                 if self.graph.is_chained(edge) {
-                    waiting.push_back((edge.to, Some((place, edge.output, edge.input))));
+                    waiting.push_back((edge.to, Some((node, edge.output, edge.input))));
                     continue;
                 }
-                let outlets = self.outlets(edge, task, attempt, restore_from, gates);
+                let outlets = self.outlets(place, task, attempt, restore_from, gates);
                 let groups = self.max_parallelism(edge.to);
                 let writer = Writer::new(edge.partitioner, groups, outlets, index as usize);
-                add_target(&mut nodes[place], edge.output, Target::Writer(writers.len()));
+                add_target(&mut nodes[node], edge.output, Target::Writer(writers.len()));
                 writers.push(writer);
             }
         }
@@ -724,11 +726,12 @@ fn origins(graph: &JobGraph, to: TaskId) -> Arc<[Origin]> {
 /// The channels of an edge that begin at one of its producing tasks.
 fn senders(
     graph: &JobGraph,
-    edge: &Edge,
+    place: usize,
     index: u32,
     gates: &BTreeMap<TaskId, Arc<Gate>>,
 ) -> Vec<Sender> {
-    let before = graph.inputs(edge.to).take_while(|other| *other != edge).count();
+    let edge = &graph.edges()[place];
+    let before = graph.edges()[..place].iter().filter(|other| other.to == edge.to).count();
     let sender = |to: u32| {
         let task = TaskId { operator: edge.to, index: to };
         let first: usize = channel_counts(graph, task).iter().take(before).sum();

@@ -248,7 +248,7 @@ fn check_approximate(spec: &JobSpec) -> Result<(), Problem> {
         spec.node(edge.from).name,
         node.name
     );
-    Err(Problem::new(Code::NotSupported, message).detail(place).hint(hint))
+    Err(Problem::new(Code::Excluded, message).detail(place).hint(hint))
 }
 
 /// Sets up the sandbox of a program.

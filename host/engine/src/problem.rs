@@ -61,7 +61,7 @@ codes! {
     StateInUse = "C0019", 2, "The state directory belongs to another run";
     StateMismatch = "C0020", 2, "The checkpoint does not fit the job";
     StoreDamaged = "C0021", 2, "No checkpoint in the state directory is whole";
-    NotSupported = "C0022", 2, "The setting is not supported yet";
+    Excluded = "C0022", 2, "Two settings exclude each other";
     CannotStart = "C0023", 2, "The program cannot set itself up";
     BuildFailed = "C0024", 2, "An operator crate cannot be built";
     ProjectExists = "C0025", 2, "The directory of the new project is taken";
