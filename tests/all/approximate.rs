@@ -196,7 +196,7 @@ fn both_may_fail_and_the_process_may_end_in_between() {
     };
     let manifest = job.write(dir.path());
     let mut all_lost = 0;
-    for records in [40_000, 50_000, u64::MAX] {
+    for records in [30_000, 8_000, u64::MAX] {
         let ran = run_manifest(&manifest, |job| {
             if records < u64::MAX {
                 after_records(job, records, |job| job.stop());
