@@ -37,8 +37,9 @@ struct Options {
     tolerable: u32,
     concurrent_max: usize,
     retained_max: usize,
-    /// Neighbours that are joined by a channel, so that they are in one region.
-    joined: Vec<bool>,
+    /// What joins neighbours: a channel, so that they are in one region; one whose reader restarts
+    /// alone; or nothing.
+    joined: Vec<Option<ExchangeType>>,
     failover: FailoverStrategy,
     latency_ms: u64,
     trap_one_in: u64,
@@ -57,7 +58,13 @@ impl Options {
             tasks: random.between(1, 6) as u32,
             concurrent_max: random.between(1, 3) as usize,
             retained_max: random.between(1, 3) as usize,
-            joined: (0..5).map(|_| random.one_in(2)).collect(),
+            joined: (0..5)
+                .map(|_| match random.between(0, 3) {
+                    0 | 1 => None,
+                    2 => Some(ExchangeType::PipelinedBounded),
+                    _ => Some(ExchangeType::PipelinedApproximate),
+                })
+                .collect(),
             failover: [FailoverStrategy::Full, FailoverStrategy::Region]
                 [random.between(0, 1) as usize],
             interval_ms: random.between(10, 400),
@@ -165,17 +172,19 @@ impl World {
         let operators = (0..self.options.tasks)
             .map(|index| Operator { name: format!("op{index}"), parallelism: 1 })
             .collect();
-        let joined = (1..self.options.tasks).filter(|to| self.options.joined[*to as usize - 1]);
-        let edge = |to: u32| Edge {
-            from: OperatorId(to - 1),
-            output: 0,
-            to: OperatorId(to),
-            input: 0,
-            partitioner: Partitioner::Hash,
-            exchange: ExchangeType::PipelinedBounded,
+        let edge = |to: u32| {
+            self.options.joined[to as usize - 1].map(|exchange| Edge {
+                from: OperatorId(to - 1),
+                output: 0,
+                to: OperatorId(to),
+                input: 0,
+                partitioner: Partitioner::Hash,
+                exchange,
+            })
         };
+        let edges = (1..self.options.tasks).filter_map(edge).collect();
         JobSettings {
-            graph: JobGraph::new(operators, joined.map(edge).collect()).expect("no cycle"),
+            graph: JobGraph::new(operators, edges).expect("no cycle"),
             failover: self.options.failover,
             checkpoint: CheckpointSettings {
                 interval_ms: Some(self.options.interval_ms.max(self.options.min_pause_ms)),
@@ -278,6 +287,12 @@ impl World {
         assert_eq!(newest, restore_from, "not restored from the newest durable checkpoint");
         for (id, attempt) in &tasks {
             assert!(!self.tasks[id].is_running, "a task twice at once");
+            let place = id.operator.0.wrapping_sub(1);
+            if self.options.joined.get(place as usize).is_some_and(Option::is_some) {
+                let producer = TaskId { operator: OperatorId(place), index: 0 };
+                let begins = tasks.iter().any(|(task, _)| *task == producer);
+                assert!(begins || self.tasks[&producer].is_running, "{id:?} has nobody to read");
+            }
             let mut task = Task { is_running: true, attempt: *attempt, ..Task::default() };
             if let Some(checkpoint) = restore_from {
                 let snapshot = self.snapshots[&(checkpoint, *id)].clone();
