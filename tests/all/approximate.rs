@@ -10,7 +10,7 @@ use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::progress::Progress;
 use cofferdam_tests::{
     guest,
-    job::{Ran, after_records, check_counts, committed, run_manifest},
+    job::{Ran, after_records, check_counts, committed, job_with_restarts, run_manifest, words},
 };
 
 const COUNT: u64 = 60_000;
@@ -22,7 +22,7 @@ struct Approximate {
     second: String,
     checkpointing: &'static str,
     escalation: &'static str,
-    attempts: u32,
+    attempts: u64,
     inputs: &'static str,
 }
 
@@ -43,26 +43,14 @@ impl Approximate {
     fn write(&self, dir: &Path) -> PathBuf {
         let Self { first, second, checkpointing, escalation, attempts, inputs } = self;
         let component = guest::probe();
+        let (job, words) = (job_with_restarts("approximate", 2, *attempts), words(500, COUNT));
         let text = format!(
-            r#"
-[job]
-name = "approximate"
-parallelism = 2
-
+            r#"{job}
 [execution.checkpointing]
 {checkpointing}
 
-[restart-strategy]
-type = "fixed-delay"
-fixed-delay = {{ attempts = {attempts}, delay = "0s" }}
 {escalation}
-
-[[source]]
-name = "words"
-connector = "generator"
-vocabulary = 500
-seed = 5
-count = {COUNT}
+{words}
 rate = 200_000
 timestamps = true
 

@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -15,7 +15,10 @@ use cofferdam_core::job::Outcome;
 use cofferdam_engine::{job::Job, progress::Progress};
 use cofferdam_tests::{
     guest,
-    job::{Ran, after_records, block_on, check_counts, committed, rounds, run_manifest, when},
+    job::{
+        Ran, after_records, block_on, check_counts, committed, job_with_restarts, rounds,
+        run_manifest, when, words,
+    },
 };
 
 const COUNT: u64 = 60_000;
@@ -26,7 +29,7 @@ struct Batch {
     exchange: &'static str,
     parallelism: u32,
     config: String,
-    attempts: u32,
+    attempts: u64,
     rate: Option<u32>,
 }
 
@@ -42,22 +45,9 @@ impl Batch {
         let Self { exchange, parallelism, config, attempts, rate } = self;
         let component = guest::probe();
         let rate = rate.map_or(String::new(), |rate| format!("rate = {rate}"));
+        let (job, words) = (job_with_restarts("batch", *parallelism, *attempts), words(500, COUNT));
         let text = format!(
-            r#"
-[job]
-name = "batch"
-parallelism = {parallelism}
-
-[restart-strategy]
-type = "fixed-delay"
-fixed-delay = {{ attempts = {attempts}, delay = "0s" }}
-
-[[source]]
-name = "words"
-connector = "generator"
-vocabulary = 500
-seed = 5
-count = {COUNT}
+            r#"{job}{words}
 timestamps = true
 {rate}
 
@@ -197,13 +187,7 @@ fn killed_job_begins_anew_and_stopped_one_says_so() {
     let ran = batch.run_in(dir.path(), |job| after_records(job, 10_000, |job| job.stop()));
     assert!(matches!(ran.outcome, Ok(Outcome::Stopped { checkpoint: None, .. })), "{ran:?}");
     let manifest = batch.write(dir.path());
-    let mut child = Command::new(guest::program())
-        .args(["run", "--no-progress"])
-        .arg(&manifest)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the program runs");
+    let mut child = guest::start(&["run", "--no-progress"], &manifest, Stdio::null());
     let partitions = dir.path().join("batch.cofferdam/partitions");
     let deadline = Instant::now() + Duration::from_secs(30);
     while fs::read_dir(&partitions).map_or(0, Iterator::count) == 0 && Instant::now() < deadline {
@@ -323,9 +307,8 @@ fn thousands_of_traps_in_one_region_change_no_record_and_touch_no_other() {
 
     let dir = tempfile::tempdir().expect("a directory");
     let config = format!(r#"do = "trap", at = 3, attempts = {traps}"#);
-    let attempts = u32::try_from(traps).expect("some thousands");
     let began = Instant::now();
-    let ran = Batch { config, attempts, ..batch }.run_in(dir.path(), |_| {});
+    let ran = Batch { config, attempts: traps, ..batch }.run_in(dir.path(), |_| {});
     println!("{traps} traps in {:.1} s", began.elapsed().as_secs_f64());
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     assert_eq!(ran.restart_count() as u64, traps);

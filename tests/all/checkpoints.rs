@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::OnceLock,
 };
 
 use cofferdam_core::{job::Outcome, random::Random};
@@ -16,17 +15,9 @@ use cofferdam_engine::{
     storage::faulty::Faults,
 };
 use cofferdam_tests::job::{
-    Harness, Ran, after_records, block_on, check_counts, committed, rounds, run_manifest, run_with,
+    Harness, Ran, after_records, block_on, check_counts, committed, golden, rounds, run_manifest,
+    run_with,
 };
-
-fn golden() -> &'static [String] {
-    static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
-    GOLDEN.get_or_init(|| {
-        let (ran, lines) = Harness::default().run();
-        assert_eq!(ran.outcome, Ok(Outcome::Finished));
-        lines
-    })
-}
 
 fn with_lines(lines: &str) -> Harness {
     let checkpointing =

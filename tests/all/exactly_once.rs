@@ -1,23 +1,11 @@
 //! Golden run equals faulted run, whatever fails in between.
 
-use std::sync::OnceLock;
-
 use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::progress::Progress;
 use cofferdam_tests::{
     crash,
-    job::{Harness, check_counts, committed, rounds, run_manifest},
+    job::{Harness, committed, golden, rounds, run_manifest},
 };
-
-fn golden() -> &'static [String] {
-    static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
-    GOLDEN.get_or_init(|| {
-        let (ran, lines) = Harness::default().run();
-        assert_eq!(ran.outcome, Ok(Outcome::Finished));
-        check_counts(&lines, Harness::default().count).expect("a right golden run");
-        lines
-    })
-}
 
 /// Runs a faulted job; its output must be the golden run's, and the fault must have struck.
 fn check(harness: &Harness, story: &str) -> usize {

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     os::unix::fs::MetadataExt,
     path::Path,
-    process::{Command, Stdio},
+    process::Stdio,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -123,13 +123,7 @@ fn process_does_not_grow_from_checkpoint_to_checkpoint() {
         config: "ballast = 8388608, dirty = 1, quiet = true".to_owned(),
         ..Harness::default()
     };
-    let mut job = Command::new(guest::program())
-        .args(["run", "--json"])
-        .arg(harness.write(dir.path()))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the program runs");
+    let mut job = guest::start(&["run", "--json"], &harness.write(dir.path()), Stdio::piped());
     let lines = BufReader::new(job.stdout.take().expect("piped")).lines();
     let completed = lines.map_while(Result::ok).filter(|line| {
         let event: serde_json::Value = serde_json::from_str(line).expect("one object a line");
@@ -173,13 +167,7 @@ fn state_on_disk_grows_and_the_process_does_not() {
     let text = fs::read_to_string(&manifest).expect("readable");
     let text = text.replace("vocabulary = ", "exponent = 0\nvocabulary = ");
     fs::write(&manifest, text).expect("written");
-    let mut job = Command::new(guest::program())
-        .args(["run", "--no-progress"])
-        .arg(&manifest)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the program runs");
+    let mut job = guest::start(&["run", "--no-progress"], &manifest, Stdio::null());
     let working = dir.path().join("probe.cofferdam/working");
     let mut sizes = Vec::new();
     for disk in [40, 80, 120].map(|mib| mib << 20) {

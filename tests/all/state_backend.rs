@@ -1,22 +1,12 @@
 //! Declared state that the host keeps: larger than a guest's memory, and exactly once all the same.
 
-use std::{fs, path::Path, sync::OnceLock};
+use std::{fs, path::Path};
 
 use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::restore::open_named;
 use cofferdam_tests::job::{
-    HOST_STATE, Harness, after_records, check_counts, committed, run_manifest,
+    HOST_STATE, Harness, after_records, check_counts, committed, golden, run_manifest,
 };
-
-/// The output of an undisturbed run whose guests keep their state themselves.
-fn golden() -> &'static [String] {
-    static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
-    GOLDEN.get_or_init(|| {
-        let (ran, lines) = Harness::default().run();
-        assert_eq!(ran.outcome, Ok(Outcome::Finished));
-        lines
-    })
-}
 
 fn by_host(harness: Harness) -> Harness {
     let checkpointing = harness.checkpointing + HOST_STATE;

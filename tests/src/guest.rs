@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
     sync::OnceLock,
 };
 
@@ -57,6 +57,17 @@ pub fn program() -> PathBuf {
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     target.join("debug/cofferdam")
+}
+
+/// Starts the program with a job in a process of its own; what it tells goes nowhere but to `stdout`.
+///
+/// # Panics
+/// If it cannot be started.
+#[must_use]
+pub fn start(arguments: &[&str], manifest: &Path, stdout: Stdio) -> Child {
+    let mut command = Command::new(program());
+    command.args(arguments).arg(manifest).stdout(stdout).stderr(Stdio::null());
+    command.spawn().expect("the program runs")
 }
 
 fn built(workspace: &Path, once: &OnceLock<()>) -> PathBuf {

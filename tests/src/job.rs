@@ -160,26 +160,14 @@ impl Harness {
             checkpointing,
             ..
         } = self;
+        let (job, words) =
+            (job_with_restarts("probe", *parallelism, *attempts), words(*vocabulary, *count));
         let mut text = format!(
-            r#"
-[job]
-name = "probe"
-parallelism = {parallelism}
-
+            r#"{job}
 [execution.checkpointing]
 interval = "{interval_ms}ms"
 {checkpointing}
-
-[restart-strategy]
-type = "fixed-delay"
-fixed-delay = {{ attempts = {attempts}, delay = "0s" }}
-
-[[source]]
-name = "words"
-connector = "generator"
-vocabulary = {vocabulary}
-seed = 5
-count = {count}
+{words}
 "#
         );
         if let Some(rate) = self.rate {
@@ -227,6 +215,50 @@ path = "output"
         let lines = committed(&dir.path().join("output"));
         (ran, lines)
     }
+}
+
+/// How a manifest begins: a job that restarts at once, so many times.
+#[must_use]
+pub fn job_with_restarts(name: &str, parallelism: u32, attempts: u64) -> String {
+    format!(
+        r#"
+[job]
+name = "{name}"
+parallelism = {parallelism}
+
+[restart-strategy]
+type = "fixed-delay"
+fixed-delay = {{ attempts = {attempts}, delay = "0s" }}
+"#
+    )
+}
+
+/// A source of words; lines that follow belong to it.
+#[must_use]
+pub fn words(vocabulary: u64, count: u64) -> String {
+    format!(
+        r#"
+[[source]]
+name = "words"
+connector = "generator"
+vocabulary = {vocabulary}
+seed = 5
+count = {count}"#
+    )
+}
+
+/// What an undisturbed run of the usual job commits.
+///
+/// # Panics
+/// If it does not finish.
+pub fn golden() -> &'static [String] {
+    static GOLDEN: OnceLock<Vec<String>> = OnceLock::new();
+    GOLDEN.get_or_init(|| {
+        let (ran, lines) = Harness::default().run();
+        assert_eq!(ran.outcome, Ok(Outcome::Finished));
+        check_counts(&lines, Harness::default().count).expect("a right golden run");
+        lines
+    })
 }
 
 /// Runs the job of a manifest; `with` gets it before it starts.

@@ -463,28 +463,22 @@ fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Probl
             "set snapshot = \"declared\", as it was when the checkpoint was taken",
         );
     }
-    if known.digest != task.digest {
-        let what = format!(
-            "the checkpoint of \"{name}\" was written by another component ({} then, {} now)",
-            digest_text(known.digest),
-            digest_text(task.digest)
-        );
-        let hint = format!(
-            "linear memory fits only the component that wrote it: put that one back{by_declared_state}"
-        );
-        return mismatch(what, &hint);
-    }
-    if known.has_host_state != task.has_host_state {
-        let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
-        let what = format!(
-            "the checkpoint of \"{name}\" was taken with state.backend.type = \"{}\", the manifest has \"{}\"",
-            backend(known.has_host_state),
-            backend(task.has_host_state)
-        );
-        let hint = format!(
-            "linear memory fits only the state backend that it was written with: set that one back{by_declared_state}"
-        );
-        return mismatch(what, &hint);
+    let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
+    let foreign = if known.digest != task.digest {
+        let (then, now) = (digest_text(known.digest), digest_text(task.digest));
+        let what = format!("was written by another component ({then} then, {now} now)");
+        Some((what, "component that wrote it: put that one back"))
+    } else if known.has_host_state != task.has_host_state {
+        let (then, now) = (backend(known.has_host_state), backend(task.has_host_state));
+        let what =
+            format!("was taken with state.backend.type = \"{then}\", the manifest has \"{now}\"");
+        Some((what, "state backend that it was written with: set that one back"))
+    } else {
+        None
+    };
+    if let Some((what, fits)) = foreign {
+        let hint = format!("linear memory fits only the {fits}{by_declared_state}");
+        return mismatch(format!("the checkpoint of \"{name}\" {what}"), &hint);
     }
     if known.parallelism != task.parallelism {
         let what = format!(

@@ -88,29 +88,14 @@ struct Manifest2 {
     tasks: Vec<(Identity2, Vec<u64>, SnapshotStats)>,
 }
 
-#[derive(Deserialize)]
-struct Identity2 {
-    operator: String,
-    index: u32,
-    parallelism: u32,
-    max_parallelism: u32,
-    digest: Option<[u8; 16]>,
-    has_memory: bool,
-    has_declared: bool,
-}
+/// Operator, index, parallelism, maximum of it, digest, whether memory and declared state are there.
+type Identity2 = (String, u32, u32, u32, Option<[u8; 16]>, bool, bool);
 
 impl From<Manifest2> for Manifest {
     fn from(old: Manifest2) -> Self {
         let task = |(identity, chain, stats): (Identity2, Vec<u64>, SnapshotStats)| {
-            let Identity2 {
-                operator,
-                index,
-                parallelism,
-                max_parallelism,
-                digest,
-                has_memory,
-                has_declared,
-            } = identity;
+            let (operator, index, parallelism, max_parallelism, digest, has_memory, has_declared) =
+                identity;
             let identity = TaskIdentity {
                 operator,
                 index,
