@@ -33,6 +33,10 @@ const RENAMED: &[(&str, &str)] = &[
         "execution.checkpointing.alignment-timeout",
         "execution.checkpointing.aligned-checkpoint-timeout",
     ),
+    (
+        "execution.checkpointing.approximate-local-recovery",
+        "execution.state-recovery.approximate-local-recovery",
+    ),
     ("execution.checkpointing.unaligned", "execution.checkpointing.unaligned.enabled"),
 ];
 
@@ -57,6 +61,7 @@ const KNOWN: &[&str] = &[
     "execution.checkpointing.dir",
     "execution.checkpointing.savepoint-dir",
     "execution.checkpointing.storage",
+    "execution.state-recovery.approximate-local-recovery",
     "state.backend.type",
     "state.backend.sled.cache",
     "state.backend.sled.write-buffer",

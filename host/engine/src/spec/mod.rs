@@ -458,6 +458,11 @@ impl JobSpec {
                 |(key, bytes)| (format!("state.backend.sled.{key}"), format!("{bytes} bytes"));
             all.extend(bytes.map(setting));
         }
+        let is_approximate = |edge: &Edge| edge.exchange == ExchangeType::PipelinedApproximate;
+        all.push((
+            "execution.state-recovery.approximate-local-recovery".to_owned(),
+            self.graph.edges().iter().any(is_approximate).to_string(),
+        ));
         all.push((
             "jobmanager.execution.failover-strategy".to_owned(),
             self.failover.name().to_owned(),
@@ -666,6 +671,8 @@ struct Execution {
 struct RuntimeMode {
     mode: ModeName,
     batch: ShuffleMode,
+    /// In a stream, readers restart alone.
+    is_approximate: bool,
 }
 
 /// Which exchange the edges of a batch job have.
@@ -710,6 +717,7 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         mode: RuntimeMode {
             mode: ModeName::Streaming,
             batch: ShuffleMode::All(ExchangeType::Blocking),
+            is_approximate: false,
         },
         warnings: Vec::new(),
     };
@@ -738,6 +746,11 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
     if let Some(checkpointing) = section.section("checkpointing")? {
         read_checkpointing(&checkpointing, base_dir, default_dir, job, &mut execution)?;
         checkpointing.finish()?;
+    }
+    if let Some(recovery) = section.section("state-recovery")? {
+        let is_approximate = recovery.boolean("approximate-local-recovery")?;
+        execution.mode.is_approximate = is_approximate.is_some_and(|it| it.value);
+        recovery.finish()?;
     }
     section.finish()?;
     Ok(execution)
@@ -1341,6 +1354,10 @@ impl RuntimeMode {
         };
         let is_forward = partitioner == Partitioner::Forward;
         let is_blocking = match self.batch {
+            // A forward edge costs no channel as long as it is pipelined.
+            _ if !is_batch && self.is_approximate && !is_forward => {
+                return ExchangeType::PipelinedApproximate;
+            }
             _ if !is_batch => false,
             ShuffleMode::All(_) if is_forward => false,
             ShuffleMode::All(exchange) => return exchange,
@@ -1663,6 +1680,88 @@ mod tests {
         let spec = spec(&execution, None).expect("a job");
         let letter = |edge: &Edge| if edge.exchange.must_be_pipelined() { 'P' } else { 'B' };
         spec.graph.edges().iter().map(letter).collect()
+    }
+
+    #[test]
+    fn approximate_local_recovery_is_for_streams_and_edges_that_say_nothing() {
+        let nodes = operator("a", "{ from = \"s\", partition = \"hash\" }")
+            + &operator("b", "\"a\"")
+            + &operator("c", "{ from = \"b\", partition = \"hash\", exchange = \"pipelined\" }");
+        let names = |lines: &str| -> Vec<&'static str> {
+            let spec = spec(&format!("{lines}{nodes}"), None).expect("a job");
+            spec.graph.edges().iter().map(|edge| edge.exchange.name()).collect()
+        };
+        let on = "[execution.state-recovery]\napproximate-local-recovery = true\n";
+        assert_eq!(names(on), ["pipelined-approximate", "pipelined-bounded", "pipelined"]);
+        let batch = format!("[execution]\nruntime-mode = \"BATCH\"\n{on}");
+        assert_eq!(names(&batch), ["blocking", "pipelined-bounded", "pipelined"]);
+        assert_eq!(names(""), ["pipelined-bounded", "pipelined-bounded", "pipelined"]);
+    }
+
+    /// Every key that anything looks for.
+    fn keys(lines: &str) -> BTreeSet<String> {
+        let text = format!("[job]\nname = \"j\"\n{lines}");
+        let source = Text::new(Path::new("job.toml"), &text);
+        let table = parse_toml(&source, &text, 0).expect("TOML");
+        let layers = vec![Layer { table: &table, start: 0 }];
+        let root = Section::new(&source, String::new(), 0..0, layers);
+        read_job(&root, Path::new("")).unwrap_or_else(|problem| panic!("{problem}"));
+        source.looked_for().into_keys().collect()
+    }
+
+    #[test]
+    fn every_setting_stands_in_the_reference_and_no_other() {
+        let all = r#"
+            [execution]
+            [execution.checkpointing]
+            unaligned = {}
+            [execution.state-recovery]
+            [pipeline.backlog]
+            [state.backend]
+            type = "sled"
+            sled = {}
+            [restart-strategy]
+            fixed-delay = {}
+            failure-rate = {}
+            exponential-delay = {}
+            [jobmanager.execution]
+            [[source]]
+            name = "words"
+            connector = "generator"
+            [[source]]
+            name = "lines"
+            connector = "file"
+            path = "lines"
+            [[operator]]
+            name = "o"
+            component = "o.wasm"
+            inputs = [{ from = "words" }, "lines"]
+            limits = {}
+            on-trap = "dead-letter"
+            [[sink]]
+            name = "out"
+            connector = "file"
+            path = "output"
+            inputs = ["o"]
+        "#;
+        let is_table = |key: &String, all: &BTreeSet<String>| {
+            all.iter().any(|other| other.starts_with(&format!("{key}.")))
+        };
+        let known = keys(all);
+        let reference = include_str!("../../../../docs/settings.md");
+        let rows = reference.lines().filter(|line| line.starts_with("| `"));
+        let told: BTreeSet<String> = rows
+            .flat_map(|row| row.split('|').nth(1).unwrap_or_default().split(','))
+            .map(|key| key.trim().trim_matches('`').to_owned())
+            .collect();
+        let is_meaningless = |key: &str| MEANINGLESS.iter().any(|(other, _)| key == *other);
+        let known: BTreeSet<String> = known
+            .iter()
+            .filter(|key| !is_table(key, &known) && !is_meaningless(key))
+            .cloned()
+            .collect();
+        let odd: Vec<&String> = known.symmetric_difference(&told).collect();
+        assert!(odd.is_empty(), "in one of the two only: {odd:?}");
     }
 
     fn operator(name: &str, inputs: &str) -> String {
