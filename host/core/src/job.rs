@@ -275,8 +275,8 @@ pub struct JobSettings {
     /// Failures of one incident count as one, whatever the strategy.
     pub is_merging_failures: bool,
     /// After so many failovers in a row with no checkpoint completed between them, more restarts than
-    /// the failure asks for: where a task may restart alone and lose records, its whole region; after
-    /// as many again every task; after as many again the job fails. `None`: never.
+    /// the failure asks for: where a task may restart alone and lose records, also all that it reads
+    /// from; after as many again every task; after as many again the job fails. `None`: never.
     pub escalates_after: Option<u32>,
     /// Seeds jitter and the first trigger.
     pub seed: u64,

@@ -552,6 +552,8 @@ impl Plan {
     }
 
     fn tell_losses(&self, shared: &Shared) {
+        // At least once: some that came behind a barrier may be in its checkpoint already.
+        let at_most = if self.is_exactly_once { "" } else { "at most " };
         for (place, Losses { lost, regained }) in self.links.take_news() {
             let edge = &self.graph.edges()[place];
             let from = &self.graph.operator(edge.from).name;
@@ -559,14 +561,14 @@ impl Plan {
             if 0 < regained {
                 shared.metrics.records_lost.fetch_sub(regained, Ordering::Relaxed);
                 let message = format!(
-                    "{regained} records from {from} to {to} that were lost come again: {from} has restarted, too"
+                    "{at_most}{regained} records from {from} to {to} count as lost no more: {from} has gone back, too"
                 );
                 shared.observe(Progress::Warning { message });
             }
             if 0 < lost {
                 shared.metrics.records_lost.fetch_add(lost, Ordering::Relaxed);
                 let message = format!(
-                    "{lost} records from {from} to {to} are lost: {to} has restarted without {from}"
+                    "{at_most}{lost} records from {from} to {to} are lost: {to} has restarted without all of {from}"
                 );
                 shared.observe(Progress::Warning { message });
             }

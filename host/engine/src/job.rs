@@ -99,7 +99,7 @@ pub(crate) struct Plan {
     pub(crate) graph: JobGraph,
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
-    is_exactly_once: bool,
+    pub(crate) is_exactly_once: bool,
     /// When a barrier overtakes; see [`CheckpointSettings::unaligned_after_ms`].
     pub(crate) unaligned_after: Option<Duration>,
     /// See [`JobSpec::backlog_lag_ms`].

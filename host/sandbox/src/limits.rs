@@ -19,7 +19,7 @@ const HANDLES_MAX: u32 = 64;
 const TABLE_ELEMENTS_MAX: u64 = 100_000;
 /// Declared state of one task that the host keeps: what a disk of 1 TB has for 60 of them.
 const STATE_BYTES_MAX: u64 = 16 << 30;
-/// Result partitions of one task: of a batch job's tasks there are many, and most are released early.
+/// One result partition: a batch job has many, and most are released early.
 const PARTITION_BYTES_MAX: u64 = 64 << 30;
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
@@ -37,7 +37,8 @@ pub struct Limits {
     pub handles_max: u32,
     /// Elements of all tables together. Default: 100,000.
     pub table_elements_max: u64,
-    /// Keys and values of declared state that the host keeps. Default: 16 GiB.
+    /// Declared state that the host keeps: keys, values, and what an index takes of each. Default:
+    /// 16 GiB.
     pub state_bytes_max: u64,
     /// Bytes of one result partition on disk. Default: 64 GiB.
     pub partition_bytes_max: u64,

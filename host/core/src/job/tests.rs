@@ -567,6 +567,43 @@ fn reader_of_an_approximate_exchange_restarts_with_its_producer_if_that_fails_me
 }
 
 #[test]
+fn reader_waits_for_each_that_it_reads_from_whatever_restarts_first() {
+    let edges =
+        [(0, 2, ExchangeType::PipelinedApproximate), (1, 2, ExchangeType::PipelinedApproximate)];
+    let settings =
+        JobSettings { graph: graph(&["a", "b", "c"], &edges), ..settings(fixed_delay(10)) };
+    check_with(
+        settings,
+        "0: started @0        ->
+         100: tick            -> barrier #1
+         101: ack a @0 #1     ->
+         102: ack b @0 #1     ->
+         103: ack c @0 #1     -> persist #1
+         104: durable #1      -> complete #1
+         105: trap a @0       -> cancel a@0 c@0, restart in 50
+         106: trap b @0       -> cancel b@0, restart in 50
+         107: stopped c@0     ->
+         108: stopped b@0     ->
+         160: tick            -> start b@1 from #1
+         161: stopped a@0 c@0 -> start a@1 c@1 from #1",
+    );
+}
+
+#[test]
+fn approximate_exchanges_are_those_of_a_stream() {
+    check_with(
+        approximate(),
+        "0: started @0        ->
+         1: savepoint         -> barrier #1 savepoint
+         2: ack a @0 #1       ->
+         3: ack b @0 #1       -> save #1
+         4: saved #1          -> saved #1
+         5: drained a @0      ->
+         6: drained b @0      -> barrier #2 last",
+    );
+}
+
+#[test]
 fn failovers_that_may_lose_records_escalate_to_those_that_do_not() {
     let settings = JobSettings { escalates_after: Some(1), ..approximate() };
     check_with(

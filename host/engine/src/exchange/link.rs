@@ -37,7 +37,7 @@ pub(crate) struct Links {
 pub(crate) struct Losses {
     /// Lost to readers that have restarted alone.
     pub(crate) lost: u64,
-    /// Were lost, and come again.
+    /// Were lost, and their producer has gone back behind them.
     pub(crate) regained: u64,
 }
 

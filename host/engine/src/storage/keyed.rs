@@ -33,6 +33,9 @@ const SCAN_BYTES: usize = 256 << 10;
 /// What a key counts for beside its bytes and those of its value: the table's index of it, in memory.
 const KEY_BYTES: u64 = 24;
 
+/// Entries that a load takes before it looks whether it is still wanted.
+const LOADED_AT_ONCE: usize = 1_000;
+
 /// In the table of a layer: the first byte of an entry that is there, and all of one that was removed.
 const PRESENT: u8 = 1;
 const REMOVED: u8 = 0;
@@ -40,7 +43,7 @@ const REMOVED: u8 = 0;
 /// What bounds the state of one task.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyedLimits {
-    /// Keys and values, all layers together.
+    /// Keys and values with what they take beside that, all layers together.
     pub(crate) bytes_max: u64,
     /// A layer that is larger moves to disk.
     pub(crate) write_buffer_bytes: u64,
@@ -60,8 +63,15 @@ pub(crate) struct KeyedState {
 }
 
 /// What makes an attempt's load its own: one that was aborted may have left a load behind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Turn(u64);
+
+impl Turn {
+    /// Another attempt begins.
+    pub(crate) fn pass(&mut self) {
+        self.0 += 1;
+    }
+}
 
 struct Inner {
     base: Arc<Table>,
@@ -187,7 +197,7 @@ impl KeyedState {
         let inner = Inner {
             base: Arc::new(tables.table()?),
             at: Some(0),
-            turn: Turn(0),
+            turn: Turn::default(),
             pending: VecDeque::new(),
             completed: 0,
             current: Layer::default(),
@@ -386,7 +396,7 @@ impl KeyedState {
     /// and must be [loaded](Self::load) in the turn that is given.
     pub(crate) fn rewind(&self, checkpoint: u64) -> Option<Turn> {
         let mut inner = self.lock();
-        inner.turn.0 += 1;
+        inner.turn.pass();
         (inner.current, inner.unsecured) = (Layer::default(), None);
         inner.pending.retain(|(id, _)| *id <= checkpoint);
         inner.completed = inner.completed.max(checkpoint);
@@ -416,7 +426,11 @@ impl KeyedState {
         };
         before.drop_table();
         self.base_bytes.store(0, Ordering::Relaxed);
-        for entry in entries {
+        for (number, entry) in entries.enumerate() {
+            // Its successor waits.
+            if number % LOADED_AT_ONCE == 0 && self.lock().turn != turn {
+                return Ok(());
+            }
             let (key, value) = entry?;
             self.write_into(&base, &encode(&key), value.as_deref())?;
         }
@@ -685,14 +699,25 @@ mod tests {
         state.load(aborted, 4, numbers(100)).expect("nothing is done");
         assert_eq!(scanned(&state, 2).len(), 7);
         assert_eq!(state.rewind(5), None);
-        // And the next may begin while the one before is at it.
+        // And the next may begin while the one before is at it: it ends soon, or is whole.
         let aborted = state.rewind(6).expect("nothing is here");
-        let while_loading = numbers(9).inspect(|_| {
-            assert!(state.rewind(6).is_some(), "not yet");
+        let while_loading = numbers(9).enumerate().map(|(number, entry)| {
+            assert!(number == 0 || state.rewind(6).is_some(), "not yet");
+            entry
         });
         state.load(aborted, 6, Box::new(while_loading)).expect("loaded");
         assert_eq!(state.rewind(6), None, "whole, whoever has loaded it");
         assert_eq!(scanned(&state, 2).len(), 9);
+        let aborted = state.rewind(7).expect("nothing is here");
+        let mut taken = 0;
+        let without_end = std::iter::repeat_with(|| {
+            assert!(state.rewind(7).is_some(), "not yet");
+            taken += 1;
+            Ok((DeclaredKey::new(2, b"the same", 128), Some(vec![1])))
+        });
+        state.load(aborted, 7, Box::new(without_end)).expect("ended");
+        assert!(taken <= LOADED_AT_ONCE + 1, "{taken}");
+        assert!(state.rewind(7).is_some(), "not whole");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 
 use crate::storage::{
     in_flight::ChannelState,
-    keyed::KeyedState,
+    keyed::{KeyedState, Turn},
     snapshot::{LoadedTask, TaskSnapshot},
 };
 
@@ -35,10 +35,6 @@ pub(crate) struct TaskLocal {
     /// How many records the next attempt guards, because the operator has trapped; 0: none.
     suspects: AtomicU64,
 }
-
-/// What makes an attempt's load its own: one that was aborted may have left a load behind.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Turn(u64);
 
 /// The image of a task while a guest maps it. Goes back when it is dropped, also where the attempt is
 /// aborted in between.
@@ -142,11 +138,15 @@ impl Inner {
     /// pages, so not to be called where a guest waits.
     ///
     /// # Errors
-    /// Where there is no memory left; nothing is here then any more.
+    /// Where there is no memory left; nothing is here then until an attempt has loaded it.
     pub(crate) fn settle(&mut self, checkpoint: u64) -> io::Result<()> {
         while let Some((taken_for, snapshot)) =
             self.pending.pop_front_if(|(id, _)| *id <= checkpoint)
         {
+            // An increment is nothing without what it stands on.
+            if self.at.is_none() {
+                continue;
+            }
             if let Some(memory) = &snapshot.memory
                 && let Err(error) = self.image.apply(memory)
             {
@@ -164,9 +164,10 @@ impl Inner {
     /// An attempt begins at a checkpoint; 0: at the beginning. The state may not be here, and must be
     /// [loaded](Self::load) in the turn that is given.
     pub(crate) fn rewind(&mut self, checkpoint: u64) -> Option<Turn> {
-        self.turn.0 += 1;
+        self.turn.pass();
         if checkpoint == 0 {
             self.clear();
+            self.at = Some(0);
             return None;
         }
         if let Err(error) = self.settle(checkpoint) {
@@ -218,6 +219,7 @@ mod tests {
     fn only_completed_checkpoints_are_restored() {
         let local = TaskLocal::default();
         let mut inner = local.lock();
+        inner.rewind(0);
         (1..=3).for_each(|id| inner.push(id, snapshot(id as u8)));
         inner.settle(1).expect("memory");
         assert_eq!(inner.state, [1]);
@@ -244,11 +246,27 @@ mod tests {
     }
 
     #[test]
+    fn an_increment_does_not_stand_for_an_image_that_was_lost() {
+        let local = TaskLocal::default();
+        let mut inner = local.lock();
+        inner.rewind(0);
+        inner.push(1, snapshot(1));
+        inner.settle(1).expect("memory");
+        // As it is when there was no memory for the next one.
+        inner.clear();
+        inner.push(2, snapshot(2));
+        inner.settle(2).expect("memory");
+        assert!(inner.rewind(2).is_some(), "it must be loaded");
+        assert!(inner.state.is_empty());
+    }
+
+    #[test]
     fn an_image_that_is_lent_comes_back_but_not_to_another_attempt() {
         let local = TaskLocal::default();
         let is_here = |checkpoint| local.lock().rewind(checkpoint).is_none();
         {
             let mut inner = local.lock();
+            inner.rewind(0);
             inner.push(1, snapshot(1));
             assert_eq!(inner.rewind(1), None);
         }

@@ -156,6 +156,8 @@ enum Turn {
 enum Intake {
     /// Records may come.
     Open,
+    /// None will, and what `finish` gives goes out as soon as there is credit for it.
+    Ending,
     /// The barrier of a last checkpoint has gone out: nothing may follow it.
     Held,
     /// Every input has ended and `finish` was called.
@@ -207,11 +209,12 @@ impl Worker {
                     return Ok(());
                 }
             }
-            if intake != Intake::Open || !has_credit(&self.writers) {
+            let is_sending = matches!(intake, Intake::Open | Intake::Ending);
+            if !is_sending || !has_credit(&self.writers) {
                 let control = tokio::select! {
                     biased;
                     control = self.control.recv() => Some(control),
-                    () = wait_for_credit(&self.writers), if intake == Intake::Open => None,
+                    () = wait_for_credit(&self.writers), if is_sending => None,
                 };
                 if let Some(control) = control {
                     let Some(control) = control else { return Ok(()) };
@@ -219,6 +222,11 @@ impl Worker {
                         return Ok(());
                     }
                 }
+                continue;
+            }
+            if intake == Intake::Ending {
+                self.drain().await?;
+                intake = Intake::Drained;
                 continue;
             }
             match self.next_step()? {
@@ -244,10 +252,7 @@ impl Worker {
                         () = tokio::time::sleep(duration) => {}
                     }
                 }
-                Step::End => {
-                    self.drain().await?;
-                    intake = Intake::Drained;
-                }
+                Step::End => intake = Intake::Ending,
             }
         }
     }
@@ -526,8 +531,7 @@ impl Worker {
             }
             Control::EndInput => {
                 if *intake == Intake::Open {
-                    self.drain().await?;
-                    *intake = Intake::Drained;
+                    *intake = Intake::Ending;
                 }
             }
         }

@@ -59,7 +59,10 @@ impl Operator for Probe {
             panic!("open does not want to");
         }
         if self.deed == "write-in-open" {
-            self.counts.set(b"a key".as_slice(), 1);
+            // More than a cache holds.
+            for n in 0..self.at {
+                self.counts.set(n.to_le_bytes().as_slice(), 1);
+            }
         }
         if self.deed == "fail-in-open" {
             return Err(Error::failed("no luck"));
