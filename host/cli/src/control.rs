@@ -114,6 +114,16 @@ pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
                     entry.event["traps"]
                 );
             }
+            "records-lost" => {
+                let number = |key: &str| entry.event[key].as_u64().unwrap_or(0);
+                println!(
+                    "{ago}: {} records from {} to {} lost, {} of earlier losses regained",
+                    number("lost"),
+                    text("from"),
+                    text("to"),
+                    number("regained")
+                );
+            }
             "failed" => {
                 println!("{ago}: {task}: {}: {}", text("class"), text("message"));
                 println!("    the job failed");

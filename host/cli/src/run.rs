@@ -230,6 +230,7 @@ impl Observer for Watcher {
                 message,
                 backtrace,
                 delay_ms,
+                new_attempt,
                 remaining_attempts,
                 restarting,
                 tasks,
@@ -239,8 +240,9 @@ impl Observer for Watcher {
                 backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
                 let left = remaining_attempts
                     .map_or(String::new(), |left| format!(", {left} more allowed"));
+                let counted = if new_attempt { "" } else { ", counted with the failure before" };
                 tracing::warn!(
-                    "restarting {} of {tasks} tasks in {delay_ms} ms{left}",
+                    "restarting {} of {tasks} tasks in {delay_ms} ms{left}{counted}",
                     restarting.len()
                 );
             }
@@ -255,6 +257,21 @@ impl Observer for Watcher {
                     "{task}: a record went to the dead letters after {traps} failures, found in \
                      {took}: {class}: {message}"
                 );
+            }
+            Progress::RecordsLost { from, to, lost, regained, is_exact } => {
+                let at_most = if is_exact { "" } else { "at most " };
+                if 0 < regained {
+                    tracing::warn!(
+                        "{at_most}{regained} records from {from} to {to} count as lost no more: \
+                         {from} has gone back, too"
+                    );
+                }
+                if 0 < lost {
+                    tracing::warn!(
+                        "{at_most}{lost} records from {from} to {to} are lost: {to} has restarted \
+                         without all of {from}"
+                    );
+                }
             }
             Progress::Warning { message } => tracing::warn!("{message}"),
             other => tracing::info!("{other:?}"),

@@ -147,15 +147,6 @@ impl JobGraph {
             .collect()
     }
 
-    /// The tasks without an input: where barriers start.
-    #[must_use]
-    pub fn source_tasks(&self) -> BTreeSet<TaskId> {
-        self.tasks()
-            .into_iter()
-            .filter(|task| self.inputs(task.operator).next().is_none())
-            .collect()
-    }
-
     /// True for an edge that costs no channel: its ends run in one worker, one call after the
     /// other. A forward edge is chained where it is its receiver's only input.
     #[must_use]
@@ -270,7 +261,6 @@ mod tests {
             graph.chain_heads().map(|id| graph.operator(id).name.as_str()).collect();
         assert_eq!(heads, ["lines", "count"]);
         assert_eq!(graph.tasks().len(), 8);
-        assert_eq!(graph.source_tasks().len(), 2);
         assert_eq!(graph.task_name(TaskId { operator: OperatorId(2), index: 1 }), "count/1");
     }
 

@@ -315,8 +315,8 @@ impl Driver {
                 self.observe(Progress::checkpoint_failed(checkpoint, reason.name(), words));
             }
             Effect::CancelTasks { tasks } => self.cancel_tasks(tasks),
-            Effect::AnnounceRestart { task, cause, delay_ms, remaining, tasks, .. } => {
-                self.announce_restart(task, &cause, delay_ms, remaining, &tasks);
+            Effect::AnnounceRestart { task, cause, delay_ms, is_new_attempt, remaining, tasks } => {
+                self.announce_restart(task, &cause, delay_ms, is_new_attempt, remaining, &tasks);
             }
             Effect::Finish { outcome } => self.outcome = Some(outcome),
         }
@@ -335,6 +335,7 @@ impl Driver {
         task: Option<TaskAttempt>,
         cause: &FailureCause,
         delay_ms: u64,
+        is_new_attempt: bool,
         remaining: Option<u64>,
         restarting: &BTreeMap<TaskId, RestartReason>,
     ) {
@@ -352,7 +353,15 @@ impl Driver {
             .map(|(task, reason)| (graph.task_name(*task), reason.words(graph)))
             .collect();
         let count = self.plan.locals.len();
-        self.observe(Progress::restarting(task, cause, delay_ms, remaining, because, count));
+        self.observe(Progress::restarting(
+            task,
+            cause,
+            delay_ms,
+            is_new_attempt,
+            remaining,
+            because,
+            count,
+        ));
     }
 
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
@@ -552,26 +561,16 @@ impl Plan {
     }
 
     fn tell_losses(&self, shared: &Shared) {
-        // At least once: some that came behind a barrier may be in its checkpoint already.
-        let at_most = if self.is_exactly_once { "" } else { "at most " };
         for (place, Losses { lost, regained }) in self.links.take_news() {
+            if (lost, regained) == (0, 0) {
+                continue;
+            }
+            shared.metrics.records_lost.fetch_add(lost, Ordering::Relaxed);
+            shared.metrics.records_lost.fetch_sub(regained, Ordering::Relaxed);
             let edge = &self.graph.edges()[place];
-            let from = &self.graph.operator(edge.from).name;
-            let to = &self.graph.operator(edge.to).name;
-            if 0 < regained {
-                shared.metrics.records_lost.fetch_sub(regained, Ordering::Relaxed);
-                let message = format!(
-                    "{at_most}{regained} records from {from} to {to} count as lost no more: {from} has gone back, too"
-                );
-                shared.observe(Progress::Warning { message });
-            }
-            if 0 < lost {
-                shared.metrics.records_lost.fetch_add(lost, Ordering::Relaxed);
-                let message = format!(
-                    "{at_most}{lost} records from {from} to {to} are lost: {to} has restarted without all of {from}"
-                );
-                shared.observe(Progress::Warning { message });
-            }
+            let name = |operator| self.graph.operator(operator).name.clone();
+            let (from, to, is_exact) = (name(edge.from), name(edge.to), self.is_exactly_once);
+            shared.observe(Progress::RecordsLost { from, to, lost, regained, is_exact });
         }
     }
 

@@ -92,6 +92,7 @@ impl Observer for Recorder {
             Progress::Restarting { .. }
                 | Progress::Failed { .. }
                 | Progress::DeadLetter { .. }
+                | Progress::RecordsLost { .. }
                 | Progress::CheckpointFailed { .. }
         );
         if is_history

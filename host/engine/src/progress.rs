@@ -57,12 +57,28 @@ pub enum Progress {
         backtrace: Vec<String>,
         /// The tasks start again after this.
         delay_ms: u64,
+        /// False where the restart strategy counts the failure to an attempt that was under way.
+        new_attempt: bool,
         /// How many more failures lead to a restart, if the strategy counts them.
         remaining_attempts: Option<u64>,
         /// The tasks that restart, `operator/index`, and why each does; all others go on.
         restarting: BTreeMap<String, String>,
         /// How many tasks there are.
         tasks: usize,
+    },
+    /// Tasks have restarted without all that they read from, over an approximate exchange.
+    RecordsLost {
+        /// The operator that sends.
+        from: String,
+        /// The one that receives.
+        to: String,
+        /// What the receivers will never see.
+        lost: u64,
+        /// What was lost before, and is no more because its producers have gone back behind it.
+        regained: u64,
+        /// False where the numbers are upper bounds: some records that came behind a barrier may be in
+        /// its checkpoint, with `AT_LEAST_ONCE`.
+        is_exact: bool,
     },
     /// After a restart, the failed task's operator has processed its first records again.
     Recovered {
@@ -137,6 +153,7 @@ impl Progress {
         task: Option<String>,
         cause: &FailureCause,
         delay_ms: u64,
+        new_attempt: bool,
         remaining_attempts: Option<u64>,
         restarting: BTreeMap<String, String>,
         tasks: usize,
@@ -149,6 +166,7 @@ impl Progress {
             message,
             backtrace,
             delay_ms,
+            new_attempt,
             remaining_attempts,
             restarting,
             tasks,

@@ -215,6 +215,25 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
     }
 }
 
+/// Two regions of which one runs, the other in each state that is not running. Where a task has
+/// ended it stays and answers, so the rows with finished tasks have nothing to be planned here.
+#[test]
+fn default_checkpoint_plan_calculator_test_task_that_does_not_run() {
+    check_with(
+        two_regions(),
+        "0: savepoint         -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING
+         1: started @0        ->
+         2: trap c @0         -> cancel c@0, restart in 50
+         3: savepoint         -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING
+         4: stopped c@0       ->
+         5: savepoint         -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING
+         52: tick             -> start c@1 empty
+         53: savepoint        -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING
+         54: started c@1      ->
+         55: savepoint        -> barrier #1 savepoint",
+    );
+}
+
 #[test]
 fn sinks_commit_only_after_the_manifest_is_durable() {
     check(
