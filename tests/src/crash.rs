@@ -18,6 +18,9 @@ use crate::{
 const SIGKILL: i32 = 9;
 /// The longest that a job is let run on when nobody kills it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// A kill comes within so many milliseconds; on a machine that needs longer for a first checkpoint,
+/// within more.
+const KILLED_WITHIN_MS: std::ops::RangeInclusive<u64> = 600..=6_000;
 
 /// What the rounds have shown.
 #[derive(Debug, Default, Clone, Copy)]
@@ -28,6 +31,8 @@ pub struct Tally {
     pub resumed: u64,
     /// Jobs that were killed until they finished, each with the right output.
     pub jobs: u64,
+    /// Within how many milliseconds the next kill comes.
+    within_ms: u64,
 }
 
 /// How checkpoints are taken, job by job.
@@ -64,7 +69,7 @@ pub fn run(rounds: u64, seed: u64, mut on_job: impl FnMut(&Tally)) -> Result<Tal
     golden.outcome.map_err(|problem| anyhow::anyhow!("{problem}")).context("the golden run")?;
     check_counts(&lines, harness().count).map_err(anyhow::Error::msg).context("the golden run")?;
     let mut random = Random::new(seed);
-    let mut tally = Tally::default();
+    let mut tally = Tally { within_ms: *KILLED_WITHIN_MS.start(), ..Tally::default() };
     while tally.kills < rounds {
         let dir = tempfile::tempdir().context("a directory")?;
         let mode = MODES[tally.jobs as usize % MODES.len()];
@@ -96,7 +101,8 @@ fn kill_until_finished(
     let mut was_killed = false;
     loop {
         let child = start(&manifest)?;
-        let after = (tally.kills < rounds).then(|| Duration::from_millis(random.between(20, 600)));
+        let after = (tally.kills < rounds)
+            .then(|| Duration::from_millis(random.between(20, tally.within_ms)));
         let (status, log) = wait_or_kill(child, after)?;
         if was_killed && log.contains("from checkpoint") {
             tally.resumed += 1;
@@ -112,6 +118,11 @@ fn kill_until_finished(
         }
         was_killed = true;
         tally.kills += 1;
+        let within_ms = match log.contains("INFO checkpoint ") {
+            true => tally.within_ms * 9 / 10,
+            false => tally.within_ms * 5 / 4,
+        };
+        tally.within_ms = within_ms.clamp(*KILLED_WITHIN_MS.start(), *KILLED_WITHIN_MS.end());
     }
 }
 
