@@ -127,17 +127,8 @@ fn check(dir: &Path, lost: u64, story: &str) {
 
 /// The operators of each restart.
 fn restarted(ran: &Ran) -> Vec<BTreeSet<String>> {
-    let of = |progress: &Progress| match progress {
-        Progress::Restarting { restarting, .. } => Some(
-            restarting
-                .keys()
-                .filter_map(|task| task.split('/').next())
-                .map(str::to_owned)
-                .collect(),
-        ),
-        _ => None,
-    };
-    ran.progress.iter().filter_map(of).collect()
+    let operator = |task: &String| task.split('/').next().unwrap_or_default().to_owned();
+    ran.restarted().iter().map(|tasks| tasks.iter().map(operator).collect()).collect()
 }
 
 #[test]
@@ -191,11 +182,7 @@ fn one_of_two_producers_restarts_with_its_reader_and_what_the_other_has_sent_is_
     };
     let ran = job.run_in(dir.path());
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
-    let of = |progress: &Progress| match progress {
-        Progress::Restarting { restarting, .. } => Some(restarting.len()),
-        _ => None,
-    };
-    let sizes: Vec<usize> = ran.progress.iter().filter_map(of).collect();
+    let sizes: Vec<usize> = ran.restarted().iter().map(Vec::len).collect();
     assert!(!sizes.is_empty() && sizes.iter().all(|size| *size == 7), "{sizes:?} of 10 tasks");
     check(dir.path(), lost(&ran), "one producer");
 }

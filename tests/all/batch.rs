@@ -92,15 +92,6 @@ fn check(dir: &Path, story: &str) {
     assert_eq!(words.len() as u64, COUNT, "{story}");
 }
 
-/// The tasks of each restart, by operator.
-fn restarted(ran: &Ran) -> Vec<Vec<String>> {
-    let of = |progress: &Progress| match progress {
-        Progress::Restarting { restarting, .. } => Some(restarting.keys().cloned().collect()),
-        _ => None,
-    };
-    ran.progress.iter().filter_map(of).collect()
-}
-
 #[test]
 fn every_exchange_gives_every_record_once() {
     for exchange in ["blocking", "blocking-persistent", "hybrid-full", "hybrid-selective"] {
@@ -124,7 +115,7 @@ fn a_trap_in_one_region_leaves_the_finished_ones_alone() {
     let ran = Batch { config, ..Batch::default() }.run_in(dir.path(), |_| {});
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     check(dir.path(), "traps");
-    let restarted = restarted(&ran);
+    let restarted = ran.restarted();
     assert!(3 <= restarted.len(), "{restarted:?}");
     for tasks in restarted {
         let is_theirs = |task: &String| task.starts_with("second/") || task.starts_with("out/");
@@ -154,7 +145,7 @@ fn lost_partition_is_made_again_by_its_producer_and_gives_no_wrong_record() {
         assert!(struck.load(Ordering::Acquire), "{harm}: there was nothing to harm");
         assert_eq!(ran.outcome, Ok(Outcome::Finished), "{harm}");
         check(dir.path(), harm);
-        let restarted = restarted(&ran);
+        let restarted = ran.restarted();
         let [tasks] = restarted.as_slice() else { panic!("{harm}: {restarted:?}") };
         // The partition of the sources was released when the first counter had read it, so they, too.
         assert_eq!(tasks, &["first/0", "firsts/0", "out/0", "second/0", "words/0"], "{harm}");
@@ -277,7 +268,7 @@ fn full_failover_begins_with_the_first_region_again() {
     let ran = run_manifest(&manifest, |_| {});
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     check(dir.path(), "full");
-    assert!(restarted(&ran).iter().all(|tasks| tasks.len() == 10), "{:?}", restarted(&ran));
+    assert!(ran.restarted().iter().all(|tasks| tasks.len() == 10), "{:?}", ran.restarted());
 }
 
 #[test]
@@ -313,7 +304,7 @@ fn thousands_of_traps_in_one_region_change_no_record_and_touch_no_other() {
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     assert_eq!(ran.restart_count() as u64, traps);
     let is_theirs = |task: &String| task == "second/0" || task == "out/0";
-    assert!(restarted(&ran).iter().all(|tasks| tasks.iter().all(is_theirs)));
+    assert!(ran.restarted().iter().all(|tasks| tasks.iter().all(is_theirs)));
     // Sources, first counters and their sink were started once, and have read each record once.
     let firsts = ran
         .progress

@@ -1,7 +1,6 @@
 //! Only the regions that a failure concerns restart; all others go on undisturbed.
 
 use cofferdam_core::job::Outcome;
-use cofferdam_engine::progress::Progress;
 use cofferdam_tests::{
     guest,
     job::{check_counts, committed, run_manifest},
@@ -73,14 +72,7 @@ fn run(strategy: &str, deed: &str) -> Seen {
         let lines = committed(&dir.path().join(format!("output-{name}")));
         check_counts(&lines, 60_000).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
-    let mut restarted: Vec<String> = ran
-        .progress
-        .iter()
-        .flat_map(|progress| match progress {
-            Progress::Restarting { restarting, .. } => restarting.keys().cloned().collect(),
-            _ => Vec::new(),
-        })
-        .collect();
+    let mut restarted = ran.restarted().concat();
     restarted.sort();
     restarted.dedup();
     Seen { restarts: ran.restart_count(), restarted }

@@ -94,13 +94,20 @@ pub struct Ran {
 }
 
 impl Ran {
+    /// The tasks of each restart.
+    #[must_use]
+    pub fn restarted(&self) -> Vec<Vec<String>> {
+        let of = |progress: &Progress| match progress {
+            Progress::Restarting { restarting, .. } => Some(restarting.keys().cloned().collect()),
+            _ => None,
+        };
+        self.progress.iter().filter_map(of).collect()
+    }
+
     /// How often the tasks were restarted.
     #[must_use]
     pub fn restart_count(&self) -> usize {
-        self.progress
-            .iter()
-            .filter(|progress| matches!(progress, Progress::Restarting { .. }))
-            .count()
+        self.restarted().len()
     }
 
     /// From each failure to the next records processed, in milliseconds.
