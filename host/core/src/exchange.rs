@@ -66,6 +66,12 @@ impl ExchangeType {
         !matches!(self, Self::Pipelined | Self::PipelinedBounded | Self::PipelinedApproximate)
     }
 
+    /// Its consumers run while its producers do, and may be started again alone.
+    #[must_use]
+    pub fn is_approximate(self) -> bool {
+        self == Self::PipelinedApproximate
+    }
+
     /// Its consumers cannot begin before its producers have finished.
     #[must_use]
     pub fn is_blocking(self) -> bool {

@@ -147,6 +147,12 @@ impl JobGraph {
             .collect()
     }
 
+    /// Whether an edge has an exchange of this kind.
+    #[must_use]
+    pub fn has_exchange(&self, is_meant: impl Fn(ExchangeType) -> bool) -> bool {
+        self.edges.iter().any(|edge| is_meant(edge.exchange))
+    }
+
     /// True for an edge that costs no channel: its ends run in one worker, one call after the
     /// other. A forward edge is chained where it is its receiver's only input.
     #[must_use]

@@ -412,9 +412,8 @@ impl Job {
             let (attempt, state) = (Attempt(0), TaskState::Created);
             (task, TaskRun { attempt, state, is_drained: false, incident: None })
         };
-        let is_batch = graph.edges().iter().any(|edge| edge.exchange.has_partition());
-        let is_approximate =
-            graph.edges().iter().any(|edge| edge.exchange == ExchangeType::PipelinedApproximate);
+        let is_batch = graph.has_exchange(ExchangeType::has_partition);
+        let is_approximate = graph.has_exchange(ExchangeType::is_approximate);
         let mut job = Self {
             tasks: graph.tasks().into_iter().map(fresh).collect(),
             topology: Topology::new(&graph),

@@ -15,7 +15,6 @@ use std::{
 
 use cofferdam_core::{
     checkpoint::Purpose,
-    exchange::ExchangeType,
     failover::{RestartReason, topology::PartitionId},
     failure::FailureCause,
     graph::{Edge, JobGraph, Partitioner, consumer_range},
@@ -548,7 +547,7 @@ impl Plan {
                 let (task, attempt) = (prepared.worker.nodes[0].task, prepared.worker.attempt);
                 prepared.reader = self.reader(task, attempt, gate);
                 for Incoming { place, edge, producer, channel } in self.incoming(task) {
-                    if edge.exchange == ExchangeType::PipelinedApproximate {
+                    if edge.exchange.is_approximate() {
                         let id = LinkId { edge: place, producer, consumer: task };
                         let receiver = Sender::new(gate, channel);
                         self.links.connect(id, receiver, restore_from);
@@ -621,7 +620,7 @@ impl Plan {
     ) -> Vec<Outlet> {
         let edge = &self.graph.edges()[place];
         let receivers = receivers(&self.graph, edge, producer.index);
-        if edge.exchange == ExchangeType::PipelinedApproximate {
+        if edge.exchange.is_approximate() {
             let link = |index| {
                 let consumer = TaskId { operator: edge.to, index };
                 let id = LinkId { edge: place, producer, consumer };

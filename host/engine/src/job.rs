@@ -226,9 +226,8 @@ impl CheckedJob {
 /// Refuses what does not go together with exchanges that may lose records.
 fn check_approximate(spec: &JobSpec) -> Result<(), Problem> {
     let mut edges = spec.graph.edges().iter();
-    let of_type = |edge: &&Edge| edge.exchange == ExchangeType::PipelinedApproximate;
-    let Some(edge) = edges.find(of_type) else { return Ok(()) };
-    let is_batch = spec.graph.edges().iter().any(|edge| edge.exchange.has_partition());
+    let Some(edge) = edges.find(|edge| edge.exchange.is_approximate()) else { return Ok(()) };
+    let is_batch = spec.graph.has_exchange(ExchangeType::has_partition);
     let (other, hint) = match spec.checkpoint.unaligned_after_ms {
         Some(_) => {
             let hint = "what a checkpoint holds of the channels would be missing or come twice; set `execution.checkpointing.unaligned.enabled = false`";
@@ -831,7 +830,7 @@ fn scratch_dir(state_dir: Option<&Path>, name: &str) -> io::Result<PathBuf> {
 
 /// Where the results of exchanges that are not pipelined lie.
 fn partitions(spec: &JobSpec, state_dir: Option<&Path>) -> io::Result<Option<Arc<Partitions>>> {
-    if spec.graph.edges().iter().all(|edge| !edge.exchange.has_partition()) {
+    if !spec.graph.has_exchange(ExchangeType::has_partition) {
         return Ok(None);
     }
     Ok(Some(Arc::new(Partitions::new(&scratch_dir(state_dir, PARTITIONS)?)?)))

@@ -12,7 +12,7 @@ use crate::ids::TaskId;
 pub mod topology;
 
 use self::topology::{PartitionId, RegionId, Topology};
-use crate::{exchange::ExchangeType, graph::JobGraph};
+use crate::graph::JobGraph;
 
 /// What restarts when a task fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -160,7 +160,7 @@ fn regions_to_restart(
             for producer in &group.producers {
                 let partition = PartitionId { edge: group.edge, producer: *producer };
                 let is_readable_again = group.exchange.is_reconsumable()
-                    || !situation.is_exact && group.exchange == ExchangeType::PipelinedApproximate;
+                    || !situation.is_exact && group.exchange.is_approximate();
                 if !is_readable_again || (situation.is_lost)(partition) {
                     draw_in(producer, RestartReason::ProducesLost { partition, reader });
                 }

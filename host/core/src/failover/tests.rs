@@ -6,7 +6,7 @@ use super::{
     topology::{PartitionGroup, strongly_connected_components},
     *,
 };
-use crate::ids::OperatorId;
+use crate::{exchange::ExchangeType, ids::OperatorId};
 
 /// Task `v4` is operator 4, index 0; tasks are numbered by the test's own letters.
 fn task(name: &str) -> TaskId {

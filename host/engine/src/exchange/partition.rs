@@ -93,7 +93,8 @@ impl Partitions {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A producer begins a partition for so many readers, of so many bytes at most; one of an earlier attempt is removed.
+    /// A producer begins a partition for so many readers, of so many bytes at most; one of an earlier
+    /// attempt is removed.
     pub(crate) fn begin(
         &self,
         id: PartitionId,

@@ -458,10 +458,9 @@ impl JobSpec {
                 |(key, bytes)| (format!("state.backend.sled.{key}"), format!("{bytes} bytes"));
             all.extend(bytes.map(setting));
         }
-        let is_approximate = |edge: &Edge| edge.exchange == ExchangeType::PipelinedApproximate;
         all.push((
             "execution.state-recovery.approximate-local-recovery".to_owned(),
-            self.graph.edges().iter().any(is_approximate).to_string(),
+            self.graph.has_exchange(ExchangeType::is_approximate).to_string(),
         ));
         all.push((
             "jobmanager.execution.failover-strategy".to_owned(),
@@ -577,7 +576,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     }
     let state_backend = read_state_backend(root, &mut warnings)?;
     let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
-    let is_batch = graph.edges().iter().any(|edge| edge.exchange.has_partition());
+    let is_batch = graph.has_exchange(ExchangeType::has_partition);
     if is_batch && execution.checkpoint.interval_ms.take().is_some() {
         let key = "execution.checkpointing.interval";
         let why =

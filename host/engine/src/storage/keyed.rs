@@ -256,16 +256,22 @@ impl KeyedState {
     pub(crate) fn put(&self, changes: &StateChanges) -> std::result::Result<(), StateError> {
         let mut inner = self.lock();
         self.write(&mut inner, changes)?;
-        let write_buffer = self.limits.write_buffer_bytes;
-        if write_buffer < inner.top().buffered_bytes {
-            tokio::task::block_in_place(|| inner.top().spill(&self.tables)).map_err(unavailable)?;
-        }
-        let is_behind = BEHIND_MAX * write_buffer < inner.behind_bytes();
+        let buffered_bytes = inner.top().buffered_bytes;
+        self.spill_beyond(buffered_bytes, inner.top()).map_err(unavailable)?;
+        let is_behind = BEHIND_MAX * self.limits.write_buffer_bytes < inner.behind_bytes();
         drop(inner);
         if is_behind {
             tokio::task::block_in_place(|| self.settle()).map_err(unavailable)?;
         }
         Ok(())
+    }
+
+    /// Moves a layer to disk where so many bytes are more than the memory that a task may take.
+    fn spill_beyond(&self, buffered_bytes: u64, layer: &mut Layer) -> Result<()> {
+        if buffered_bytes <= self.limits.write_buffer_bytes {
+            return Ok(());
+        }
+        tokio::task::block_in_place(|| layer.spill(&self.tables))
     }
 
     fn write(
@@ -334,10 +340,8 @@ impl KeyedState {
         inner.merge_unsecured().map_err(unavailable)?;
         // Checkpoints that never complete leave their layers here: together they take no more memory
         // than one may.
-        if self.limits.write_buffer_bytes < inner.layers().map(|layer| layer.buffered_bytes).sum() {
-            tokio::task::block_in_place(|| inner.current.spill(&self.tables))
-                .map_err(unavailable)?;
-        }
+        let buffered_bytes = inner.layers().map(|layer| layer.buffered_bytes).sum();
+        self.spill_beyond(buffered_bytes, &mut inner.current).map_err(unavailable)?;
         let layer = Arc::new(std::mem::take(&mut inner.current));
         inner.pending.push_back((checkpoint, layer.clone()));
         Ok(layer)
@@ -447,10 +451,7 @@ impl KeyedState {
     pub(crate) fn secure(&self) -> Result<()> {
         let mut inner = self.lock();
         inner.merge_unsecured()?;
-        if self.limits.write_buffer_bytes < inner.current.buffered_bytes {
-            tokio::task::block_in_place(|| inner.current.spill(&self.tables))?;
-        }
-        Ok(())
+        self.spill_beyond(inner.current.buffered_bytes, &mut inner.current)
     }
 
     /// A call has trapped: what it has written is gone.
