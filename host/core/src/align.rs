@@ -10,6 +10,40 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{ChannelId, CheckpointId};
 
+/// Aborted checkpoints that a task remembers at once. Flink's bound is 500 as well.
+const ABORTED_MAX: usize = 500;
+
+/// The checkpoints that are over for a task: everything up to the newest one it has snapshotted, and
+/// each that the coordinator has aborted. An abort concerns its own checkpoint and no other: of
+/// several concurrent checkpoints, an older one may still complete.
+#[derive(Debug, Clone, Default)]
+struct Over {
+    last: Option<CheckpointId>,
+    /// Aborted checkpoints after `last`.
+    aborted: BTreeSet<CheckpointId>,
+}
+
+impl Over {
+    fn contains(&self, checkpoint: CheckpointId) -> bool {
+        self.last.is_some_and(|last| checkpoint <= last) || self.aborted.contains(&checkpoint)
+    }
+
+    /// Every checkpoint up to this one is over.
+    fn up_to(&mut self, checkpoint: CheckpointId) {
+        self.last = self.last.max(Some(checkpoint));
+        self.aborted.retain(|aborted| self.last < Some(*aborted));
+    }
+
+    fn abort(&mut self, checkpoint: CheckpointId) {
+        if !self.contains(checkpoint) {
+            self.aborted.insert(checkpoint);
+        }
+        if ABORTED_MAX < self.aborted.len() {
+            self.aborted.pop_first();
+        }
+    }
+}
+
 /// What a task does about a barrier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AlignStep {
@@ -39,8 +73,7 @@ pub enum AlignStep {
 pub struct Aligner {
     channel_count: u32,
     phase: Phase,
-    /// The newest checkpoint whose alignment has ended, one way or the other.
-    last: Option<CheckpointId>,
+    over: Over,
 }
 
 #[derive(Debug, Clone)]
@@ -53,12 +86,12 @@ impl Aligner {
     /// A task with this many input channels; none has delivered a barrier.
     #[must_use]
     pub fn new(channel_count: u32) -> Self {
-        Self { channel_count, phase: Phase::Open, last: None }
+        Self { channel_count, phase: Phase::Open, over: Over::default() }
     }
 
     /// A barrier has arrived on a channel.
     pub fn on_barrier(&mut self, channel: ChannelId, checkpoint: CheckpointId) -> AlignStep {
-        if self.last.is_some_and(|last| checkpoint <= last) {
+        if self.over.contains(checkpoint) {
             return AlignStep::Ignore;
         }
         let aborted = match &mut self.phase {
@@ -79,13 +112,13 @@ impl Aligner {
         })
     }
 
-    /// The coordinator gave up a checkpoint; true if channels are to be unblocked.
+    /// The coordinator has aborted this checkpoint; true if channels are to be unblocked.
     pub fn on_abort(&mut self, checkpoint: CheckpointId) -> bool {
-        let aligning = matches!(&self.phase, Phase::Aligning { checkpoint: current, .. } if *current <= checkpoint);
+        let aligning = matches!(&self.phase, Phase::Aligning { checkpoint: current, .. } if *current == checkpoint);
         if aligning {
             self.phase = Phase::Open;
         }
-        self.last = self.last.max(Some(checkpoint));
+        self.over.abort(checkpoint);
         aligning
     }
 
@@ -93,7 +126,7 @@ impl Aligner {
     /// unblocked. Gives the channels whose barrier had been taken by then; `None` where the
     /// checkpoint is over for this task.
     pub fn overtake(&mut self, checkpoint: CheckpointId) -> Option<BTreeSet<ChannelId>> {
-        if self.last.is_some_and(|last| checkpoint <= last) {
+        if self.over.contains(checkpoint) {
             return None;
         }
         let arrived = match &mut self.phase {
@@ -104,7 +137,7 @@ impl Aligner {
             Phase::Aligning { .. } | Phase::Open => BTreeSet::new(),
         };
         self.phase = Phase::Open;
-        self.last = Some(checkpoint);
+        self.over.up_to(checkpoint);
         Some(arrived)
     }
 
@@ -119,7 +152,7 @@ impl Aligner {
         if arrived.len() < self.channel_count as usize {
             return otherwise;
         }
-        self.last = Some(*checkpoint);
+        self.over.up_to(*checkpoint);
         self.phase = Phase::Open;
         AlignStep::SnapshotNow
     }
@@ -134,25 +167,27 @@ const TRACKED_MAX: usize = 50;
 pub struct Tracker {
     channel_count: u32,
     pending: BTreeMap<CheckpointId, BTreeSet<ChannelId>>,
-    last: Option<CheckpointId>,
+    over: Over,
 }
 
 impl Tracker {
     /// A task with this many input channels; none has delivered a barrier.
     #[must_use]
     pub fn new(channel_count: u32) -> Self {
-        Self { channel_count, pending: BTreeMap::new(), last: None }
+        Self { channel_count, pending: BTreeMap::new(), over: Over::default() }
     }
 
     /// A barrier has arrived on a channel.
     pub fn on_barrier(&mut self, channel: ChannelId, checkpoint: CheckpointId) -> AlignStep {
-        if self.last.is_some_and(|last| checkpoint <= last) {
+        if self.over.contains(checkpoint) {
             return AlignStep::Ignore;
         }
         let arrived = self.pending.entry(checkpoint).or_default();
         arrived.insert(channel);
         if arrived.len() == self.channel_count as usize {
-            self.on_abort(checkpoint);
+            // A snapshot subsumes those of the checkpoints before it.
+            self.pending = self.pending.split_off(&checkpoint.next());
+            self.over.up_to(checkpoint);
             return AlignStep::SnapshotNow;
         }
         if TRACKED_MAX < self.pending.len() {
@@ -161,10 +196,10 @@ impl Tracker {
         AlignStep::Ignore
     }
 
-    /// The coordinator gave up a checkpoint, and with it those before.
+    /// The coordinator has aborted this checkpoint.
     pub fn on_abort(&mut self, checkpoint: CheckpointId) {
-        self.pending = self.pending.split_off(&checkpoint.next());
-        self.last = self.last.max(Some(checkpoint));
+        self.pending.remove(&checkpoint);
+        self.over.abort(checkpoint);
     }
 }
 
@@ -194,7 +229,15 @@ impl Barriers {
         }
     }
 
-    /// The coordinator gave up a checkpoint; true if channels are to be unblocked.
+    /// The task begins after this checkpoint: it and all before are over.
+    pub fn begin_after(&mut self, checkpoint: CheckpointId) {
+        match self {
+            Self::Aligned(aligner) => aligner.over.up_to(checkpoint),
+            Self::Tracked(tracker) => tracker.over.up_to(checkpoint),
+        }
+    }
+
+    /// The coordinator has aborted this checkpoint; true if channels are to be unblocked.
     pub fn on_abort(&mut self, checkpoint: CheckpointId) -> bool {
         match self {
             Self::Aligned(aligner) => aligner.on_abort(checkpoint),
@@ -277,6 +320,44 @@ mod tests {
              barrier 0 #3 -> ignore
              barrier 0 #4 -> block",
         );
+    }
+
+    /// Two concurrent checkpoints: giving up the newer one used to end the older one's alignment, which
+    /// then waited for its timeout.
+    #[test]
+    fn an_abort_ends_its_own_checkpoint_and_no_other() {
+        check(
+            "barrier 0 #5 -> block
+             abort #6     -> nothing
+             blocked 0    -> true
+             barrier 1 #5 -> snapshot
+             barrier 0 #6 -> ignore
+             barrier 1 #6 -> ignore
+             barrier 0 #7 -> block
+             abort #5     -> nothing
+             barrier 1 #7 -> snapshot
+             abort #9     -> nothing
+             barrier 0 #8 -> block
+             overtake #9  -> nothing
+             barrier 1 #8 -> snapshot",
+        );
+        let mut tracker = Tracker::new(2);
+        let (left, right) = (ChannelId(0), ChannelId(1));
+        tracker.on_barrier(left, CheckpointId(5));
+        tracker.on_abort(CheckpointId(6));
+        assert_eq!(tracker.on_barrier(right, CheckpointId(5)), AlignStep::SnapshotNow);
+        tracker.on_barrier(left, CheckpointId(6));
+        assert_eq!(tracker.on_barrier(right, CheckpointId(6)), AlignStep::Ignore);
+    }
+
+    #[test]
+    fn aborts_are_remembered_within_a_bound() {
+        let mut aligner = Aligner::new(1);
+        (1..10_000).for_each(|id| assert!(!aligner.on_abort(CheckpointId(id))));
+        assert!(aligner.over.aborted.len() <= ABORTED_MAX);
+        assert_eq!(aligner.on_barrier(ChannelId(0), CheckpointId(9_999)), AlignStep::Ignore);
+        assert_eq!(aligner.on_barrier(ChannelId(0), CheckpointId(10_000)), AlignStep::SnapshotNow);
+        assert!(aligner.over.aborted.is_empty());
     }
 
     #[test]

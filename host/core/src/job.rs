@@ -337,7 +337,7 @@ enum TaskState {
 enum Phase {
     Active,
     /// The last checkpoint is complete; tasks commit it and close.
-    Ending(Outcome),
+    Ending { outcome: Outcome, checkpoint: CheckpointId },
     /// Everything is being cancelled.
     Cancelling(Outcome),
     Over,
@@ -654,8 +654,11 @@ impl Job {
         trigger: Trigger,
         effects: &mut Vec<Effect>,
     ) {
-        self.answer(trigger, Ok(checkpoint), effects);
         let mut purpose = trigger.purpose();
+        // Whoever stops a job with a savepoint has their answer when the sinks have committed.
+        if purpose != Purpose::Last {
+            self.answer(trigger, Ok(checkpoint), effects);
+        }
         if purpose == Purpose::Savepoint || !matches!(self.phase, Phase::Active) {
             return;
         }
@@ -663,11 +666,15 @@ impl Job {
         // Tasks that are being restarted commit it when they are restored from it.
         if purpose == Purpose::Last {
             if self.all(|run| run.state == TaskState::Running) {
-                self.phase = Phase::Ending(self.outcome_of_last(checkpoint));
+                let outcome = self.outcome_of_last(checkpoint);
+                self.phase = Phase::Ending { outcome, checkpoint };
                 // It is written; should the job run once more, it needs no second one.
                 self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
             } else if self.stop.is_some_and(|stop| !stop.drain) {
                 // Nobody is left to commit it; whoever runs the job again begins with that.
+                let message = "tasks were being restarted".to_owned();
+                self.answer(trigger, Err(AbortReason::StopFailed { message }), effects);
+                self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
                 return self.give_up(now, self.stopped_at(checkpoint), effects);
             } else {
                 purpose = Purpose::Periodic;
@@ -849,9 +856,14 @@ impl Job {
         if matches!(self.phase, Phase::Cancelling(_) | Phase::Over) {
             return;
         }
-        // Whoever was told that the job stopped with a savepoint goes on from that.
-        if let Phase::Ending(outcome @ Outcome::Stopped { has_savepoint: true, .. }) = &self.phase {
-            return self.give_up(now, outcome.clone(), effects);
+        // The savepoint is durable, its output is not committed: the job recovers, as in Flink, and
+        // whoever has stopped it learns that it runs on.
+        if matches!(self.phase, Phase::Ending { .. })
+            && let Some(ticket) = self.stop_ticket.take()
+        {
+            let result = Err(AbortReason::StopFailed { message: cause.to_string() });
+            effects.push(Effect::AnswerSavepoint { ticket, result });
+            self.stop = None;
         }
         // What cannot help to repeat is not even counted.
         let verdict = match cause.is_restartable() {
@@ -925,7 +937,7 @@ impl Job {
         lost: Option<PartitionId>,
         escalation: Escalation,
     ) -> BTreeMap<TaskId, RestartReason> {
-        let is_ending = matches!(self.phase, Phase::Ending(_));
+        let is_ending = matches!(self.phase, Phase::Ending { .. });
         let Some((task, _)) = task.filter(|_| !is_ending) else {
             let every = self.tasks.keys().map(|task| (*task, RestartReason::EveryTask));
             return every.collect();
@@ -998,9 +1010,12 @@ impl Job {
         if run.state == TaskState::Running {
             run.state = TaskState::Finished;
         }
-        if let Phase::Ending(outcome) = &self.phase
+        if let Phase::Ending { outcome, checkpoint } = &self.phase
             && self.all(|run| run.state == TaskState::Finished)
         {
+            if let Some(ticket) = self.stop_ticket.take() {
+                effects.push(Effect::AnswerSavepoint { ticket, result: Ok(*checkpoint) });
+            }
             effects.push(Effect::Finish { outcome: outcome.clone() });
             self.phase = Phase::Over;
         }
@@ -1032,6 +1047,9 @@ impl Job {
             .filter(|(id, at)| **at <= now && self.is_stopped(**id))
             .map(|(id, _)| *id)
             .collect();
+        if !due.is_empty() {
+            self.restart.on_restarted();
+        }
         for incident in due {
             self.incidents.remove(&incident);
             for (task, run) in &mut self.tasks {

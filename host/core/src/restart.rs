@@ -82,6 +82,8 @@ pub struct RestartState {
     /// The end of the last delay, where failures up to it count once; see
     /// [`RestartState::merging`].
     merged_until: Option<Option<Millis>>,
+    /// A restart is scheduled and has not begun.
+    is_pending: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -106,7 +108,7 @@ impl RestartState {
             RestartStrategy::FailureRate { .. } => Memory::Recent(VecDeque::new()),
             RestartStrategy::ExponentialDelay(_) => Memory::Backoff { next_at: None, attempts: 0 },
         };
-        Self { strategy, memory, merged_until: None }
+        Self { strategy, memory, merged_until: None, is_pending: false }
     }
 
     /// Failures up to the end of a delay belong to the restart that is already scheduled, whatever
@@ -133,19 +135,28 @@ impl RestartState {
         }
     }
 
+    /// The scheduled restart has begun: what fails from now on belongs to the new attempt and counts,
+    /// even within the same millisecond.
+    pub fn on_restarted(&mut self) {
+        self.is_pending = false;
+    }
+
     /// Counts one failure and says what follows from it. `random` gives the jitter.
     pub fn on_failure(&mut self, now: Millis, random: &mut Random) -> Verdict {
-        if let Some(Some(until)) = self.merged_until.filter(|until| Some(now) <= *until) {
+        let is_pending = std::mem::replace(&mut self.is_pending, true);
+        if let Some(Some(until)) =
+            self.merged_until.filter(|until| is_pending && Some(now) <= *until)
+        {
             return verdict(false, true, until.since(now));
         }
-        let verdict = self.count(now, random);
+        let verdict = self.count(now, is_pending, random);
         if let Some(until) = &mut self.merged_until {
             *until = Some(now.after(verdict.backoff_ms));
         }
         verdict
     }
 
-    fn count(&mut self, now: Millis, random: &mut Random) -> Verdict {
+    fn count(&mut self, now: Millis, is_pending: bool, random: &mut Random) -> Verdict {
         match (&self.strategy, &mut self.memory) {
             (RestartStrategy::FixedDelay { attempts, delay_ms }, Memory::Count(failures)) => {
                 *failures += 1;
@@ -169,7 +180,10 @@ impl RestartState {
             (
                 RestartStrategy::ExponentialDelay(settings),
                 Memory::Backoff { next_at, attempts },
-            ) => settings.on_failure(next_at, attempts, now, random),
+            ) => {
+                let pending_until = next_at.filter(|next| is_pending && now <= *next);
+                settings.on_failure(next_at, attempts, pending_until.is_some(), now, random)
+            }
             _ => verdict(true, false, 0),
         }
     }
@@ -184,12 +198,12 @@ impl ExponentialDelay {
         &self,
         next_at: &mut Option<Millis>,
         attempts: &mut u64,
+        is_merged: bool,
         now: Millis,
         random: &mut Random,
     ) -> Verdict {
         // A failure up to and including the end of the delay belongs to the restart that is
         // already scheduled.
-        let is_merged = next_at.is_some_and(|next| now <= next);
         if !is_merged {
             if next_at.is_none_or(|next| self.reset_threshold_ms <= now.since(next)) {
                 *attempts = 0;
@@ -335,6 +349,23 @@ mod tests {
             &[0, 4, 10, 11],
             &["new 10", "merged 6", "merged 0", "new 20"],
         );
+    }
+
+    /// With a delay below a millisecond's resolution six restarts used to count as one.
+    #[test]
+    fn a_failure_of_the_new_attempt_counts_even_within_the_same_millisecond() {
+        let strategy = exponential(1, 1, 1.0, 1000, 0.0, Some(2));
+        for is_merging in [false, true] {
+            let mut state = RestartState::new(strategy.clone()).merging(is_merging);
+            let mut random = Random::new(0);
+            let mut fail = |state: &mut RestartState, ms| state.on_failure(Millis(ms), &mut random);
+            assert!(fail(&mut state, 5).is_new_attempt);
+            assert!(!fail(&mut state, 6).is_new_attempt, "the restart is pending");
+            state.on_restarted();
+            assert_eq!(fail(&mut state, 6), verdict(true, true, 1));
+            state.on_restarted();
+            assert!(!fail(&mut state, 7).can_restart, "two attempts are used up");
+        }
     }
 
     #[test]

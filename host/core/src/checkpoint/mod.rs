@@ -111,6 +111,12 @@ pub enum AbortReason {
     FailoverRegion,
     /// Before it began: regions of the job run one after the other.
     BlockingOutputExists,
+    /// The savepoint is durable, but the job could not end with it: what its sinks had still to commit
+    /// was not committed. Flink: `StopWithSavepointStoppingException`.
+    StopFailed {
+        /// What failed.
+        message: String,
+    },
 }
 
 impl AbortReason {
@@ -131,7 +137,8 @@ impl AbortReason {
             | Self::CoordinatorShutdown
             | Self::CoordinatorSuspend
             | Self::FailoverRegion
-            | Self::BlockingOutputExists => false,
+            | Self::BlockingOutputExists
+            | Self::StopFailed { .. } => false,
         }
     }
 
@@ -153,6 +160,7 @@ impl AbortReason {
             Self::CoordinatorSuspend => "CHECKPOINT_COORDINATOR_SUSPEND",
             Self::FailoverRegion => "JOB_FAILOVER_REGION",
             Self::BlockingOutputExists => "BLOCKING_OUTPUT_EXIST",
+            Self::StopFailed { .. } => "STOP_WITH_SAVEPOINT_STOPPING",
         }
     }
 
@@ -190,6 +198,10 @@ impl AbortReason {
                 "a job with exchanges that are not pipelined has no state between its regions"
                     .to_owned()
             }
+            Self::StopFailed { message } => format!(
+                "the savepoint is complete, but the job did not stop: its sinks had not committed \
+                 everything when it failed ({message})"
+            ),
         }
     }
 }

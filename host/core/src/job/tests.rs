@@ -771,9 +771,9 @@ fn stop_with_savepoint_commits_and_ends() {
          6: ack a @0 #1       ->
          7: ack b @0 #1       -> save #1
          8: saved #1          -> persist #1
-         9: durable #1        -> saved #1, complete #1 last
+         9: durable #1        -> complete #1 last
          10: finished a @0    ->
-         11: finished b @0    -> stop at #1",
+         11: finished b @0    -> saved #1, stop at #1",
     );
 }
 
@@ -820,8 +820,10 @@ fn failed_drain_restarts_from_before_it() {
     );
 }
 
+/// `StopWithSavepointTerminationHandlerImplTest`, StopWithSavepointStoppingException. The stop used to
+/// succeed on both sides while a sink had failed to commit, and the checkpoints were removed.
 #[test]
-fn failure_while_closing_after_a_savepoint_ends_the_job_with_it() {
+fn a_failed_commit_of_a_stop_is_answered_and_the_job_recovers() {
     check(
         fixed_delay(1),
         "0: started @0        ->
@@ -829,9 +831,24 @@ fn failure_while_closing_after_a_savepoint_ends_the_job_with_it() {
          6: ack a @0 #1       ->
          7: ack b @0 #1       -> save #1
          8: saved #1          -> persist #1
-         9: durable #1        -> saved #1, complete #1 last
-         10: trap a @0        -> cancel @0
-         11: stopped @0       -> stop at #1",
+         9: durable #1        -> complete #1 last
+         10: trap a @0        -> not saved: STOP_WITH_SAVEPOINT_STOPPING, cancel @0, restart in 50
+         11: stopped @0       ->
+         60: tick             -> start @1 from #1
+         61: started @1       ->
+         161: tick            -> barrier #2",
+    );
+    check(
+        RestartStrategy::None,
+        "0: started @0        ->
+         5: stop savepoint    -> barrier #1 last
+         6: ack a @0 #1       ->
+         7: ack b @0 #1       -> save #1
+         8: saved #1          -> persist #1
+         9: durable #1        -> complete #1 last
+         10: finished a @0    ->
+         11: trap b @0        -> not saved: STOP_WITH_SAVEPOINT_STOPPING, cancel b@0
+         12: stopped b@0      -> fail trap",
     );
 }
 
@@ -860,9 +877,9 @@ fn drain_ends_the_sources_and_finishes() {
          8: ack a @0 #1       ->
          9: ack b @0 #1       -> save #1
          10: saved #1         -> persist #1
-         11: durable #1       -> saved #1, complete #1 last
+         11: durable #1       -> complete #1 last
          12: finished a @0    ->
-         13: finished b @0    -> finish",
+         13: finished b @0    -> saved #1, finish",
     );
     check(
         fixed_delay(1),
