@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::{
-    Encode, Operator,
+    Encode, Format, Operator, Port,
     bindings::cofferdam::operator::types::{Batch, Emission},
 };
 
@@ -28,14 +28,16 @@ impl<'a, O: Operator> Output<'a, O> {
     /// Sends a record to an output by its place in [`Operator::outputs`].
     ///
     /// # Panics
-    /// If there is no such output.
+    /// If there is no such output, or if it has other types.
     #[inline]
     pub fn emit_to<K: Encode, V: Encode>(&mut self, output: usize, key: K, value: V) {
         let timestamp = self.timestamp;
-        self.ports.batches[output].push(key, value, timestamp);
+        self.ports.push(output, key, value, timestamp);
     }
 
-    /// Sets the event time of the records emitted from here to the end of the call.
+    /// Sets the event time of the records emitted from here to the end of the call. Without it they
+    /// have the time of the record that is processed; in `advance` that of the watermark; and at the
+    /// end of the input a time after everything that was seen.
     pub fn set_timestamp(&mut self, timestamp: Option<i64>) {
         self.timestamp = timestamp;
     }
@@ -45,10 +47,16 @@ impl<'a, O: Operator> Output<'a, O> {
 #[derive(Default)]
 pub(crate) struct Ports {
     batches: Vec<Builder>,
+    /// Batches that were ended because records of another shape follow.
+    ended: Vec<Emission>,
 }
 
 #[derive(Default)]
 struct Builder {
+    name: &'static str,
+    /// How keys and values are described; no format of a value: it may have any.
+    key: Option<Format>,
+    value: Option<Format>,
     keys: Vec<u8>,
     key_ends: Vec<u32>,
     values: Vec<u8>,
@@ -59,20 +67,68 @@ struct Builder {
 }
 
 impl Ports {
-    pub(crate) fn new(outputs: usize) -> Self {
-        Self { batches: (0..outputs).map(|_| Builder::default()).collect() }
+    pub(crate) fn new(outputs: Vec<Port>) -> Self {
+        let builder = |port: Port| Builder {
+            name: port.name,
+            key: port.key,
+            value: port.value,
+            ..Builder::default()
+        };
+        Self { batches: outputs.into_iter().map(builder).collect(), ended: Vec::new() }
+    }
+
+    #[inline]
+    fn push<K: Encode, V: Encode>(
+        &mut self,
+        output: usize,
+        key: K,
+        value: V,
+        timestamp: Option<i64>,
+    ) {
+        let builder = &mut self.batches[output];
+        builder.check::<K, V>();
+        // Half a column would give records the times of their neighbours.
+        if !builder.value_ends.is_empty() && builder.timestamps.is_empty() == timestamp.is_some() {
+            let records = builder.take();
+            self.ended.push(Emission { output: output as u32, records });
+        }
+        self.batches[output].push(key, value, timestamp);
     }
 
     pub(crate) fn take(&mut self) -> Vec<Emission> {
+        let mut emissions = std::mem::take(&mut self.ended);
         let outputs = (0..).zip(&mut self.batches);
-        outputs
-            .filter(|(_, builder)| !builder.value_ends.is_empty())
-            .map(|(output, builder)| Emission { output, records: builder.take() })
-            .collect()
+        let filled = outputs.filter(|(_, builder)| !builder.value_ends.is_empty());
+        emissions
+            .extend(filled.map(|(output, builder)| Emission { output, records: builder.take() }));
+        emissions
+    }
+
+    /// Drops what was not taken: the call that emitted it has failed.
+    pub(crate) fn clear(&mut self) {
+        drop(self.take());
     }
 }
 
 impl Builder {
+    /// Whoever reads an output trusts its description.
+    #[inline]
+    fn check<K: Encode, V: Encode>(&self) {
+        let is_open = matches!(self.value, None | Some(Format::Bytes));
+        if K::FORMAT != self.key || !(V::FORMAT == self.value || is_open) {
+            self.mismatch(K::FORMAT, V::FORMAT);
+        }
+    }
+
+    #[cold]
+    fn mismatch(&self, key: Option<Format>, value: Option<Format>) -> ! {
+        panic!(
+            "output \"{}\" is described with keys {:?} and values {:?}, and was given keys {key:?} \
+             and values {value:?}",
+            self.name, self.key, self.value
+        );
+    }
+
     #[inline]
     fn push<K: Encode, V: Encode>(&mut self, key: K, value: V, timestamp: Option<i64>) {
         if self.value_ends.is_empty() {
@@ -99,11 +155,6 @@ impl Builder {
 
     fn take(&mut self) -> Batch {
         self.expected = (self.keys.len(), self.values.len(), self.value_ends.len());
-        // A batch in which only some records have an event time has none: half a column would
-        // give records the time of their neighbours.
-        if self.timestamps.len() != self.value_ends.len() {
-            self.timestamps.clear();
-        }
         Batch {
             keys: std::mem::take(&mut self.keys),
             key_ends: std::mem::take(&mut self.key_ends),

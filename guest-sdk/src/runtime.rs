@@ -14,11 +14,13 @@ use crate::{
 pub struct Task<O> {
     operator: O,
     ports: Ports,
+    /// The latest event time of a record so far, or the first after the latest watermark.
+    latest: Option<i64>,
 }
 
 impl<O: Operator> Default for Task<O> {
     fn default() -> Self {
-        Self { operator: O::default(), ports: Ports::new(O::outputs().len()) }
+        Self { operator: O::default(), ports: Ports::new(O::outputs()), latest: None }
     }
 }
 
@@ -80,6 +82,7 @@ impl<O: Operator> Task<O> {
             let value_bytes = column(&batch.values, start.1, value_end);
             start = (key_end, value_end);
             let timestamp = batch.timestamps.get(place).copied();
+            self.latest = self.latest.max(timestamp);
             let at = |error: crate::Error| error.into_wit(Some(place as u32));
             let record = Record {
                 key: decode(key_bytes, "key").map_err(at)?,
@@ -99,7 +102,14 @@ impl<O: Operator> Task<O> {
     /// # Errors
     /// The operator's own.
     pub fn advance(&mut self, watermark: i64) -> Result<Vec<Emission>, OperatorError> {
-        let mut output = Output::new(&mut self.ports, None);
+        // What is emitted at a watermark is not late behind it; and time has no end that a window
+        // behind could reckon with.
+        let timestamp = match watermark {
+            i64::MAX => self.latest,
+            watermark => Some(watermark),
+        };
+        self.latest = self.latest.max(timestamp.and_then(|at| at.checked_add(1)));
+        let mut output = Output::new(&mut self.ports, timestamp);
         self.operator.advance(watermark, &mut output).map_err(|error| error.into_wit(None))?;
         Ok(self.ports.take())
     }
@@ -134,7 +144,7 @@ impl<O: Operator> Task<O> {
     /// # Errors
     /// The operator's own.
     pub fn finish(&mut self) -> Result<Vec<Emission>, OperatorError> {
-        let mut output = Output::new(&mut self.ports, None);
+        let mut output = Output::new(&mut self.ports, self.latest);
         self.operator.finish(&mut output).map_err(|error| error.into_wit(None))?;
         Ok(self.ports.take())
     }

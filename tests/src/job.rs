@@ -347,6 +347,9 @@ pub fn lone_task(operator: &str) -> TaskIdentity {
         has_memory: true,
         has_declared: false,
         has_host_state: false,
+        uid: operator.to_owned(),
+        is_keyed: true,
+        states: Vec::new(),
     }
 }
 

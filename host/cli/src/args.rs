@@ -163,6 +163,15 @@ pub(crate) struct RunArguments {
     /// Leave state behind whose operator is not in the manifest
     #[arg(long, requires = "from")]
     pub(crate) ignore_unclaimed_state: bool,
+    /// Run a job that has finished once more, from its beginning
+    #[arg(long, conflicts_with = "from")]
+    pub(crate) again: bool,
+    /// Remove committed output that is newer than the state that the job resumes from
+    #[arg(long)]
+    pub(crate) discard_output: bool,
+    /// Take output that is neither pending nor committed for taken by a reader, not for lost
+    #[arg(long)]
+    pub(crate) assume_committed: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
     /// Show no progress, even on a terminal

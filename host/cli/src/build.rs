@@ -40,8 +40,8 @@ pub(crate) async fn run(arguments: BuildArguments, is_json: bool) -> Result<(), 
         }));
     } else {
         let size = std::fs::metadata(&output).map_or(0, |metadata| metadata.len());
-        println!("{}: operator {}, {}", output.display(), description.name, report::bytes(size));
-        println!("  digest {digest}");
+        say!("{}: operator {}, {}", output.display(), description.name, report::bytes(size));
+        say!("  digest {digest}");
     }
     Ok(())
 }

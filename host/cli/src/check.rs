@@ -12,7 +12,7 @@ use crate::{args::CheckArguments, report};
 pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), Problem> {
     let host = arguments.host.read()?;
     let spec = JobSpec::read_with(&arguments.manifest, host.as_ref())?;
-    spec.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    spec.warnings.iter().for_each(|warning| say_aside!("warning: {warning}"));
     if arguments.effective {
         effective(&spec, is_json);
         return Ok(());
@@ -35,7 +35,7 @@ fn effective(spec: &JobSpec, is_json: bool) {
             true => report::line(&json!({ "key": key, "value": value, "from": place })),
             false => {
                 let place = place.unwrap_or_else(|| "default".to_owned());
-                println!("{key} = {value}\n    {place}");
+                say!("{key} = {value}\n    {place}");
             }
         }
     }
@@ -88,13 +88,13 @@ fn machine(checked: &CheckedJob) -> serde_json::Value {
 fn people(checked: &CheckedJob) {
     let spec = &checked.spec;
     let tasks = spec.graph.tasks().len();
-    println!("job \"{}\": {} nodes, {tasks} tasks, no problems found", spec.name, spec.nodes.len());
+    say!("job \"{}\": {} nodes, {tasks} tasks, no problems found", spec.name, spec.nodes.len());
     for (id, operator) in spec.graph.operators() {
         let kind = kind_name(&spec.node(id).kind);
-        println!("  {kind:<8} {} x{}", operator.name, operator.parallelism);
+        say!("  {kind:<8} {} x{}", operator.name, operator.parallelism);
         for edge in spec.graph.inputs(id) {
             let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
-            println!(
+            say!(
                 "    <- {} ({}{chained})",
                 spec.node(edge.from).name,
                 partitioner_name(edge.partitioner)
@@ -103,11 +103,11 @@ fn people(checked: &CheckedJob) {
     }
     for (name, description) in checked.descriptions() {
         for state in &description.states {
-            println!("  state    {name}.{}: value of {} by key", state.name, state.schema);
+            say!("  state    {name}.{}: value of {} by key", state.name, state.schema);
         }
     }
     match spec.checkpoint.interval_ms {
-        Some(interval) => println!("  checkpoints every {interval} ms"),
-        None => println!("  no periodic checkpoints: only a last one, at the end"),
+        Some(interval) => say!("  checkpoints every {interval} ms"),
+        None => say!("  no periodic checkpoints: only a last one, at the end"),
     }
 }

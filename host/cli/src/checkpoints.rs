@@ -57,7 +57,7 @@ pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> 
             deleted.map_err(|error| opened.damaged(id, &error))?;
             match is_json {
                 true => report::line(&json!({ "deleted": id })),
-                false => println!("deleted checkpoint {id}"),
+                false => say!("deleted checkpoint {id}"),
             }
             Ok(())
         }
@@ -118,7 +118,7 @@ impl Opened {
 
     fn warn(&self) {
         for damage in &self.found.damaged {
-            eprintln!("warning: {damage}");
+            say_aside!("warning: {damage}");
         }
     }
 
@@ -140,8 +140,8 @@ impl Opened {
                     "error": whole.err().map(|error| error.to_string()),
                 })),
                 false => match whole {
-                    Ok(()) => println!("checkpoint {id}: whole, {} read", report::bytes(bytes)),
-                    Err(error) => println!("checkpoint {id}: damaged: {error}"),
+                    Ok(()) => say!("checkpoint {id}: whole, {} read", report::bytes(bytes)),
+                    Err(error) => say!("checkpoint {id}: damaged: {error}"),
                 },
             }
         }
@@ -194,7 +194,7 @@ fn list(kept: &KeptCheckpoint, is_json: bool) {
             "written_at_ms": written_at_ms,
         })),
         false => {
-            println!("checkpoint {checkpoint} of \"{job}\": {tasks} tasks, {}", age(*written_at_ms))
+            say!("checkpoint {checkpoint} of \"{job}\": {tasks} tasks, {}", age(*written_at_ms))
         }
     }
 }
@@ -269,6 +269,6 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
         for (cell, width) in row.iter().zip(&widths).skip(1) {
             line.push_str(&format!("  {cell:>width$}"));
         }
-        println!("{line}");
+        say!("{line}");
     }
 }

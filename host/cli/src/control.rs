@@ -86,7 +86,7 @@ pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
         Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display())).detail(error)
     })?;
     if entries.is_empty() && !is_json {
-        println!("nothing has failed");
+        say!("nothing has failed");
     }
     for entry in entries {
         if is_json {
@@ -101,22 +101,23 @@ pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
         match text("event") {
             "restarting" => {
                 let count = entry.event["restarting"].as_object().map_or(0, serde_json::Map::len);
-                println!("{ago}: {task}: {}: {}", text("class"), text("message"));
-                println!(
+                say!("{ago}: {task}: {}: {}", text("class"), text("message"));
+                say!(
                     "    restarted {count} of {} tasks after {} ms",
-                    entry.event["tasks"], entry.event["delay_ms"]
+                    entry.event["tasks"],
+                    entry.event["delay_ms"]
                 );
             }
             "dead-letter" => {
-                println!("{ago}: {task}: {}: {}", text("class"), text("message"));
-                println!(
+                say!("{ago}: {task}: {}: {}", text("class"), text("message"));
+                say!(
                     "    its record went to the dead letters after {} failures",
                     entry.event["traps"]
                 );
             }
             "records-lost" => {
                 let number = |key: &str| entry.event[key].as_u64().unwrap_or(0);
-                println!(
+                say!(
                     "{ago}: {} records from {} to {} lost, {} of earlier losses regained",
                     number("lost"),
                     text("from"),
@@ -125,13 +126,13 @@ pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
                 );
             }
             "failed" => {
-                println!("{ago}: {task}: {}: {}", text("class"), text("message"));
-                println!("    the job failed");
+                say!("{ago}: {task}: {}: {}", text("class"), text("message"));
+                say!("    the job failed");
             }
-            _ => println!("{ago}: checkpoint {}: {}", entry.event["checkpoint"], text("reason")),
+            _ => say!("{ago}: checkpoint {}: {}", entry.event["checkpoint"], text("reason")),
         }
         for frame in entry.event["backtrace"].as_array().into_iter().flatten() {
-            println!("      in {}", frame.as_str().unwrap_or_default());
+            say!("      in {}", frame.as_str().unwrap_or_default());
         }
     }
     Ok(())
@@ -156,10 +157,10 @@ fn say(answer: Answer, what: &str, is_json: bool) -> Result<(), Problem> {
             report::line(&json!({ "savepoint": savepoint, "checkpoint": checkpoint }));
         }
         Answer::Saved { savepoint, checkpoint } => {
-            println!("{what} {checkpoint}: {}", savepoint.display());
+            say!("{what} {checkpoint}: {}", savepoint.display());
         }
         Answer::Accepted { accepted } if is_json => report::line(&json!({ "accepted": accepted })),
-        Answer::Accepted { .. } => println!("{what}"),
+        Answer::Accepted { .. } => say!("{what}"),
         Answer::Kept { .. } => return Err(other_answer()),
         Answer::Refused { error } => {
             return Err(Problem::new(Code::RequestRefused, format!("the job says no: {error}"))

@@ -178,7 +178,7 @@ fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem>
         return Ok(());
     }
     let all = graph.tasks().len();
-    println!(
+    say!(
         "if {} fails, {} of {all} tasks restart (failover-strategy: {})\n",
         arguments.fail,
         because.len(),
@@ -186,10 +186,10 @@ fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem>
     );
     if spec.failover == FailoverStrategy::Region {
         draw_regions(&names, &topology, &because);
-        println!();
+        say!("");
     }
     for (task, reason) in &because {
-        println!("  {task:<16} {reason}");
+        say!("  {task:<16} {reason}");
     }
     Ok(())
 }
@@ -209,9 +209,9 @@ fn edges(spec: &JobSpec) -> Vec<Value> {
 }
 
 fn draw_graph(spec: &JobSpec) {
-    println!("job \"{}\", failover-strategy: {}\n", spec.name, spec.failover.name());
+    say!("job \"{}\", failover-strategy: {}\n", spec.name, spec.failover.name());
     for (id, operator) in spec.graph.operators() {
-        println!("{} x{}", operator.name, operator.parallelism);
+        say!("{} x{}", operator.name, operator.parallelism);
         for edge in spec.graph.outputs(id) {
             let arrow = match edge.exchange {
                 ExchangeType::PipelinedApproximate => "~~>",
@@ -219,7 +219,7 @@ fn draw_graph(spec: &JobSpec) {
                 _ => "-->",
             };
             let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
-            println!(
+            say!(
                 "  {arrow} {} ({}, {}{chained})",
                 spec.graph.operator(edge.to).name,
                 partitioner_name(edge.partitioner),
@@ -227,7 +227,7 @@ fn draw_graph(spec: &JobSpec) {
             );
         }
     }
-    println!();
+    say!("");
 }
 
 /// Regions as boxes; those that restart are marked.
@@ -235,11 +235,11 @@ fn draw_regions(names: &Names<'_>, topology: &Topology, restarting: &BTreeMap<St
     for (number, region) in names.regions(topology).iter().enumerate() {
         let is_restarting = region.iter().any(|task| restarting.contains_key(task));
         let mark = if is_restarting { "  restarts" } else { "" };
-        println!("+- region {} ({} tasks){mark}", number + 1, region.len());
+        say!("+- region {} ({} tasks){mark}", number + 1, region.len());
         for line in region.chunks(8) {
-            println!("|  {}", line.join("  "));
+            say!("|  {}", line.join("  "));
         }
-        println!("+-");
+        say!("+-");
     }
 }
 
@@ -279,7 +279,7 @@ fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem>
     let mut state = restart.state();
     let mut random = Random::new(arguments.seed);
     if !is_json {
-        println!("{}\n", strategy_words(&restart.strategy));
+        say!("{}\n", strategy_words(&restart.strategy));
     }
     for &at_ms in &arguments.failures {
         let verdict = state.on_failure(Millis(at_ms), &mut random);
@@ -294,8 +294,8 @@ fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem>
         }
         let attempt = if verdict.is_new_attempt { "a new attempt" } else { "the same attempt" };
         match verdict.can_restart {
-            true => println!("{at_ms:>10} ms  restart after {} ms, {attempt}", verdict.backoff_ms),
-            false => println!("{at_ms:>10} ms  the job fails"),
+            true => say!("{at_ms:>10} ms  restart after {} ms, {attempt}", verdict.backoff_ms),
+            false => say!("{at_ms:>10} ms  the job fails"),
         }
     }
     Ok(())

@@ -1,5 +1,8 @@
 //! The program `cofferdam`: runs stream-processing jobs whose tasks are WebAssembly components.
 
+#[macro_use]
+mod report;
+
 mod args;
 mod build;
 mod check;
@@ -7,11 +10,10 @@ mod checkpoints;
 mod control;
 mod explain;
 mod new;
-mod report;
 mod run;
 mod socket;
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
 use cofferdam_engine::problem::Problem;
@@ -38,12 +40,9 @@ fn main() -> ExitCode {
         Verb::Stop(arguments) => with_runtime(control::stop(&arguments, is_json)),
         Verb::Cancel(arguments) => with_runtime(control::cancel(&arguments, is_json)),
         Verb::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Arguments::command(),
-                "cofferdam",
-                &mut std::io::stdout(),
-            );
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "cofferdam", &mut script);
+            let _ = std::io::stdout().write_all(&script);
             Ok(())
         }
     };

@@ -70,11 +70,8 @@ pub(crate) fn run(arguments: &NewArguments, is_json: bool) -> Result<(), Problem
     if is_json {
         report::line(&json!({ "created": path, "name": name }));
     } else {
-        println!("{}: an operator, its test and a job\n", path.display());
-        println!(
-            "  cd {}\n  cargo test\n  cofferdam build\n  cofferdam run job.toml",
-            path.display()
-        );
+        say!("{}: an operator, its test and a job\n", path.display());
+        say!("  cd {}\n  cargo test\n  cofferdam build\n  cofferdam run job.toml", path.display());
     }
     Ok(())
 }

@@ -1,12 +1,43 @@
 //! Prints problems and figures, for people and for machines.
 
-use cofferdam_engine::problem::Problem;
+use std::{
+    fmt,
+    io::{self, Write},
+};
+
+use cofferdam_engine::problem::{Code, Problem};
 use serde_json::json;
+
+/// Prints a line to standard output. Its reader may be gone, which is no reason to fail.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::report::to_stdout(format_args!($($text)*)) };
+}
+
+/// Prints a line to standard error, likewise.
+macro_rules! say_aside {
+    ($($text:tt)*) => { $crate::report::to_stderr(format_args!($($text)*)) };
+}
+
+pub(crate) fn to_stdout(text: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stdout().lock(), "{text}");
+}
+
+pub(crate) fn to_stderr(text: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
 
 /// Prints a problem: to standard error, or as one JSON object to standard output.
 pub(crate) fn problem(problem: &Problem, is_json: bool) {
+    if !is_json && problem.code == Code::AlreadyFinished {
+        // Nothing is wrong.
+        say_aside!("{}", problem.message);
+        if let Some(hint) = &problem.hint {
+            say_aside!("  {hint}");
+        }
+        return;
+    }
     if !is_json {
-        eprintln!("{problem}");
+        say_aside!("{problem}");
         return;
     }
     line(&json!({
@@ -20,9 +51,7 @@ pub(crate) fn problem(problem: &Problem, is_json: bool) {
 
 /// Prints one JSON object as a line.
 pub(crate) fn line(object: &serde_json::Value) {
-    use std::io::Write;
-    // Whoever reads this may be gone; that is no reason to fail.
-    let _ = writeln!(std::io::stdout().lock(), "{object}");
+    say!("{object}");
 }
 
 /// A number of bytes as people read it.

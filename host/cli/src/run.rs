@@ -8,6 +8,7 @@ use std::{
 
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
+    Conflicts,
     control::JobHandle,
     job::{self, CheckedJob, Job, JobOptions},
     metrics::{Metrics, Reading},
@@ -53,8 +54,17 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
         claim: arguments.claim_mode == ClaimMode::Claim,
         ignore_unclaimed_state: arguments.ignore_unclaimed_state,
     });
-    let options =
-        JobOptions { state_dir: arguments.state_dir, seed: seed(), from, ..JobOptions::default() };
+    let options = JobOptions {
+        state_dir: arguments.state_dir,
+        seed: seed(),
+        from,
+        again: arguments.again,
+        conflicts: Conflicts {
+            discard_output: arguments.discard_output,
+            assume_committed: arguments.assume_committed,
+        },
+        ..JobOptions::default()
+    };
     let mode = if is_json {
         Mode::Json
     } else if is_live {
@@ -105,9 +115,11 @@ fn seed() -> u64 {
 /// The first signal stops in good order, the second one at once.
 async fn obey_interrupts(job: JobHandle) {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
+    let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+        signal(SignalKind::hangup()),
+    ) else {
         tracing::warn!("signals cannot be caught: Ctrl-C ends at once");
         return;
     };
@@ -115,6 +127,8 @@ async fn obey_interrupts(job: JobHandle) {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            // The terminal is gone: nobody is left to ask twice.
+            _ = hangup.recv() => {}
         }
         if is_second {
             // Nothing is lost: what was acked is durable, and the next run goes on from it.
@@ -131,12 +145,14 @@ struct AboveProgress(MultiProgress);
 
 impl Write for AboveProgress {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.suspend(|| io::stderr().write_all(bytes))?;
+        // Whoever reads the log may be gone, or its disk full: the job goes on without it.
+        let _ = self.0.suspend(|| io::stderr().write_all(bytes));
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        let _ = io::stderr().flush();
+        Ok(())
     }
 }
 
@@ -393,7 +409,7 @@ impl View {
             0 => String::new(),
             lost => format!(", {} records lost", report::count(lost)),
         };
-        eprintln!(
+        say_aside!(
             "{} {word} after {seconds:.2} s: {} records read, {} written, {} checkpoints, {} restarts{lost}",
             self.job,
             report::count(reading.records_read),
@@ -403,13 +419,13 @@ impl View {
         );
         if let Ok(Outcome::Stopped { is_last, has_savepoint: false, .. }) = outcome {
             match (checkpoint, is_last) {
-                (Some(id), true) => eprintln!("run it again and it goes on from checkpoint {id}"),
+                (Some(id), true) => say_aside!("run it again and it goes on from checkpoint {id}"),
                 (Some(id), false) => {
-                    eprintln!(
+                    say_aside!(
                         "the last checkpoint failed: run it again and it goes on from checkpoint {id}"
                     );
                 }
-                (None, _) => eprintln!("no checkpoint was completed: run again, it begins anew"),
+                (None, _) => say_aside!("no checkpoint was completed: run again, it begins anew"),
             }
         }
     }

@@ -2,6 +2,23 @@
 
 use std::fmt;
 
+/// Why it cannot help to run an attempt again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle {
+    /// The state in the checkpoint is not of this job, or cannot be read.
+    StateMismatch,
+    /// What a source has still to read is not what it was.
+    InputChanged,
+    /// A record that a source cannot make sense of.
+    BadRecord,
+    /// An output belongs to somebody else, or is not as it was left.
+    OutputTaken,
+    /// What is kept of a checkpoint is damaged.
+    StoreDamaged,
+    /// Nobody knows whether a checkpoint is complete.
+    StoreInDoubt,
+}
+
 /// Why an attempt of a task ended. Decides between restarting and giving up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FailureCause {
@@ -32,8 +49,10 @@ pub enum FailureCause {
         /// The last of the reasons.
         message: String,
     },
-    /// Running it again cannot help: the state does not fit the component, a setting is wrong.
+    /// Running it again cannot help: the state does not fit the component, an input is another.
     Permanent {
+        /// Of which kind.
+        obstacle: Obstacle,
         /// What does not fit, and what to do.
         message: String,
     },
@@ -74,7 +93,7 @@ impl FailureCause {
             | Self::Rejected { message }
             | Self::Environment { message }
             | Self::CheckpointsFailed { message }
-            | Self::Permanent { message }
+            | Self::Permanent { message, .. }
             | Self::HostBug { message } => message,
         }
     }

@@ -337,7 +337,10 @@ enum TaskState {
 enum Phase {
     Active,
     /// The last checkpoint is complete; tasks commit it and close.
-    Ending { outcome: Outcome, checkpoint: CheckpointId },
+    Ending {
+        outcome: Outcome,
+        checkpoint: CheckpointId,
+    },
     /// Everything is being cancelled.
     Cancelling(Outcome),
     Over,

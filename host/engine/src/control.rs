@@ -104,6 +104,8 @@ pub(crate) struct Desk(Mutex<Requests>);
 struct Requests {
     last_ticket: u64,
     open: BTreeMap<u64, (PathBuf, oneshot::Sender<SavepointResult>)>,
+    /// The last savepoint that was written.
+    saved: Option<PathBuf>,
     kept: BTreeMap<u64, KeptCheckpoint>,
 }
 
@@ -128,10 +130,19 @@ impl Desk {
 
     /// Answers a request.
     pub(crate) fn answer(&self, ticket: u64, result: Result<CheckpointId, String>) {
-        if let Some((_, sender)) = self.lock().open.remove(&ticket) {
+        let mut requests = self.lock();
+        if let Some((dir, sender)) = requests.open.remove(&ticket) {
+            if result.is_ok() {
+                requests.saved = Some(dir);
+            }
             // Whoever asked may have gone.
             let _ = sender.send(result.map(|checkpoint| checkpoint.0));
         }
+    }
+
+    /// The last savepoint that was written: of a job that was stopped with one, that.
+    pub(crate) fn last_saved(&self) -> Option<PathBuf> {
+        self.lock().saved.clone()
     }
 
     /// A checkpoint is complete and kept.

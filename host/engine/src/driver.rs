@@ -20,6 +20,7 @@ use cofferdam_core::{
     graph::{Edge, JobGraph, Partitioner, consumer_range},
     ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
     job::{Effect, Event, Job, Outcome, TaskAttempt},
+    watermark::Clock,
 };
 use futures::FutureExt;
 use tokio::{
@@ -538,6 +539,8 @@ impl Plan {
                 is_backlog: false,
                 is_batch: self.partitions.is_some(),
                 held: None,
+                clock: Clock::default(),
+                idle_after: self.idle_after(task.operator),
             };
             workers.push(PreparedWorker { worker, control: sender, reader: None });
         }

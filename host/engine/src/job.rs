@@ -2,8 +2,8 @@
 //! state directory, and hands everything to the driver.
 
 use std::{
-    collections::BTreeMap,
-    fs::{self, File, TryLockError},
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -21,11 +21,12 @@ use cofferdam_core::{
 };
 use cofferdam_sandbox::{
     Component, ComponentError, Description, Format, Host, InstanceSetup, Level, Limits, Port,
-    Sandbox, SandboxError, SandboxOptions,
+    Sandbox, SandboxError, SandboxOptions, StateDeclaration,
 };
 use tokio::sync::mpsc;
 
 use crate::{
+    clock::now_ms,
     control::{Desk, JobHandle, KeptCheckpoint},
     driver::{Driver, Stats, WriterReport},
     exchange::{link::Links, partition::Partitions},
@@ -34,17 +35,18 @@ use crate::{
     problem::{Code, Problem},
     progress::{Observer, Progress},
     restore::{self, RestoreFrom},
-    sink,
-    source::Prepared,
+    sink::{self, Conflicts, Output, OutputContext},
+    source::{self, Prepared},
     spec::{
-        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, SinkSpec, StateBackend,
-        StorageSpec,
+        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OnBadRecord, OperatorSpec, SinkSpec,
+        SourceSpec, StateBackend, StorageSpec,
     },
+    state_dir::{self, Ended, JobRecord},
     storage::{
         self, Storage, StorageError,
         faulty::Faults,
         keyed::{KeyedLimits, KeyedState},
-        manifest::TaskIdentity,
+        manifest::{StateIdentity, TaskIdentity},
         memory::MemoryStorage,
         objects::ObjectStorage,
         sled::SledStorage,
@@ -68,6 +70,10 @@ pub struct JobOptions {
     pub seed: u64,
     /// What to begin from, instead of the newest checkpoint of the state directory.
     pub from: Option<RestoreFrom>,
+    /// Runs a job anew that has finished.
+    pub again: bool,
+    /// Ways out of conflicts between the state and the output.
+    pub conflicts: Conflicts,
     /// Makes the storage fail, for tests of what follows from that.
     pub faults: Option<Faults>,
 }
@@ -91,6 +97,8 @@ struct CheckedOperator {
 const WORKING: &str = "working";
 /// And the results of exchanges that are not pipelined.
 const PARTITIONS: &str = "partitions";
+/// And what file sinks have committed.
+const OUTPUTS: &str = "outputs";
 
 /// What is needed to build the workers of an attempt.
 pub(crate) struct Plan {
@@ -99,6 +107,8 @@ pub(crate) struct Plan {
     pub(crate) graph: JobGraph,
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
+    /// By operator and output: whether its records have keys.
+    outputs: Vec<Arc<[bool]>>,
     pub(crate) is_exactly_once: bool,
     /// When a barrier overtakes; see [`CheckpointSettings::unaligned_after_ms`].
     pub(crate) unaligned_after: Option<Duration>,
@@ -122,7 +132,10 @@ enum NodePlan {
         /// See [`dead_letter_output`].
         dead_letter_output: u32,
     },
-    Sink(SinkSpec),
+    Sink {
+        spec: SinkSpec,
+        output: Option<Arc<Output>>,
+    },
 }
 
 impl Plan {
@@ -139,7 +152,7 @@ impl Plan {
             false => Barriers::Tracked(Tracker::new(channels)),
         };
         if let Some(checkpoint) = given_up {
-            barriers.on_abort(checkpoint);
+            barriers.begin_after(checkpoint);
         }
         barriers
     }
@@ -147,7 +160,9 @@ impl Plan {
     pub(crate) fn node(&self, task: TaskId, attempt: Attempt) -> Node {
         let work = match &self.nodes[task.operator.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
-            NodePlan::Sink(spec) => Work::Sink { spec: spec.clone(), sink: None },
+            NodePlan::Sink { spec, output } => {
+                Work::Sink { spec: spec.clone(), output: output.clone(), sink: None }
+            }
             NodePlan::Operator { name, component, spec, has_states, dead_letter_output } => {
                 Work::Operator(Box::new(OperatorTask {
                     name: name.clone(),
@@ -171,6 +186,15 @@ impl Plan {
             targets: Vec::new(),
             local: self.locals[&task].clone(),
             is_drained: false,
+            outputs: self.outputs[task.operator.0 as usize].clone(),
+        }
+    }
+
+    /// Without records for so long a source holds event time back no longer.
+    pub(crate) fn idle_after(&self, operator: OperatorId) -> Option<Duration> {
+        match &self.nodes[operator.0 as usize] {
+            NodePlan::Source(source) => source.idle_after(),
+            NodePlan::Operator { .. } | NodePlan::Sink { .. } => None,
         }
     }
 
@@ -178,7 +202,7 @@ impl Plan {
     pub(crate) fn partition_bytes_max(&self, operator: OperatorId) -> u64 {
         match &self.nodes[operator.0 as usize] {
             NodePlan::Operator { spec, .. } => spec.limits.partition_bytes_max,
-            NodePlan::Source(_) | NodePlan::Sink(_) => u64::MAX,
+            NodePlan::Source(_) | NodePlan::Sink { .. } => u64::MAX,
         }
     }
 
@@ -187,7 +211,7 @@ impl Plan {
         match &self.nodes[operator.0 as usize] {
             NodePlan::Operator { spec, .. } => spec.max_parallelism,
             // Sinks keep no state by key: any number will do, as long as it stays the same.
-            NodePlan::Source(_) | NodePlan::Sink(_) => 1 << 15,
+            NodePlan::Source(_) | NodePlan::Sink { .. } => 1 << 15,
         }
     }
 }
@@ -199,6 +223,7 @@ impl CheckedJob {
     /// The first problem.
     pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
         check_approximate(&spec)?;
+        check_outputs(&spec)?;
         let mut operators = BTreeMap::new();
         for (id, node) in (0..).map(OperatorId).zip(&spec.nodes) {
             if let NodeKind::Operator(operator) = &node.kind {
@@ -220,6 +245,52 @@ impl CheckedJob {
         self.operators
             .iter()
             .map(|(id, operator)| (self.spec.node(*id).name.as_str(), &operator.description))
+    }
+}
+
+/// Refuses directories that two sinks, or a sink and the state, would write to.
+fn check_outputs(spec: &JobSpec) -> Result<(), Problem> {
+    let mut known: Vec<(&str, PathBuf)> = Vec::new();
+    let state_dir = spec.storage.state_dir().map(resolved);
+    for node in &spec.nodes {
+        let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
+        let dir = resolved(&sink.path);
+        if let Some((other, _)) = known.iter().find(|(_, other)| *other == dir) {
+            let message =
+                format!("sinks \"{other}\" and \"{}\" write to the same directory", node.name);
+            return Err(Problem::new(Code::OutputTaken, message)
+                .detail(dir.display())
+                .hint("give each its own path"));
+        }
+        if let Some(state_dir) = state_dir.as_ref().filter(|state_dir| dir.starts_with(state_dir)) {
+            let message = format!("sink \"{}\" writes to the job's state directory", node.name);
+            return Err(Problem::new(Code::OutputTaken, message)
+                .detail(state_dir.display())
+                .hint("choose a path outside of it"));
+        }
+        known.push((&node.name, dir));
+    }
+    Ok(())
+}
+
+/// A path without links and dots, as far as it is there.
+pub(crate) fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut missing = Vec::new();
+    let mut known = path.as_path();
+    loop {
+        if let Ok(real) = known.canonicalize() {
+            return missing.iter().rev().fold(real, |path, name| match name {
+                std::path::Component::ParentDir => {
+                    path.parent().map(Path::to_owned).unwrap_or(path)
+                }
+                name => path.join(name),
+            });
+        }
+        let Some(name) = known.components().next_back() else { return path.clone() };
+        missing.push(name);
+        let Some(parent) = known.parent() else { return path.clone() };
+        known = parent;
     }
 }
 
@@ -370,13 +441,29 @@ fn resolve_edges(
     Ok(edges)
 }
 
+/// By output: whether its records have keys. The last one is that of dead letters.
+fn keyed_outputs(node: &NodeSpec, operator: Option<&CheckedOperator>) -> Arc<[bool]> {
+    let declared: Vec<bool> = match (&node.kind, operator) {
+        (NodeKind::Source(source), _) => vec![source.formats().0.is_some()],
+        (_, Some(operator)) => {
+            operator.description.outputs.iter().map(|port| port.key.is_some()).collect()
+        }
+        _ => return Arc::new([]),
+    };
+    declared.into_iter().chain([false]).collect()
+}
+
 /// The host's own output, behind those of the component.
 fn dead_letter_output(description: &Description) -> u32 {
     u32::try_from(description.outputs.len()).unwrap_or(u32::MAX)
 }
 
 fn has_dead_letters(spec: &JobSpec, id: OperatorId) -> bool {
-    matches!(&spec.node(id).kind, NodeKind::Operator(it) if it.dead_letter_after.is_some())
+    match &spec.node(id).kind {
+        NodeKind::Operator(operator) => operator.dead_letter_after.is_some(),
+        NodeKind::Source(SourceSpec::File(file)) => file.on_bad_record == OnBadRecord::DeadLetter,
+        NodeKind::Source(SourceSpec::Generator(_)) | NodeKind::Sink(_) => false,
+    }
 }
 
 /// Isolated records must go somewhere, and nowhere else.
@@ -384,17 +471,19 @@ fn check_dead_letters(
     spec: &JobSpec,
     operators: &BTreeMap<OperatorId, CheckedOperator>,
 ) -> Result<(), Problem> {
-    for (id, operator) in operators.iter().filter(|(id, _)| has_dead_letters(spec, **id)) {
-        let name = &spec.node(*id).name;
-        if operator.description.outputs.iter().any(|port| port.name == DEAD_LETTER) {
+    let nodes = (0..).map(OperatorId).zip(&spec.nodes);
+    for (id, node) in nodes.filter(|(id, _)| has_dead_letters(spec, *id)) {
+        let name = &node.name;
+        let outputs = operators.get(&id).map(|operator| &operator.description.outputs);
+        if outputs.into_iter().flatten().any(|port| port.name == DEAD_LETTER) {
             let message = format!("operator \"{name}\" has an output \"{DEAD_LETTER}\" of its own");
             return Err(Problem::new(Code::BadValue, message)
                 .hint("leave on-trap out, or name that output otherwise"));
         }
         let takes =
-            |input: &InputSpec| input.from == *id && input.output.as_deref() == Some(DEAD_LETTER);
+            |input: &InputSpec| input.from == id && input.output.as_deref() == Some(DEAD_LETTER);
         if !spec.nodes.iter().flat_map(|node| &node.inputs).any(takes) {
-            let message = format!("nothing takes the dead letters of operator \"{name}\"");
+            let message = format!("nothing takes the dead letters of \"{name}\"");
             return Err(Problem::new(Code::BadValue, message)
                 .hint(format!("give a sink inputs = [\"{name}.{DEAD_LETTER}\"]")));
         }
@@ -443,8 +532,13 @@ fn output_of(
     };
     let Some(operator) = operators.get(&from) else {
         let NodeKind::Source(source) = &node.kind else { return Err(unknown(String::new())) };
+        let has_letters = has_dead_letters(spec, from);
+        if name == Some(DEAD_LETTER) && has_letters {
+            return Ok((source::DEAD_LETTERS, Formats { key: None, value: Format::Json }));
+        }
         if name.is_some_and(|name| name != "out") {
-            return Err(unknown("out".to_owned()));
+            let known = if has_letters { format!("out, {DEAD_LETTER}") } else { "out".to_owned() };
+            return Err(unknown(known));
         }
         let (key, value) = source.formats();
         return Ok((0, Formats { key, value }));
@@ -532,6 +626,8 @@ pub struct Job {
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
     desk: Arc<Desk>,
+    /// See [`digest_of`].
+    digest: String,
 }
 
 impl Job {
@@ -549,24 +645,32 @@ impl Job {
         let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
         let identities: Vec<TaskIdentity> =
             tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
-        let nodes = prepare_nodes(&spec, &operators)?;
+        let mut nodes = prepare_nodes(&spec, &operators)?;
+        let ids = (0..).map(OperatorId).zip(&spec.nodes);
+        let keyed = ids.map(|(id, node)| keyed_outputs(node, operators.get(&id))).collect();
         let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
         let state_dir = state_dir.map(Path::to_owned);
-        let lock = state_dir.as_deref().map(lock).transpose()?;
-        let storage = open_storage(&spec.storage, state_dir.as_deref())
-            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir.as_deref(), error);
+        let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
+        let digest = digest_of(&identities, &spec);
+        let mut record = read_record(&spec, state_dir.as_deref(), options, &digest)?;
+        let storage =
+            open_storage(&spec.storage, state_dir.as_deref()).map_err(|error| unusable(&error))?;
         let storage = match &options.faults {
             Some(faults) => faults.around(storage),
             None => storage,
         };
+        if let Some(dir) = &state_dir {
+            record.write(dir).map_err(|error| unusable(&error))?;
+        }
         let (mut store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
-            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+            .map_err(|error| unusable(&error))?;
         store.compress(spec.is_compressing);
         let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
-            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
-        let partitions = partitions(&spec, state_dir.as_deref())
-            .map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
-        let sources = spec.nodes.iter().zip(&nodes).filter_map(|(node, plan)| match plan {
+            .map_err(|error| unusable(&error))?;
+        let partitions =
+            partitions(&spec, state_dir.as_deref()).map_err(|error| unusable(&error))?;
+        let sources = nodes.iter().zip(&spec.nodes).filter_map(|(plan, node)| match plan {
             NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
             _ => None,
         });
@@ -576,13 +680,9 @@ impl Job {
             locals: &locals,
             sources: &sources.collect(),
         };
-        let restored = restore::restore(&targets, &mut store, found, options.from.as_ref())?;
-        for message in restored.warnings {
-            observer.observe(Progress::Warning { message });
-        }
-        let resume = restored.resume;
-        let is_half_way = || locals.values().any(|local| !local.lock().is_drained);
-        if partitions.is_some() && !resume.completed.is_empty() && is_half_way() {
+        let chosen = restore::choose(&targets, &store, &found, options.from.as_ref(), &record)?;
+        let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
+        if partitions.is_some() && chosen.checkpoint().is_some() && is_half_way() {
             let message = "the checkpoint is of a job half-way, and this one runs region by region";
             return Err(Problem::new(Code::StateMismatch, message)
                 .detail("what its sources had still to read would be lost")
@@ -590,16 +690,31 @@ impl Job {
                     "make its exchanges pipelined again, or begin anew with another --state-dir",
                 ));
         }
-        for node in &spec.nodes {
-            if let NodeKind::Sink(sink) = &node.kind {
-                sink::prepare(&node.name, sink, resume.completed.is_empty())?;
+        if chosen.checkpoint().is_none() {
+            targets.sources.values().try_for_each(Prepared::check_fresh)?;
+        }
+        // Everything that may be refused is refused by now, or here.
+        let outputs = claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options)?;
+        for message in &chosen.warnings {
+            observer.observe(Progress::Warning { message: message.clone() });
+        }
+        let resume = restore::adopt(&targets, &mut store, &chosen)?;
+        begin_outputs(&spec, &outputs)?;
+        for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
+            if let NodePlan::Sink { output, .. } = plan {
+                *output = outputs.get(&node.name).map(|claimed| claimed.output.clone());
             }
+        }
+        if let Some(dir) = &state_dir {
+            record.job = chosen.lineage.job;
+            if let Some(from) = &options.from {
+                record.begun_from = restore::absolute(&from.dir);
+            }
+            record.write(dir).map_err(|error| unusable(&error))?;
         }
         let desk = Arc::<Desk>::default();
         for checkpoint in &resume.completed {
-            let manifest = store.manifest(checkpoint.0);
-            let manifest =
-                manifest.map_err(|error| unusable_state(state_dir.as_deref(), &error))?;
+            let manifest = store.manifest(checkpoint.0).map_err(|error| unusable(&error))?;
             desk.keep(KeptCheckpoint::from(&manifest));
         }
         let slots = tasks.iter().copied().zip(0..).collect();
@@ -617,6 +732,7 @@ impl Job {
                 graph,
                 nodes,
                 slots,
+                outputs: keyed,
                 is_exactly_once,
                 unaligned_after,
                 backlog_lag_ms: spec.backlog_lag_ms,
@@ -636,6 +752,7 @@ impl Job {
             events,
             inbox,
             desk,
+            digest,
         })
     }
 
@@ -730,6 +847,12 @@ impl Job {
             history.join();
         }
         let end = end_of(&outcome);
+        if let Some(dir) = self.state_dir.as_deref()
+            && let Err(error) = note_end(dir, &outcome, &self.digest, desk.last_saved())
+        {
+            let message = format!("that the job has ended could not be written down: {error}");
+            self.observer.observe(Progress::Warning { message });
+        }
         // What this run has added nothing to is not its own to remove: it may not even fit.
         let is_untouched = matches!(
             &outcome,
@@ -767,6 +890,24 @@ impl Job {
             ended => Ok(ended),
         }
     }
+}
+
+/// Writes down how a job has ended, before its state is removed: it must not begin by itself again.
+fn note_end(
+    dir: &Path,
+    outcome: &Outcome,
+    digest: &str,
+    savepoint: Option<PathBuf>,
+) -> io::Result<()> {
+    let at_ms = now_ms();
+    let ended = match outcome {
+        Outcome::Finished => Ended::Finished { at_ms, digest: digest.to_owned() },
+        Outcome::Stopped { has_savepoint: true, .. } => Ended::Stopped { at_ms, savepoint },
+        _ => return Ok(()),
+    };
+    let Some(mut record) = JobRecord::read(dir)? else { return Ok(()) };
+    record.ended = Some(ended);
+    record.write(dir)
 }
 
 /// Flink's terminal status; none for a job that was only interrupted and resumes by itself.
@@ -807,6 +948,7 @@ fn identity(
         };
     TaskIdentity {
         operator: node.name.clone(),
+        uid: node.uid.clone(),
         index: task.index,
         parallelism: spec.graph.operator(task.operator).parallelism,
         max_parallelism,
@@ -814,6 +956,15 @@ fn identity(
         has_memory,
         has_declared,
         has_host_state: has_declared && matches!(spec.state_backend, StateBackend::Sled(_)),
+        is_keyed: spec.is_keyed(task.operator),
+        states: operators.get(&task.operator).map_or_else(Vec::new, |operator| {
+            let states = operator.description.states.iter();
+            let identity = |state: &StateDeclaration| StateIdentity {
+                name: state.name.clone(),
+                schema: state.schema.clone(),
+            };
+            states.map(identity).collect()
+        }),
     }
 }
 
@@ -881,7 +1032,7 @@ fn prepare_nodes(
                 (NodeKind::Source(source), _) => {
                     NodePlan::Source(Prepared::new(&node.name, source, &spec.base_dir)?)
                 }
-                (NodeKind::Sink(sink), _) => NodePlan::Sink(sink.clone()),
+                (NodeKind::Sink(sink), _) => NodePlan::Sink { spec: sink.clone(), output: None },
                 (NodeKind::Operator(operator), Some(checked)) => NodePlan::Operator {
                     name: node.name.clone(),
                     component: checked.component.clone(),
@@ -897,7 +1048,7 @@ fn prepare_nodes(
         .collect()
 }
 
-fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Problem {
+pub(crate) fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Problem {
     let place = location.map_or("memory".to_owned(), |path| path.display().to_string());
     Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
         .detail(error)
@@ -929,33 +1080,106 @@ fn remove_claimed(place: &Path) -> Result<(), StorageError> {
     fs::remove_dir_all(place).map_err(|error| StorageError::store("remove a directory", error))
 }
 
-/// How often, and after which pause, a lock is tried again: a tenth of a second in all.
-const LOCK_RETRIES: u32 = 10;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
+/// What a job is, so that another one is told from it: its tasks, their components and settings.
+fn digest_of(identities: &[TaskIdentity], spec: &JobSpec) -> String {
+    let configs = spec.nodes.iter().map(|node| match &node.kind {
+        NodeKind::Operator(operator) => operator.config.as_slice(),
+        NodeKind::Source(_) | NodeKind::Sink(_) => &[],
+    });
+    let text = format!("{identities:?}{:?}", configs.collect::<Vec<_>>());
+    blake3::hash(text.as_bytes()).to_hex()[..16].to_owned()
+}
 
-/// Makes a state directory and locks it for one run.
-fn lock(dir: &Path) -> Result<File, Problem> {
-    fs::create_dir_all(dir).map_err(|error| unusable_state(Some(dir), &error))?;
-    let lock = File::options().create(true).truncate(false).write(true).open(dir.join("LOCK"));
-    let lock = lock.map_err(|error| unusable_state(Some(dir), &error))?;
-    let mut tried = lock.try_lock();
-    // Whoever has just ended, or was forked off by somebody who has, may hold it for a moment.
-    for _ in 0..LOCK_RETRIES {
-        if !matches!(tried, Err(TryLockError::WouldBlock)) {
-            break;
+/// The record of the job in a state directory. One that has ended does not begin by itself.
+fn read_record(
+    spec: &JobSpec,
+    state_dir: Option<&Path>,
+    options: &JobOptions,
+    digest: &str,
+) -> Result<JobRecord, Problem> {
+    let Some(dir) = state_dir else { return Ok(JobRecord::new(&spec.name)) };
+    let known = JobRecord::read(dir).map_err(|error| unusable_state(Some(dir), &error))?;
+    let Some(mut record) = known else { return Ok(JobRecord::new(&spec.name)) };
+    let anew = "to run it from its beginning, say so: --again";
+    let from = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
+    match &record.ended {
+        Some(_) if options.again => record = JobRecord::new(&spec.name),
+        Some(Ended::Finished { digest: finished, .. }) => {
+            let is_the_same = finished == digest && (from.is_none() || from == record.begun_from);
+            if from.is_some() && !is_the_same {
+                record = JobRecord::new(&spec.name);
+            } else if is_the_same {
+                let message = format!("job \"{}\" has finished; there is nothing to do", spec.name);
+                return Err(Problem::new(Code::AlreadyFinished, message).hint(anew));
+            } else {
+                let message = format!("job \"{}\" has finished, and was another one", spec.name);
+                return Err(Problem::new(Code::OtherFinished, message)
+                    .detail(format!("its state directory is {}", dir.display()))
+                    .hint(format!("{anew}; or give it another --state-dir")));
+            }
         }
-        std::thread::sleep(LOCK_PAUSE);
-        tried = lock.try_lock();
+        Some(Ended::Stopped { savepoint, .. }) if from.is_none() => {
+            let message = format!("job \"{}\" was stopped with a savepoint", spec.name);
+            let problem = Problem::new(Code::OtherFinished, message);
+            return Err(match savepoint {
+                Some(dir) => problem
+                    .detail(dir.display())
+                    .hint(format!("resume from it: --from {}; {anew}", dir.display())),
+                None => problem.hint(format!("resume from it: --from DIR; {anew}")),
+            });
+        }
+        Some(Ended::Stopped { .. }) => record.ended = None,
+        None => {}
     }
-    match tried {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(Problem::new(
-            Code::StateInUse,
-            format!("another run is using the state directory {}", dir.display()),
-        )
-        .hint("wait for it to end, or give this run another one: --state-dir DIR")),
-        Err(TryLockError::Error(error)) => Err(unusable_state(Some(dir), &error)),
+    Ok(record)
+}
+
+/// A sink's directory, and the pending parts in it that the restored state looks after.
+struct ClaimedOutput {
+    output: Arc<Output>,
+    kept: BTreeSet<String>,
+}
+
+/// Takes the directories of all file sinks. Refuses before anything in them has changed.
+fn claim_outputs(
+    spec: &JobSpec,
+    identities: &[TaskIdentity],
+    chosen: &restore::Chosen,
+    state_dir: Option<&Path>,
+    options: &JobOptions,
+) -> Result<BTreeMap<String, ClaimedOutput>, Problem> {
+    let mut outputs = BTreeMap::new();
+    for node in &spec.nodes {
+        let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
+        let tasks = identities.iter().zip(&chosen.shares);
+        let own = tasks.filter(|(identity, _)| identity.operator == node.name);
+        let states: Vec<&[u8]> =
+            own.map(|(_, share)| &*share.state.state).filter(|it| !it.is_empty()).collect();
+        let context = OutputContext {
+            job: spec.name.clone(),
+            lineage: chosen.lineage.clone(),
+            // A sink that the checkpoint does not know begins with the run.
+            restored: chosen.checkpoint().filter(|_| !states.is_empty()),
+            record_dir: state_dir.map(|dir| dir.join(OUTPUTS)),
+            conflicts: options.conflicts,
+        };
+        let output = Output::claim(&node.name, &sink.path, sink.if_exists, context)?;
+        let kept = sink::check_states(&output, &states)?;
+        outputs.insert(node.name.clone(), ClaimedOutput { output: Arc::new(output), kept });
     }
+    Ok(outputs)
+}
+
+fn begin_outputs(spec: &JobSpec, outputs: &BTreeMap<String, ClaimedOutput>) -> Result<(), Problem> {
+    for node in &spec.nodes {
+        let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
+        let Some(ClaimedOutput { output, kept }) = outputs.get(&node.name) else { continue };
+        output.begin(sink.if_exists, kept).map_err(|error| {
+            let message = format!("sink \"{}\" cannot write to {}", node.name, sink.path.display());
+            Problem::new(Code::OutputUnwritable, message).detail(error)
+        })?;
+    }
+    Ok(())
 }
 
 /// For asking a component what it is: whatever it says meanwhile is of no interest.

@@ -7,6 +7,7 @@ pub mod control;
 mod driver;
 mod exchange;
 pub mod history;
+pub mod identity;
 pub mod job;
 pub mod metrics;
 pub mod problem;
@@ -15,7 +16,9 @@ pub mod restore;
 mod sink;
 mod source;
 pub mod spec;
+pub mod state_dir;
 pub mod storage;
 mod task;
 
+pub use sink::Conflicts;
 pub use source::generate;

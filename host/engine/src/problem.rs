@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use cofferdam_core::failure::FailureCause;
+use cofferdam_core::failure::{FailureCause, Obstacle};
 
 macro_rules! codes {
     ($($name:ident = $number:literal, $exit:literal, $title:literal;)*) => {
@@ -66,12 +66,23 @@ codes! {
     BuildFailed = "C0024", 2, "An operator crate cannot be built";
     ProjectExists = "C0025", 2, "The directory of the new project is taken";
     NotRunning = "C0026", 2, "No job runs there";
+    InputChanged = "C0027", 1, "What a source has to read is not what it was";
+    OutputTaken = "C0028", 2, "An output belongs to somebody else";
+    OutputDiverged = "C0029", 2, "The state is older than the output";
+    StoreInDoubt = "C0030", 1, "Nobody knows whether a checkpoint is complete";
+    CheckpointsMissing = "C0031", 2, "The newest checkpoints are missing";
+    SchemaMismatch = "C0032", 2, "Declared state has another schema";
+    StateWithoutKeys = "C0033", 2, "Declared state on records without keys";
+    NotOurs = "C0034", 2, "A directory is not what it should be";
+    AlreadyFinished = "C0035", 0, "The job has finished";
+    OtherFinished = "C0036", 2, "The job has ended, and does not begin by itself";
     Trapped = "C0101", 1, "A task trapped and the job gave up";
     LimitExceeded = "C0102", 1, "A task exceeded a limit and the job gave up";
     Rejected = "C0103", 1, "A task rejected its input and the job gave up";
     Environment = "C0104", 1, "The machine could not do its part and the job gave up";
     CheckpointsFailed = "C0105", 1, "Too many checkpoints failed and the job gave up";
     RequestRefused = "C0106", 1, "The running job refuses";
+    BadRecord = "C0107", 1, "A source cannot make sense of a record";
     HostBug = "C0170", 70, "An invariant of the host broke";
 }
 
@@ -117,7 +128,14 @@ impl From<&FailureCause> for Code {
             FailureCause::Rejected { .. } => Self::Rejected,
             FailureCause::Environment { .. } => Self::Environment,
             FailureCause::CheckpointsFailed { .. } => Self::CheckpointsFailed,
-            FailureCause::Permanent { .. } => Self::StateMismatch,
+            FailureCause::Permanent { obstacle, .. } => match obstacle {
+                Obstacle::StateMismatch => Self::StateMismatch,
+                Obstacle::InputChanged => Self::InputChanged,
+                Obstacle::BadRecord => Self::BadRecord,
+                Obstacle::OutputTaken => Self::OutputTaken,
+                Obstacle::StoreDamaged => Self::StoreDamaged,
+                Obstacle::StoreInDoubt => Self::StoreInDoubt,
+            },
             FailureCause::HostBug { .. } => Self::HostBug,
         }
     }

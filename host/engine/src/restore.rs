@@ -21,13 +21,15 @@ use cofferdam_core::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    identity::Lineage,
     problem::{Code, Problem},
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
+    state_dir::JobRecord,
     storage::{
         self, StorageError,
         in_flight::{ChannelState, InFlight},
-        manifest::{Manifest, TaskIdentity},
+        manifest::{Manifest, StateIdentity, TaskIdentity},
         snapshot::{Found, LoadedTask, Share, SnapshotStore},
     },
     task::local::TaskLocal,
@@ -53,52 +55,111 @@ pub(crate) struct Tasks<'a> {
     pub(crate) sources: &'a BTreeMap<String, source::Prepared>,
 }
 
-/// What was decided, and what people should hear of it.
-pub(crate) struct Restored {
-    pub(crate) resume: Resume,
+/// What a run goes on from. Nothing has changed yet.
+pub(crate) struct Chosen {
+    /// Which course of events it is.
+    pub(crate) lineage: Lineage,
+    /// What every task takes over, by slot; nothing where the job begins.
+    pub(crate) shares: Shares,
+    /// What people should hear.
     pub(crate) warnings: Vec<String>,
+    /// The checkpoint; `None`: the job begins.
+    manifest: Option<Manifest>,
+    /// The store that it lies in, if it is another one.
+    other: Option<SnapshotStore>,
 }
 
-/// Finds the state to go on from and puts it into the tasks' local copies.
-pub(crate) fn restore(
+impl Chosen {
+    /// The checkpoint; `None`: the job begins.
+    pub(crate) fn checkpoint(&self) -> Option<u64> {
+        self.manifest.as_ref().map(|manifest| manifest.checkpoint)
+    }
+}
+
+/// Finds the state to go on from, and shares it out. Changes nothing.
+pub(crate) fn choose(
     tasks: &Tasks<'_>,
-    store: &mut SnapshotStore,
-    found: Found,
+    store: &SnapshotStore,
+    found: &Found,
     from: Option<&RestoreFrom>,
-) -> Result<Restored, Problem> {
-    let mut warnings = found.damaged.clone();
-    let chosen = match from {
-        None => restore_newest(tasks, store, &found, &mut warnings)?,
-        Some(from) => Some(restore_named(tasks, store, &found, from)?),
-    };
-    let resume = Resume {
-        completed: match chosen {
-            Some(_) => store.checkpoints().into_iter().map(CheckpointId).collect(),
-            None => Vec::new(),
-        },
-        next_id: CheckpointId(store.next_id()),
-    };
-    Ok(Restored { resume, warnings })
+    record: &JobRecord,
+) -> Result<Chosen, Problem> {
+    if found.is_headless {
+        let message = format!("nobody knows which checkpoints {} has had", store.location());
+        let problem = Problem::new(Code::CheckpointsMissing, message);
+        return Err(found.damaged.iter().fold(problem, Problem::detail).hint(
+            "to go on from what is there, begin from it in another place: --from DIR --state-dir OTHER",
+        ));
+    }
+    let Some(from) = from else { return choose_newest(tasks, store, found, record) };
+    let named = from.dir.display().to_string();
+    let other = open_named(&from.dir);
+    if let Some(own) = found.manifests.last() {
+        let is_descendant = match &other {
+            Ok((_, manifest)) => {
+                let (timeline, checkpoint) = (manifest.lineage.timeline, manifest.checkpoint);
+                own.lineage.comes_from(timeline, checkpoint)
+            }
+            // It was claimed, and is gone.
+            Err(_) => record.begun_from.as_deref() == absolute(&from.dir).as_deref(),
+        };
+        if is_descendant {
+            let mut chosen = choose_newest(tasks, store, found, record)?;
+            let id = chosen.checkpoint().unwrap_or_default();
+            chosen.warnings.push(format!(
+                "the job has begun from {named} before, and resumes from its own checkpoint {id}"
+            ));
+            return Ok(chosen);
+        }
+        let message =
+            format!("{} holds checkpoint {} of this job already", store.location(), own.checkpoint);
+        return Err(Problem::new(Code::StateMismatch, message)
+            .detail(format!("and it is to begin from {named}, from which it does not come"))
+            .hint(
+                "run without --from to resume, or choose another --state-dir to begin from there",
+            ));
+    }
+    let (other, manifest) = other?;
+    check_fit(tasks, &manifest, from.ignore_unclaimed_state).map_err(|problem| {
+        problem.detail(format!("checkpoint {} in {named}", manifest.checkpoint))
+    })?;
+    let mut warnings = Vec::new();
+    let shares = redistribute(tasks, &manifest, &other, &mut warnings);
+    let shares = shares.map_err(|failed| match failed {
+        Failed::Problem(problem) => *problem,
+        Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
+            .detail(error)
+            .hint("use another savepoint or checkpoint"),
+    })?;
+    let lineage = manifest.lineage.fork(manifest.checkpoint);
+    Ok(Chosen { lineage, shares, warnings, manifest: Some(manifest), other: Some(other) })
 }
 
 /// From the newest to the oldest, until one is whole.
-fn restore_newest(
+fn choose_newest(
     tasks: &Tasks<'_>,
-    store: &mut SnapshotStore,
+    store: &SnapshotStore,
     found: &Found,
-    warnings: &mut Vec<String>,
-) -> Result<Option<u64>, Problem> {
-    let mut damaged = found.damaged.clone();
+    record: &JobRecord,
+) -> Result<Chosen, Problem> {
+    let (mut damaged, mut warnings) = (found.damaged.clone(), found.damaged.clone());
     for manifest in found.manifests.iter().rev() {
         let id = manifest.checkpoint;
         let at =
             |problem: Problem| problem.detail(format!("checkpoint {id} in {}", store.location()));
         check_fit(tasks, manifest, false).map_err(at)?;
-        match redistribute(tasks, manifest, store) {
+        match redistribute(tasks, manifest, store, &mut warnings) {
             Ok(shares) => {
-                adopt(tasks, store, manifest, None, &shares)
-                    .map_err(|error| unusable(store, &error))?;
-                return Ok(Some(id));
+                let is_newest = store.newest_known() == Some(id);
+                if !is_newest {
+                    warnings.push(format!("resuming from checkpoint {id}, which is older"));
+                }
+                let lineage = match is_newest {
+                    true => manifest.lineage.clone(),
+                    false => manifest.lineage.fork(id),
+                };
+                let manifest = Some(manifest.clone());
+                return Ok(Chosen { lineage, shares, warnings, manifest, other: None });
             }
             Err(Failed::Problem(problem)) => return Err(*problem),
             Err(Failed::Storage(
@@ -109,12 +170,13 @@ fn restore_newest(
             Err(Failed::Storage(error)) => {
                 warnings.push(format!("checkpoint {id} is left out: {error}"));
                 damaged.push(format!("checkpoint {id}: {error}"));
-                store.delete(id).map_err(|error| unusable(store, &error))?;
             }
         }
     }
     if damaged.is_empty() {
-        return Ok(None);
+        let lineage = Lineage { job: record.job, ..Lineage::new() };
+        let shares = tasks.identities.iter().map(|_| Share::default()).collect();
+        return Ok(Chosen { lineage, shares, warnings, manifest: None, other: None });
     }
     let problem =
         Problem::new(Code::StoreDamaged, format!("no checkpoint in {} is whole", store.location()));
@@ -122,35 +184,30 @@ fn restore_newest(
     Err(problem.hint("to begin anew, move the directory away; what sinks have committed stays"))
 }
 
-fn restore_named(
+/// A path as it is found again from another directory.
+pub(crate) fn absolute(dir: &Path) -> Option<PathBuf> {
+    match storage::is_url(dir) {
+        true => Some(dir.to_owned()),
+        false => std::path::absolute(dir).ok(),
+    }
+}
+
+/// Makes what was chosen the store's newest and the tasks' own.
+pub(crate) fn adopt(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
-    found: &Found,
-    from: &RestoreFrom,
-) -> Result<u64, Problem> {
-    let named = from.dir.display();
-    if let Some(own) = found.manifests.last() {
-        let message =
-            format!("{} holds checkpoint {} of this job already", store.location(), own.checkpoint);
-        return Err(Problem::new(Code::StateMismatch, message)
-            .detail(format!("and it is to begin from {named}"))
-            .hint(
-                "run without --from to go on, or choose another --state-dir to begin from there",
-            ));
-    }
-    let (other, manifest) = open_named(&from.dir)?;
-    check_fit(tasks, &manifest, from.ignore_unclaimed_state).map_err(|problem| {
-        problem.detail(format!("checkpoint {} in {named}", manifest.checkpoint))
-    })?;
-    let shares = redistribute(tasks, &manifest, &other).map_err(|failed| match failed {
-        Failed::Problem(problem) => *problem,
-        Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
-            .detail(error)
-            .hint("use another savepoint or checkpoint"),
-    })?;
-    adopt(tasks, store, &manifest, Some(&other), &shares)
-        .map_err(|error| unusable(store, &error))?;
-    Ok(manifest.checkpoint)
+    chosen: &Chosen,
+) -> Result<Resume, Problem> {
+    store.set_lineage(chosen.lineage.clone());
+    let Some(manifest) = &chosen.manifest else {
+        return Ok(Resume { completed: Vec::new(), next_id: CheckpointId(store.next_id()) });
+    };
+    let adopted = adopt_state(tasks, store, manifest, chosen);
+    adopted.map_err(|error| unusable(store, &error))?;
+    Ok(Resume {
+        completed: store.checkpoints().into_iter().map(CheckpointId).collect(),
+        next_id: CheckpointId(store.next_id()),
+    })
 }
 
 /// Opens a savepoint or the state directory of a job for reading; gives its newest checkpoint.
@@ -181,7 +238,7 @@ fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
 }
 
 /// What every task takes over, by slot.
-type Shares = Vec<Share>;
+pub(crate) type Shares = Vec<Share>;
 
 enum Failed {
     Problem(Box<Problem>),
@@ -194,21 +251,24 @@ impl From<StorageError> for Failed {
     }
 }
 
-/// Makes the state the store's newest and the tasks' own.
-fn adopt(
+fn adopt_state(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
     manifest: &Manifest,
-    other: Option<&SnapshotStore>,
-    shares: &[Share],
+    chosen: &Chosen,
 ) -> Result<(), StorageError> {
     let id = manifest.checkpoint;
     let is_as_it_was = store.is_current(id)
+        && manifest.lineage == chosen.lineage
         && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
     if !is_as_it_was {
-        store.import(id, manifest.written_at_ms, other, shares)?;
+        store.import(id, manifest.written_at_ms, chosen.other.as_ref(), &chosen.shares)?;
     }
-    for (local, share) in tasks.locals.values().zip(shares) {
+    // Only now, when what is gone on from is safe in a generation of its own.
+    if chosen.other.is_none() {
+        store.leave_behind(id)?;
+    }
+    for (local, share) in tasks.locals.values().zip(&chosen.shares) {
         let mut local = local.lock();
         if let Some(turn) = local.rewind(id) {
             local
@@ -225,16 +285,16 @@ fn redistribute(
     tasks: &Tasks<'_>,
     manifest: &Manifest,
     store: &SnapshotStore,
+    warnings: &mut Vec<String>,
 ) -> Result<Shares, Failed> {
     let mut shares: Shares = Vec::with_capacity(tasks.identities.len());
     for node in &tasks.spec.nodes {
         let new: Vec<&TaskIdentity> =
             tasks.identities.iter().filter(|identity| identity.operator == node.name).collect();
+        let uid = new.first().map_or(node.name.as_str(), |identity| &identity.uid);
         let old = manifest.tasks.iter().enumerate();
-        let old: Vec<usize> = old
-            .filter(|(_, task)| task.identity.operator == node.name)
-            .map(|(slot, _)| slot)
-            .collect();
+        let old: Vec<usize> =
+            old.filter(|(_, task)| task.identity.uid == uid).map(|(slot, _)| slot).collect();
         let load = |slot: &usize| {
             store.check_declared(*slot, manifest.checkpoint)?;
             store.load(*slot, manifest.checkpoint)
@@ -251,12 +311,15 @@ fn redistribute(
         if loaded.is_empty() {
             shares.extend(new.iter().map(|_| Share::default()));
         } else if loaded.len() == new.len() {
+            let states = state_numbers(manifest, old.first(), new.first());
             shares.extend(loaded.into_iter().zip(old).map(|(state, slot)| Share {
                 state,
                 declared_from: vec![slot],
                 key_groups: None,
+                states: states.clone(),
             }));
         } else {
+            let numbers = state_numbers(manifest, old.first(), new.first());
             let states = share(tasks, node, loaded, &new);
             let states = states.map_err(|problem| Failed::Problem(Box::new(problem)))?;
             shares.extend(states.into_iter().zip(&new).map(|(state, identity)| {
@@ -264,15 +327,41 @@ fn redistribute(
                 let has_groups = 0 < max_parallelism;
                 let key_groups =
                     has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
-                Share { state, declared_from: old.clone(), key_groups }
+                let (declared_from, states) = (old.clone(), numbers.clone());
+                Share { state, declared_from, key_groups, states }
             }));
         }
-        let in_flight = shares[shares.len() - new.len()..].iter();
+        let own = &shares[shares.len() - new.len()..];
+        if let Some(source) = tasks.sources.get(&node.name) {
+            let positions: Vec<&[u8]> =
+                own.iter().map(|share| &*share.state.state).filter(|it| !it.is_empty()).collect();
+            let checked = match positions.is_empty() {
+                true => source.check_fresh().map(|()| Vec::new()),
+                false => source.check_positions(&positions),
+            };
+            warnings.extend(checked.map_err(|problem| Failed::Problem(Box::new(problem)))?);
+        }
+        let in_flight = own.iter();
         let in_flight = in_flight.flat_map(|share| &*share.state.in_flight);
         check_in_flight(tasks, node, in_flight)
             .map_err(|problem| Failed::Problem(Box::new(problem)))?;
     }
     Ok(shares)
+}
+
+/// The number that each of the old declared states has now; `None`: it is there no more.
+fn state_numbers(
+    manifest: &Manifest,
+    old: Option<&usize>,
+    new: Option<&&TaskIdentity>,
+) -> Vec<Option<u32>> {
+    let old = old.and_then(|slot| manifest.tasks.get(*slot));
+    let old = old.map_or(&[][..], |task| &task.identity.states);
+    let number = |state: &StateIdentity| {
+        let new = new.into_iter().flat_map(|identity| &identity.states);
+        (0..).zip(new).find(|(_, it)| it.name == state.name).map(|(number, _)| number)
+    };
+    old.iter().map(number).collect()
 }
 
 /// Event time in flight counts for one producing task; where there are others now, they tell it
@@ -323,13 +412,19 @@ fn share(
     let NodeSpec { name, kind, .. } = node;
     let parallelism = new.len();
     let is_drained = old.iter().all(|task| task.is_drained);
+    if !is_drained && matches!(kind, NodeKind::Operator(_)) && old.iter().any(|it| it.is_drained) {
+        let message = format!("some tasks of \"{name}\" had finished, and others had not");
+        return Err(Problem::new(Code::StateMismatch, message)
+            .detail("with another parallelism what had finished would finish again")
+            .hint("set the parallelism back"));
+    }
     let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
     let shares = match kind {
         NodeKind::Source(_) => match tasks.sources.get(name) {
             Some(source) => source.share(&positions(), parallelism),
             None => Err(format!("source \"{name}\" was not prepared")),
         },
-        NodeKind::Sink(SinkSpec::File { .. }) => sink::share(&positions(), parallelism),
+        NodeKind::Sink(SinkSpec::File(_)) => sink::share(&positions(), parallelism),
         NodeKind::Sink(_) | NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
     };
     let shares = shares.map_err(|error| {
@@ -410,12 +505,11 @@ fn check_fit(
     }
     let stored = || manifest.tasks.iter().map(|task| &task.identity);
     for task in tasks.identities {
-        if let Some(known) = stored().find(|known| known.operator == task.operator) {
+        if let Some(known) = stored().find(|known| known.uid == task.uid) {
             check_operator(known, task)?;
         }
     }
-    let is_known =
-        |known: &TaskIdentity| tasks.identities.iter().any(|task| task.operator == known.operator);
+    let is_known = |known: &TaskIdentity| tasks.identities.iter().any(|task| task.uid == known.uid);
     match stored().find(|known| !is_known(known)) {
         Some(extra) if !ignore_unclaimed_state => mismatch(
             format!(
@@ -432,6 +526,9 @@ fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Probl
     let name = &task.operator;
     let mismatch =
         |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    if known.has_declared && task.has_declared {
+        check_states(known, task)?;
+    }
     if known.max_parallelism != task.max_parallelism {
         let what = format!(
             "the checkpoint has \"{name}\" with max-parallelism {}, the manifest with {}",
@@ -489,6 +586,44 @@ fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Probl
             "linear memory cannot be shared out: set the parallelism back{by_declared_state}"
         );
         return mismatch(what, &hint);
+    }
+    Ok(())
+}
+
+/// Declared state is matched by name, and must look as it did.
+fn check_states(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Problem> {
+    let name = &task.operator;
+    for state in &task.states {
+        let before = known.states.iter().find(|known| known.name == state.name);
+        if let Some(before) = before.filter(|before| before.schema != state.schema) {
+            let message = format!("state \"{}\" of \"{name}\" has another schema", state.name);
+            return Err(Problem::new(Code::SchemaMismatch, message)
+                .detail(format!("in the checkpoint: {}", before.schema))
+                .detail(format!("in the component:  {}", state.schema))
+                .hint("keep the type, and give a state of another type another name"));
+        }
+    }
+    let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };
+    let without_keys = |message: String| {
+        Problem::new(Code::StateWithoutKeys, message)
+            .detail("state that does not lie with the keys of its records stays with its task")
+    };
+    if known.is_keyed != task.is_keyed {
+        let message = format!(
+            "records came to \"{name}\" {} when its declared state was written, and come {} now",
+            by(known.is_keyed),
+            by(task.is_keyed)
+        );
+        return Err(without_keys(message).hint("set the partition of its inputs back"));
+    }
+    if !task.is_keyed && known.parallelism != task.parallelism {
+        let message = format!(
+            "\"{name}\" has declared state, its records come not by their key, and its parallelism \
+             was {} and is {}",
+            known.parallelism, task.parallelism
+        );
+        return Err(without_keys(message)
+            .hint("set the parallelism back, or let its inputs come with partition = \"hash\""));
     }
     Ok(())
 }

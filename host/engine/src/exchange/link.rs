@@ -141,6 +141,7 @@ impl Link {
                 state.at_barriers.push_back((*checkpoint, sent));
             }
             Element::EndOfInput => state.has_ended = true,
+            Element::Idle => {}
         }
         if let Some(receiver) = &state.receiver {
             receiver.send(element);
@@ -226,7 +227,7 @@ mod tests {
                 Element::Records(batch) => count += batch.record_count(),
                 Element::Watermark(watermark) => last = Some(watermark),
                 Element::EndOfInput => has_ended = true,
-                Element::Barrier(..) => {}
+                Element::Barrier(..) | Element::Idle => {}
             }
         }
         (count, has_ended, last)

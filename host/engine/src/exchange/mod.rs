@@ -44,6 +44,8 @@ pub(crate) enum Element {
     Records(Batch),
     /// Event time of this channel.
     Watermark(i64),
+    /// This channel holds event time back no longer, until a watermark comes.
+    Idle,
     /// The border between what belongs to a checkpoint and what does not.
     Barrier(CheckpointId, Purpose),
     /// No records will follow. Barriers may.
@@ -187,7 +189,7 @@ impl Gate {
 
     /// The checkpoint was given up.
     pub(crate) fn drop_capture(&self, checkpoint: CheckpointId) {
-        self.lock().capture.take_if(|capture| capture.checkpoint <= checkpoint);
+        self.lock().capture.take_if(|capture| capture.checkpoint == checkpoint);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, GateState> {
@@ -215,7 +217,7 @@ impl Capture {
                 self.open[channel] = false;
             }
             // A sender whose input has ended says so again when it is restored.
-            Element::Barrier(..) | Element::EndOfInput => {}
+            Element::Barrier(..) | Element::EndOfInput | Element::Idle => {}
         }
     }
 }
@@ -339,7 +341,7 @@ impl Sender {
 fn element_bytes(element: &Element) -> usize {
     match element {
         Element::Records(batch) => batch.byte_count(),
-        Element::Watermark(_) | Element::Barrier(..) | Element::EndOfInput => 0,
+        Element::Watermark(_) | Element::Idle | Element::Barrier(..) | Element::EndOfInput => 0,
     }
 }
 

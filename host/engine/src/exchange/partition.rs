@@ -214,7 +214,7 @@ impl PartitionWriter {
                 (InFlight::Records(batch), bytes)
             }
             Element::Watermark(watermark) => (InFlight::Watermark(watermark), 8),
-            Element::Barrier(..) | Element::EndOfInput => return,
+            Element::Barrier(..) | Element::EndOfInput | Element::Idle => return,
         };
         let waiting = &mut self.waiting[reader];
         waiting.elements.push(element);

@@ -96,6 +96,9 @@ impl Writer {
 
     fn write_by_key(&mut self, batch: &Batch) {
         let max_parallelism = u32::try_from(self.owners.len()).unwrap_or(u32::MAX);
+        for channel in &mut self.channels {
+            channel.make_fit(batch);
+        }
         let (mut key_start, mut value_start) = (0, 0);
         for (place, &value_end) in batch.value_ends.iter().enumerate() {
             // A hash edge without keys is refused before a job starts; an operator that leaves
@@ -115,6 +118,12 @@ impl Writer {
 
     /// Sends everything that is held back.
     pub(crate) fn flush(&mut self) {
+        // Whatever is sent, the next one is another's turn: or one task had all of a slow stream.
+        let is_held =
+            self.channels.get(self.next).is_some_and(|it| !it.batch.value_ends.is_empty());
+        if is_held {
+            self.next = (self.next + 1) % self.channels.len();
+        }
         for channel in &mut self.channels {
             channel.flush();
         }
@@ -148,8 +157,18 @@ impl Outgoing {
         }
     }
 
+    /// Sends what is held back if records of this batch cannot join it.
+    fn make_fit(&mut self, batch: &Batch) {
+        if !self.batch.can_join(batch) {
+            self.flush();
+        }
+    }
+
     fn append(&mut self, batch: Batch) {
-        self.batch.append(batch);
+        self.make_fit(&batch);
+        if let Err(batch) = self.batch.append(batch) {
+            self.batch = batch;
+        }
         if self.is_full() {
             self.flush();
         }
@@ -206,6 +225,49 @@ mod tests {
                 keys
             })
             .collect()
+    }
+
+    /// Records with and without keys or times used to be joined in one batch, whose columns then shifted.
+    #[test]
+    fn a_record_keeps_its_key_and_time_whatever_it_is_batched_with() {
+        let partitioners = [
+            Partitioner::Hash,
+            Partitioner::Broadcast,
+            Partitioner::Global,
+            Partitioner::Rebalance,
+            Partitioner::Rescale,
+            Partitioner::Forward,
+        ];
+        for partitioner in partitioners {
+            let gates: Vec<_> = (0..3).map(|_| Gate::new(1)).collect();
+            let senders = gates.iter().map(|gate| Outlet::Channel(Sender::new(gate, 0))).collect();
+            let mut writer = Writer::new(partitioner, 128, senders, 0);
+            let key = |n: usize| (n % 3 != 0).then(|| format!("key-{n}"));
+            let time = |n: usize| (n % 5 < 2).then_some(n as i64);
+            for n in 0..500 {
+                let mut batch = Batch::empty();
+                let (key, value) = (key(n), n.to_string());
+                let key = key.as_ref().map(String::as_bytes);
+                batch.push(RecordRef { key, value: value.as_bytes(), timestamp: time(n) });
+                writer.write(batch).expect("channels take everything");
+            }
+            writer.flush();
+            let mut count = 0;
+            for gate in &gates {
+                while let Some((_, Element::Records(batch))) = gate.try_next() {
+                    assert_eq!(batch.check(), Ok(()));
+                    for record in batch.records() {
+                        let n: usize =
+                            String::from_utf8_lossy(record.value).parse().expect("a number");
+                        assert_eq!(record.key, key(n).as_ref().map(String::as_bytes));
+                        assert_eq!(record.timestamp, time(n));
+                        count += 1;
+                    }
+                }
+            }
+            let copies = if partitioner == Partitioner::Broadcast { 3 } else { 1 };
+            assert_eq!(count, 500 * copies, "{partitioner:?}");
+        }
     }
 
     #[test]

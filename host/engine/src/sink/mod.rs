@@ -2,14 +2,15 @@
 
 mod file;
 
-use std::io::Write;
+use std::{io::Write, sync::Arc};
 
-use cofferdam_core::{failure::FailureCause, ids::CheckpointId};
+use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId};
 use cofferdam_sandbox::Batch;
 
+pub use self::file::Conflicts;
+pub(crate) use self::file::{Output, OutputContext, check_states};
 use crate::{
     batch::BatchExt,
-    problem::Problem,
     spec::{LineContent, SinkSpec},
 };
 
@@ -18,20 +19,16 @@ pub(crate) trait Sink: Send {
     /// Takes records into the open transaction.
     fn write(&mut self, batch: &Batch) -> Result<(), FailureCause>;
 
-    /// Ends the open transaction and makes it durable, not yet visible. What it gives goes into
-    /// the snapshot, and is enough to commit after a restore.
-    fn pre_commit(&mut self, checkpoint: CheckpointId) -> Result<Vec<u8>, FailureCause>;
+    /// Makes durable what the open transaction has, not yet visible. What it gives goes into the
+    /// snapshot, and is enough to commit after a restore.
+    fn pre_commit(
+        &mut self,
+        checkpoint: CheckpointId,
+        purpose: Purpose,
+    ) -> Result<Vec<u8>, FailureCause>;
 
     /// Makes everything visible that was pre-committed up to this checkpoint.
     fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause>;
-}
-
-/// Looks at where a sink writes before a job starts; `is_fresh` unless it resumes.
-pub(crate) fn prepare(name: &str, spec: &SinkSpec, is_fresh: bool) -> Result<(), Problem> {
-    match spec {
-        SinkSpec::File { path, if_exists, .. } => file::prepare(name, path, *if_exists, is_fresh),
-        SinkSpec::Stdout { .. } | SinkSpec::Discard => Ok(()),
-    }
 }
 
 /// Shares the state of all tasks of a file sink out among another number of tasks.
@@ -39,18 +36,24 @@ pub(crate) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
     file::share(old, parallelism)
 }
 
-/// The sink of one task. With a state it commits what that state has pre-committed.
+/// The sink of one task. With a state it commits what that state has pre-committed. A file sink has an
+/// output, which the run has claimed.
 pub(crate) fn open(
     spec: &SinkSpec,
+    output: Option<&Arc<Output>>,
     index: u32,
     state: Option<&[u8]>,
 ) -> Result<Box<dyn Sink>, FailureCause> {
-    Ok(match spec {
-        SinkSpec::File { path, line, .. } => {
-            Box::new(file::FileSink::open(path, *line, index, state)?)
+    Ok(match (spec, output) {
+        (SinkSpec::File(spec), Some(output)) => {
+            Box::new(file::FileSink::open(output.clone(), spec, index, state)?)
         }
-        SinkSpec::Stdout { line } => Box::new(StdoutSink { line: *line, buffer: Vec::new() }),
-        SinkSpec::Discard => Box::new(DiscardSink),
+        (SinkSpec::File(_), None) => {
+            let message = "a file sink without a directory".to_owned();
+            return Err(FailureCause::HostBug { message });
+        }
+        (SinkSpec::Stdout { line }, _) => Box::new(StdoutSink { line: *line, buffer: Vec::new() }),
+        (SinkSpec::Discard, _) => Box::new(DiscardSink),
     })
 }
 
@@ -81,7 +84,7 @@ impl Sink for StdoutSink {
         })
     }
 
-    fn pre_commit(&mut self, _: CheckpointId) -> Result<Vec<u8>, FailureCause> {
+    fn pre_commit(&mut self, _: CheckpointId, _: Purpose) -> Result<Vec<u8>, FailureCause> {
         std::io::stdout().lock().flush().map_err(|error| FailureCause::Environment {
             message: format!("flush standard output: {error}"),
         })?;
@@ -100,7 +103,7 @@ impl Sink for DiscardSink {
         Ok(())
     }
 
-    fn pre_commit(&mut self, _: CheckpointId) -> Result<Vec<u8>, FailureCause> {
+    fn pre_commit(&mut self, _: CheckpointId, _: Purpose) -> Result<Vec<u8>, FailureCause> {
         Ok(Vec::new())
     }
 

@@ -154,8 +154,6 @@ pub(crate) struct GeneratorSource {
     plan: GeneratorPlan,
     /// More than one after the parallelism was lowered.
     strands: Vec<Strand>,
-    /// The strand to take from next.
-    turn: usize,
     pace: Pace,
 }
 
@@ -172,21 +170,15 @@ impl GeneratorSource {
             None => vec![Strand { next, stride }],
         };
         let pace = Pace::new(plan.spec.rate, parallelism);
-        Ok(Self { plan: plan.clone(), strands, turn: 0, pace })
+        Ok(Self { plan: plan.clone(), strands, pace })
     }
 
-    /// The next strand that has numbers left, and how many.
-    fn take_turn(&mut self) -> Option<(usize, u64)> {
+    /// The strand whose next number is the least, and how many it has left: numbers ascend as far as
+    /// batches allow, however the strands were dealt out.
+    fn least(&self) -> Option<(usize, u64)> {
         let count = self.plan.spec.count.unwrap_or(u64::MAX);
-        for _ in 0..self.strands.len() {
-            let place = self.turn;
-            self.turn = (self.turn + 1) % self.strands.len();
-            match self.strands[place].left(count) {
-                0 => {}
-                left => return Some((place, left)),
-            }
-        }
-        None
+        let left = self.strands.iter().map(|strand| strand.left(count)).enumerate();
+        left.filter(|(_, left)| 0 < *left).min_by_key(|(place, _)| self.strands[*place].next)
     }
 }
 
@@ -196,7 +188,7 @@ impl Source for GeneratorSource {
             Ok(allowed) => allowed,
             Err(wait) => return Ok(Step::Wait(wait)),
         };
-        let Some((place, left)) = self.take_turn() else { return Ok(Step::End) };
+        let Some((place, left)) = self.least() else { return Ok(Step::End) };
         let count = left.min(allowed).min(BATCH_RECORDS_MAX as u64);
         let mut batch = Batch::empty();
         batch.value_ends.reserve(count as usize);
@@ -228,11 +220,13 @@ impl Source for GeneratorSource {
         // Every later record has a number of one of the strands.
         let earliest = self.strands.iter().map(|strand| strand.next).min().unwrap_or(0);
         let watermark = has_timestamps.then(|| earliest as i64 - 1);
-        Ok(Step::Records { batch, watermark })
+        Ok(Step::Records { batch, letters: Batch::empty(), bad: 0, watermark })
     }
 
-    fn position(&self) -> Vec<u8> {
-        postcard::to_stdvec(&self.strands).unwrap_or_default()
+    fn position(&mut self) -> Result<Vec<u8>, FailureCause> {
+        postcard::to_stdvec(&self.strands).map_err(|error| FailureCause::HostBug {
+            message: format!("encode the position of a source: {error}"),
+        })
     }
 }
 
@@ -302,10 +296,15 @@ mod tests {
                     }
                 }
             }
-            sources.iter().map(Source::position).collect()
+            sources.iter_mut().map(|source| source.position().expect("a position")).collect()
         };
         let fresh = (0..2)
-            .map(|index| GeneratorSource::open(&plan, index, 2, None).expect("opens").position())
+            .map(|index| {
+                GeneratorSource::open(&plan, index, 2, None)
+                    .expect("opens")
+                    .position()
+                    .expect("a position")
+            })
             .collect();
         let two = take(fresh, false);
         let slices = |positions: &[Vec<u8>]| -> Vec<Vec<u8>> { positions.to_vec() };
@@ -325,7 +324,7 @@ mod tests {
         let whole = all(&plan, 1, 2, None);
         let mut source = GeneratorSource::open(&plan, 1, 2, None).expect("opens");
         source.next().expect("records");
-        let rest = all(&plan, 1, 2, Some(&source.position()));
+        let rest = all(&plan, 1, 2, Some(&source.position().expect("a position")));
         assert_eq!(rest, whole[BATCH_RECORDS_MAX..]);
     }
 

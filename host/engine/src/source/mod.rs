@@ -2,11 +2,13 @@
 
 mod file;
 mod generator;
+
+pub(crate) use self::file::checksum;
 mod pace;
 
 use std::{path::Path, time::Duration};
 
-use cofferdam_core::failure::FailureCause;
+use cofferdam_core::failure::{FailureCause, Obstacle};
 use cofferdam_sandbox::Batch;
 
 use crate::{
@@ -14,10 +16,20 @@ use crate::{
     spec::{GeneratorSpec, SourceSpec},
 };
 
+/// The output of records that a source could make no sense of.
+pub(crate) const DEAD_LETTERS: u32 = 1;
+
 /// What a source has for the next turn.
 pub(crate) enum Step {
-    /// Records, and the watermark behind them if it has moved.
-    Records { batch: Batch, watermark: Option<i64> },
+    /// Records, what became of bad ones, and the event time behind all of them.
+    Records {
+        batch: Batch,
+        /// For the output of dead letters.
+        letters: Batch,
+        /// How many records were bad, with a letter or without.
+        bad: u64,
+        watermark: Option<i64>,
+    },
     /// Nothing before this has passed.
     Wait(Duration),
     /// Nothing any more.
@@ -30,7 +42,10 @@ pub(crate) trait Source: Send {
     fn next(&mut self) -> Result<Step, FailureCause>;
 
     /// Where it stands: everything given out by `next` so far lies before.
-    fn position(&self) -> Vec<u8>;
+    ///
+    /// # Errors
+    /// Where what was read is not there any more, so that nobody could go on from it.
+    fn position(&mut self) -> Result<Vec<u8>, FailureCause>;
 }
 
 /// What all tasks of a source agree on, found out once before the job starts.
@@ -68,6 +83,30 @@ impl Prepared {
 }
 
 impl Prepared {
+    /// Refuses to begin where there is nothing to read.
+    pub(crate) fn check_fresh(&self) -> Result<(), Problem> {
+        match self {
+            Self::File(plan) => plan.check_fresh(),
+            Self::Generator(_) => Ok(()),
+        }
+    }
+
+    /// Without records for so long a task holds event time back no longer.
+    pub(crate) fn idle_after(&self) -> Option<Duration> {
+        match self {
+            Self::File(plan) => plan.idle_after(),
+            Self::Generator(_) => None,
+        }
+    }
+
+    /// Refuses positions from which it cannot go on; gives what people should know.
+    pub(crate) fn check_positions(&self, positions: &[&[u8]]) -> Result<Vec<String>, Problem> {
+        match self {
+            Self::File(plan) => plan.check_positions(positions),
+            Self::Generator(_) => Ok(Vec::new()),
+        }
+    }
+
     /// Shares the positions of all tasks out among another number of tasks.
     pub(crate) fn share(&self, old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
         match self {
@@ -90,5 +129,5 @@ pub fn generate(spec: &GeneratorSpec, index: u32, parallelism: u32) -> impl Iter
 
 fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {
     let message = format!("the source's position in the checkpoint cannot be read: {error}");
-    FailureCause::Permanent { message }
+    FailureCause::Permanent { obstacle: Obstacle::StateMismatch, message }
 }

@@ -44,8 +44,10 @@ const FLINK_INT_MAX: u32 = i32::MAX as u32;
 const PAUSE_MS_MAX: u64 = 365 * 24 * 3_600_000;
 /// Flink's bound below which checkpointing counts as disabled.
 const INTERVAL_MS_MIN: u64 = 10;
-/// A line longer than this is a sign of a file that has no lines.
-pub(crate) const LINE_BYTES_MAX: usize = 16 << 20;
+/// A longer record is most often a sign of a file that has no lines.
+const RECORD_BYTES_DEFAULT: u64 = 16 << 20;
+/// A record must fit into the memory of a guest, several times.
+const RECORD_BYTES_MAX: u64 = 256 << 20;
 
 /// A job, checked as far as its manifest goes.
 #[derive(Debug, Clone)]
@@ -174,8 +176,10 @@ pub struct NodeSpec {
     pub name: String,
     /// What it does.
     pub kind: NodeKind,
-    /// Names of the inputs' outputs, in the order of the edges: which output of the producer. Empty
-    /// for the first.
+    /// What its state is matched by when the job resumes: the name, unless the manifest says
+    /// otherwise.
+    pub uid: String,
+    /// Where its records come from, in the order of the manifest.
     pub inputs: Vec<InputSpec>,
 }
 
@@ -219,14 +223,52 @@ pub struct FileSourceSpec {
     pub path: String,
     /// What the lines are.
     pub format: LineFormat,
-    /// JSON pointer to the key of a record.
+    /// Where the key of a record is: a JSON pointer, a column, or a pattern.
     pub key: Option<String>,
-    /// JSON pointer to the event time of a record, in milliseconds.
+    /// Where its event time is, likewise.
     pub timestamp: Option<String>,
+    /// How event times are written.
+    pub timestamp_format: TimeFormat,
+    /// How much later than a record an earlier one may come.
+    pub out_of_orderness_ms: u64,
+    /// Without records for so long, a task holds event time back no longer; `None`: it always does.
+    pub idle_timeout_ms: Option<u64>,
+    /// Whether the first line of each file names its columns.
+    pub has_header: bool,
+    /// What separates columns.
+    pub delimiter: u8,
+    /// A longer record is a bad one.
+    pub record_bytes_max: usize,
+    /// What becomes of a bad record.
+    pub on_bad_record: OnBadRecord,
     /// A file is shared among tasks in pieces of this size.
     pub split_bytes: u64,
     /// Records a second, by all tasks together; `None`: as fast as they are taken.
     pub rate: Option<f64>,
+}
+
+/// What becomes of a record that a source cannot make sense of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnBadRecord {
+    /// The job fails: to read it again cannot help.
+    Fail,
+    /// It is left out, and counted.
+    Skip,
+    /// It goes to the source's output [`DEAD_LETTER`].
+    DeadLetter,
+}
+
+/// How event times are written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TimeFormat {
+    /// Milliseconds since 1970-01-01 UTC.
+    Millis,
+    /// Seconds since then, with or without a fraction.
+    Seconds,
+    /// `2013-01-01T05:00:00Z`.
+    Rfc3339,
+    /// As `strftime` has it; UTC unless it says otherwise.
+    Pattern(String),
 }
 
 /// What the lines of a file are.
@@ -236,6 +278,8 @@ pub enum LineFormat {
     Text,
     /// One JSON document a line.
     Json,
+    /// Columns, as RFC 4180 has them, on one line each.
+    Csv,
 }
 
 /// Records made up by a seeded generator.
@@ -319,14 +363,7 @@ impl SnapshotMode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SinkSpec {
     /// Part files in a directory, exactly once.
-    File {
-        /// The directory.
-        path: PathBuf,
-        /// What is written of a record.
-        line: LineContent,
-        /// What to do about the parts of an earlier run.
-        if_exists: IfExists,
-    },
+    File(FileSinkSpec),
     /// Standard output, at least once.
     Stdout {
         /// What is written of a record.
@@ -334,6 +371,28 @@ pub enum SinkSpec {
     },
     /// Nowhere.
     Discard,
+}
+
+/// Part files in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileSinkSpec {
+    /// The directory.
+    pub path: PathBuf,
+    /// What is written of a record.
+    pub line: LineContent,
+    /// What to do about the parts of an earlier run.
+    pub if_exists: IfExists,
+    /// When a part ends.
+    pub rolling: Rolling,
+}
+
+/// When a part ends: with the first checkpoint after one of these is reached; without any, with each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rolling {
+    /// So many bytes.
+    pub size: Option<u64>,
+    /// So much time since it began.
+    pub interval: Option<Duration>,
 }
 
 /// What a sink writes of a record.
@@ -482,6 +541,19 @@ impl JobSpec {
                 .map(|(key, value)| (format!("restart-strategy.{name}.{key}"), value)),
         );
         all
+    }
+
+    /// Whether the records of a node come to its tasks by their key: by hash, or unchanged from a node
+    /// to which they do.
+    #[must_use]
+    pub fn is_keyed(&self, id: OperatorId) -> bool {
+        let inputs = &self.node(id).inputs;
+        let is_by_key = |input: &InputSpec| match input.partitioner {
+            Partitioner::Hash => true,
+            Partitioner::Forward => self.is_keyed(input.from),
+            _ => false,
+        };
+        !inputs.is_empty() && inputs.iter().all(is_by_key)
     }
 
     /// The spec of a node.
@@ -1140,6 +1212,7 @@ fn read_failover(
 /// A node as it was read, before names are resolved.
 struct RawNode {
     name: Located<String>,
+    uid: Option<Located<String>>,
     parallelism: Option<u32>,
     kind: NodeKind,
     inputs: Vec<RawInput>,
@@ -1191,10 +1264,16 @@ fn read_node(
         let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
         return Err(section.bad_value("name", &name.span, why));
     }
+    let uid = section.text("uid")?;
+    if let Some(Located { value, span }) = &uid
+        && (value.is_empty() || 200 < value.len())
+    {
+        return Err(section.bad_value("uid", span, "it has from 1 to 200 bytes"));
+    }
     let parallelism = parallelism(section)?;
     let kind = kind(parallelism)?;
     section.finish()?;
-    Ok(RawNode { name, parallelism, kind, inputs: inputs.unwrap_or_default() })
+    Ok(RawNode { name, uid, parallelism, kind, inputs: inputs.unwrap_or_default() })
 }
 
 const PARTITIONERS: &[(&str, Partitioner)] = &[
@@ -1304,7 +1383,16 @@ fn resolve(
             let place = root.place(&raw_input.from.span);
             inputs.push(InputSpec { from, output, partitioner, place });
         }
-        nodes.push(NodeSpec { name: node.name.value.clone(), kind: node.kind.clone(), inputs });
+        let name = node.name.value.clone();
+        let uid = node.uid.as_ref().map_or_else(|| name.clone(), |uid| uid.value.clone());
+        if let Some(other) = nodes.iter().find(|other: &&NodeSpec| other.uid == uid) {
+            let span = node.uid.as_ref().map_or(&node.name.span, |uid| &uid.span);
+            let message = format!("\"{}\" and \"{name}\" have the same uid \"{uid}\"", other.name);
+            return Err(root
+                .problem(Code::DuplicateName, span, message)
+                .hint("state is matched by it: give each its own"));
+        }
+        nodes.push(NodeSpec { name, uid, kind: node.kind.clone(), inputs });
     }
     let graph = JobGraph::new(operators, edges.clone()).map_err(|error| match error {
         GraphError::Cycle(cycle) => {
@@ -1439,28 +1527,57 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     if let Err(error) = glob::Pattern::new(&path.value) {
         return Err(section.bad_value("path", &path.span, format!("not a glob: {error}")));
     }
-    let format =
-        section.choice("format", &[("text", LineFormat::Text), ("json", LineFormat::Json)])?;
+    let formats =
+        [("text", LineFormat::Text), ("json", LineFormat::Json), ("csv", LineFormat::Csv)];
+    let format = section.choice("format", &formats)?;
     let format = format.map_or(LineFormat::Text, |choice| choice.value);
-    let pointer = |key: &'static str| -> Result<Option<String>> {
-        let Some(Located { value, span }) = section.text(key)? else { return Ok(None) };
-        if format != LineFormat::Json {
-            return Err(section.bad_value(
-                key,
-                &span,
-                "only lines with format = \"json\" have fields",
-            ));
+    let header = section.boolean("header")?;
+    let delimiter = section.text("delimiter")?;
+    if format != LineFormat::Csv {
+        let other = header.as_ref().map(|it| ("header", &it.span));
+        let other = other.or(delimiter.as_ref().map(|it| ("delimiter", &it.span)));
+        if let Some((key, span)) = other {
+            return Err(section.bad_value(key, span, "only format = \"csv\" has it"));
         }
-        if !value.starts_with('/') {
-            return Err(section.bad_value(
-                key,
-                &span,
-                "a JSON pointer begins with `/`, for example \"/user/id\"",
-            ));
-        }
-        Ok(Some(value))
+    }
+    let has_header = format == LineFormat::Csv && header.is_none_or(|it| it.value);
+    let delimiter = match delimiter {
+        None => b',',
+        Some(Located { value, span }) => match value.as_bytes() {
+            [byte] if !matches!(byte, b'"' | b'\n' | b'\r') => *byte,
+            _ => {
+                let why = "it must be one ASCII character, such as \";\" or \"\\t\"";
+                return Err(section.bad_value("delimiter", &span, why));
+            }
+        },
     };
-    let (key, timestamp) = (pointer("key")?, pointer("timestamp")?);
+    let field = |key: &'static str| read_field(section, key, format, has_header);
+    let (key, timestamp) = (field("key")?, field("timestamp")?);
+    let timestamp_format = section.text("timestamp-format")?;
+    if let (Some(located), None) = (&timestamp_format, &timestamp) {
+        let why = "it says how `timestamp` is written, and there is none";
+        return Err(section.bad_value("timestamp-format", &located.span, why));
+    }
+    let timestamp_format = match timestamp_format {
+        Some(located) => read_time_format(section, located)?,
+        None => TimeFormat::Millis,
+    };
+    let out_of_orderness = section.duration_ms("max-out-of-orderness")?;
+    let idle_timeout = section.duration_ms("idle-timeout")?;
+    let policies = [
+        ("fail", OnBadRecord::Fail),
+        ("skip", OnBadRecord::Skip),
+        (DEAD_LETTER, OnBadRecord::DeadLetter),
+    ];
+    let on_bad_record = section.choice("on-bad-record", &policies)?;
+    let record_bytes_max = match section.bytes("max-record-size")? {
+        Some(Located { value, .. }) if (1..=RECORD_BYTES_MAX).contains(&value) => value,
+        Some(Located { span, .. }) => {
+            let why = "it must be from 1 byte to 256 MiB";
+            return Err(section.bad_value("max-record-size", &span, why));
+        }
+        None => RECORD_BYTES_DEFAULT,
+    };
     let split_bytes = match section.bytes("split-size")? {
         Some(Located { value, .. }) if 4096 <= value => value,
         Some(Located { span, .. }) => {
@@ -1469,7 +1586,67 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
         None => 64 << 20,
     };
     let rate = read_rate(section)?;
-    Ok(FileSourceSpec { path: path.value, format, key, timestamp, split_bytes, rate })
+    Ok(FileSourceSpec {
+        path: path.value,
+        format,
+        key,
+        timestamp,
+        timestamp_format,
+        out_of_orderness_ms: out_of_orderness.map_or(0, |it| it.value),
+        idle_timeout_ms: idle_timeout.map(|it| it.value),
+        has_header,
+        delimiter,
+        record_bytes_max: usize::try_from(record_bytes_max).unwrap_or(usize::MAX),
+        on_bad_record: on_bad_record.map_or(OnBadRecord::Fail, |it| it.value),
+        split_bytes,
+        rate,
+    })
+}
+
+/// Where a field of a line is.
+fn read_field(
+    section: &Section<'_>,
+    key: &'static str,
+    format: LineFormat,
+    has_header: bool,
+) -> Result<Option<String>> {
+    let Some(Located { value, span }) = section.text(key)? else { return Ok(None) };
+    let is_number = value.parse::<usize>().is_ok_and(|number| 0 < number);
+    let why = match format {
+        LineFormat::Json if !value.starts_with('/') => {
+            "a JSON pointer begins with `/`, for example \"/user/id\"".to_owned()
+        }
+        LineFormat::Csv if !has_header && !is_number => {
+            "without a header a column has a number, from 1 on".to_owned()
+        }
+        LineFormat::Text => match regex::bytes::Regex::new(&value) {
+            Ok(_) => return Ok(Some(value)),
+            Err(error) => format!("in a text it is a pattern: {error}"),
+        },
+        LineFormat::Json | LineFormat::Csv => return Ok(Some(value)),
+    };
+    Err(section.bad_value(key, &span, why))
+}
+
+fn read_time_format(section: &Section<'_>, located: Located<String>) -> Result<TimeFormat> {
+    use chrono::format::{Item, StrftimeItems};
+    let Located { value, span } = located;
+    Ok(match value.as_str() {
+        "millis" => TimeFormat::Millis,
+        "seconds" => TimeFormat::Seconds,
+        "rfc3339" => TimeFormat::Rfc3339,
+        pattern if StrftimeItems::new(pattern).any(|item| item == Item::Error) => {
+            let why = "it is neither millis, seconds nor rfc3339, nor a pattern such as \
+                       \"%Y-%m-%d %H:%M:%S\"";
+            return Err(section.bad_value("timestamp-format", &span, why));
+        }
+        pattern if !pattern.contains('%') => {
+            let why = "a pattern has fields, such as \"%Y-%m-%d %H:%M:%S\"; or millis, seconds, \
+                       rfc3339";
+            return Err(section.bad_value("timestamp-format", &span, why));
+        }
+        pattern => TimeFormat::Pattern(pattern.to_owned()),
+    })
 }
 
 /// Records a second.
@@ -1611,11 +1788,20 @@ fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
                 .ok_or_else(|| section.missing("path", "the directory for the parts"))?;
             let choices = [("fail", IfExists::Fail), ("replace", IfExists::Replace)];
             let if_exists = section.choice("if-exists", &choices)?;
-            Ok(SinkSpec::File {
+            let size = match section.bytes("roll-size")? {
+                Some(Located { value: 0, span }) => {
+                    return Err(section.bad_value("roll-size", &span, "it must be above 0"));
+                }
+                size => size.map(|size| size.value),
+            };
+            let interval = section.duration_ms("roll-interval")?;
+            let interval = interval.map(|interval| Duration::from_millis(interval.value));
+            Ok(SinkSpec::File(FileSinkSpec {
                 path: base_dir.join(path.value),
                 line: line()?,
                 if_exists: if_exists.map_or(IfExists::Fail, |choice| choice.value),
-            })
+                rolling: Rolling { size, interval },
+            }))
         }
     }
 }
@@ -1627,7 +1813,7 @@ impl SourceSpec {
         match self {
             Self::File(file) => {
                 let value = match file.format {
-                    LineFormat::Text => Format::Text,
+                    LineFormat::Text | LineFormat::Csv => Format::Text,
                     LineFormat::Json => Format::Json,
                 };
                 (file.key.as_ref().map(|_| Format::Text), value)

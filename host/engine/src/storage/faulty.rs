@@ -67,10 +67,31 @@ impl Storage for FaultyStorage {
         self.storage.generations()
     }
 
-    fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
+    fn open(&mut self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
         self.faults.check("open a generation")?;
-        let generation = self.storage.open(number)?;
-        Ok(Box::new(FaultyGeneration { generation, faults: self.faults.clone() }))
+        let generation = self.storage.open(number, end)?;
+        let faults = self.faults.clone();
+        Ok(Box::new(FaultyGeneration { generation, faults, is_broken: false }))
+    }
+
+    fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
+        self.faults.check("read a generation")?;
+        self.storage.read(number, end)
+    }
+
+    fn heads(&self) -> Result<Vec<Vec<u8>>> {
+        self.faults.check("read the head")?;
+        self.storage.heads()
+    }
+
+    fn write_head(&mut self, copy: usize, bytes: &[u8]) -> Result<()> {
+        self.faults.check("write the head")?;
+        self.storage.write_head(copy, bytes)
+    }
+
+    fn set_aside(&mut self, number: u64) -> Result<()> {
+        self.faults.check("set a generation aside")?;
+        self.storage.set_aside(number)
     }
 
     fn remove(&mut self, number: u64) -> Result<()> {
@@ -86,31 +107,58 @@ impl Storage for FaultyStorage {
 struct FaultyGeneration {
     generation: Box<dyn Generation>,
     faults: Faults,
+    /// As sled is after its first error: nothing works until it is opened again.
+    is_broken: bool,
+}
+
+impl FaultyGeneration {
+    fn check(&mut self, doing: &'static str) -> Result<()> {
+        if self.is_broken {
+            return Err(StorageError::store(doing, "it has failed before"));
+        }
+        self.faults.check(doing).inspect_err(|_| self.is_broken = true)
+    }
+
+    fn check_read(&self, doing: &'static str) -> Result<()> {
+        if self.is_broken {
+            return Err(StorageError::store(doing, "it has failed before"));
+        }
+        self.faults.check(doing)
+    }
 }
 
 impl Generation for FaultyGeneration {
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        self.faults.check("write")?;
+        self.check("write")?;
         self.generation.put(key, value)
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        self.faults.check("read")?;
+        self.check_read("read")?;
         self.generation.get(key)
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<()> {
-        self.faults.check("delete")?;
+        self.check("delete")?;
         self.generation.delete(key)
     }
 
     fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.faults.check("list the keys")?;
+        self.check_read("list the keys")?;
         self.generation.keys(prefix)
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.faults.check("flush")?;
+        self.check("flush")?;
         self.generation.flush()
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        self.is_broken = false;
+        self.generation.reopen()
+    }
+
+    fn end(&self) -> u64 {
+        self.generation.end()
     }
 }

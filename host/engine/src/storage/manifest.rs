@@ -6,11 +6,10 @@ use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
 use super::{Result, StorageError};
+use crate::identity::Lineage;
 
 /// The version of everything in a generation. Changes with any change of the format.
-pub const FORMAT: u16 = 3;
-/// The version before, which is read as well: it knows no state that the host keeps.
-const FORMAT_2: u16 = 2;
+pub const FORMAT: u16 = 4;
 
 const MAGIC: [u8; 4] = *b"CFDM";
 
@@ -19,6 +18,8 @@ const MAGIC: [u8; 4] = *b"CFDM";
 pub struct Manifest {
     /// The job's name.
     pub job: String,
+    /// Which job it is, and which course of its events.
+    pub lineage: Lineage,
     /// The checkpoint's id.
     pub checkpoint: u64,
     /// When it was written, in milliseconds since 1970-01-01 UTC.
@@ -63,6 +64,8 @@ pub struct SnapshotStats {
 pub struct TaskIdentity {
     /// The operator's name in the manifest.
     pub operator: String,
+    /// What its state is matched by: the name, unless the manifest says otherwise.
+    pub uid: String,
     /// The task's place among the operator's tasks.
     pub index: u32,
     /// How many tasks the operator had.
@@ -77,40 +80,19 @@ pub struct TaskIdentity {
     pub has_declared: bool,
     /// Whether the host keeps the declared state: linear memory then holds a cache of it.
     pub has_host_state: bool,
+    /// Whether records come to the tasks by their key, so that declared state lies with them.
+    pub is_keyed: bool,
+    /// Its declared states, in the order of their numbers.
+    pub states: Vec<StateIdentity>,
 }
 
-/// What format 2 has of a manifest, a task of it, and a task's identity.
-#[derive(Deserialize)]
-struct Manifest2 {
-    job: String,
-    checkpoint: u64,
-    written_at_ms: u64,
-    tasks: Vec<(Identity2, Vec<u64>, SnapshotStats)>,
-}
-
-/// Operator, index, parallelism, maximum of it, digest, whether memory and declared state are there.
-type Identity2 = (String, u32, u32, u32, Option<[u8; 16]>, bool, bool);
-
-impl From<Manifest2> for Manifest {
-    fn from(old: Manifest2) -> Self {
-        let task = |(identity, chain, stats): (Identity2, Vec<u64>, SnapshotStats)| {
-            let (operator, index, parallelism, max_parallelism, digest, has_memory, has_declared) =
-                identity;
-            let identity = TaskIdentity {
-                operator,
-                index,
-                parallelism,
-                max_parallelism,
-                digest,
-                has_memory,
-                has_declared,
-                has_host_state: false,
-            };
-            ManifestTask { identity, chain, stats }
-        };
-        let Manifest2 { job, checkpoint, written_at_ms, tasks } = old;
-        Self { job, checkpoint, written_at_ms, tasks: tasks.into_iter().map(task).collect() }
-    }
+/// What a declared state is matched by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateIdentity {
+    /// Its name.
+    pub name: String,
+    /// What its values look like.
+    pub schema: String,
 }
 
 impl Manifest {
@@ -137,12 +119,10 @@ impl Manifest {
             return Err(StorageError::damaged(name, "it ends before its version"));
         };
         let found = u16::from_le_bytes(*version);
-        let decoded = match found {
-            FORMAT => postcard::from_bytes(rest),
-            FORMAT_2 => postcard::from_bytes::<Manifest2>(rest).map(Self::from),
-            _ => return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT }),
-        };
-        decoded.map_err(|error| StorageError::damaged(name, error))
+        if found != FORMAT {
+            return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT });
+        }
+        postcard::from_bytes(rest).map_err(|error| StorageError::damaged(name, error))
     }
 }
 
@@ -183,6 +163,7 @@ mod tests {
     fn manifest() -> Manifest {
         let identity = TaskIdentity {
             operator: "count".to_owned(),
+            uid: "count-1".to_owned(),
             index: 1,
             parallelism: 2,
             max_parallelism: 128,
@@ -190,16 +171,26 @@ mod tests {
             has_memory: true,
             has_declared: true,
             has_host_state: true,
+            is_keyed: true,
+            states: vec![StateIdentity { name: "counts".to_owned(), schema: "u64".to_owned() }],
         };
         let stats = SnapshotStats { sync_us: 300, is_unaligned: true, ..SnapshotStats::default() };
         let task = ManifestTask { identity, chain: vec![3, 4, 9], stats };
-        Manifest { job: "words".to_owned(), checkpoint: 9, written_at_ms: 1, tasks: vec![task] }
+        let lineage = Lineage::new().fork(4);
+        Manifest {
+            job: "words".to_owned(),
+            lineage,
+            checkpoint: 9,
+            written_at_ms: 1,
+            tasks: vec![task],
+        }
     }
 
     #[test]
     fn manifest_is_read_as_it_was_written() {
-        let bytes = manifest().encode().expect("encodes");
-        assert_eq!(Manifest::decode("m", &bytes).expect("decodes"), manifest());
+        let manifest = manifest();
+        let bytes = manifest.encode().expect("encodes");
+        assert_eq!(Manifest::decode("m", &bytes).expect("decodes"), manifest);
     }
 
     #[test]
@@ -210,27 +201,8 @@ mod tests {
             Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the manifest of checkpoint 9 has format 99, this program reads format 3"
+            "the manifest of checkpoint 9 has format 99, this program reads format 4"
         );
-    }
-
-    #[test]
-    fn format_2_is_read_as_state_in_guests() {
-        // A manifest of job "j", checkpoint 9, written at 1 ms, with one task.
-        let mut bytes = b"CFDM\x02\x00\x01j\x09\x01\x01".to_vec();
-        // Operator "count", task 1 of 2, 128 key groups, no digest, memory, no declared state.
-        bytes.extend_from_slice(b"\x05count\x01\x02\x80\x01\x00\x01\x00");
-        // A chain of 3 and 9, and what it has cost: 300 microseconds, unaligned.
-        bytes.extend_from_slice(b"\x02\x03\x09\x00\x00\xac\x02\x00\x00\x00\x01");
-        let read = Manifest::decode("m", &bytes).expect("decodes");
-        let task = &read.tasks[0];
-        assert_eq!((read.job.as_str(), read.checkpoint, read.written_at_ms), ("j", 9, 1));
-        assert_eq!((task.identity.operator.as_str(), task.identity.index), ("count", 1));
-        assert_eq!((task.identity.parallelism, task.identity.max_parallelism), (2, 128));
-        assert!(task.identity.has_memory && !task.identity.has_declared);
-        assert!(!task.identity.has_host_state);
-        assert_eq!((task.chain.as_slice(), task.stats.sync_us), (&[3, 9][..], 300));
-        assert!(task.stats.is_unaligned);
     }
 
     proptest! {

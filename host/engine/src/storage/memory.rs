@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Generation, Result, Storage};
+use super::{Generation, Result, Storage, StorageError};
 
 type Entries = Arc<Mutex<BTreeMap<Vec<u8>, Vec<u8>>>>;
 
@@ -13,6 +13,7 @@ type Entries = Arc<Mutex<BTreeMap<Vec<u8>, Vec<u8>>>>;
 #[derive(Debug, Default)]
 pub struct MemoryStorage {
     generations: BTreeMap<u64, Entries>,
+    heads: BTreeMap<usize, Vec<u8>>,
 }
 
 impl Storage for MemoryStorage {
@@ -20,9 +21,24 @@ impl Storage for MemoryStorage {
         Ok(self.generations.keys().copied().collect())
     }
 
-    fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
+    fn open(&mut self, number: u64, _: u64) -> Result<Box<dyn Generation>> {
         let entries = self.generations.entry(number).or_default().clone();
         Ok(Box::new(MemoryGeneration { entries }))
+    }
+
+    fn read(&self, number: u64, _: u64) -> Result<Box<dyn Generation>> {
+        let entries = self.generations.get(&number).cloned();
+        let why = || StorageError::damaged("the generation", "it is not there");
+        Ok(Box::new(MemoryGeneration { entries: entries.ok_or_else(why)? }))
+    }
+
+    fn heads(&self) -> Result<Vec<Vec<u8>>> {
+        Ok(self.heads.values().cloned().collect())
+    }
+
+    fn write_head(&mut self, copy: usize, bytes: &[u8]) -> Result<()> {
+        self.heads.insert(copy, bytes.to_vec());
+        Ok(())
     }
 
     fn remove(&mut self, number: u64) -> Result<()> {
@@ -68,5 +84,9 @@ impl Generation for MemoryGeneration {
 
     fn flush(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    fn end(&self) -> u64 {
+        0
     }
 }

@@ -7,8 +7,10 @@
 
 pub mod declared;
 pub mod faulty;
+pub mod head;
 pub mod in_flight;
 pub mod keyed;
+mod log;
 pub mod manifest;
 pub mod memory;
 pub mod objects;
@@ -18,7 +20,7 @@ pub mod snapshot;
 pub(crate) mod table;
 pub(crate) mod writer;
 
-use std::{fs::File, io, path::Path};
+use std::{fs::File, io, os::unix::fs::OpenOptionsExt, path::Path};
 
 /// Why a store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +88,11 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Opens a file for reading and writing, for its owner alone; makes it where it is not there.
+pub(crate) fn create_file(path: &Path) -> io::Result<File> {
+    File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(path)
+}
+
 /// Whether it is a URL and no path of this machine.
 #[must_use]
 pub fn is_url(location: &Path) -> bool {
@@ -114,11 +121,38 @@ pub trait Storage: Send {
     /// Where they cannot be listed.
     fn generations(&self) -> Result<Vec<u64>>;
 
-    /// Opens a generation; makes an empty one where it is not there.
+    /// Opens a generation; makes an empty one where it is not there. It has once reached as far as
+    /// `end`: where something is missing of that, it is looked for elsewhere.
     ///
     /// # Errors
     /// Where it cannot be read or made.
-    fn open(&mut self, number: u64) -> Result<Box<dyn Generation>>;
+    fn open(&mut self, number: u64, end: u64) -> Result<Box<dyn Generation>>;
+
+    /// Opens a generation that is there to look into it. Nothing is written, wherever it lies.
+    ///
+    /// # Errors
+    /// Where it is not there, or cannot be read.
+    fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>>;
+
+    /// The copies of the head that there are; see [`head`].
+    ///
+    /// # Errors
+    /// Where they cannot be read.
+    fn heads(&self) -> Result<Vec<Vec<u8>>>;
+
+    /// Writes one of two copies of the head, durably.
+    ///
+    /// # Errors
+    /// Where nobody knows whether it is there.
+    fn write_head(&mut self, copy: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Puts a damaged generation where it is in nobody's way, for people to look at.
+    ///
+    /// # Errors
+    /// Where it is still there.
+    fn set_aside(&mut self, _number: u64) -> Result<()> {
+        Ok(())
+    }
 
     /// Removes a generation that nobody has open.
     ///
@@ -130,7 +164,8 @@ pub trait Storage: Send {
     fn location(&self) -> String;
 }
 
-/// A key-value store. What was put is durable after the next `flush`, not before.
+/// A key-value store. What was put is durable after the next `flush`, not before. After an error
+/// everything since the last flush is undone, and the store is opened again by the next write.
 pub trait Generation: Send {
     /// Writes a value.
     ///
@@ -161,4 +196,15 @@ pub trait Generation: Send {
     /// # Errors
     /// Where that is not certain.
     fn flush(&mut self) -> Result<()>;
+
+    /// Opens the store again if an error has closed it.
+    ///
+    /// # Errors
+    /// Where it still cannot be.
+    fn reopen(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// How far it reaches as of the last flush: ascends with each.
+    fn end(&self) -> u64;
 }

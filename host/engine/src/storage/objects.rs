@@ -196,6 +196,10 @@ impl ObjectStorage {
         self.objects.delete(mark)
     }
 
+    fn head(&self, copy: usize) -> ObjectPath {
+        self.objects.root.clone().join(format!("HEAD-{copy}"))
+    }
+
     fn folder(&self, number: u64) -> ObjectPath {
         self.objects.root.clone().join(format!("{GENERATION}{number:08}"))
     }
@@ -220,8 +224,39 @@ impl Storage for ObjectStorage {
         Ok(whole)
     }
 
-    fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
-        Ok(Box::new(ObjectGeneration::open(self.objects.clone(), self.folder(number))?))
+    fn open(&mut self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
+        let generation = ObjectGeneration::open(self.objects.clone(), self.folder(number))?;
+        generation.check_end(end)?;
+        Ok(Box::new(generation))
+    }
+
+    fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
+        let generation = ObjectGeneration::open(self.objects.clone(), self.folder(number))?;
+        generation.check_end(end)?;
+        Ok(Box::new(generation))
+    }
+
+    fn heads(&self) -> Result<Vec<Vec<u8>>> {
+        let mut heads = Vec::new();
+        for copy in 0..2 {
+            let (store, path) = (self.objects.store.clone(), self.head(copy));
+            let read = async move {
+                match store.get(&path).await {
+                    Ok(found) => Ok(Some(found.bytes().await?.to_vec())),
+                    Err(object_store::Error::NotFound { .. }) => Ok(None),
+                    Err(error) => Err(error),
+                }
+            };
+            heads.extend(self.objects.wait("read the head", read)?);
+        }
+        Ok(heads)
+    }
+
+    fn write_head(&mut self, copy: usize, bytes: &[u8]) -> Result<()> {
+        let (store, path) = (self.objects.store.clone(), self.head(copy % 2));
+        let bytes = bytes.to_vec();
+        let put = async move { store.put(&path, PutPayload::from(bytes)).await.map(|_| ()) };
+        self.objects.wait("write the head", put)
     }
 
     fn remove(&mut self, number: u64) -> Result<()> {
@@ -319,6 +354,16 @@ impl ObjectGeneration {
         }
         generation.fill(segments.last().map_or(1, |(last, _)| last + 1));
         Ok(generation)
+    }
+
+    /// Refuses a generation whose newest segments are missing.
+    fn check_end(&self, end: u64) -> Result<()> {
+        let found = self.end();
+        if found < end {
+            let path = self.path(found + 1);
+            return Err(StorageError::damaged(path, "it is not there"));
+        }
+        Ok(())
     }
 
     fn path(&self, segment: u64) -> ObjectPath {
@@ -584,6 +629,10 @@ impl Generation for ObjectGeneration {
         self.remove_empty_segments();
         Ok(())
     }
+
+    fn end(&self) -> u64 {
+        self.filling.number - 1
+    }
 }
 
 #[cfg(test)]
@@ -606,7 +655,7 @@ mod tests {
     fn values_are_there_after_a_flush_and_for_whoever_opens_it_next() {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let mut storage = over(&store);
-        let mut generation = storage.open(3).expect("opened");
+        let mut generation = storage.open(3, 0).expect("opened");
         generation.put(b"a", b"one").expect("put");
         generation.put(b"b", &[7; 20 << 20]).expect("put");
         assert_eq!(generation.get(b"a").expect("readable").as_deref(), Some(&b"one"[..]));
@@ -619,7 +668,7 @@ mod tests {
         drop(generation);
         let mut again = over(&store);
         assert_eq!(again.generations().expect("listed"), [3]);
-        let generation = again.open(3).expect("opened");
+        let generation = again.open(3, 0).expect("opened");
         assert_eq!(generation.keys(b"").expect("listed"), [b"a", b"c"]);
         assert_eq!(generation.get(b"a").expect("readable").as_deref(), Some(&b"two"[..]));
         assert_eq!(generation.get(b"c").expect("readable").as_deref(), Some(&b""[..]));
@@ -633,8 +682,8 @@ mod tests {
     fn second_run_at_the_same_place_fails_and_harms_nothing() {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let (mut first, mut second) = (over(&store), over(&store));
-        let mut one = first.open(1).expect("opened");
-        let mut two = second.open(1).expect("opened");
+        let mut one = first.open(1, 0).expect("opened");
+        let mut two = second.open(1, 0).expect("opened");
         one.put(b"k", b"first").expect("put");
         one.flush().expect("flush");
         two.put(b"k", b"second").expect("put");
@@ -642,7 +691,7 @@ mod tests {
         assert!(error.contains("another run writes to the same place"), "{error}");
         two.put(b"k", b"again").expect("collected");
         assert!(two.flush().is_err(), "it stays so");
-        let generation = over(&store).open(1).expect("opened");
+        let generation = over(&store).open(1, 0).expect("opened");
         assert_eq!(generation.get(b"k").expect("readable").as_deref(), Some(&b"first"[..]));
     }
 
@@ -651,7 +700,7 @@ mod tests {
         let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let mut storage = over(&store);
         for number in [1, 2] {
-            let mut generation = storage.open(number).expect("opened");
+            let mut generation = storage.open(number, 0).expect("opened");
             generation.put(b"k", b"v").expect("put");
             generation.flush().expect("flush");
         }
@@ -665,7 +714,7 @@ mod tests {
     fn damaged_index_is_found_and_named() {
         let dir = tempfile::tempdir().expect("dir");
         let mut storage = ObjectStorage::new(&dir.path().display().to_string()).expect("made");
-        let mut generation = storage.open(1).expect("opened");
+        let mut generation = storage.open(1, 0).expect("opened");
         generation.put(b"key", &[1; 100]).expect("put");
         generation.flush().expect("flush");
         drop(generation);
@@ -673,14 +722,14 @@ mod tests {
         let whole = fs::read(&path).expect("there");
         for (cut, why) in [(whole.len() - 3, "does not end"), (10, "cut short")] {
             fs::write(&path, &whole[..cut]).expect("written");
-            let error = storage.open(1).err().expect("damaged").to_string();
+            let error = storage.open(1, 0).err().expect("damaged").to_string();
             assert!(error.contains(why) && error.contains("segment-00000001"), "{error}");
         }
         for place in 100..whole.len() {
             let mut flipped = whole.clone();
             flipped[place] ^= 16;
             fs::write(&path, &flipped).expect("written");
-            assert!(storage.open(1).is_err(), "byte {place}");
+            assert!(storage.open(1, 0).is_err(), "byte {place}");
         }
     }
 
@@ -698,7 +747,7 @@ mod tests {
         fn generation_is_a_map(steps in proptest::collection::vec((0u8..5, 0u8..12, 0usize..60_000), 1..80)) {
             let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
             let mut storage = over(&store);
-            let mut generation = storage.open(1).expect("opened");
+            let mut generation = storage.open(1, 0).expect("opened");
             let mut expected = BTreeMap::<Vec<u8>, Vec<u8>>::new();
             // What was put since the last flush lies in the newest segment, deleted since or not.
             let mut newest = 0;
@@ -721,7 +770,7 @@ mod tests {
                     _ => {
                         generation.flush().expect("flush");
                         newest = 0;
-                        generation = storage.open(1).expect("opened");
+                        generation = storage.open(1, 0).expect("opened");
                     }
                 }
                 let keys: Vec<Vec<u8>> = expected.keys().cloned().collect();

@@ -3,13 +3,20 @@
 //! sled rewrites the neighbours of what is inserted, which costs three times the bytes of a large
 //! value. So values of [`PACKED_BYTES_MIN`] and more are appended to a file beside the database,
 //! written once and never moved, and sled keeps their place: the separation of keys from values
-//! of WiscKey (Lu et al., FAST 2016). Flush order is file, then database, so a place that is
-//! durable points at bytes that are.
+//! of WiscKey (Lu et al., FAST 2016).
+//!
+//! sled 0.34 never calls fsync, drops the end of its log at the first damaged byte without a word, and
+//! refuses everything after its first I/O error. So what is in it also goes into a [log](super::log)
+//! of our own, and that counts: where sled says something else it is made anew from the log, and where
+//! the log is damaged sled has what it said.
+//!
+//! **Invariant:** pack, sync, log, sync. After an error nothing that was put since the last flush is
+//! there: the files are opened again, as of that flush.
 
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{DirBuilderExt, FileExt},
     panic::AssertUnwindSafe,
     path::{Path, PathBuf},
     time::Duration,
@@ -17,7 +24,11 @@ use std::{
 
 use rustix::fs::FallocateFlags;
 
-use super::{Generation, Result, Storage, StorageError, sync_dir};
+use super::{
+    Generation, Result, Storage, StorageError, create_file,
+    log::{self, Entries, Log},
+    sync_dir,
+};
 
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
 const CACHE_BYTES: u64 = 16 << 20;
@@ -31,16 +42,22 @@ const BLOCK_BYTES: u64 = 4096;
 /// What the directories of generations begin with, and those of generations on their way out.
 const GENERATION: &str = "gen-";
 const REMOVED: &str = "removed-";
+/// And those that were damaged.
+const DAMAGED: &str = "damaged-";
 
-/// In a generation: the database, and the file of large values.
+/// In a generation: the database, the file of large values, and the log of both.
 const INDEX: &str = "index";
 const PACK: &str = "pack";
+const LOG: &str = "log";
+
+/// Beside the generations: two copies of the head.
+const HEADS: [&str; 2] = ["HEAD-0", "HEAD-1"];
 
 /// The first byte of what sled keeps for a key: the value itself follows, or its place.
 const INLINE: u8 = 0;
 const PLACE: u8 = 1;
 
-/// A directory with one sled database and one pack file for each generation.
+/// A directory with one sled database, one pack file and one log for each generation.
 #[derive(Debug)]
 pub struct SledStorage {
     dir: PathBuf,
@@ -53,7 +70,7 @@ impl SledStorage {
         Self { dir }
     }
 
-    /// Removes what a removal that was cut short has left. For whoever has locked the directory.
+    /// Removes what a removal that was cut short has left. The directory must be locked.
     ///
     /// # Errors
     /// Where something is still there.
@@ -74,11 +91,10 @@ impl SledStorage {
 
 impl Storage for SledStorage {
     fn generations(&self) -> Result<Vec<u64>> {
-        let entries = fs::read_dir(&self.dir)
-            .map_err(|error| StorageError::store("list the generations", error))?;
+        let failed = |error: io::Error| StorageError::store("list the generations", error);
         let mut numbers = Vec::new();
-        for entry in entries.flatten() {
-            let name = entry.file_name();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
             let Some(name) = name.to_str() else { continue };
             if let Some(number) = name.strip_prefix(GENERATION) {
                 numbers.extend(number.parse::<u64>().ok());
@@ -88,22 +104,24 @@ impl Storage for SledStorage {
         Ok(numbers)
     }
 
-    fn open(&mut self, number: u64) -> Result<Box<dyn Generation>> {
+    fn open(&mut self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
         let path = self.path(number);
-        let opened = fs::create_dir_all(&path).and_then(|()| Pack::open(&path.join(PACK)));
-        let mut pack = opened.map_err(|error| StorageError::store("open a pack file", error))?;
-        let config = sled::Config::new()
-            .path(path.join(INDEX))
-            .cache_capacity(CACHE_BYTES)
-            .mode(sled::Mode::HighThroughput)
-            // Durability is asked for, never assumed: see `flush`.
-            .flush_every_ms(None);
-        let index = guarded("open a generation", || open_unlocked(&config))?;
-        pack.len = pack.len.max(end_of_places(&index)?);
-        sync_dir(&path)
+        let failed = |error: io::Error| StorageError::store("make a generation", error);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
+        let generation = SledGeneration::open(path, end)?;
+        sync_dir(&self.dir).map_err(failed)?;
+        Ok(Box::new(generation))
+    }
+
+    fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
+        Ok(Box::new(ReadGeneration::open(&self.path(number), end)?))
+    }
+
+    fn set_aside(&mut self, number: u64) -> Result<()> {
+        let aside = self.dir.join(format!("{DAMAGED}{number:08}"));
+        fs::rename(self.path(number), aside)
             .and_then(|()| sync_dir(&self.dir))
-            .map_err(|error| StorageError::store("make the generation durable", error))?;
-        Ok(Box::new(SledGeneration { index, pack, freed: Vec::new() }))
+            .map_err(|error| StorageError::store("set a generation aside", error))
     }
 
     /// Renames first: a directory that is half removed must not be taken for a generation.
@@ -113,6 +131,31 @@ impl Storage for SledStorage {
             .and_then(|()| sync_dir(&self.dir))
             .and_then(|()| fs::remove_dir_all(doomed))
             .map_err(|error| StorageError::store("remove a generation", error))
+    }
+
+    fn heads(&self) -> Result<Vec<Vec<u8>>> {
+        let mut heads = Vec::new();
+        for name in HEADS {
+            match fs::read(self.dir.join(name)) {
+                Ok(bytes) => heads.push(bytes),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(StorageError::store("read the head", error)),
+            }
+        }
+        Ok(heads)
+    }
+
+    fn write_head(&mut self, copy: usize, bytes: &[u8]) -> Result<()> {
+        let path = self.dir.join(HEADS[copy % HEADS.len()]);
+        let is_new = !path.exists();
+        let write = || -> io::Result<()> {
+            let file = create_file(&path)?;
+            file.write_all_at(bytes, 0)?;
+            file.set_len(bytes.len() as u64)?;
+            file.sync_all()?;
+            if is_new { sync_dir(&self.dir) } else { Ok(()) }
+        };
+        write().map_err(|error| StorageError::store("write the head", error))
     }
 
     fn location(&self) -> String {
@@ -136,19 +179,19 @@ fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
     config.open()
 }
 
-/// Where the last value ends that the index knows of. After a power cut that may be behind the end
-/// of the file, because sled writes ahead of its flush; nothing else may then take its place, or
-/// giving it back would take another's.
-fn end_of_places(index: &sled::Db) -> Result<u64> {
-    guarded("open a generation", || {
-        index.iter().values().try_fold(0, |end, kept| {
-            let place = match kept?.split_first() {
-                Some((&PLACE, place)) => Place::decode(place),
-                _ => None,
-            };
-            let of = |place: Place| place.offset.saturating_add(u64::from(place.len));
-            Ok(place.map_or(end, |place| end.max(of(place))))
-        })
+fn open_index(path: &Path) -> Result<sled::Db> {
+    let config = sled::Config::new()
+        .path(path)
+        .cache_capacity(CACHE_BYTES)
+        .mode(sled::Mode::HighThroughput)
+        // Durability is the log's.
+        .flush_every_ms(None);
+    guarded("open a generation", || open_unlocked(&config))
+}
+
+fn entries_of(index: &sled::Db) -> Result<Entries> {
+    guarded("read the index", || {
+        index.iter().map(|kept| kept.map(|(key, kept)| (key.to_vec(), kept.to_vec()))).collect()
     })
 }
 
@@ -188,13 +231,55 @@ impl Place {
         let len = rest.try_into().ok()?;
         Some(Self { offset: u64::from_le_bytes(*offset), len: u32::from_le_bytes(len) })
     }
+
+    /// The place in what is kept for a key, if it has one.
+    fn of(kept: &[u8]) -> Option<Self> {
+        match kept.split_first() {
+            Some((&PLACE, place)) => Self::decode(place),
+            _ => None,
+        }
+    }
+
+    fn end(self) -> u64 {
+        self.offset.saturating_add(u64::from(self.len))
+    }
+}
+
+/// The bytes at a place; `None` where the file ends before them.
+fn read_place(file: &File, len: u64, place: Place) -> io::Result<Option<Vec<u8>>> {
+    // A place whose bits have rotted must not make us ask for more memory than there is file.
+    if len < place.end() {
+        return Ok(None);
+    }
+    let mut value = vec![0; place.len as usize];
+    match file.read_exact_at(&mut value, place.offset) {
+        Ok(()) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The value of what is kept for a key.
+fn value_of(kept: &[u8], file: &File, len: u64) -> Result<Option<Vec<u8>>> {
+    match kept.split_first() {
+        Some((&INLINE, value)) => Ok(Some(value.to_vec())),
+        Some((&PLACE, place)) => match Place::decode(place) {
+            Some(place) => read_place(file, len, place)
+                .map_err(|error| StorageError::store("read the pack file", error)),
+            None => Ok(None),
+        },
+        _ => Ok(None),
+    }
 }
 
 impl Pack {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file =
-            File::options().create(true).truncate(false).read(true).write(true).open(path)?;
-        let len = file.metadata()?.len();
+    fn open(path: &Path, entries: &Entries) -> io::Result<Self> {
+        let file = create_file(path)?;
+        // Nothing may take the place of a value that counts, whatever the file has lost: giving it
+        // back would take another's.
+        let places = entries.values().filter_map(|kept| Place::of(kept));
+        let end = places.map(Place::end).max().unwrap_or(0);
+        let len = file.metadata()?.len().max(end);
         Ok(Self { file, len, is_dirty: false })
     }
 
@@ -207,31 +292,16 @@ impl Pack {
         }
         let place = Place { offset: self.len, len };
         self.is_dirty = true;
-        // Where this fails half-way, the next value is written over it.
         self.file.write_all_at(value, place.offset)?;
         self.len += u64::from(len);
         Ok(place)
-    }
-
-    /// The bytes at a place; `None` where the file ends before them.
-    fn read(&self, place: Place) -> io::Result<Option<Vec<u8>>> {
-        // A place whose bits have rotted must not make us ask for more memory than there is file.
-        if place.offset.checked_add(u64::from(place.len)).is_none_or(|end| self.len < end) {
-            return Ok(None);
-        }
-        let mut value = vec![0; place.len as usize];
-        match self.file.read_exact_at(&mut value, place.offset) {
-            Ok(()) => Ok(Some(value)),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(error) => Err(error),
-        }
     }
 
     /// Makes a hole where a value was. Where the file system cannot, its space comes back with the
     /// generation.
     fn give_back(&self, place: Place) {
         let start = place.offset.next_multiple_of(BLOCK_BYTES);
-        let end = (place.offset + u64::from(place.len)) / BLOCK_BYTES * BLOCK_BYTES;
+        let end = place.end() / BLOCK_BYTES * BLOCK_BYTES;
         if start < end {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             if let Err(error) = rustix::fs::fallocate(&self.file, flags, start, end - start) {
@@ -241,80 +311,271 @@ impl Pack {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        if std::mem::take(&mut self.is_dirty)
-            && let Err(error) = self.file.sync_data()
-        {
-            // The kernel may have dropped what it could not write: never call it synced.
-            self.is_dirty = true;
-            return Err(error);
+        if self.is_dirty {
+            self.file.sync_data()?;
+            self.is_dirty = false;
         }
         Ok(())
     }
 }
 
 struct SledGeneration {
+    path: PathBuf,
+    /// `None` after an error: everything is opened again before anything else.
+    files: Option<Files>,
+}
+
+struct Files {
     index: sled::Db,
     pack: Pack,
+    log: Log,
     /// What was deleted or replaced since the last flush.
     freed: Vec<Place>,
 }
 
-impl SledGeneration {
-    /// Remembers a value that is not pointed at any more.
-    fn free(&mut self, replaced: Option<sled::IVec>) {
-        if let Some((&PLACE, place)) = replaced.as_deref().and_then(<[u8]>::split_first) {
-            self.freed.extend(Place::decode(place));
+impl Files {
+    fn open(path: &Path) -> Result<Self> {
+        let failed = |error: io::Error| StorageError::store("open a generation", error);
+        let (log, replay) = Log::open(&path.join(LOG)).map_err(failed)?;
+        let index_path = path.join(INDEX);
+        let found = open_index(&index_path).and_then(|index| Ok((entries_of(&index)?, index)));
+        let index = match found {
+            Ok((entries, index)) if entries == replay.entries => index,
+            found => {
+                drop(found);
+                made_anew(&index_path, &replay.entries)?
+            }
+        };
+        let pack = Pack::open(&path.join(PACK), &replay.entries).map_err(failed)?;
+        sync_dir(path).map_err(failed)?;
+        Ok(Self { index, pack, log, freed: Vec::new() })
+    }
+
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        let write = |error: io::Error| StorageError::store("write", error);
+        let kept = if value.len() < PACKED_BYTES_MIN {
+            [&[INLINE], value].concat()
+        } else {
+            self.pack.append(value).map_err(write)?.encode().to_vec()
+        };
+        self.log.put(key, &kept).map_err(write)?;
+        let replaced = guarded("write", || self.index.insert(key, kept))?;
+        self.free(key, replaced);
+        Ok(())
+    }
+
+    fn delete(&mut self, key: &[u8]) -> Result<()> {
+        let removed = guarded("delete", || self.index.remove(key))?;
+        if removed.is_some() {
+            self.log.delete(key).map_err(|error| StorageError::store("delete", error))?;
         }
+        self.free(key, removed);
+        Ok(())
+    }
+
+    /// Remembers a value that is not pointed at any more.
+    fn free(&mut self, key: &[u8], replaced: Option<sled::IVec>) {
+        if let Some(kept) = replaced {
+            self.log.replaced(key, &kept);
+            self.freed.extend(Place::of(&kept));
+        }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.pack.sync().map_err(|error| StorageError::store("flush the pack file", error))?;
+        self.log.flush().map_err(|error| StorageError::store("flush the log", error))?;
+        // Only now is it certain that nobody will ask for them, not even after a crash.
+        for place in self.freed.drain(..) {
+            self.pack.give_back(place);
+        }
+        if self.log.is_outgrown() {
+            let entries = entries_of(&self.index)?;
+            let rewritten = self.log.rewrite(&entries);
+            rewritten.map_err(|error| StorageError::store("write the log anew", error))?;
+        }
+        Ok(())
+    }
+}
+
+/// An index with these entries, and no other.
+fn made_anew(path: &Path, entries: &Entries) -> Result<sled::Db> {
+    let failed = |error: io::Error| StorageError::store("make an index", error);
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    fs::DirBuilder::new().mode(0o700).create(path).map_err(failed)?;
+    let index = open_index(path)?;
+    for (key, kept) in entries {
+        guarded("make an index", || index.insert(key.as_slice(), kept.as_slice()))?;
+    }
+    Ok(index)
+}
+
+impl SledGeneration {
+    /// Opens a generation, or makes it. What its log has lost, its index may have.
+    fn open(path: PathBuf, end: u64) -> Result<Self> {
+        let failed = |error: io::Error| StorageError::store("open a generation", error);
+        let replay = log::replay(&path.join(LOG)).map_err(failed)?;
+        if replay.is_short_of(end)
+            && let Ok(entries) = open_index(&path.join(INDEX)).and_then(|index| entries_of(&index))
+        {
+            let path = path.join(LOG);
+            tracing::warn!(path = %path.display(), "the log is damaged: the index has what it said");
+            let (mut log, _) = Log::open(&path).map_err(failed)?;
+            log.rewrite(&instead_of(replay.entries, entries)).map_err(failed)?;
+        }
+        let files = Some(Files::open(&path)?);
+        Ok(Self { path, files })
+    }
+
+    fn files(&mut self) -> Result<&mut Files> {
+        let files = match self.files.take() {
+            Some(files) => files,
+            None => Files::open(&self.path)?,
+        };
+        Ok(self.files.insert(files))
+    }
+
+    /// After an error nothing can be said of what was done since the last flush: it is undone.
+    fn with<T>(&mut self, work: impl FnOnce(&mut Files) -> Result<T>) -> Result<T> {
+        let result = work(self.files()?);
+        if result.is_err() {
+            self.files = None;
+        }
+        result
+    }
+
+    fn opened(&self) -> Result<&Files> {
+        let why = "it has failed before and is opened again with the next write";
+        self.files.as_ref().ok_or_else(|| StorageError::store("read", why))
     }
 }
 
 impl Generation for SledGeneration {
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        let write = |error: &dyn std::fmt::Display| StorageError::store("write", error);
-        let kept = if value.len() < PACKED_BYTES_MIN {
-            [&[INLINE], value].concat()
-        } else {
-            self.pack.append(value).map_err(|error| write(&error))?.encode().to_vec()
-        };
-        let replaced = guarded("write", || self.index.insert(key, kept))?;
-        self.free(replaced);
-        Ok(())
+        self.with(|files| files.put(key, value))
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let read = |error: &dyn std::fmt::Display| StorageError::store("read", error);
-        let Some(kept) = guarded("read", || self.index.get(key))? else { return Ok(None) };
-        match kept.split_first() {
-            Some((&INLINE, value)) => Ok(Some(value.to_vec())),
-            Some((&PLACE, place)) => match Place::decode(place) {
-                Some(place) => self.pack.read(place).map_err(|error| read(&error)),
-                None => Ok(None),
-            },
-            _ => Ok(None),
-        }
+        let files = self.opened()?;
+        let Some(kept) = guarded("read", || files.index.get(key))? else { return Ok(None) };
+        value_of(&kept, &files.pack.file, files.pack.len)
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<()> {
-        let removed = guarded("delete", || self.index.remove(key))?;
-        self.free(removed);
-        Ok(())
+        self.with(|files| files.delete(key))
     }
 
     fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let files = self.opened()?;
         guarded("list the keys", || {
-            let keys = self.index.scan_prefix(prefix).keys();
+            let keys = files.index.scan_prefix(prefix).keys();
             keys.map(|key| key.map(|key| key.to_vec())).collect()
         })
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.pack.sync().map_err(|error| StorageError::store("flush the pack file", error))?;
-        guarded("flush", || self.index.flush())?;
-        // Only now is it certain that nobody will ask for them, not even after a crash.
-        for place in self.freed.drain(..) {
-            self.pack.give_back(place);
+        self.with(Files::flush)
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        self.files().map(|_| ())
+    }
+
+    fn end(&self) -> u64 {
+        self.files.as_ref().map_or(0, |files| files.log.end())
+    }
+}
+
+/// What counts where a log is damaged: its index, which is whole unless both are. What is in neither is
+/// found to be missing by its reader.
+fn instead_of(log: Entries, index: Entries) -> Entries {
+    if index.is_empty() { log } else { index }
+}
+
+/// What an index says, which stays as it is: sled writes even where it is only asked.
+fn entries_of_copy(path: &Path) -> Result<Entries> {
+    let failed = |error: io::Error| StorageError::store("copy the index", error);
+    let copy = tempfile::tempdir().map_err(failed)?;
+    copy_dir(path, &copy.path().join(INDEX)).map_err(failed)?;
+    let index = open_index(&copy.path().join(INDEX))?;
+    entries_of(&index)
+}
+
+fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        match entry.file_type()?.is_dir() {
+            true => copy_dir(&entry.path(), &to)?,
+            false => fs::copy(entry.path(), to).map(|_| ())?,
         }
+    }
+    Ok(())
+}
+
+/// A generation that is only looked at: nothing in its directory changes.
+struct ReadGeneration {
+    entries: Entries,
+    pack: Option<File>,
+    pack_bytes: u64,
+    end: u64,
+}
+
+impl ReadGeneration {
+    fn open(path: &Path, end: u64) -> Result<Self> {
+        let failed = |error: io::Error| StorageError::store("read a generation", error);
+        if !path.is_dir() {
+            return Err(StorageError::damaged("the generation", "it is not there"));
+        }
+        let mut replay = log::replay(&path.join(LOG)).map_err(failed)?;
+        if replay.is_short_of(end)
+            && let Ok(entries) = entries_of_copy(&path.join(INDEX))
+        {
+            replay.entries = instead_of(std::mem::take(&mut replay.entries), entries);
+        }
+        let pack = match File::open(path.join(PACK)) {
+            Ok(file) => Some(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(failed(error)),
+        };
+        let pack_bytes = pack.as_ref().map_or(Ok(0), |file| file.metadata().map(|it| it.len()));
+        let pack_bytes = pack_bytes.map_err(failed)?;
+        let end = replay.end();
+        Ok(Self { entries: replay.entries, pack, pack_bytes, end })
+    }
+}
+
+impl Generation for ReadGeneration {
+    fn put(&mut self, _: &[u8], _: &[u8]) -> Result<()> {
+        Err(StorageError::store("write", "the generation was opened for reading"))
+    }
+
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        let Some(kept) = self.entries.get(key) else { return Ok(None) };
+        match &self.pack {
+            Some(file) => value_of(kept, file, self.pack_bytes),
+            None => Ok(kept.strip_prefix(&[INLINE]).map(<[u8]>::to_vec)),
+        }
+    }
+
+    fn delete(&mut self, _: &[u8]) -> Result<()> {
+        Err(StorageError::store("delete", "the generation was opened for reading"))
+    }
+
+    fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let from = self.entries.range(prefix.to_vec()..);
+        Ok(from.map(|(key, _)| key.clone()).take_while(|key| key.starts_with(prefix)).collect())
+    }
+
+    fn flush(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    fn end(&self) -> u64 {
+        self.end
     }
 }
 
@@ -323,7 +584,7 @@ mod tests {
     use super::*;
 
     fn open(dir: &Path) -> Box<dyn Generation> {
-        SledStorage::new(dir.to_owned()).open(1).expect("opens")
+        SledStorage::new(dir.to_owned()).open(1, 0).expect("opens")
     }
 
     #[test]
@@ -377,5 +638,75 @@ mod tests {
         let pack = dir.path().join("gen-00000001").join(PACK);
         File::options().write(true).open(pack).expect("there").set_len(4999).expect("shorter");
         assert_eq!(open(dir.path()).get(b"a").expect("readable"), None);
+    }
+
+    /// Everything that is kept, by key.
+    fn all(generation: &dyn Generation) -> Entries {
+        let keys = generation.keys(b"").expect("listed");
+        let get = |key: &Vec<u8>| generation.get(key).expect("readable").expect("there");
+        keys.iter().map(|key| (key.clone(), get(key))).collect()
+    }
+
+    fn filled(dir: &Path) -> (Entries, u64) {
+        let mut generation = open(dir);
+        for n in 0..60u16 {
+            let len = if n % 7 == 0 { 3_000 } else { usize::from(n) };
+            generation.put(&n.to_be_bytes(), &vec![n as u8; len]).expect("put");
+            if n % 5 == 4 {
+                generation.delete(&(n - 3).to_be_bytes()).expect("deleted");
+                generation.flush().expect("flush");
+            }
+        }
+        (all(&*generation), generation.end())
+    }
+
+    /// One flipped bit in its file made sled forget everything behind it, without an error.
+    #[test]
+    fn whatever_happens_to_one_of_log_and_index_nothing_is_lost() {
+        let kept = tempfile::tempdir().expect("dir");
+        let (entries, end) = filled(kept.path());
+        let generation = PathBuf::from("gen-00000001");
+        for file in ["log", "index/db", "index/conf"] {
+            let whole = fs::read(kept.path().join(&generation).join(file)).expect("there");
+            let step = (whole.len() / 23).max(1);
+            let spoilt = (0..whole.len()).step_by(step).map(|at| {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1 << (at % 8);
+                bytes
+            });
+            let cut = (0..whole.len()).step_by(step * 3).map(|at| whole[..at].to_vec());
+            for bytes in spoilt.chain(cut) {
+                let dir = tempfile::tempdir().expect("dir");
+                copy_dir(&kept.path().join(&generation), &dir.path().join(&generation))
+                    .expect("copied");
+                fs::write(dir.path().join(&generation).join(file), &bytes).expect("spoilt");
+                let storage = SledStorage::new(dir.path().to_owned());
+                let looked_at = storage.read(1, end).expect("read");
+                assert!(all(&*looked_at) == entries, "{file}, looked at");
+                let is_as_before = fs::read(dir.path().join(&generation).join(file));
+                assert!(is_as_before.expect("there") == bytes, "looking changes nothing");
+                let mut storage = storage;
+                let opened = storage.open(1, end).expect("opens");
+                assert!(all(&*opened) == entries, "{file}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_not_flushed_before_an_error_is_undone() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (entries, _) = filled(dir.path());
+        let mut generation =
+            SledGeneration::open(dir.path().join("gen-00000001"), 0).expect("opens");
+        generation.put(b"later", &[1; 5_000]).expect("put");
+        generation.delete(&9u16.to_be_bytes()).expect("deleted");
+        let failed: Result<()> = generation.with(|_| Err(StorageError::store("write", "EIO")));
+        assert!(failed.is_err());
+        generation.reopen().expect("opened again");
+        assert!(all(&generation) == entries);
+        generation.put(b"again", &[2; 5_000]).expect("put");
+        generation.flush().expect("flush");
+        drop(generation);
+        assert_eq!(open(dir.path()).get(b"again").expect("readable"), Some(vec![2; 5_000]));
     }
 }

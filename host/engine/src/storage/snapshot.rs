@@ -20,10 +20,11 @@ use serde::{Deserialize, Serialize};
 use super::{
     Generation, Result, Storage, StorageError,
     declared::{Changes, DeclaredKey, Entries, Entry, Merge},
+    head::{Head, Kept},
     in_flight::ChannelState,
     manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, unseal},
 };
-use crate::clock::micros;
+use crate::{clock::micros, identity::Lineage};
 
 /// Pages in one stored value: 256 KiB.
 const PACK_PAGES: usize = 64;
@@ -193,15 +194,20 @@ pub struct Share {
     pub declared_from: Vec<usize>,
     /// Of these key groups; `None`: all of it.
     pub key_groups: Option<Range<u32>>,
+    /// The number that each of the states of the checkpoint has now; `None`: it is left behind. Empty:
+    /// as they were.
+    pub states: Vec<Option<u32>>,
 }
 
 /// What opening a store has found.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Found {
     /// The manifests that are whole, oldest first.
     pub manifests: Vec<Manifest>,
-    /// Manifests that were there and could not be used.
+    /// Checkpoints that were complete and cannot be used, and whatever else is wrong.
     pub damaged: Vec<String>,
+    /// Nobody knows what the store has held: its head is lost.
+    pub is_headless: bool,
 }
 
 /// The snapshots and manifests of one job.
@@ -210,7 +216,12 @@ pub struct SnapshotStore {
     current: Place,
     /// Generations before the current one that hold a checkpoint which is still kept.
     older: Vec<Place>,
+    /// What is durable of the store as a whole.
+    head: Head,
+    /// The copy of the head that is written next.
+    next_copy: usize,
     job: String,
+    lineage: Lineage,
     tasks: Vec<TaskIdentity>,
     /// The snapshots that make up each task's state, were it complete now.
     chains: Vec<Chain>,
@@ -258,38 +269,80 @@ pub struct TaskReport {
     pub stats: SnapshotStats,
 }
 
-/// Opens the generations that hold a whole manifest, and lists all of these manifests.
-fn open_places(
-    storage: &mut dyn Storage,
-    numbers: &[u64],
-    found: &mut Found,
-) -> Result<Vec<Place>> {
+/// Opens the generations that the head names for reading, and compares each of their manifests with
+/// what it says.
+fn open_places(storage: &dyn Storage, head: &Head, found: &mut Found) -> Result<Vec<Place>> {
     let mut places: Vec<Place> = Vec::new();
-    for &number in numbers {
-        let opened = storage.open(number).and_then(|generation| {
-            let manifests = whole_manifests(&*generation, &mut found.damaged)?;
-            Ok((generation, manifests))
-        });
-        match opened {
-            Ok((generation, manifests)) => {
-                // A compaction that was cut short has left a checkpoint in two generations.
-                let is_known = |id: u64| places.iter().any(|p| p.checkpoints.contains(&id));
-                let new: Vec<Manifest> =
-                    manifests.into_iter().filter(|new| !is_known(new.checkpoint)).collect();
-                let checkpoints: Vec<u64> =
-                    new.iter().map(|manifest| manifest.checkpoint).collect();
-                if !checkpoints.is_empty() {
-                    found.manifests.extend(new);
-                    places.push(Place { number, generation, checkpoints });
+    for Kept { checkpoint, generation: number, checksum, .. } in &head.checkpoints {
+        let place = match places.iter().position(|place| place.number == *number) {
+            Some(place) => &mut places[place],
+            None => {
+                match storage.read(*number, head.end_of(*number)) {
+                    Ok(generation) => {
+                        let checkpoints = Vec::new();
+                        places.push(Place { number: *number, generation, checkpoints });
+                        let last = places.len() - 1;
+                        &mut places[last]
+                    }
+                    // What cannot be reached may be whole: an older one must not be taken for it.
+                    Err(error @ StorageError::Unreachable { .. }) => return Err(error),
+                    Err(error) => {
+                        found.damaged.push(format!("checkpoint {checkpoint}: {error}"));
+                        continue;
+                    }
                 }
             }
-            // What cannot be reached may be whole: an older one must not be taken for the newest.
+        };
+        match read_manifest(&*place.generation, &manifest_key(*checkpoint)) {
+            Ok(manifest) if manifest_checksum(&manifest)? == *checksum => {
+                place.checkpoints.push(*checkpoint);
+                found.manifests.push(manifest);
+            }
+            Ok(_) => found.damaged.push(format!("checkpoint {checkpoint}: it is another one")),
             Err(error @ StorageError::Unreachable { .. }) => return Err(error),
-            Err(error) => found.damaged.push(format!("generation {number}: {error}")),
+            Err(error) => found.damaged.push(format!("checkpoint {checkpoint}: {error}")),
         }
     }
     found.manifests.sort_by_key(|manifest| manifest.checkpoint);
+    places.retain(|place| !place.checkpoints.is_empty());
     Ok(places)
+}
+
+/// A store whose head is lost: what its generations say has to do.
+fn head_of_generations(storage: &dyn Storage, numbers: &[u64], found: &mut Found) -> Head {
+    let mut head = Head::default();
+    for &number in numbers {
+        let manifests = storage.read(number, 0).and_then(|generation| {
+            let keys = generation.keys(b"m")?;
+            Ok(keys.iter().map(|key| read_manifest(&*generation, key)).collect::<Vec<_>>())
+        });
+        match manifests {
+            Ok(manifests) => {
+                for manifest in manifests {
+                    match manifest.and_then(|it| Ok((manifest_checksum(&it)?, it.checkpoint))) {
+                        Ok((checksum, checkpoint)) => {
+                            head.checkpoints.retain(|kept| kept.checkpoint != checkpoint);
+                            head.checkpoints.push(Kept {
+                                checkpoint,
+                                generation: number,
+                                end: 0,
+                                checksum,
+                            });
+                        }
+                        Err(error) => found.damaged.push(error.to_string()),
+                    }
+                }
+            }
+            Err(error) => found.damaged.push(format!("generation {number}: {error}")),
+        }
+    }
+    head.generation = numbers.last().copied().unwrap_or(0);
+    head.highest_id = head.checkpoints.iter().map(|kept| kept.checkpoint).max().unwrap_or(0);
+    head
+}
+
+fn manifest_checksum(manifest: &Manifest) -> Result<u64> {
+    Ok(twox_hash::XxHash3_64::oneshot(&manifest.encode()?))
 }
 
 /// The kinds of a snapshot's values, in the order of their keys.
@@ -297,8 +350,6 @@ const KIND_HEADER: u8 = 0;
 const KIND_MEMORY: u8 = 1;
 const KIND_DECLARED: u8 = 2;
 const KIND_IN_FLIGHT: u8 = 3;
-
-const HIGHEST_ID_KEY: &[u8] = b"h";
 
 fn snapshot_prefix(checkpoint: u64) -> Vec<u8> {
     let mut key = vec![b's'];
@@ -328,7 +379,7 @@ fn manifest_key(checkpoint: u64) -> Vec<u8> {
 }
 
 impl SnapshotStore {
-    /// Opens every generation that has a whole manifest; the newest goes on, or a first one begins.
+    /// Opens a store to go on in it: the generation that its head names, or a first one.
     ///
     /// # Errors
     /// Where the storage cannot be listed, or not even an empty generation can be made.
@@ -337,41 +388,71 @@ impl SnapshotStore {
         job: &str,
         tasks: Vec<TaskIdentity>,
     ) -> Result<(Self, Found)> {
-        let numbers = storage.generations()?;
-        let mut found = Found { manifests: Vec::new(), damaged: Vec::new() };
-        let mut places = open_places(&mut *storage, &numbers, &mut found)?;
-        let current = match places.pop() {
-            Some(newest) => newest,
-            // Not a number that was used before: what is there may be damaged.
+        let (head, mut found) = Self::find_head(&*storage)?;
+        let mut places = open_places(&*storage, &head, &mut found)?;
+        let current = places.iter().position(|place| place.number == head.generation);
+        // Only a generation that is whole as far as anybody knows is written to.
+        let current = match current.filter(|_| found.damaged.is_empty()) {
+            Some(current) => {
+                let Place { number, checkpoints, .. } = places.remove(current);
+                Place {
+                    number,
+                    generation: storage.open(number, head.end_of(number))?,
+                    checkpoints,
+                }
+            }
             None => {
-                let number = numbers.last().map_or(1, |last| last + 1);
-                Place { number, generation: storage.open(number)?, checkpoints: Vec::new() }
+                let last = storage.generations()?.last().copied().unwrap_or(0);
+                let number = last.max(head.generation) + 1;
+                Place { number, generation: storage.open(number, 0)?, checkpoints: Vec::new() }
             }
         };
-        let newest = found.manifests.last().map_or(0, |manifest| manifest.checkpoint);
-        let highest_id = read_highest_id(&*current.generation)?.max(newest);
-        let mut store = Self::of(storage, current, places, job, tasks, highest_id);
-        store.remove_other_generations(&found);
+        let mut store = Self::of(storage, current, places, job, tasks, head);
+        let keys = store.current.generation.keys(b"s")?;
+        let newest = keys.last().and_then(|key| key_parts(key)).map_or(0, |(_, id)| id);
+        store.highest_id = store.head.highest_id.max(newest);
+        if !found.is_headless {
+            let generation = store.current.number;
+            store.write_head(Head { generation, ..store.head.clone() })?;
+        }
+        if found.damaged.is_empty() {
+            store.remove_other_generations();
+        }
         Ok((store, found))
     }
 
-    /// Opens a store that is there, to look into it: nothing is made or removed.
+    /// Opens a store that is there, to look into it: nothing is made, written or removed.
     ///
     /// # Errors
     /// Where there is none, or none that can be read.
-    pub fn open_existing(mut storage: Box<dyn Storage>) -> Result<(Self, Found)> {
-        let mut found = Found { manifests: Vec::new(), damaged: Vec::new() };
-        let numbers = storage.generations()?;
-        let mut places = open_places(&mut *storage, &numbers, &mut found)?;
+    pub fn open_existing(storage: Box<dyn Storage>) -> Result<(Self, Found)> {
+        let (head, mut found) = Self::find_head(&*storage)?;
+        let mut places = open_places(&*storage, &head, &mut found)?;
         let Some(current) = places.pop() else {
             return Err(match found.damaged.first() {
-                Some(damage) => StorageError::store("open a store", damage),
+                Some(damage) => StorageError::damaged("the store", damage),
                 None => StorageError::store("open a store", "there is no checkpoint in it"),
             });
         };
         // Nothing is written, so there are no tasks to write for.
-        let store = Self::of(storage, current, places, "", Vec::new(), 0);
+        let store = Self::of(storage, current, places, "", Vec::new(), head);
         Ok((store, found))
+    }
+
+    fn find_head(storage: &dyn Storage) -> Result<(Head, Found)> {
+        let mut found = Found::default();
+        let numbers = storage.generations()?;
+        let error = match Head::newest(&storage.heads()?) {
+            Ok(Some(head)) => return Ok((head, found)),
+            Ok(None) if numbers.is_empty() => return Ok((Head::default(), found)),
+            Ok(None) => "the head of the store is not there".to_owned(),
+            Err(error @ StorageError::Format { .. }) => return Err(error),
+            Err(error) => error.to_string(),
+        };
+        found.damaged.push(error);
+        found.is_headless = true;
+        let head = head_of_generations(storage, &numbers, &mut found);
+        Ok((head, found))
     }
 
     fn of(
@@ -380,13 +461,17 @@ impl SnapshotStore {
         older: Vec<Place>,
         job: &str,
         tasks: Vec<TaskIdentity>,
-        highest_id: u64,
+        head: Head,
     ) -> Self {
         Self {
             storage,
             current,
             older,
+            next_copy: usize::from(head.sequence.is_multiple_of(2)),
+            highest_id: head.highest_id,
+            head,
             job: job.to_owned(),
+            lineage: Lineage::default(),
             chains: tasks.iter().map(|_| Chain::default()).collect(),
             tasks,
             stats: BTreeMap::new(),
@@ -394,9 +479,77 @@ impl SnapshotStore {
             unwritten: Vec::new(),
             full_bytes: 0,
             increment_bytes: 0,
-            highest_id,
             has_leftovers: false,
         }
+    }
+
+    /// The newest checkpoint that was ever complete here, whether or not it is whole.
+    #[must_use]
+    pub fn newest_known(&self) -> Option<u64> {
+        self.head.checkpoints.last().map(|kept| kept.checkpoint)
+    }
+
+    /// The job goes on from a checkpoint that is not the newest: later ones, and those that are not
+    /// whole, count no more. What is left of them is set aside.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn leave_behind(&mut self, after: u64) -> Result<()> {
+        let whole = self.checkpoints();
+        let mut head = self.head.clone();
+        head.checkpoints
+            .retain(|kept| kept.checkpoint <= after && whole.contains(&kept.checkpoint));
+        let left: BTreeSet<u64> =
+            self.head.checkpoints.iter().map(|kept| kept.generation).collect();
+        let kept: BTreeSet<u64> = head.checkpoints.iter().map(|kept| kept.generation).collect();
+        self.commit_head(head, after)?;
+        for place in self.older.iter_mut().chain([&mut self.current]) {
+            place.checkpoints.retain(|id| *id <= after);
+        }
+        self.older.retain(|place| !place.checkpoints.is_empty());
+        for number in left.difference(&kept).filter(|number| **number != self.current.number) {
+            if let Err(error) = self.storage.set_aside(*number) {
+                tracing::warn!(number, %error, "set a damaged generation aside");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whose checkpoints these are from now on.
+    pub fn set_lineage(&mut self, lineage: Lineage) {
+        self.lineage = lineage;
+    }
+
+    /// Makes a head durable. After an error nobody knows which of both is, and the next one is written
+    /// over the same copy.
+    fn write_head(&mut self, mut head: Head) -> Result<()> {
+        self.head.sequence += 1;
+        head.sequence = self.head.sequence;
+        head.highest_id = head.highest_id.max(self.highest_id);
+        self.storage.write_head(self.next_copy, &head.encode()?)?;
+        self.next_copy = 1 - self.next_copy;
+        self.head = head;
+        Ok(())
+    }
+
+    /// Makes a head durable, or the one before: afterwards it is known which.
+    fn commit_head(&mut self, head: Head, checkpoint: u64) -> Result<()> {
+        let Err(error) = self.write_head(head) else { return Ok(()) };
+        match self.write_head(self.head.clone()) {
+            Ok(()) => Err(error),
+            Err(again) => {
+                let reason = format!("{error}; and it could not be withdrawn: {again}");
+                Err(StorageError::InDoubt { checkpoint, reason })
+            }
+        }
+    }
+
+    /// After an error of the current generation: what was not flushed is undone.
+    fn reopened<T>(&mut self, error: StorageError) -> Result<T> {
+        if let Err(error) = self.current.generation.reopen() {
+            tracing::debug!(%error, "it is tried again with the next write");
+        }
+        Err(error)
     }
 
     /// Compresses what is written from now on, or does not. What was written is read either way.
@@ -443,14 +596,13 @@ impl SnapshotStore {
         reports.collect()
     }
 
-    /// A generation without a manifest is a compaction that was cut short, or a job that never
-    /// completed a checkpoint. Damaged ones stay for whoever wants to look at them.
-    fn remove_other_generations(&mut self, found: &Found) {
-        if !found.damaged.is_empty() {
-            return;
-        }
+    /// Removes generations that a finished compaction has left. Later ones than the head's may be
+    /// somebody else's, who is writing them just now; they go when this run has gone past them.
+    fn remove_other_generations(&mut self) {
         for number in self.storage.generations().unwrap_or_default() {
-            if self.places().all(|place| place.number != number)
+            let is_kept = self.head.checkpoints.iter().any(|kept| kept.generation == number);
+            if number < self.current.number
+                && !is_kept
                 && let Err(error) = self.storage.remove(number)
             {
                 tracing::warn!(number, %error, "remove a generation that is not needed");
@@ -549,6 +701,11 @@ impl SnapshotStore {
     /// # Errors
     /// The store's. The snapshots are tried again with the next ones.
     pub fn write(&mut self, snapshots: Vec<(usize, u64, Arc<TaskSnapshot>)>) -> Result<Vec<u64>> {
+        if let Err(error) = self.delete_leftovers() {
+            tracing::debug!(%error, "what is left over stays until the next write");
+            self.has_leftovers = true;
+            self.current.generation.reopen()?;
+        }
         let first = self.unwritten.len();
         self.unwritten.extend(snapshots);
         let pending = std::mem::take(&mut self.unwritten);
@@ -570,19 +727,14 @@ impl SnapshotStore {
             }
             Err(error) => {
                 self.unwritten = pending;
-                Err(error)
+                self.reopened(error)
             }
         }
     }
 
     fn write_all(&mut self, snapshots: &[(usize, u64, Arc<TaskSnapshot>)]) -> Result<Vec<u64>> {
         let highest = snapshots.iter().map(|(_, checkpoint, _)| *checkpoint).max().unwrap_or(0);
-        if self.highest_id < highest {
-            self.current
-                .generation
-                .put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest.to_be_bytes()))?;
-            self.highest_id = highest;
-        }
+        self.highest_id = self.highest_id.max(highest);
         let mut bytes = Vec::with_capacity(snapshots.len());
         for (task, checkpoint, snapshot) in snapshots {
             let groups = self.tasks[*task].max_parallelism;
@@ -603,7 +755,8 @@ impl SnapshotStore {
             chain: chain.as_of(checkpoint),
             stats: self.stats.get(&(checkpoint, task)).copied().unwrap_or_default(),
         });
-        Manifest { job: self.job.clone(), checkpoint, written_at_ms, tasks: tasks.collect() }
+        let (job, lineage) = (self.job.clone(), self.lineage.clone());
+        Manifest { job, lineage, checkpoint, written_at_ms, tasks: tasks.collect() }
     }
 
     /// Makes a checkpoint complete: writes the manifest of the chains as they are, and flushes.
@@ -615,24 +768,22 @@ impl SnapshotStore {
         let key = manifest_key(checkpoint);
         let value = seal(&key, &manifest.encode()?);
         let generation = &mut self.current.generation;
-        let written = generation.put(&key, &value).and_then(|()| generation.flush());
-        match written {
-            Ok(()) => {
-                self.current.checkpoints.push(checkpoint);
-                self.current.checkpoints.sort_unstable();
-                // Older ones that are still pending lose theirs with it, which is all they lose.
-                self.stats.retain(|(pending, _), _| checkpoint < *pending);
-                Ok(())
-            }
-            // A failed write or flush proves nothing: it must not be there, or it is complete.
-            Err(error) => match generation.delete(&key).and_then(|()| generation.flush()) {
-                Ok(()) => Err(error),
-                Err(again) => {
-                    let reason = format!("{error}; and it could not be withdrawn: {again}");
-                    Err(StorageError::InDoubt { checkpoint, reason })
-                }
-            },
+        if let Err(error) = generation.put(&key, &value).and_then(|()| generation.flush()) {
+            // No head names it, so it is not there.
+            return self.reopened(error);
         }
+        let mut head = self.head.clone();
+        head.generation = self.current.number;
+        let checksum = manifest_checksum(&manifest)?;
+        let (generation, end) = (self.current.number, self.current.generation.end());
+        head.checkpoints.push(Kept { checkpoint, generation, end, checksum });
+        head.checkpoints.sort_unstable_by_key(|kept| kept.checkpoint);
+        self.commit_head(head, checkpoint)?;
+        self.current.checkpoints.push(checkpoint);
+        self.current.checkpoints.sort_unstable();
+        // Older ones that are still pending lose theirs with it, which is all they lose.
+        self.stats.retain(|(pending, _), _| checkpoint < *pending);
+        Ok(())
     }
 
     /// Writes the state as of a checkpoint that all tasks have acked into a store of its own: one
@@ -647,9 +798,21 @@ impl SnapshotStore {
         target: &mut dyn Storage,
     ) -> Result<u64> {
         let manifest = self.manifest_of(checkpoint, written_at_ms);
-        let mut generation = target.open(1)?;
+        let mut generation = target.open(1, 0)?;
         let from = &*self.current.generation;
-        copy_merged(from, &manifest, checkpoint, self.is_compressing, &mut *generation)
+        let (manifest, bytes) =
+            copy_merged(from, &manifest, self.is_compressing, &mut *generation)?;
+        let checksum = manifest_checksum(&manifest)?;
+        let head = Head {
+            sequence: 1,
+            generation: 1,
+            highest_id: checkpoint,
+            checkpoints: vec![Kept { checkpoint, generation: 1, end: generation.end(), checksum }],
+        };
+        for copy in 0..2 {
+            target.write_head(copy, &head.encode()?)?;
+        }
+        Ok(bytes)
     }
 
     /// Forgets a completed checkpoint, gives back the space of what nothing stands on any more, and
@@ -686,16 +849,17 @@ impl SnapshotStore {
     /// # Errors
     /// The store's.
     pub fn delete(&mut self, checkpoint: u64) -> Result<()> {
-        let key = manifest_key(checkpoint);
         let is_other = |id: &u64| *id != checkpoint;
-        self.current.generation.delete(&key)?;
-        self.current.checkpoints.retain(is_other);
+        let mut head = self.head.clone();
+        head.checkpoints.retain(|kept| is_other(&kept.checkpoint));
+        if head != self.head {
+            self.commit_head(head, checkpoint)?;
+        }
+        if self.current.checkpoints.contains(&checkpoint) {
+            self.current.checkpoints.retain(is_other);
+            self.has_leftovers = true;
+        }
         for place in &mut self.older {
-            // A compaction may have left it in two.
-            if place.generation.get(&key)?.is_some() {
-                place.generation.delete(&key)?;
-                place.generation.flush()?;
-            }
             place.checkpoints.retain(is_other);
         }
         self.remove_empty_generations()
@@ -731,8 +895,7 @@ impl SnapshotStore {
         }
         self.begin_generation(|store, next| {
             let from = &*store.current.generation;
-            let bytes = copy_merged(from, &manifest, store.highest_id, store.is_compressing, next)?;
-            Ok((checkpoint, bytes))
+            copy_merged(from, &manifest, store.is_compressing, next)
         })
     }
 
@@ -755,8 +918,9 @@ impl SnapshotStore {
                 chain: Vec::new(),
                 stats: SnapshotStats::default(),
             });
-            let job = store.job.clone();
-            let manifest = Manifest { job, checkpoint, written_at_ms, tasks: tasks.collect() };
+            let (job, lineage) = (store.job.clone(), store.lineage.clone());
+            let tasks = tasks.collect();
+            let manifest = Manifest { job, lineage, checkpoint, written_at_ms, tasks };
             let from = other.unwrap_or(store);
             let merged = |task: usize| {
                 let share = &shares[task];
@@ -767,45 +931,51 @@ impl SnapshotStore {
                 let declared = Merge::of(runs.collect::<Result<_>>()?).live();
                 let owned =
                     declared.filter(move |it| it.as_ref().map_or(true, |(key, _)| owns(key)));
-                Ok((merge(&share.state), Box::new(owned) as Entries<'_>))
+                Ok((merge(&share.state), renumbered(owned, &share.states)?))
             };
-            let bytes =
-                write_merged(&merged, &manifest, store.highest_id, store.is_compressing, next)?;
-            Ok((checkpoint, bytes))
+            write_merged(&merged, &manifest, store.is_compressing, next)
         })
     }
 
-    /// Fills a new generation and goes on in it. `fill` gives the checkpoint that it wrote and its
+    /// Fills a new generation and goes on in it. `fill` gives the manifest that it wrote and its
     /// bytes.
     fn begin_generation(
         &mut self,
-        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(u64, u64)>,
+        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(Manifest, u64)>,
     ) -> Result<()> {
         let numbers = self.storage.generations()?;
         // A generation without anything in it need not be listed.
         let number = numbers.last().copied().unwrap_or(0).max(self.current.number) + 1;
-        let mut next = self.storage.open(number)?;
-        match fill(self, &mut *next) {
-            Ok((checkpoint, bytes)) => {
-                self.full_bytes = bytes;
-                self.increment_bytes = 0;
-                self.chains = self.tasks.iter().map(|_| Chain::of(&[checkpoint])).collect();
-                let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
-                let old = std::mem::replace(&mut self.current, next);
-                self.older.push(old);
-                // From here on the new one counts; the same checkpoint in an older generation may
-                // be of another parallelism.
-                for place in &mut self.older {
-                    place.checkpoints.retain(|id| *id != checkpoint);
-                }
-                self.remove_empty_generations()
-            }
+        let mut next = self.storage.open(number, 0)?;
+        let (manifest, bytes) = match fill(self, &mut *next) {
+            Ok(filled) => filled,
             Err(error) => {
                 drop(next);
                 self.storage.remove(number)?;
-                Err(error)
+                return Err(error);
             }
+        };
+        let checkpoint = manifest.checkpoint;
+        let mut head = self.head.clone();
+        // From here on the new one counts; the same checkpoint in an older generation may be of another
+        // parallelism.
+        head.checkpoints.retain(|kept| kept.checkpoint != checkpoint);
+        let checksum = manifest_checksum(&manifest)?;
+        head.checkpoints.push(Kept { checkpoint, generation: number, end: next.end(), checksum });
+        head.checkpoints.sort_unstable_by_key(|kept| kept.checkpoint);
+        head.generation = number;
+        // What is in doubt is not removed: the next run sees which one the head names.
+        self.commit_head(head, checkpoint)?;
+        self.full_bytes = bytes;
+        self.increment_bytes = 0;
+        self.chains = self.tasks.iter().map(|_| Chain::of(&[checkpoint])).collect();
+        let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
+        let old = std::mem::replace(&mut self.current, next);
+        self.older.push(old);
+        for place in &mut self.older {
+            place.checkpoints.retain(|id| *id != checkpoint);
         }
+        self.remove_empty_generations()
     }
 
     /// Reads a task's declared state as of a completed checkpoint, entry by entry.
@@ -847,6 +1017,7 @@ impl SnapshotStore {
     /// # Errors
     /// Where something is still there.
     pub fn clear(mut self) -> Result<()> {
+        self.write_head(Head { checkpoints: Vec::new(), ..self.head.clone() })?;
         drop((self.current, self.older));
         for number in self.storage.generations()? {
             self.storage.remove(number)?;
@@ -855,20 +1026,40 @@ impl SnapshotStore {
     }
 }
 
-/// Copies a checkpoint, every chain merged into one full snapshot. Gives the bytes written.
+/// Entries under the numbers that their states have now, in the order of their keys.
+fn renumbered<'a>(
+    entries: impl Iterator<Item = Result<Entry>> + 'a,
+    states: &'a [Option<u32>],
+) -> Result<Entries<'a>> {
+    let is_as_before = (0..).zip(states).all(|(old, new)| *new == Some(old));
+    if states.is_empty() || is_as_before {
+        return Ok(Box::new(entries));
+    }
+    let mut renumbered = Vec::new();
+    for entry in entries {
+        let (mut key, value) = entry?;
+        let Some(Some(state)) = states.get(key.state as usize) else { continue };
+        key.state = *state;
+        renumbered.push((key, value));
+    }
+    renumbered.sort_by(|(left, _), (right, _)| left.cmp(right));
+    Ok(Box::new(renumbered.into_iter().map(Ok)))
+}
+
+/// Copies a checkpoint, every chain merged into one full snapshot. Gives its manifest and the bytes
+/// written.
 fn copy_merged(
     from: &dyn Generation,
     manifest: &Manifest,
-    highest_id: u64,
     is_compressing: bool,
     next: &mut dyn Generation,
-) -> Result<u64> {
+) -> Result<(Manifest, u64)> {
     let merged = |task: usize| {
         let chain = &manifest.tasks[task].chain;
         let snapshot = merge(&load_chain(from, task, chain)?);
         Ok((snapshot, declared_of(from, task, chain)?.live()))
     };
-    write_merged(&merged, manifest, highest_id, is_compressing, next)
+    write_merged(&merged, manifest, is_compressing, next)
 }
 
 /// Writes one full snapshot of every task, flushes, writes the manifest, flushes. The chains of
@@ -876,13 +1067,11 @@ fn copy_merged(
 fn write_merged<'a>(
     merged: &dyn Fn(usize) -> Result<(TaskSnapshot, Entries<'a>)>,
     manifest: &Manifest,
-    highest_id: u64,
     is_compressing: bool,
     next: &mut dyn Generation,
-) -> Result<u64> {
+) -> Result<(Manifest, u64)> {
     let checkpoint = manifest.checkpoint;
     let mut bytes = 0;
-    next.put(HIGHEST_ID_KEY, &seal(HIGHEST_ID_KEY, &highest_id.to_be_bytes()))?;
     let mut tasks = Vec::with_capacity(manifest.tasks.len());
     for (task, entry) in manifest.tasks.iter().enumerate() {
         let identity = entry.identity.clone();
@@ -896,7 +1085,7 @@ fn write_merged<'a>(
     let key = manifest_key(checkpoint);
     next.put(&key, &seal(&key, &merged.encode()?))?;
     next.flush()?;
-    Ok(bytes)
+    Ok((merged, bytes))
 }
 
 fn load_chain(generation: &dyn Generation, task: usize, chain: &[u64]) -> Result<LoadedTask> {
@@ -907,22 +1096,6 @@ fn load_chain(generation: &dyn Generation, task: usize, chain: &[u64]) -> Result
     Ok(loaded)
 }
 
-/// The manifests of a generation that can be read, ascending; says which cannot.
-fn whole_manifests(
-    generation: &dyn Generation,
-    damaged: &mut Vec<String>,
-) -> Result<Vec<Manifest>> {
-    let mut manifests = Vec::new();
-    for key in generation.keys(b"m")? {
-        match read_manifest(generation, &key) {
-            Ok(manifest) => manifests.push(manifest),
-            Err(error @ StorageError::Unreachable { .. }) => return Err(error),
-            Err(error) => damaged.push(error.to_string()),
-        }
-    }
-    Ok(manifests)
-}
-
 fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
     let checkpoint = key.last_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
     let name = format!("the manifest of checkpoint {checkpoint}");
@@ -930,12 +1103,6 @@ fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
         return Err(StorageError::damaged(name, "it is not there"));
     };
     Manifest::decode(&name, unseal(&name, key, &framed)?)
-}
-
-fn read_highest_id(generation: &dyn Generation) -> Result<u64> {
-    let Some(framed) = generation.get(HIGHEST_ID_KEY)? else { return Ok(0) };
-    let payload = unseal("the highest id", HIGHEST_ID_KEY, &framed)?;
-    Ok(payload.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes)))
 }
 
 struct PackWriter<'a> {
@@ -1234,6 +1401,9 @@ mod tests {
             has_memory: true,
             has_declared: true,
             has_host_state: false,
+            uid: "count".to_owned(),
+            is_keyed: true,
+            states: Vec::new(),
         }
     }
 

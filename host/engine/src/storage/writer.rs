@@ -10,7 +10,7 @@ use std::{
 
 use cofferdam_core::{
     checkpoint::AbortReason,
-    failure::FailureCause,
+    failure::{FailureCause, Obstacle},
     ids::{Attempt, CheckpointId, TaskId},
     job::Event,
 };
@@ -155,9 +155,12 @@ pub(crate) fn cause_of(error: StorageError) -> FailureCause {
         StorageError::Store { .. } | StorageError::Unreachable { .. } => {
             FailureCause::Environment { message }
         }
-        StorageError::Damaged { .. }
-        | StorageError::Format { .. }
-        | StorageError::InDoubt { .. } => FailureCause::Permanent { message },
+        StorageError::Damaged { .. } | StorageError::Format { .. } => {
+            FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }
+        }
+        StorageError::InDoubt { .. } => {
+            FailureCause::Permanent { obstacle: Obstacle::StoreInDoubt, message }
+        }
     }
 }
 
@@ -239,8 +242,8 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
                 Ok(()) => Event::ManifestDurable { checkpoint },
                 // To restart now would be to choose. The next run sees what is there.
                 Err(error @ StorageError::InDoubt { .. }) => {
-                    let message = format!("{error}; run the job again, and it will be seen");
-                    let cause = FailureCause::Permanent { message };
+                    let (obstacle, message) = (Obstacle::StoreInDoubt, error.to_string());
+                    let cause = FailureCause::Permanent { obstacle, message };
                     Event::TaskFailed { task: None, cause, lost: None }
                 }
                 Err(error) => Event::ManifestLost { checkpoint, message: error.to_string() },

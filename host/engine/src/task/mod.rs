@@ -23,17 +23,18 @@ use cofferdam_core::{
     failure::FailureCause,
     ids::{Attempt, ChannelId, CheckpointId, TaskId},
     job::{Event, TaskAttempt},
-    watermark::{MAX_WATERMARK, Watermarks},
+    watermark::{Clock, MAX_WATERMARK, Watermarks},
 };
 use cofferdam_sandbox::{Batch, Emission};
 use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
 use crate::{
+    batch::BatchExt,
     clock::{micros, now_ms},
     driver::Shared,
     exchange::{Element, Gate, writer::Writer},
-    source::{Source, Step},
+    source::{self, Source, Step},
     storage::{
         in_flight::{ChannelState, InFlight},
         snapshot::TaskSnapshot,
@@ -123,6 +124,10 @@ pub(crate) struct Worker {
     pub(crate) is_batch: bool,
     /// An unaligned snapshot that still waits for what is in flight.
     pub(crate) held: Option<Held>,
+    /// Event time at the head of the chain, and so at every node of it.
+    pub(crate) clock: Clock,
+    /// Without records for so long a source holds event time back no longer.
+    pub(crate) idle_after: Option<Duration>,
 }
 
 /// The snapshot of a chain's first node, to which the records that its barrier has overtaken are
@@ -159,7 +164,7 @@ enum Intake {
     /// None will, and what `finish` gives goes out as soon as there is credit for it.
     Ending,
     /// The barrier of a last checkpoint has gone out: nothing may follow it.
-    Held,
+    Held(CheckpointId),
     /// Every input has ended and `finish` was called.
     Drained,
 }
@@ -195,6 +200,7 @@ impl Worker {
 
     async fn run_source(&mut self, was_drained: bool) -> Result<()> {
         let mut intake = Intake::Open;
+        let (mut active_at, mut is_idle) = (Instant::now(), false);
         self.replay_in_flight(&[], &mut Watermarks::new(0)).await?;
         if was_drained {
             self.announce_end().await?;
@@ -230,17 +236,28 @@ impl Worker {
                 continue;
             }
             match self.next_step()? {
-                Step::Records { batch, watermark } => {
-                    self.route(0, vec![Emission { output: 0, records: batch }]).await?;
+                Step::Records { batch, letters, bad, watermark } => {
+                    (active_at, is_idle) = (Instant::now(), false);
+                    self.nodes[0].count_bad(&self.shared, bad);
+                    let emissions = [(0, batch), (source::DEAD_LETTERS, letters)];
+                    let emissions =
+                        emissions.into_iter().map(|(output, records)| Emission { output, records });
+                    self.route(0, emissions.filter(|it| 0 < it.records.record_count()).collect())
+                        .await?;
                     if let Some(watermark) = watermark {
                         self.note_backlog(watermark);
-                        self.advance(0, watermark).await?;
+                        self.advance_all(watermark).await?;
                     }
                     // A chain without channels never waits by itself.
                     tokio::task::consume_budget().await;
                 }
                 Step::Wait(duration) => {
                     self.flush();
+                    if !is_idle && self.idle_after.is_some_and(|after| after <= active_at.elapsed())
+                    {
+                        is_idle = true;
+                        self.announce(|| Element::Idle);
+                    }
                     tokio::select! {
                         biased;
                         control = self.control.recv() => {
@@ -334,10 +351,16 @@ impl Worker {
                     tokio::task::consume_budget().await;
                 }
                 Element::Watermark(watermark) => {
-                    if let Some(watermark) = watermarks.advance(channel, watermark)
-                        && !was_drained
-                    {
+                    if let Some(watermark) = watermarks.advance(channel, watermark) {
                         self.advance_all(watermark).await?;
+                    }
+                }
+                Element::Idle => {
+                    if let Some(watermark) = watermarks.idle(channel) {
+                        self.advance_all(watermark).await?;
+                    }
+                    if watermarks.is_idle() {
+                        self.announce(|| Element::Idle);
                     }
                 }
                 Element::Barrier(checkpoint, purpose) => {
@@ -345,6 +368,10 @@ impl Worker {
                 }
                 Element::EndOfInput => {
                     ended += 1;
+                    // What has ended holds nothing back.
+                    if let Some(watermark) = watermarks.advance(channel, MAX_WATERMARK) {
+                        self.advance_all(watermark).await?;
+                    }
                     if ended == channels.len() {
                         match was_drained {
                             true => self.announce_end().await?,
@@ -418,7 +445,8 @@ impl Worker {
         alignment.overtakes_at = None;
         let Some(arrived) = alignment.barriers.overtake(checkpoint) else { return Ok(()) };
         let began = alignment.took(checkpoint);
-        let mut taken = self.take_snapshots(checkpoint, began, Duration::ZERO).await?;
+        let purpose = Purpose::Periodic;
+        let mut taken = self.take_snapshots(checkpoint, purpose, began, Duration::ZERO).await?;
         self.announce(|| Element::Barrier(checkpoint, Purpose::Periodic));
         match taken.remove(0) {
             SnapshotOutcome::Taken(snapshot) => {
@@ -500,7 +528,7 @@ impl Worker {
             }
             gate.drop_capture(checkpoint);
             // The next increment stands on it, whatever became of its checkpoint.
-            if let Some(held) = self.held.take_if(|held| held.checkpoint <= checkpoint) {
+            if let Some(held) = self.held.take_if(|held| held.checkpoint == checkpoint) {
                 self.hand_over(0, held.checkpoint, SnapshotOutcome::Taken(held.snapshot));
             }
         }
@@ -512,7 +540,7 @@ impl Worker {
             Control::Barrier(checkpoint, purpose) => {
                 self.snapshot(checkpoint, purpose, Instant::now()).await?;
                 if purpose == Purpose::Last && *intake == Intake::Open {
-                    *intake = Intake::Held;
+                    *intake = Intake::Held(checkpoint);
                 }
             }
             Control::Complete(checkpoint, purpose) => {
@@ -524,8 +552,8 @@ impl Worker {
                     return Ok(Turn::Done);
                 }
             }
-            Control::Abort(_) => {
-                if *intake == Intake::Held {
+            Control::Abort(checkpoint) => {
+                if *intake == Intake::Held(checkpoint) {
                     *intake = Intake::Open;
                 }
             }
@@ -546,7 +574,7 @@ impl Worker {
         purpose: Purpose,
         began: Instant,
     ) -> Result<()> {
-        let taken = self.take_snapshots(checkpoint, began, began.elapsed()).await?;
+        let taken = self.take_snapshots(checkpoint, purpose, began, began.elapsed()).await?;
         self.announce(|| Element::Barrier(checkpoint, purpose));
         for (node, outcome) in taken.into_iter().enumerate() {
             self.hand_over(node, checkpoint, outcome);
@@ -558,6 +586,7 @@ impl Worker {
     async fn take_snapshots(
         &mut self,
         checkpoint: CheckpointId,
+        purpose: Purpose,
         began: Instant,
         alignment: Duration,
     ) -> Result<Vec<SnapshotOutcome>> {
@@ -568,7 +597,7 @@ impl Worker {
         let mut taken = Vec::with_capacity(self.nodes.len());
         for node in &mut self.nodes {
             let task = node.task;
-            let outcome = node.snapshot(checkpoint).await;
+            let outcome = node.snapshot(checkpoint, purpose).await;
             let mut outcome = outcome.map_err(|cause| TaskFailure { task, cause })?;
             if let SnapshotOutcome::Taken(snapshot) = &mut outcome {
                 snapshot.stats.start_delay_us = micros(start_delay);
@@ -621,6 +650,8 @@ impl Worker {
 
     /// Tells whoever comes behind, and the driver, that nothing more will.
     async fn announce_end(&mut self) -> Result<()> {
+        // A task that is restored behind its end has never told how late it is.
+        self.advance_all(MAX_WATERMARK).await?;
         self.announce(|| Element::EndOfInput);
         let last = self.nodes[self.nodes.len() - 1].task;
         for writer in &mut self.writers {
@@ -638,20 +669,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Event time has moved on at the head of the chain.
+    /// Event time at the head of the chain is said to be this. What moves the clock reaches every
+    /// node, and whoever comes behind.
     async fn advance_all(&mut self, watermark: i64) -> Result<()> {
-        self.advance_nodes(0, watermark).await
-    }
-
-    /// Event time has moved on behind a source.
-    async fn advance(&mut self, source: usize, watermark: i64) -> Result<()> {
-        self.shared.metrics.operators[self.nodes[source].task.operator.0 as usize]
-            .set_watermark(watermark);
-        self.advance_nodes(source + 1, watermark).await
-    }
-
-    async fn advance_nodes(&mut self, from: usize, watermark: i64) -> Result<()> {
-        for node in from..self.nodes.len() {
+        let Some(watermark) = self.clock.advance(watermark) else { return Ok(()) };
+        for node in 0..self.nodes.len() {
             if self.nodes[node].is_drained {
                 continue;
             }
@@ -697,7 +719,11 @@ impl Worker {
         let first = waiting.len();
         for Emission { output, records } in emissions {
             self.nodes[node].count_out(&self.shared, &records);
-            let Some((last, others)) = self.nodes[node].targets(output)?.split_last() else {
+            if records.value_ends.is_empty() {
+                continue;
+            }
+            let targets = self.nodes[node].targets(output, &records)?;
+            let Some((last, others)) = targets.split_last() else {
                 continue;
             };
             let (last, others) = (*last, others.to_vec());

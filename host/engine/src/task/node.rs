@@ -9,7 +9,8 @@ use std::{
 };
 
 use cofferdam_core::{
-    failure::FailureCause,
+    checkpoint::Purpose,
+    failure::{FailureCause, Obstacle},
     ids::{Attempt, CheckpointId, TaskId},
     random::mix,
 };
@@ -29,7 +30,7 @@ use crate::{
     driver::Shared,
     metrics::Metrics,
     problem::with_sources,
-    sink::{self, Sink},
+    sink::{self, Output, Sink},
     source::{self, Source},
     spec::{OperatorSpec, SinkSpec},
     storage::{
@@ -58,7 +59,7 @@ pub(crate) enum Target {
 pub(crate) enum Work {
     Source { plan: source::Prepared, source: Option<Box<dyn Source>> },
     Operator(Box<OperatorTask>),
-    Sink { spec: SinkSpec, sink: Option<Box<dyn Sink>> },
+    Sink { spec: SinkSpec, output: Option<Arc<Output>>, sink: Option<Box<dyn Sink>> },
 }
 
 /// An operator's component and, once it is open, its instance.
@@ -104,6 +105,8 @@ pub(crate) struct Node {
     pub(crate) targets: Vec<Vec<Target>>,
     pub(crate) local: Arc<TaskLocal>,
     pub(crate) is_drained: bool,
+    /// By output: whether its records have keys.
+    pub(crate) outputs: Arc<[bool]>,
 }
 
 /// What came of a barrier.
@@ -137,7 +140,9 @@ impl Node {
             Work::Source { plan, source } => {
                 *source = Some(plan.open(index, parallelism, state.as_deref())?);
             }
-            Work::Sink { spec, sink } => *sink = Some(sink::open(spec, index, state.as_deref())?),
+            Work::Sink { spec, output, sink } => {
+                *sink = Some(sink::open(spec, output.as_ref(), index, state.as_deref())?);
+            }
             Work::Operator(operator) => {
                 let mut instance = operator.open(&context).await?;
                 if let Some(checkpoint) = checkpoint {
@@ -258,29 +263,60 @@ impl Node {
         }
     }
 
+    /// Counts records that a source could make no sense of.
+    pub(crate) fn count_bad(&self, shared: &Shared, records: u64) {
+        if 0 < records {
+            let metrics = &shared.metrics.operators[self.task.operator.0 as usize];
+            metrics.change_custom("bad-records", |count| *count += records as f64);
+        }
+    }
+
     pub(crate) fn count_out(&self, shared: &Shared, records: &Batch) {
         shared.metrics.operators[self.task.operator.0 as usize].add_out(records.record_count());
     }
 
-    pub(crate) fn targets(&self, output: u32) -> std::result::Result<&[Target], TaskFailure> {
-        self.targets.get(output as usize).map(Vec::as_slice).ok_or_else(|| TaskFailure {
+    /// Where records of an output go: nowhere, if nobody reads it. They must be what was described.
+    pub(crate) fn targets(
+        &self,
+        output: u32,
+        records: &Batch,
+    ) -> std::result::Result<&[Target], TaskFailure> {
+        let wrong = |message: String| TaskFailure {
             task: self.task,
-            cause: FailureCause::Trap {
-                message: format!("it gave records to output {output}, which it has not described"),
-                backtrace: Vec::new(),
-            },
-        })
+            cause: FailureCause::Trap { message, backtrace: Vec::new() },
+        };
+        let Some(is_keyed) = self.outputs.get(output as usize) else {
+            return Err(wrong(format!(
+                "it gave records to output {output}, and has described only {}",
+                self.outputs.len().saturating_sub(1)
+            )));
+        };
+        if records.shape().0 != *is_keyed {
+            let (with, described) = match is_keyed {
+                true => ("without keys", "with keys"),
+                false => ("with keys", "without keys"),
+            };
+            return Err(wrong(format!(
+                "it gave records {with} to output {output}, which it has described as {described}"
+            )));
+        }
+        Ok(self.targets.get(output as usize).map_or(&[], Vec::as_slice))
     }
 
     /// Takes the snapshot of this task.
-    pub(crate) async fn snapshot(&mut self, checkpoint: CheckpointId) -> Result<SnapshotOutcome> {
+    pub(crate) async fn snapshot(
+        &mut self,
+        checkpoint: CheckpointId,
+        purpose: Purpose,
+    ) -> Result<SnapshotOutcome> {
         let began = Instant::now();
         let mut snapshot =
             Box::new(TaskSnapshot { is_drained: self.is_drained, ..TaskSnapshot::default() });
         match &mut self.work {
-            Work::Source { .. } => snapshot.state = self.source()?.position(),
+            Work::Source { .. } => snapshot.state = self.source()?.position()?,
             Work::Sink { sink: Some(sink), .. } => {
-                snapshot.state = tokio::task::block_in_place(|| sink.pre_commit(checkpoint))?;
+                snapshot.state =
+                    tokio::task::block_in_place(|| sink.pre_commit(checkpoint, purpose))?;
             }
             Work::Sink { sink: None, .. } => return Err(host_bug("a sink that is not open")),
             // It has ended for good and made room; see `Worker::announce_end`.
@@ -497,7 +533,10 @@ pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
     match error {
         RestoreError::Guest(error) => cause_of(error),
         RestoreError::Map(_) => FailureCause::Environment { message: with_sources(&error) },
-        other => FailureCause::Permanent { message: format!("restore a guest's memory: {other}") },
+        other => FailureCause::Permanent {
+            obstacle: Obstacle::StateMismatch,
+            message: format!("restore a guest's memory: {other}"),
+        },
     }
 }
 

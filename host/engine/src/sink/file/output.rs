@@ -1,0 +1,494 @@
+//! The directory of a file sink: whose it is, and what was committed to it.
+//!
+//! Its folder `.cofferdam` names the owner, is locked while a run writes, and has a log of every part
+//! that was committed, written before the part becomes visible. A copy of the log lies in the state
+//! directory of the job. So a part that is neither pending nor there is known to have been taken by a
+//! reader, or to be lost; and output that a restored state knows nothing of is seen before anything is
+//! written twice.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    identity::{Id, Lineage},
+    problem::{Code, Problem},
+    spec::IfExists,
+    state_dir::{try_lock, write_whole},
+    storage::sync_dir,
+};
+
+const FOLDER: &str = ".cofferdam";
+const OWNER: &str = "owner.json";
+/// A log larger than this forgets its oldest parts, but not up to where they went.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+/// And keeps so many.
+const LISTED_MAX: usize = 1_000;
+/// How many parts a message names.
+const NAMED_MAX: usize = 10;
+
+/// Who writes to a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Owner {
+    job: Id,
+    /// The names of the job and the sink, for people.
+    name: String,
+    sink: String,
+}
+
+/// One line of a log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "what")]
+enum Line {
+    /// A task begins to write: its parts that are not committed are this timeline's.
+    Writer { writer: Id, timeline: Id },
+    /// A part becomes visible.
+    Part { name: String, timeline: Id, checkpoint: u64, bytes: u64 },
+    /// Parts that were forgotten reached up to here.
+    Through { timeline: Id, checkpoint: u64 },
+    /// A part was removed because its timeline was left.
+    Discarded { name: String },
+}
+
+/// What a log says.
+#[derive(Debug, Default)]
+struct Committed {
+    writers: BTreeMap<Id, Id>,
+    parts: BTreeMap<String, (Id, u64, u64)>,
+    through: BTreeMap<Id, u64>,
+}
+
+impl Committed {
+    fn read(dir: &Path) -> io::Result<Self> {
+        let mut committed = Self::default();
+        let entries = match fs::read_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(committed),
+            entries => entries?,
+        };
+        for entry in entries {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "log") {
+                committed.add(&fs::read_to_string(path)?);
+            }
+        }
+        Ok(committed)
+    }
+
+    /// A line that was cut short by a crash says nothing that was promised.
+    fn add(&mut self, text: &str) {
+        for line in text.lines().filter_map(|line| serde_json::from_str(line).ok()) {
+            match line {
+                Line::Writer { writer, timeline } => {
+                    self.writers.insert(writer, timeline);
+                }
+                Line::Part { name, timeline, checkpoint, bytes } => {
+                    self.parts.insert(name, (timeline, checkpoint, bytes));
+                }
+                Line::Through { timeline, checkpoint } => {
+                    let known = self.through.entry(timeline).or_default();
+                    *known = checkpoint.max(*known);
+                }
+                Line::Discarded { name } => {
+                    self.parts.remove(&name);
+                }
+            }
+        }
+    }
+}
+
+/// A log that this task appends to.
+#[derive(Debug)]
+struct Log {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl Log {
+    fn open(dir: &Path, name: &str) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let path = dir.join(name).with_extension("log");
+        let file = File::options().create(true).append(true).open(&path)?;
+        let bytes = file.metadata()?.len();
+        sync_dir(dir)?;
+        Ok(Self { path, file, bytes })
+    }
+
+    fn append(&mut self, lines: &[Line]) -> io::Result<()> {
+        let mut text = String::new();
+        // A line of a write that failed half-way must not run into the next one.
+        text.push('\n');
+        for line in lines {
+            text.push_str(&serde_json::to_string(line)?);
+            text.push('\n');
+        }
+        self.file.write_all(text.as_bytes())?;
+        self.file.sync_data()?;
+        self.bytes += text.len() as u64;
+        if LOG_BYTES_MAX < self.bytes { self.shorten() } else { Ok(()) }
+    }
+
+    fn shorten(&mut self) -> io::Result<()> {
+        let text = fs::read_to_string(&self.path)?;
+        let lines: Vec<Line> =
+            text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let old = lines.len().saturating_sub(LISTED_MAX);
+        let mut through: BTreeMap<Id, u64> = BTreeMap::new();
+        for line in &lines[..old] {
+            if let Line::Part { timeline, checkpoint, .. }
+            | Line::Through { timeline, checkpoint } = line
+            {
+                let known = through.entry(*timeline).or_default();
+                *known = (*checkpoint).max(*known);
+            }
+        }
+        let through = through
+            .into_iter()
+            .map(|(timeline, checkpoint)| Line::Through { timeline, checkpoint });
+        let mut short = String::new();
+        for line in through.chain(lines[old..].iter().cloned()) {
+            short.push_str(&serde_json::to_string(&line)?);
+            short.push('\n');
+        }
+        write_whole(&self.path, short.as_bytes())?;
+        self.file = File::options().append(true).open(&self.path)?;
+        self.bytes = short.len() as u64;
+        Ok(())
+    }
+}
+
+/// What a sink needs to know of the run that it belongs to.
+#[derive(Debug, Clone)]
+pub(crate) struct OutputContext {
+    /// The job's name.
+    pub(crate) job: String,
+    /// Which job, which course of its events.
+    pub(crate) lineage: Lineage,
+    /// The checkpoint that is gone on from; `None`: the job begins.
+    pub(crate) restored: Option<u64>,
+    /// Where the second copy of the logs is kept.
+    pub(crate) record_dir: Option<PathBuf>,
+    /// What is to be done about output that a state knows nothing of.
+    pub(crate) conflicts: Conflicts,
+}
+
+/// Ways out, which somebody must have chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Conflicts {
+    /// Committed parts that the restored state knows nothing of are removed.
+    pub discard_output: bool,
+    /// Parts that are neither pending nor there, and in no log, were taken by a reader.
+    pub assume_committed: bool,
+}
+
+/// A directory that belongs to this run.
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(super) dir: PathBuf,
+    pub(super) sink: String,
+    pub(super) context: OutputContext,
+    /// Held as long as the run writes.
+    _lock: File,
+}
+
+/// A part's name once it is visible, or `None` for any other file. `part-TASK-CHECKPOINT-NUMBER-WRITER`.
+pub(super) fn is_part(name: &str) -> bool {
+    let mut pieces = name.split('-');
+    let is_number = |piece: Option<&str>| {
+        piece.is_some_and(|it| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    pieces.next() == Some("part")
+        && is_number(pieces.next())
+        && is_number(pieces.next())
+        && is_number(pieces.next())
+        && pieces.next().is_some_and(is_writer)
+        && pieces.next().is_none()
+}
+
+fn is_writer(text: &str) -> bool {
+    text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// The writer of a part that is not committed: `.part-TASK-NUMBER-WRITER.pending`.
+pub(super) fn writer_of_pending(name: &str) -> Option<(u32, Id)> {
+    let mut pieces = name.strip_prefix(".part-")?.strip_suffix(".pending")?.split('-');
+    let task = pieces.next()?.parse().ok()?;
+    pieces.next()?.parse::<u64>().ok()?;
+    let writer = pieces.next().filter(|text| is_writer(text))?.parse().ok()?;
+    pieces.next().is_none().then_some((task, writer))
+}
+
+fn names_in(dir: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        names.extend(entry?.file_name().into_string().ok());
+    }
+    names.sort();
+    Ok(names)
+}
+
+impl Output {
+    /// Takes the directory of a sink for this run, or refuses before anything in it has changed.
+    pub(crate) fn claim(
+        sink: &str,
+        dir: &Path,
+        if_exists: IfExists,
+        context: OutputContext,
+    ) -> Result<Self, Problem> {
+        let unusable = |error: io::Error| {
+            Problem::new(
+                Code::OutputUnwritable,
+                format!("sink \"{sink}\" cannot write to {}", dir.display()),
+            )
+            .detail(error)
+            .hint("choose another path, or make the directory writable")
+        };
+        fs::create_dir_all(dir.join(FOLDER)).map_err(unusable)?;
+        tempfile::tempfile_in(dir).map_err(unusable)?;
+        let dir = dir.canonicalize().map_err(unusable)?;
+        let folder = dir.join(FOLDER);
+        let Some(lock) = try_lock(&folder.join("LOCK")).map_err(unusable)? else {
+            let message = format!("sink \"{sink}\": another run writes to {}", dir.display());
+            return Err(Problem::new(Code::OutputTaken, message)
+                .hint("wait for it to end, or choose another path"));
+        };
+        let owner: Option<Owner> = match fs::read(folder.join(OWNER)) {
+            Ok(bytes) => serde_json::from_slice(&bytes).ok(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(unusable(error)),
+        };
+        let output = Self { dir, sink: sink.to_owned(), context, _lock: lock };
+        let names = names_in(&output.dir).map_err(unusable)?;
+        let mut parts = names.iter().filter(|name| is_part(name) || is_older_part(name));
+        let is_own = owner.as_ref().is_some_and(|owner| owner.job == output.context.lineage.job);
+        match (output.context.restored, parts.next()) {
+            (None, Some(first)) if if_exists == IfExists::Fail => {
+                return Err(output.occupied(first));
+            }
+            (Some(_), Some(_)) if !is_own => {
+                let whose = owner.map_or("an unknown job".to_owned(), |owner| {
+                    format!("job \"{}\" (sink \"{}\", {})", owner.name, owner.sink, owner.job)
+                });
+                let message =
+                    format!("sink \"{sink}\": {} belongs to {whose}", output.dir.display());
+                return Err(Problem::new(Code::OutputTaken, message)
+                    .detail(format!("this is job {}", output.context.lineage.job))
+                    .hint("choose another path, or move what is there away"));
+            }
+            (Some(checkpoint), _) if is_own => output.check_divergence(checkpoint)?,
+            _ => {}
+        }
+        Ok(output)
+    }
+
+    fn occupied(&self, first: &str) -> Problem {
+        Problem::new(
+            Code::OutputUnwritable,
+            format!(
+                "sink \"{}\": {} holds the output of an earlier run",
+                self.sink,
+                self.dir.display()
+            ),
+        )
+        .detail(format!("for example {}", self.dir.join(first).display()))
+        .hint("move it away, choose another path, or set if-exists = \"replace\"")
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.dir.join(FOLDER)
+    }
+
+    /// Committed parts of a future that the restored state does not have, with their sizes; and whether
+    /// there were more, that are not listed any more.
+    fn diverged(&self, own: u64) -> io::Result<(BTreeMap<String, u64>, bool)> {
+        let committed = Committed::read(&self.folder())?;
+        let is_future = |timeline: Id, checkpoint: u64| {
+            self.context.lineage.shares(timeline, own).is_none_or(|shared| shared < checkpoint)
+        };
+        let parts = committed.parts.into_iter();
+        let parts =
+            parts.filter(|(_, (timeline, checkpoint, _))| is_future(*timeline, *checkpoint));
+        let parts = parts.map(|(name, (_, _, bytes))| (name, bytes)).collect();
+        let has_more = committed.through.into_iter().any(|(timeline, it)| is_future(timeline, it));
+        Ok((parts, has_more))
+    }
+
+    /// Refuses to go on from a state that is older than what was committed since.
+    fn check_divergence(&self, own: u64) -> Result<(), Problem> {
+        let failed = |error: io::Error| {
+            let message = format!("sink \"{}\" cannot read its log", self.sink);
+            Problem::new(Code::OutputUnwritable, message).detail(error)
+        };
+        let (parts, has_more) = self.diverged(own).map_err(failed)?;
+        if parts.is_empty() && !has_more {
+            return Ok(());
+        }
+        let is_there = |(name, bytes): &(&String, &u64)| {
+            fs::metadata(self.dir.join(name)).is_ok_and(|it| it.is_file() && it.len() == **bytes)
+        };
+        let (there, gone): (Vec<_>, Vec<_>) = parts.iter().partition(is_there);
+        if self.context.conflicts.discard_output && gone.is_empty() && !has_more {
+            return Ok(());
+        }
+        let message = format!(
+            "sink \"{}\" has committed output after checkpoint {own}, which would come twice",
+            self.sink
+        );
+        let mut problem = Problem::new(Code::OutputDiverged, message).detail(format!(
+            "in {}: {} parts",
+            self.dir.display(),
+            parts.len()
+        ));
+        for (name, bytes) in parts.iter().take(NAMED_MAX) {
+            problem = problem.detail(format!("{name} ({bytes} bytes)"));
+        }
+        if NAMED_MAX < parts.len() || has_more {
+            problem = problem.detail("and others");
+        }
+        if gone.is_empty() && !has_more {
+            return Err(problem.hint(format!(
+                "choose another path, or remove these {} parts with --discard-output",
+                there.len()
+            )));
+        }
+        let gone: Vec<&str> = gone.iter().take(NAMED_MAX).map(|(name, _)| name.as_str()).collect();
+        Err(problem
+            .detail(format!("somebody has taken or changed some of them: {}", gone.join(", ")))
+            .hint("choose another path: what was taken cannot be taken back"))
+    }
+
+    /// The writers of this timeline.
+    pub(super) fn own_writers(&self) -> io::Result<BTreeSet<Id>> {
+        let writers = Committed::read(&self.folder())?.writers.into_iter();
+        let own = self.context.lineage.timeline;
+        Ok(writers.filter(|(_, timeline)| *timeline == own).map(|(writer, _)| writer).collect())
+    }
+
+    /// The parts that were committed, whether or not they are still there.
+    pub(super) fn committed_names(&self) -> io::Result<BTreeSet<String>> {
+        let mut names: BTreeSet<String> =
+            Committed::read(&self.folder())?.parts.into_keys().collect();
+        if let Some(dir) = &self.context.record_dir {
+            names.extend(Committed::read(dir)?.parts.into_keys());
+        }
+        Ok(names)
+    }
+
+    /// The run begins: what it may remove goes, and the directory is its own. `kept` are the pending
+    /// parts that the restored state looks after.
+    pub(crate) fn begin(&self, if_exists: IfExists, kept: &BTreeSet<String>) -> io::Result<()> {
+        let folder = self.folder();
+        let committed = Committed::read(&folder)?;
+        match self.context.restored {
+            None => {
+                // An earlier run's, whoever that was: its own parts, and no other file.
+                for name in names_in(&self.dir)? {
+                    let is_its_own = is_part(&name) || writer_of_pending(&name).is_some();
+                    if if_exists == IfExists::Replace && (is_its_own || is_older_part(&name)) {
+                        fs::remove_file(self.dir.join(name))?;
+                    }
+                }
+                for entry in fs::read_dir(&folder)? {
+                    let path = entry?.path();
+                    if path.extension().is_some_and(|extension| extension == "log") {
+                        fs::remove_file(path)?;
+                    }
+                }
+            }
+            Some(own) => {
+                self.discard_diverged(own)?;
+                for name in names_in(&self.dir)? {
+                    let Some((_, writer)) = writer_of_pending(&name) else { continue };
+                    let timeline = committed.writers.get(&writer);
+                    if timeline == Some(&self.context.lineage.timeline) && !kept.contains(&name) {
+                        fs::remove_file(self.dir.join(name))?;
+                    }
+                }
+            }
+        }
+        let owner = Owner {
+            job: self.context.lineage.job,
+            name: self.context.job.clone(),
+            sink: self.sink.clone(),
+        };
+        write_whole(&folder.join(OWNER), &serde_json::to_vec_pretty(&owner)?)?;
+        sync_dir(&self.dir)
+    }
+
+    fn discard_diverged(&self, own: u64) -> io::Result<()> {
+        let (parts, _) = self.diverged(own)?;
+        if parts.is_empty() {
+            return Ok(());
+        }
+        for name in parts.keys() {
+            fs::remove_file(self.dir.join(name))?;
+        }
+        sync_dir(&self.dir)?;
+        let discarded: Vec<Line> = parts.into_keys().map(|name| Line::Discarded { name }).collect();
+        Log::open(&self.folder(), "discarded")?.append(&discarded)
+    }
+
+    /// The logs of a task that begins to write.
+    pub(super) fn logs(&self, index: u32, writer: Id) -> io::Result<Logs> {
+        let name = format!("{}-{index}", self.sink);
+        let dirs = [Some(self.folder()), self.context.record_dir.clone()];
+        let logs = dirs.into_iter().flatten().map(|dir| Log::open(&dir, &name));
+        let mut logs: Vec<Log> = logs.collect::<io::Result<_>>()?;
+        let timeline = self.context.lineage.timeline;
+        for log in &mut logs {
+            log.append(&[Line::Writer { writer, timeline }])?;
+        }
+        Ok(Logs(Mutex::new(logs)))
+    }
+}
+
+/// Notes parts in the log of a directory that the sink has written to before.
+pub(super) fn note_elsewhere<'p>(
+    dir: &Path,
+    parts: impl Iterator<Item = &'p super::Part>,
+) -> io::Result<()> {
+    Log::open(&dir.join(FOLDER), "elsewhere")?.append(&parts.map(line_of).collect::<Vec<_>>())
+}
+
+fn line_of(part: &super::Part) -> Line {
+    Line::Part {
+        name: part.name(),
+        timeline: part.timeline,
+        checkpoint: part.checkpoint,
+        bytes: part.bytes,
+    }
+}
+
+/// The logs of one task.
+#[derive(Debug)]
+pub(super) struct Logs(Mutex<Vec<Log>>);
+
+impl Logs {
+    /// These parts become visible now. Durable before any of them is.
+    pub(super) fn commit<'p>(
+        &self,
+        parts: impl Iterator<Item = &'p super::Part>,
+    ) -> io::Result<()> {
+        let lines: Vec<Line> = parts.map(line_of).collect();
+        let mut logs = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        logs.iter_mut().try_for_each(|log| log.append(&lines))
+    }
+}
+
+/// A part as an earlier version has named it.
+fn is_older_part(name: &str) -> bool {
+    let mut pieces = name.split('-');
+    let is_number = |piece: Option<&str>| {
+        piece.is_some_and(|it| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    pieces.next() == Some("part")
+        && is_number(pieces.next())
+        && is_number(pieces.next())
+        && pieces.next().is_none()
+}

@@ -1,0 +1,168 @@
+//! The directory that belongs to one job: its lock, and the record that makes it the job's.
+
+use std::{
+    fs::{self, DirBuilder, File, TryLockError},
+    io::{self, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    identity::Id,
+    problem::{Code, Problem},
+    storage::{create_file, sync_dir},
+};
+
+const LOCK: &str = "LOCK";
+const RECORD: &str = "JOB";
+const FORMAT: u32 = 1;
+
+/// What a state directory says of its job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobRecord {
+    format: u32,
+    /// The job.
+    pub job: Id,
+    /// Its name.
+    pub name: String,
+    /// What it was begun from, if it was not from its beginning.
+    #[serde(default)]
+    pub begun_from: Option<PathBuf>,
+    /// How it has ended, if it has.
+    #[serde(default)]
+    pub ended: Option<Ended>,
+}
+
+/// How a job has ended for good.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "how")]
+pub enum Ended {
+    /// Every input was processed, and every sink has committed.
+    Finished {
+        /// When, in milliseconds since 1970-01-01 UTC.
+        at_ms: u64,
+        /// What it was: a digest of its manifest and components.
+        digest: String,
+    },
+    /// It was stopped with a savepoint, and goes on from that.
+    Stopped {
+        /// When, in milliseconds since 1970-01-01 UTC.
+        at_ms: u64,
+        /// Where the savepoint was written.
+        savepoint: Option<PathBuf>,
+    },
+}
+
+impl JobRecord {
+    /// A job that begins here.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let (job, name) = (Id::new(), name.to_owned());
+        Self { format: FORMAT, job, name, begun_from: None, ended: None }
+    }
+
+    /// The record of a state directory, if it has one.
+    ///
+    /// # Errors
+    /// Where it is there and cannot be read.
+    pub fn read(dir: &Path) -> io::Result<Option<Self>> {
+        match fs::read(dir.join(RECORD)) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::other),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes it down, durably.
+    ///
+    /// # Errors
+    /// Where that is not certain.
+    pub fn write(&self, dir: &Path) -> io::Result<()> {
+        write_whole(&dir.join(RECORD), &serde_json::to_vec_pretty(self)?)
+    }
+}
+
+/// Replaces a file: whoever looks finds the old content or the new, also after a crash.
+pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(content)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_dir(dir)
+}
+
+/// How often, and after which pause, a lock is tried again: a tenth of a second in all.
+const LOCK_RETRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+/// Locks a file, which is made if it is not there; `None`: somebody else has it.
+pub(crate) fn try_lock(path: &Path) -> io::Result<Option<File>> {
+    let file = create_file(path)?;
+    // A run that has just ended, or a child that it has forked off, may hold it for a moment.
+    for retry in 0..=LOCK_RETRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if retry < LOCK_RETRIES => {
+                std::thread::sleep(LOCK_PAUSE);
+            }
+            Err(TryLockError::WouldBlock) => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Makes a state directory and locks it for one run. A directory with anything else in it is nobody's
+/// state: what a job would remove there is not its own.
+pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
+    let unusable = |error: io::Error| crate::job::unusable_state(Some(dir), &error);
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
+    if !dir.join(RECORD).exists() {
+        for entry in fs::read_dir(dir).map_err(unusable)? {
+            let entry = entry.map_err(unusable)?;
+            if entry.file_name() != LOCK {
+                let message = format!("{} is no state directory", dir.display());
+                return Err(Problem::new(Code::NotOurs, message)
+                    .detail(format!("it has no `{RECORD}`, but {}", entry.path().display()))
+                    .hint("name a directory that is empty or not there: --state-dir DIR"));
+            }
+        }
+    }
+    let lock = try_lock(&dir.join(LOCK)).map_err(unusable)?;
+    lock.ok_or_else(|| {
+        let message = format!("another run is using the state directory {}", dir.display());
+        Problem::new(Code::StateInUse, message)
+            .hint("wait for it to end, or give this run another one: --state-dir DIR")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_with_other_things_in_it_is_no_state_directory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        lock(dir.path()).expect("an empty one will do");
+        drop(lock(dir.path()).expect("and so does one that was locked before"));
+        fs::create_dir(dir.path().join("removed-photos")).expect("made");
+        let problem = lock(dir.path()).expect_err("somebody's photos");
+        assert_eq!(problem.code, Code::NotOurs);
+        JobRecord::new("j").write(dir.path()).expect("written");
+        lock(dir.path()).expect("now it is a job's");
+    }
+
+    #[test]
+    fn a_record_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().expect("a directory");
+        assert_eq!(JobRecord::read(dir.path()).expect("readable"), None);
+        let mut record = JobRecord::new("words");
+        record.ended = Some(Ended::Finished { at_ms: 7, digest: "abc".to_owned() });
+        record.write(dir.path()).expect("written");
+        assert_eq!(JobRecord::read(dir.path()).expect("readable"), Some(record));
+    }
+}
