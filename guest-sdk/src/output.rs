@@ -103,11 +103,6 @@ impl Ports {
             .extend(filled.map(|(output, builder)| Emission { output, records: builder.take() }));
         emissions
     }
-
-    /// Drops what was not taken: the call that emitted it has failed.
-    pub(crate) fn clear(&mut self) {
-        drop(self.take());
-    }
 }
 
 impl Builder {

@@ -31,6 +31,12 @@ impl Default for Clock {
 }
 
 impl Clock {
+    /// The last watermark that has passed; `i64::MIN` before the first.
+    #[must_use]
+    pub fn now(&self) -> i64 {
+        self.now
+    }
+
     /// Event time is said to be `watermark`; gives it back if that is news.
     pub fn advance(&mut self, watermark: i64) -> Option<i64> {
         (self.now < watermark).then(|| {

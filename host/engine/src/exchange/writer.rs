@@ -242,7 +242,7 @@ mod tests {
             let gates: Vec<_> = (0..3).map(|_| Gate::new(1)).collect();
             let senders = gates.iter().map(|gate| Outlet::Channel(Sender::new(gate, 0))).collect();
             let mut writer = Writer::new(partitioner, 128, senders, 0);
-            let key = |n: usize| (n % 3 != 0).then(|| format!("key-{n}"));
+            let key = |n: usize| (!n.is_multiple_of(3)).then(|| format!("key-{n}"));
             let time = |n: usize| (n % 5 < 2).then_some(n as i64);
             for n in 0..500 {
                 let mut batch = Batch::empty();

@@ -220,7 +220,7 @@ impl Source for GeneratorSource {
         // Every later record has a number of one of the strands.
         let earliest = self.strands.iter().map(|strand| strand.next).min().unwrap_or(0);
         let watermark = has_timestamps.then(|| earliest as i64 - 1);
-        Ok(Step::Records { batch, letters: Batch::empty(), bad: 0, watermark })
+        Ok(Step::Records { batch, letters: None, bad: 0, watermark })
     }
 
     fn position(&mut self) -> Result<Vec<u8>, FailureCause> {

@@ -6,7 +6,7 @@ mod generator;
 pub(crate) use self::file::checksum;
 mod pace;
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use cofferdam_core::failure::{FailureCause, Obstacle};
 use cofferdam_sandbox::Batch;
@@ -25,7 +25,7 @@ pub(crate) enum Step {
     Records {
         batch: Batch,
         /// For the output of dead letters.
-        letters: Batch,
+        letters: Option<Box<Batch>>,
         /// How many records were bad, with a letter or without.
         bad: u64,
         watermark: Option<i64>,
@@ -51,7 +51,7 @@ pub(crate) trait Source: Send {
 /// What all tasks of a source agree on, found out once before the job starts.
 #[derive(Debug, Clone)]
 pub(crate) enum Prepared {
-    File(file::FilePlan),
+    File(Arc<file::FilePlan>),
     Generator(generator::GeneratorPlan),
 }
 
@@ -59,7 +59,9 @@ impl Prepared {
     /// Looks at what there is to read.
     pub(crate) fn new(name: &str, spec: &SourceSpec, base_dir: &Path) -> Result<Self, Problem> {
         Ok(match spec {
-            SourceSpec::File(spec) => Self::File(file::FilePlan::new(name, spec, base_dir)?),
+            SourceSpec::File(spec) => {
+                Self::File(Arc::new(file::FilePlan::new(name, spec, base_dir)?))
+            }
             SourceSpec::Generator(spec) => Self::Generator(generator::GeneratorPlan::new(spec)),
         })
     }

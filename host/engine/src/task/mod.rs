@@ -30,7 +30,6 @@ use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
 use crate::{
-    batch::BatchExt,
     clock::{micros, now_ms},
     driver::Shared,
     exchange::{Element, Gate, writer::Writer},
@@ -237,13 +236,17 @@ impl Worker {
             }
             match self.next_step()? {
                 Step::Records { batch, letters, bad, watermark } => {
-                    (active_at, is_idle) = (Instant::now(), false);
+                    active_at = Instant::now();
+                    if std::mem::take(&mut is_idle) {
+                        // It counts again, from where it was.
+                        let now = self.clock.now();
+                        self.announce(|| Element::Watermark(now));
+                    }
                     self.nodes[0].count_bad(&self.shared, bad);
-                    let emissions = [(0, batch), (source::DEAD_LETTERS, letters)];
-                    let emissions =
-                        emissions.into_iter().map(|(output, records)| Emission { output, records });
-                    self.route(0, emissions.filter(|it| 0 < it.records.record_count()).collect())
-                        .await?;
+                    let letters = letters.map(|letters| (source::DEAD_LETTERS, *letters));
+                    let emissions = [(0, batch)].into_iter().chain(letters);
+                    let emissions = emissions.map(|(output, records)| Emission { output, records });
+                    self.route(0, emissions.collect()).await?;
                     if let Some(watermark) = watermark {
                         self.note_backlog(watermark);
                         self.advance_all(watermark).await?;

@@ -16,6 +16,7 @@ use std::{
     fs::File,
     io::{BufRead, BufReader, Read, Seek, SeekFrom},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -297,7 +298,7 @@ impl FilePlan {
 }
 
 pub(crate) struct FileSource {
-    plan: FilePlan,
+    plan: Arc<FilePlan>,
     position: Position,
     open: Option<OpenFile>,
     line: Vec<u8>,
@@ -325,7 +326,7 @@ enum Line {
 
 impl FileSource {
     pub(crate) fn open(
-        plan: &FilePlan,
+        plan: &Arc<FilePlan>,
         index: u32,
         parallelism: u32,
         position: Option<&[u8]>,
@@ -588,6 +589,7 @@ impl Source for FileSource {
         let lag = i64::try_from(self.plan.spec.out_of_orderness_ms).unwrap_or(i64::MAX);
         // Records as late as that may still come, and of the latest time, too.
         let watermark = self.position.latest.map(|at| at.saturating_sub(lag).saturating_sub(1));
+        let letters = (0 < letters.record_count()).then(|| Box::new(letters));
         Ok(Step::Records { batch, letters, bad: bad as u64, watermark })
     }
 
