@@ -68,6 +68,7 @@ pub(crate) async fn open(component: &Component, config: &[(&str, &str)]) -> Resu
         parallelism: 1,
         max_parallelism: 128,
         state_cache: None,
+        tracks_changes: true,
         config,
     };
     instance.open(context).await?;

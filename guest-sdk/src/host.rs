@@ -86,11 +86,11 @@ pub fn random() -> u64 {
 }
 
 /// The value of a key of a state that the host keeps.
-pub(crate) fn state(state: u32, key: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn state(state: u32, key: &[u8], namespace: u32) -> Option<Vec<u8>> {
     #[cfg(target_arch = "wasm32")]
-    return wit::state::get(state, key);
+    return wit::state::get(state, key, namespace);
     #[cfg(not(target_arch = "wasm32"))]
-    KEPT.with_borrow(|kept| kept.get(&(state, key.to_vec())).cloned())
+    KEPT.with_borrow(|kept| kept.get(&(state, namespace, key.to_vec())).cloned())
 }
 
 /// Sets and removes entries of states that the host keeps.
@@ -100,25 +100,34 @@ pub(crate) fn put_state(changes: &StateChanges) {
     #[cfg(not(target_arch = "wasm32"))]
     KEPT.with_borrow_mut(|kept| {
         for (state, key, value) in crate::runtime::entries(changes) {
+            use crate::state::Keyed;
+            let namespace = key.namespace_bytes();
+            let bytes = [key.key_bytes(), namespace].concat();
+            let key = (state, namespace.len() as u32, bytes);
             match value {
-                Some(value) => kept.insert((state, key.to_vec()), value.to_vec()),
-                None => kept.remove(&(state, key.to_vec())),
+                Some(value) => kept.insert(key, value.to_vec()),
+                None => kept.remove(&key),
             };
         }
     });
 }
 
 /// Some entries of a state that the host keeps, after a key; none: there are no more.
-pub(crate) fn scan_state(state: u32, after: Option<&[u8]>) -> StateChanges {
+pub(crate) fn scan_state(state: u32, after: Option<&(Vec<u8>, u32)>) -> StateChanges {
     #[cfg(target_arch = "wasm32")]
-    return wit::state::scan(state, after);
+    return wit::state::scan(state, after.map(|(key, namespace)| (key.as_slice(), *namespace)));
     #[cfg(not(target_arch = "wasm32"))]
     KEPT.with_borrow(|kept| {
         let mut page = crate::runtime::empty_changes();
-        let follows = |key: &[u8]| after.is_none_or(|after| after < key);
-        let entries = kept.iter().filter(|((of, key), _)| *of == state && follows(key));
-        for ((_, key), value) in entries.take(7) {
+        let follows = |namespace: u32, key: &Vec<u8>| {
+            after.is_none_or(|(after, of)| (*of, after) < (namespace, key))
+        };
+        let entries = kept
+            .iter()
+            .filter(|((of, namespace, key), _)| *of == state && follows(*namespace, key));
+        for ((_, namespace, key), value) in entries.take(7) {
             page.states.push(state);
+            page.namespaces.push(*namespace);
             page.keys.extend_from_slice(key);
             page.key_ends.push(page.keys.len() as u32);
             page.values.extend_from_slice(value);
@@ -130,7 +139,7 @@ pub(crate) fn scan_state(state: u32, after: Option<&[u8]>) -> StateChanges {
 }
 
 #[cfg(not(target_arch = "wasm32"))]
-type Kept = std::collections::BTreeMap<(u32, Vec<u8>), Vec<u8>>;
+type Kept = std::collections::BTreeMap<(u32, u32, Vec<u8>), Vec<u8>>;
 
 // What a host would keep, for unit tests: of each thread its own.
 #[cfg(not(target_arch = "wasm32"))]

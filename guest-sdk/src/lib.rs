@@ -46,6 +46,7 @@ mod operator;
 mod output;
 #[doc(hidden)]
 pub mod runtime;
+mod schema;
 mod short;
 pub mod state;
 pub mod testing;
@@ -70,6 +71,7 @@ pub use output::Output;
 pub mod prelude {
     pub use crate::{
         Config, Context, Decode, Encode, Error, Format, Json, Operator, Output, Port, Raw, Record,
-        Result, Text, host, operator, state::ValueState,
+        Result, Text, host, operator,
+        state::{Keyed, StateKey, ValueState},
     };
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 use crate::{
     Decode, Encode, Format, Output,
     bindings::cofferdam::operator::types::{self, ErrorClass, OpenContext},
-    state::{DeclaredState, Keyed},
+    state::{DeclaredState, Keyed, StateKey},
 };
 
 /// One task of an operator. A fresh one is `Default`; then it is opened.
@@ -35,11 +35,13 @@ pub trait Operator: DeclaredState + Default + 'static {
     /// Processes one record.
     ///
     /// # Errors
-    /// [`Error::rejected`] for a bad record, [`Error::failed`] for a broken task; both end the
-    /// attempt.
+    /// [`Error::rejected`] for a bad record, which must be as if it had not been there: what it has
+    /// emitted is taken back, what it has changed in the operator's fields is not. [`Error::failed`] for
+    /// a broken task, which ends the attempt.
     fn process(&mut self, record: Record<'_, Self>, out: &mut Output<'_, Self>) -> Result<()>;
 
-    /// Event time has reached `watermark`, in milliseconds: no earlier record will come.
+    /// Event time has reached `watermark`, in milliseconds: no record of it or earlier will come. It
+    /// ascends, and is `i64::MAX` at the end of the input.
     ///
     /// # Errors
     /// Ends the attempt.
@@ -102,6 +104,32 @@ pub struct Record<'a, O: Operator> {
     /// Which input it came from.
     pub input: u32,
     pub(crate) key_bytes: &'a [u8],
+}
+
+impl<O: Operator> Record<'_, O> {
+    /// What state of this record's key is told apart by beside the key: a window, a kind.
+    ///
+    /// ```
+    /// # use cofferdam_sdk::prelude::*;
+    /// # #[operator]
+    /// # #[derive(Default)]
+    /// # struct Windows { #[state] counts: ValueState<u64> }
+    /// # impl Operator for Windows {
+    /// #     type Key<'a> = Text<'a>;
+    /// #     type In<'a> = ();
+    /// #     type OutKey<'a> = ();
+    /// #     type Out<'a> = u64;
+    /// fn process(&mut self, record: Record<'_, Self>, _: &mut Output<'_, Self>) -> Result<()> {
+    ///     let window = record.timestamp.unwrap_or(0) / 3_600_000;
+    ///     *self.counts.get_or_default(&record.in_namespace(&window.to_be_bytes())) += 1;
+    ///     Ok(())
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn in_namespace<'s>(&'s self, namespace: &'s (impl AsRef<[u8]> + ?Sized)) -> StateKey<'s> {
+        StateKey::new(self.key_bytes).with(namespace)
+    }
 }
 
 impl<O: Operator> Keyed for Record<'_, O> {

@@ -49,6 +49,18 @@ pub(crate) struct Ports {
     batches: Vec<Builder>,
     /// Batches that were ended because records of another shape follow.
     ended: Vec<Emission>,
+    /// How many of them there were, and how much every batch had, before the record in hand.
+    marks: (usize, Vec<Mark>),
+}
+
+/// The lengths of a batch's columns.
+#[derive(Clone, Copy, Default)]
+struct Mark {
+    keys: usize,
+    key_ends: usize,
+    values: usize,
+    value_ends: usize,
+    timestamps: usize,
 }
 
 #[derive(Default)]
@@ -74,7 +86,44 @@ impl Ports {
             value: port.value,
             ..Builder::default()
         };
-        Self { batches: outputs.into_iter().map(builder).collect(), ended: Vec::new() }
+        let batches: Vec<Builder> = outputs.into_iter().map(builder).collect();
+        let marks = (0, vec![Mark::default(); batches.len()]);
+        Self { batches, ended: Vec::new(), marks }
+    }
+
+    /// A record begins: whatever it emits may have to be taken back.
+    #[inline]
+    pub(crate) fn mark(&mut self) {
+        self.marks.0 = self.ended.len();
+        for (mark, builder) in self.marks.1.iter_mut().zip(&self.batches) {
+            *mark = Mark {
+                keys: builder.keys.len(),
+                key_ends: builder.key_ends.len(),
+                values: builder.values.len(),
+                value_ends: builder.value_ends.len(),
+                timestamps: builder.timestamps.len(),
+            };
+        }
+    }
+
+    /// Takes back what the record has emitted.
+    pub(crate) fn back_to_mark(&mut self) {
+        // The last of them is the newest: what an output had at the mark is in its first.
+        while self.marks.0 < self.ended.len()
+            && let Some(Emission { output, records }) = self.ended.pop()
+        {
+            let builder = &mut self.batches[output as usize];
+            (builder.keys, builder.key_ends) = (records.keys, records.key_ends);
+            (builder.values, builder.value_ends) = (records.values, records.value_ends);
+            builder.timestamps = records.timestamps;
+        }
+        for (mark, builder) in self.marks.1.iter().zip(&mut self.batches) {
+            builder.keys.truncate(mark.keys);
+            builder.key_ends.truncate(mark.key_ends);
+            builder.values.truncate(mark.values);
+            builder.value_ends.truncate(mark.value_ends);
+            builder.timestamps.truncate(mark.timestamps);
+        }
     }
 
     #[inline]

@@ -3,11 +3,11 @@
 use crate::{
     Decode, Format, Operator, Output, Port, Record,
     bindings::cofferdam::operator::types::{
-        self, Batch, CheckpointRequest, Description, Emission, ErrorClass, OpenContext,
-        OperatorError, StateChanges, StateDeclaration,
+        self, Batch, CheckpointRequest, Description, Emission, ErrorClass, HandedOver, OpenContext,
+        OperatorError, Processed, Rejection, StateChanges, StateDeclaration,
     },
     output::Ports,
-    state::Changes,
+    state::{Changes, NamedState, StateKey},
 };
 
 /// One task: the operator and its outputs.
@@ -16,11 +16,13 @@ pub struct Task<O> {
     ports: Ports,
     /// The latest event time of a record so far, or the first after the latest watermark.
     latest: Option<i64>,
+    /// The state that is being handed over.
+    handing: usize,
 }
 
 impl<O: Operator> Default for Task<O> {
     fn default() -> Self {
-        Self { operator: O::default(), ports: Ports::new(O::outputs()), latest: None }
+        Self { operator: O::default(), ports: Ports::new(O::outputs()), latest: None, handing: 0 }
     }
 }
 
@@ -31,10 +33,11 @@ impl<O: Operator> Task<O> {
         let states = O::default()
             .states()
             .into_iter()
-            .map(|(name, field)| StateDeclaration {
-                name: name.to_owned(),
-                kind: field.kind(),
-                schema: field.schema().to_owned(),
+            .map(|state| StateDeclaration {
+                name: state.name.to_owned(),
+                renamed_from: state.renamed_from.map(str::to_owned),
+                kind: state.field.kind(),
+                schema: state.field.schema(),
             })
             .collect();
         let ports = |ports: Vec<Port>| ports.into_iter().map(wit_port).collect();
@@ -57,24 +60,29 @@ impl<O: Operator> Task<O> {
         if let Some(bytes) = context.state_cache {
             let states = self.operator.states();
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX) / states.len().max(1);
-            for (state, (_, field)) in (0..).zip(states) {
-                field.move_to_host(state, bytes);
+            for (number, state) in (0..).zip(states) {
+                state.field.move_to_host(number, bytes);
             }
         }
+        for state in self.operator.states() {
+            state.field.track(context.tracks_changes);
+        }
         self.operator.open(&context.into()).map_err(|error| error.into_wit(None))?;
-        match self.operator.states().iter().find(|(_, field)| field.is_changed()) {
+        match self.operator.states().iter().find(|state| !state.field.is_untouched()) {
             None => Ok(()),
-            Some((name, _)) => Err(failed(format!(
+            Some(NamedState { name, .. }) => Err(failed(format!(
                 "state \"{name}\" was written in `open`: it is restored after that; write it in `process`"
             ))),
         }
     }
 
-    /// Decodes and processes each record of a batch.
+    /// Decodes and processes each record of a batch. One that is rejected, or cannot be decoded, leaves
+    /// nothing behind, and the others are as if it had not been there.
     ///
     /// # Errors
-    /// The operator's own, or a record that cannot be decoded; names the record's place.
-    pub fn process(&mut self, input: u32, batch: &Batch) -> Result<Vec<Emission>, OperatorError> {
+    /// The operator's own; names the record's place.
+    pub fn process(&mut self, input: u32, batch: &Batch) -> Result<Processed, OperatorError> {
+        let mut rejected = Vec::new();
         let mut start = (0, 0);
         for (place, &value_end) in batch.value_ends.iter().enumerate() {
             let key_end = batch.key_ends.get(place).copied().unwrap_or(0);
@@ -83,18 +91,33 @@ impl<O: Operator> Task<O> {
             start = (key_end, value_end);
             let timestamp = batch.timestamps.get(place).copied();
             self.latest = self.latest.max(timestamp);
-            let at = |error: crate::Error| error.into_wit(Some(place as u32));
-            let record = Record {
-                key: decode(key_bytes, "key").map_err(at)?,
-                value: decode(value_bytes, "value").map_err(at)?,
-                timestamp,
-                input,
-                key_bytes,
+            self.ports.mark();
+            let key = match decode(key_bytes, "key") {
+                Ok(key) => key,
+                Err(error) => {
+                    rejected.push(rejection(place, error));
+                    continue;
+                }
             };
+            let value = match decode(value_bytes, "value") {
+                Ok(value) => value,
+                Err(error) => {
+                    rejected.push(rejection(place, error));
+                    continue;
+                }
+            };
+            let record = Record { key, value, timestamp, input, key_bytes };
             let mut output = Output::new(&mut self.ports, timestamp);
-            self.operator.process(record, &mut output).map_err(at)?;
+            match self.operator.process(record, &mut output) {
+                Ok(()) => {}
+                Err(error) if error.class == ErrorClass::Rejected => {
+                    self.ports.back_to_mark();
+                    rejected.push(rejection(place, error));
+                }
+                Err(error) => return Err(error.into_wit(Some(place as u32))),
+            }
         }
-        Ok(self.ports.take())
+        Ok(Processed { emissions: self.ports.take(), rejected })
     }
 
     /// Event time moves on.
@@ -114,27 +137,50 @@ impl<O: Operator> Task<O> {
         Ok(self.ports.take())
     }
 
-    /// Hands declared state over.
-    pub fn checkpoint(&mut self, request: CheckpointRequest) -> StateChanges {
-        let mut columns = empty_changes();
-        for (state, (_, field)) in (0..).zip(self.operator.states()) {
-            field.hand_over(request.full, &mut Changes { state, columns: &mut columns });
+    /// Hands declared state over, a piece at a time.
+    pub fn checkpoint(&mut self, request: CheckpointRequest) -> HandedOver {
+        let mut states = self.operator.states();
+        if !request.continued {
+            states.iter_mut().for_each(|state| state.field.begin_hand_over(request.full));
+            self.handing = 0;
         }
-        columns
+        let mut changes = empty_changes();
+        for (number, state) in (0..).zip(&mut states).skip(self.handing) {
+            self.handing = number as usize;
+            if !state.field.hand_over(&mut Changes { state: number, columns: &mut changes }) {
+                return HandedOver { changes, is_last: false };
+            }
+        }
+        HandedOver { changes, is_last: true }
+    }
+
+    /// Whether values of a state that were written with another schema can be taken back.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn converts(&mut self, state: u32, schema: &str) -> Result<(), String> {
+        let states = self.operator.states();
+        let state = states.get(state as usize);
+        state.ok_or_else(|| "there is no such state".to_owned())?.field.converts(schema)
     }
 
     /// Takes declared state back.
     ///
     /// # Errors
     /// Where an entry is not of this operator's state.
-    pub fn restore(&mut self, changes: &StateChanges) -> Result<(), OperatorError> {
+    pub fn restore(
+        &mut self,
+        changes: &StateChanges,
+        schemas: &[(u32, String)],
+    ) -> Result<(), OperatorError> {
         let mut states = self.operator.states();
-        for (state, key, value) in entries(changes) {
-            let (name, field) = states
-                .get_mut(state as usize)
-                .ok_or_else(|| failed(format!("there is no state number {state}")))?;
-            let taken = field.take_back(key, value);
-            taken.map_err(|error| failed(format!("state \"{name}\": {error}")))?;
+        for (number, key, value) in entries(changes) {
+            let state = states
+                .get_mut(number as usize)
+                .ok_or_else(|| failed(format!("there is no state number {number}")))?;
+            let schema = schemas.iter().find(|(state, _)| *state == number);
+            let taken = state.field.take_back(key, value, schema.map(|(_, schema)| &**schema));
+            taken.map_err(|error| failed(format!("state \"{}\": {error}", state.name)))?;
         }
         Ok(())
     }
@@ -148,6 +194,10 @@ impl<O: Operator> Task<O> {
         self.operator.finish(&mut output).map_err(|error| error.into_wit(None))?;
         Ok(self.ports.take())
     }
+}
+
+fn rejection(place: usize, error: crate::Error) -> Rejection {
+    Rejection { record: place as u32, message: error.message }
 }
 
 fn failed(message: String) -> OperatorError {
@@ -177,6 +227,7 @@ pub(crate) fn empty_changes() -> StateChanges {
         states: Vec::new(),
         keys: Vec::new(),
         key_ends: Vec::new(),
+        namespaces: Vec::new(),
         values: Vec::new(),
         value_ends: Vec::new(),
         removed: Vec::new(),
@@ -184,11 +235,16 @@ pub(crate) fn empty_changes() -> StateChanges {
 }
 
 /// State, key and value of each change; no value where the entry was removed.
-pub(crate) fn entries(changes: &StateChanges) -> impl Iterator<Item = (u32, &[u8], Option<&[u8]>)> {
+pub(crate) fn entries(
+    changes: &StateChanges,
+) -> impl Iterator<Item = (u32, StateKey<'_>, Option<&[u8]>)> {
     let mut start = (0, 0);
     changes.states.iter().enumerate().map(move |(place, &state)| {
         let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
-        let key = column(&changes.keys, start.0, key_end);
+        let namespace = changes.namespaces.get(place).copied().unwrap_or(0);
+        let middle = key_end.saturating_sub(namespace).max(start.0);
+        let key = StateKey::new(column(&changes.keys, start.0, middle));
+        let key = key.with(column(&changes.keys, middle, key_end));
         let value = column(&changes.values, start.1, value_end);
         start = (key_end, value_end);
         (state, key, (!changes.removed[place]).then_some(value))

@@ -10,50 +10,177 @@ use crate::{
     host,
     index::Index,
     runtime::{empty_changes, entries},
+    schema::{Schema, schema_of},
     short::{append, hash, is_same},
 };
 
-/// Something that has a key in bytes: a [`Record`](crate::Record), or the bytes themselves.
+/// What an entry of state belongs to: the key of a [`Record`](crate::Record), and within that a
+/// namespace, such as the window that the entry is for. Entries go where the records of their key go,
+/// also to another parallelism; so a key is always that of a record.
 pub trait Keyed {
-    /// The key.
+    /// The key of the records that the entry belongs to.
     fn key_bytes(&self) -> &[u8];
+
+    /// What tells the entry from others of that key; empty unless somebody says otherwise.
+    fn namespace_bytes(&self) -> &[u8] {
+        &[]
+    }
 }
 
+/// The key of an entry with its namespace.
+///
+/// ```
+/// use cofferdam_sdk::state::{Keyed, StateKey, ValueState};
+///
+/// let mut windows = ValueState::<u64>::default();
+/// let key = StateKey::new(b"JFK").with(b"2013-01-01");
+/// windows.set(&key, 7);
+/// let mut ended = Vec::new();
+/// windows.for_each(|key, count| ended.push((key.to_owned(), *count)));
+/// assert_eq!(ended[0].0.namespace_bytes(), b"2013-01-01");
+/// assert_eq!(windows.remove(&ended[0].0), Some(7));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StateKey<'a> {
+    key: &'a [u8],
+    namespace: &'a [u8],
+}
+
+impl<'a> StateKey<'a> {
+    /// The bytes of a record's key.
+    #[must_use]
+    pub fn new(key: &'a [u8]) -> Self {
+        Self { key, namespace: &[] }
+    }
+
+    /// The same key with a namespace.
+    #[must_use]
+    pub fn with(self, namespace: &'a (impl AsRef<[u8]> + ?Sized)) -> Self {
+        Self { key: self.key, namespace: namespace.as_ref() }
+    }
+
+    /// A copy that outlives the state.
+    #[must_use]
+    pub fn to_owned(&self) -> OwnedStateKey {
+        OwnedStateKey {
+            bytes: SmallVec::from_iter(self.key.iter().chain(self.namespace).copied()),
+            namespace: self.namespace.len(),
+        }
+    }
+}
+
+impl Keyed for StateKey<'_> {
+    fn key_bytes(&self) -> &[u8] {
+        self.key
+    }
+
+    fn namespace_bytes(&self) -> &[u8] {
+        self.namespace
+    }
+}
+
+/// A [`StateKey`] that owns its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnedStateKey {
+    bytes: SmallVec<[u8; 16]>,
+    namespace: usize,
+}
+
+impl Keyed for OwnedStateKey {
+    fn key_bytes(&self) -> &[u8] {
+        &self.bytes[..self.bytes.len() - self.namespace]
+    }
+
+    fn namespace_bytes(&self) -> &[u8] {
+        &self.bytes[self.bytes.len() - self.namespace..]
+    }
+}
+
+#[cfg(test)]
 impl Keyed for [u8] {
     fn key_bytes(&self) -> &[u8] {
         self
     }
 }
 
+/// A key and its namespace in one, and the length of the namespace.
+#[derive(Clone, Copy)]
+struct Joined<'a> {
+    bytes: &'a [u8],
+    namespace: u32,
+}
+
+/// Puts both together where there is a namespace; most keys have none, and are used as they are.
+macro_rules! joined {
+    ($name:ident, $key:expr) => {
+        let (key, namespace) = ($key.key_bytes(), $key.namespace_bytes());
+        let both: SmallVec<[u8; 64]>;
+        let $name = match namespace {
+            [] => Joined { bytes: key, namespace: 0 },
+            namespace => {
+                both = key.iter().chain(namespace).copied().collect();
+                Joined { bytes: &both, namespace: namespace.len() as u32 }
+            }
+        };
+    };
+}
+
 /// The declared states of an operator, found by the `#[operator]` attribute.
 pub trait DeclaredState {
-    /// Every field marked `#[state]`, by name, in the order of the struct.
-    fn states(&mut self) -> Vec<(&'static str, &mut dyn StateField)>;
+    /// Every field marked `#[state]`, in the order of the struct.
+    fn states(&mut self) -> Vec<NamedState<'_>>;
+}
+
+/// A field with the name of its state.
+pub struct NamedState<'a> {
+    /// The name.
+    pub name: &'static str,
+    /// A name that it had before.
+    pub renamed_from: Option<&'static str>,
+    /// The field.
+    pub field: &'a mut dyn StateField,
 }
 
 /// A field that can be marked `#[state]`.
 pub trait StateField {
     /// Its shape.
     fn kind(&self) -> StateKind;
-    /// The type of its values.
-    fn schema(&self) -> &'static str;
+    /// What its values look like.
+    fn schema(&self) -> String;
+    /// Whether values that were written with another schema can be taken back.
+    ///
+    /// # Errors
+    /// Why not.
+    fn converts(&self, schema: &str) -> Result<(), String>;
+    /// Whether only what has changed will be asked for.
+    fn track(&mut self, is_tracking: bool);
     /// From now on the host keeps it, under this number; at most so many bytes of it are kept here.
     fn move_to_host(&mut self, state: u32, cache_bytes: usize);
-    /// Whether something was written that was not handed over.
-    fn is_changed(&self) -> bool;
-    /// Hands over what changed since the last time, or everything.
-    fn hand_over(&mut self, is_full: bool, changes: &mut Changes<'_>);
-    /// Takes one entry back; `None` removes it.
+    /// Whether it has no entries, and none was removed since the last hand-over.
+    fn is_untouched(&self) -> bool;
+    /// Begins to hand over what changed since the last time, or everything.
+    fn begin_hand_over(&mut self, is_full: bool);
+    /// Hands over until the columns are full; true if nothing is left.
+    fn hand_over(&mut self, changes: &mut Changes<'_>) -> bool;
+    /// Takes one entry back; no value removes it. `schema` is the one it was written with, if that is
+    /// not this one.
     ///
     /// # Errors
     /// Where the bytes are not a value of this state.
-    fn take_back(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), String>;
+    fn take_back(
+        &mut self,
+        key: StateKey<'_>,
+        value: Option<&[u8]>,
+        schema: Option<&str>,
+    ) -> Result<(), String>;
 }
 
 /// What an entry takes beside its key and its value: its part of the list and of the index.
 const ENTRY_BYTES: usize = 64;
 /// What is written behind at a time.
 const PUT_BYTES: usize = 256 << 10;
+/// What is handed over at a time.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// One value for each key.
 ///
@@ -79,11 +206,29 @@ pub struct ValueState<V> {
     free: Vec<u32>,
     /// Present where the host has the state.
     cache: Option<Cache>,
+    /// Whether changes are remembered until they are handed over.
+    is_tracking: bool,
+    /// A hand-over that has begun.
+    handing: Handing,
+}
+
+/// How far a hand-over has come.
+#[derive(Debug, Default)]
+enum Handing {
+    #[default]
+    Done,
+    /// Every entry from this place on.
+    All(usize),
+    /// The entries at these places, the last first.
+    Changed(Vec<u32>),
 }
 
 #[derive(Debug)]
 struct Entry<V> {
+    /// With the namespace behind it.
     key: SmallVec<[u8; 16]>,
+    /// How long that is.
+    namespace: u32,
     /// `None`: removed, or free.
     value: Option<V>,
     /// What it counted for in the cache when it was last read or written.
@@ -126,6 +271,8 @@ impl<V> Default for ValueState<V> {
             changed: Vec::new(),
             free: Vec::new(),
             cache: None,
+            is_tracking: true,
+            handing: Handing::Done,
         }
     }
 }
@@ -135,7 +282,8 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     #[must_use]
     #[inline]
     pub fn get(&mut self, key: &(impl Keyed + ?Sized)) -> Option<&V> {
-        let place = self.find_or_fetch(key.key_bytes())?;
+        joined!(key, key);
+        let place = self.find_or_fetch(key)?;
         let entry = &mut self.entries[place as usize];
         if self.cache.is_some() {
             entry.is_used = true;
@@ -146,7 +294,8 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     /// The value of a key, to change it. Counts as changed even if it is not.
     #[inline]
     pub fn get_mut(&mut self, key: &(impl Keyed + ?Sized)) -> Option<&mut V> {
-        let place = self.find_or_fetch(key.key_bytes())?;
+        joined!(key, key);
+        let place = self.find_or_fetch(key)?;
         self.entries[place as usize].value.as_ref()?;
         self.note_change(place).value.as_mut()
     }
@@ -157,7 +306,7 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     where
         V: Default,
     {
-        let key = key.key_bytes();
+        joined!(key, key);
         let place = match self.find_or_fetch(key) {
             Some(place) => place,
             None => self.insert(key, None, 0),
@@ -168,38 +317,46 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     /// Sets the value of a key.
     pub fn set(&mut self, key: &(impl Keyed + ?Sized), value: V) {
         // What the host has need not be fetched to be replaced.
-        let place = self.find_or_insert(key.key_bytes());
+        joined!(key, key);
+        let place = self.find_or_insert(key);
         self.note_change(place).value = Some(value);
     }
 
     /// Removes a key; gives the value it had.
     pub fn remove(&mut self, key: &(impl Keyed + ?Sized)) -> Option<V> {
-        let place = self.find_or_fetch(key.key_bytes())?;
+        joined!(key, key);
+        let place = self.find_or_fetch(key)?;
         self.entries[place as usize].value.as_ref()?;
-        self.note_change(place).value.take()
+        let value = self.note_change(place).value.take();
+        if !self.is_tracking && self.cache.is_none() {
+            // Nobody will ask what became of it.
+            self.release(place);
+        }
+        value
     }
 
     /// Calls `each` with every key and its value, in an order that is the same in each run. Where the
     /// host has the state it is read past the cache, a part at a time.
-    pub fn for_each(&mut self, mut each: impl FnMut(&[u8], &V)) {
+    pub fn for_each(&mut self, mut each: impl FnMut(StateKey<'_>, &V)) {
         let Some(Cache { state, .. }) = self.cache else {
             for entry in &self.entries {
                 if let Some(value) = &entry.value {
-                    each(&entry.key, value);
+                    each(entry.key(), value);
                 }
             }
             return;
         };
         self.write_behind(|_| true);
-        let mut after: Option<Vec<u8>> = None;
+        let mut after: Option<(Vec<u8>, u32)> = None;
         loop {
-            let page = host::scan_state(state, after.as_deref());
+            let page = host::scan_state(state, after.as_ref());
             let mut last = None;
             for (_, key, value) in entries(&page) {
                 if let Some(value) = value {
                     each(key, &decoded(value));
                 }
-                last = Some(key.to_vec());
+                let bytes = [key.key, key.namespace].concat();
+                last = Some((bytes, key.namespace.len() as u32));
             }
             if last.is_none() {
                 return;
@@ -209,12 +366,15 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     }
 
     #[inline]
-    fn find(&self, key: &[u8]) -> Option<u32> {
-        self.index.find(hash(key), |place| is_same(&self.entries[place as usize].key, key))
+    fn find(&self, key: Joined<'_>) -> Option<u32> {
+        self.index.find(hash(key.bytes), |place| {
+            let entry = &self.entries[place as usize];
+            entry.namespace == key.namespace && is_same(&entry.key, key.bytes)
+        })
     }
 
     #[inline]
-    fn find_or_fetch(&mut self, key: &[u8]) -> Option<u32> {
+    fn find_or_fetch(&mut self, key: Joined<'_>) -> Option<u32> {
         match self.find(key) {
             Some(place) => Some(place),
             None => self.fetch(key),
@@ -222,7 +382,7 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     }
 
     #[inline]
-    fn find_or_insert(&mut self, key: &[u8]) -> u32 {
+    fn find_or_insert(&mut self, key: Joined<'_>) -> u32 {
         match self.find(key) {
             Some(place) => place,
             None => self.insert(key, None, 0),
@@ -231,13 +391,14 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
 
     /// Asks the host for a key that is not here.
     #[cold]
-    fn fetch(&mut self, key: &[u8]) -> Option<u32> {
-        let bytes = host::state(self.cache.as_ref()?.state, key)?;
+    fn fetch(&mut self, key: Joined<'_>) -> Option<u32> {
+        let bytes = host::state(self.cache.as_ref()?.state, key.bytes, key.namespace)?;
         Some(self.insert(key, Some(decoded(&bytes)), bytes.len()))
     }
 
     #[cold]
-    fn insert(&mut self, key: &[u8], value: Option<V>, value_bytes: usize) -> u32 {
+    fn insert(&mut self, key: Joined<'_>, value: Option<V>, value_bytes: usize) -> u32 {
+        let Joined { bytes: key, namespace } = key;
         let bytes = ENTRY_BYTES + key.len() + value_bytes.max(size_of::<V>());
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         if let Some(cache) = &mut self.cache {
@@ -248,6 +409,7 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
         }
         let entry = Entry {
             key: SmallVec::from_slice(key),
+            namespace,
             value,
             bytes,
             is_changed: false,
@@ -325,7 +487,7 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
     fn write(&mut self, place: u32, changes: &mut Changes<'_>) {
         let entry = &mut self.entries[place as usize];
         let before = changes.columns.values.len();
-        changes.push(&entry.key, entry.value.as_ref());
+        changes.push(entry.key(), entry.value.as_ref());
         entry.is_changed = false;
         if let Some(cache) = &mut self.cache {
             cache.count(entry, changes.columns.values.len() - before);
@@ -339,7 +501,7 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
             self.count_last_change(place);
         }
         let entry = &mut self.entries[place as usize];
-        if !entry.is_changed {
+        if !entry.is_changed && (self.is_tracking || self.cache.is_some()) {
             entry.is_changed = true;
             entry.is_used = true;
             if self.cache.is_none() {
@@ -375,10 +537,18 @@ impl<V: Serialize + DeserializeOwned> ValueState<V> {
             cache.bytes -= (entry.bytes as usize).min(cache.bytes);
         }
         entry.key = SmallVec::new();
+        entry.namespace = 0;
         entry.value = None;
         entry.is_changed = false;
         entry.is_free = true;
         self.free.push(place);
+    }
+}
+
+impl<V> Entry<V> {
+    fn key(&self) -> StateKey<'_> {
+        let (key, namespace) = self.key.split_at(self.key.len() - self.namespace as usize);
+        StateKey { key, namespace }
     }
 }
 
@@ -398,8 +568,16 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
         StateKind::Value
     }
 
-    fn schema(&self) -> &'static str {
-        std::any::type_name::<V>()
+    fn schema(&self) -> String {
+        schema_of::<V>().to_string()
+    }
+
+    fn converts(&self, schema: &str) -> Result<(), String> {
+        Schema::parse(schema)?.converts_to::<V>(&schema_of::<V>())
+    }
+
+    fn track(&mut self, is_tracking: bool) {
+        self.is_tracking = is_tracking;
     }
 
     fn move_to_host(&mut self, state: u32, cache_bytes: usize) {
@@ -407,38 +585,79 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
             Some(Cache { state, bytes: 0, bytes_max: cache_bytes, hand: 0, last_changed: None });
     }
 
-    fn is_changed(&self) -> bool {
-        self.entries.iter().any(|entry| entry.is_changed)
+    fn is_untouched(&self) -> bool {
+        self.entries.iter().all(|entry| entry.is_free)
     }
 
-    fn hand_over(&mut self, is_full: bool, changes: &mut Changes<'_>) {
-        if self.cache.is_some() {
-            // It goes the usual way, some at a time, and not as one answer that may be too large.
-            return self.write_behind(|_| true);
+    fn begin_hand_over(&mut self, is_full: bool) {
+        let mut changed = std::mem::take(&mut self.changed);
+        changed.retain(|place| self.entries[*place as usize].is_changed);
+        if !is_full && self.is_tracking {
+            changed.reverse();
+            self.handing = Handing::Changed(changed);
+            return;
         }
-        if is_full {
-            for entry in self.entries.iter().filter(|entry| entry.value.is_some()) {
-                changes.push(&entry.key, entry.value.as_ref());
-            }
-        }
-        for place in std::mem::take(&mut self.changed) {
-            if !self.entries[place as usize].is_changed {
-                continue;
-            }
-            match is_full {
-                true => self.entries[place as usize].is_changed = false,
-                false => self.write(place, changes),
-            }
+        for place in changed {
+            self.entries[place as usize].is_changed = false;
             // What was removed makes room.
             if self.entries[place as usize].value.is_none() {
                 self.release(place);
             }
         }
+        self.handing = Handing::All(0);
     }
 
-    fn take_back(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), String> {
+    fn hand_over(&mut self, changes: &mut Changes<'_>) -> bool {
+        if self.cache.is_some() {
+            // It goes the usual way, some at a time.
+            self.write_behind(|_| true);
+            return true;
+        }
+        match std::mem::take(&mut self.handing) {
+            Handing::Done => true,
+            Handing::All(first) => {
+                for (place, entry) in self.entries.iter().enumerate().skip(first) {
+                    if changes.is_full() {
+                        self.handing = Handing::All(place);
+                        return false;
+                    }
+                    if entry.value.is_some() {
+                        changes.push(entry.key(), entry.value.as_ref());
+                    }
+                }
+                true
+            }
+            Handing::Changed(mut places) => {
+                while let Some(place) = places.pop() {
+                    if changes.is_full() {
+                        places.push(place);
+                        self.handing = Handing::Changed(places);
+                        return false;
+                    }
+                    self.write(place, changes);
+                    if self.entries[place as usize].value.is_none() {
+                        self.release(place);
+                    }
+                }
+                true
+            }
+        }
+    }
+
+    fn take_back(
+        &mut self,
+        key: StateKey<'_>,
+        value: Option<&[u8]>,
+        schema: Option<&str>,
+    ) -> Result<(), String> {
+        joined!(key, key);
+        let value = match (value, schema) {
+            (Some(bytes), Some(schema)) => Some(Schema::parse(schema)?.convert(bytes)?),
+            (Some(bytes), None) => Some(decode(bytes)?),
+            (None, _) => None,
+        };
         let place = self.find_or_insert(key);
-        self.entries[place as usize].value = value.map(decode).transpose()?;
+        self.entries[place as usize].value = value;
         Ok(())
     }
 }
@@ -450,10 +669,23 @@ pub struct Changes<'a> {
 }
 
 impl Changes<'_> {
-    fn push<V: Serialize>(&mut self, key: &[u8], value: Option<&V>) {
+    /// Whether a piece is as large as it should be.
+    fn is_full(&self) -> bool {
+        let columns = &*self.columns;
+        PIECE_BYTES <= columns.keys.len() + columns.values.len() + 16 * columns.states.len()
+    }
+
+    fn push<V: Serialize>(&mut self, key: StateKey<'_>, value: Option<&V>) {
         let columns = &mut *self.columns;
+        let namespace = key.namespace.len() as u32;
+        if 0 < namespace || !columns.namespaces.is_empty() {
+            // Until now none had one.
+            columns.namespaces.resize(columns.states.len(), 0);
+            columns.namespaces.push(namespace);
+        }
         columns.states.push(self.state);
-        append(&mut columns.keys, key);
+        append(&mut columns.keys, key.key);
+        append(&mut columns.keys, key.namespace);
         columns.key_ends.push(columns.keys.len() as u32);
         if let Some(value) = value {
             crate::Encode::encode(value, &mut columns.values);
@@ -470,14 +702,19 @@ mod tests {
     use super::*;
 
     fn handed_over(state: &mut ValueState<u32>, is_full: bool) -> Vec<(Vec<u8>, Option<u32>)> {
-        let mut columns = empty_changes();
-        state.hand_over(is_full, &mut Changes { state: 0, columns: &mut columns });
-        entries(&columns)
-            .map(|(_, key, value)| {
+        let mut all = Vec::new();
+        state.begin_hand_over(is_full);
+        loop {
+            let mut columns = empty_changes();
+            let is_last = state.hand_over(&mut Changes { state: 0, columns: &mut columns });
+            all.extend(entries(&columns).map(|(_, key, value)| {
                 let value = value.map(|bytes| postcard::from_bytes(bytes).expect("a u32"));
-                (key.to_vec(), value)
-            })
-            .collect()
+                (key.key.to_vec(), value)
+            }));
+            if is_last {
+                return all;
+            }
+        }
     }
 
     #[test]
@@ -535,7 +772,7 @@ mod tests {
     fn all(state: &mut ValueState<u32>) -> BTreeMap<Vec<u8>, u32> {
         let mut all = BTreeMap::new();
         state.for_each(|key, value| {
-            assert_eq!(all.insert(key.to_vec(), *value), None, "each key comes once");
+            assert_eq!(all.insert(key.key.to_vec(), *value), None, "each key comes once");
         });
         all
     }
@@ -581,7 +818,8 @@ mod tests {
                 for (key, value) in handed_over(&mut state, false) {
                     if cache_bytes.is_some() {
                         let mut columns = empty_changes();
-                        Changes { state: 0, columns: &mut columns }.push(&key, value.as_ref());
+                        let mut changes = Changes { state: 0, columns: &mut columns };
+                        changes.push(StateKey::new(&key), value.as_ref());
                         host::put_state(&columns);
                     }
                     match value {
@@ -655,15 +893,77 @@ mod tests {
             state.set([number].as_slice(), vec![number; 10_000]);
         }
         state.remove([5].as_slice());
-        assert!(state.is_changed());
+        let is_changed = |state: &ValueState<Vec<u8>>| state.entries.iter().any(|it| it.is_changed);
+        assert!(is_changed(&state));
         let mut columns = empty_changes();
-        state.hand_over(false, &mut Changes { state: 0, columns: &mut columns });
+        state.begin_hand_over(false);
+        assert!(state.hand_over(&mut Changes { state: 0, columns: &mut columns }));
         assert!(columns.states.is_empty());
-        assert!(!state.is_changed());
-        let kept = host::state(0, &[7]).expect("written behind");
+        assert!(!is_changed(&state));
+        let kept = host::state(0, &[7], 0).expect("written behind");
         assert_eq!(decoded::<Vec<u8>>(&kept), [7; 10_000]);
-        assert_eq!(host::state(0, &[5]), None);
+        assert_eq!(host::state(0, &[5], 0), None);
         let held = state.entries.iter().filter(|entry| !entry.is_free);
         assert_eq!(held.count(), 89, "what was removed takes no room");
+    }
+
+    #[test]
+    fn a_large_hand_over_comes_in_pieces() {
+        let mut state = ValueState::<Vec<u8>>::default();
+        for number in 0..100u32 {
+            state.set(number.to_le_bytes().as_slice(), vec![7; 100_000]);
+        }
+        for is_full in [false, true] {
+            let (mut pieces, mut count) = (0, 0);
+            state.begin_hand_over(is_full);
+            loop {
+                let mut columns = empty_changes();
+                let is_last = state.hand_over(&mut Changes { state: 0, columns: &mut columns });
+                assert!(columns.values.len() <= PIECE_BYTES + 100_000, "{}", columns.values.len());
+                (pieces, count) = (pieces + 1, count + columns.states.len());
+                if is_last {
+                    break;
+                }
+            }
+            assert_eq!((pieces, count), (10, 100));
+        }
+    }
+
+    /// A guest without live state ran out of memory: removed keys were kept for a hand-over that never
+    /// came.
+    #[test]
+    fn what_is_removed_makes_room_at_once_where_changes_are_not_tracked() {
+        let mut state = ValueState::<u32>::default();
+        state.track(false);
+        for number in 0..10_000u32 {
+            let key = number.to_le_bytes();
+            state.set(key.as_slice(), number);
+            assert_eq!(state.remove(key.as_slice()), Some(number));
+        }
+        assert_eq!(state.entries.len(), 1);
+        assert!(state.changed.is_empty());
+        state.set([1].as_slice(), 1);
+        assert_eq!(handed_over(&mut state, false), [(vec![1], Some(1))], "all there is");
+    }
+
+    #[test]
+    fn a_namespace_is_no_part_of_the_key_and_goes_with_it() {
+        let mut state = ValueState::<u32>::default();
+        let (short, long) = (StateKey::new(b"a"), StateKey::new(b"ab"));
+        state.set(&short.with(b"bc"), 1);
+        state.set(&long.with(b"c"), 2);
+        state.set(&StateKey::new(b"abc"), 3);
+        assert_eq!(state.get(&short.with(b"bc")), Some(&1));
+        assert_eq!(state.get(&long.with(b"c")), Some(&2));
+        assert_eq!(state.get(&StateKey::new(b"abc")), Some(&3));
+        assert_eq!(state.get(&long), None);
+        let mut columns = empty_changes();
+        state.begin_hand_over(true);
+        assert!(state.hand_over(&mut Changes { state: 0, columns: &mut columns }));
+        let handed: Vec<_> = entries(&columns).map(|(_, key, _)| key.to_owned()).collect();
+        let of = |key: &OwnedStateKey| (key.key_bytes().to_vec(), key.namespace_bytes().to_vec());
+        let expected = [("a", "bc"), ("ab", "c"), ("abc", "")];
+        let expected = expected.map(|(key, ns)| (key.as_bytes().to_vec(), ns.as_bytes().to_vec()));
+        assert_eq!(handed.iter().map(of).collect::<Vec<_>>(), expected);
     }
 }

@@ -27,6 +27,7 @@ impl<O: Operator> TestTask<O> {
             max_parallelism: 128,
             config: config.collect(),
             state_cache: None,
+            tracks_changes: true,
         })
         .map_err(own_error)?;
         Ok(Self { task, emitted: Vec::new() })
@@ -61,9 +62,12 @@ impl<O: Operator> TestTask<O> {
             values,
             timestamps: timestamp.into_iter().collect(),
         };
-        let emitted = self.task.process(input, &batch).map_err(own_error)?;
-        self.emitted.extend(emitted);
-        Ok(())
+        let processed = self.task.process(input, &batch).map_err(own_error)?;
+        self.emitted.extend(processed.emissions);
+        match processed.rejected.into_iter().next() {
+            Some(rejection) => Err(Error::rejected(rejection.message)),
+            None => Ok(()),
+        }
     }
 
     /// Moves event time on.

@@ -67,6 +67,7 @@ async fn open_on(
         parallelism: 1,
         max_parallelism: 128,
         state_cache: None,
+        tracks_changes: true,
         config,
     };
     instance.open(context).await?;

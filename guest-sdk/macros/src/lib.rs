@@ -7,7 +7,8 @@ use syn::{Error, Fields, ItemStruct, LitStr, parse_macro_input};
 /// Makes a struct an operator.
 ///
 /// Fields marked `#[state]` become declared state under the field's name, or under another one:
-/// `#[state(name = "totals")]`. On `wasm32` the struct becomes the component's export, so a crate
+/// `#[state(name = "totals")]`. State of an earlier version under another name is taken over with
+/// `#[state(renamed_from = "sums")]`. On `wasm32` the struct becomes the component's export, so a crate
 /// has at most one operator; elsewhere the attribute exports nothing, and unit tests run natively.
 #[proc_macro_attribute]
 pub fn operator(arguments: TokenStream, item: TokenStream) -> TokenStream {
@@ -28,7 +29,8 @@ fn expand(mut item: ItemStruct) -> syn::Result<proc_macro2::TokenStream> {
             };
             let attribute = field.attrs.remove(place);
             let Some(ident) = field.ident.clone() else { continue };
-            states.push((state_name(&attribute, &ident.to_string())?, ident));
+            let (name, renamed_from) = state_name(&attribute, &ident.to_string())?;
+            states.push((name, renamed_from, ident));
         }
     }
     if !item.generics.params.is_empty() {
@@ -36,18 +38,24 @@ fn expand(mut item: ItemStruct) -> syn::Result<proc_macro2::TokenStream> {
         return Err(Error::new_spanned(&item.generics, message));
     }
     let name = &item.ident;
-    let names = states.iter().map(|(name, _)| name);
-    let fields = states.iter().map(|(_, field)| field);
+    let named = states.iter().map(|(name, renamed_from, field)| {
+        let renamed_from = match renamed_from {
+            Some(before) => quote!(::core::option::Option::Some(#before)),
+            None => quote!(::core::option::Option::None),
+        };
+        quote!(::cofferdam_sdk::state::NamedState {
+            name: #name,
+            renamed_from: #renamed_from,
+            field: &mut self.#field,
+        })
+    });
     let export = export(&item);
     Ok(quote! {
         #item
 
         impl ::cofferdam_sdk::state::DeclaredState for #name {
-            fn states(&mut self) -> ::std::vec::Vec<(
-                &'static str,
-                &mut dyn ::cofferdam_sdk::state::StateField,
-            )> {
-                ::std::vec![#((#names, &mut self.#fields as _)),*]
+            fn states(&mut self) -> ::std::vec::Vec<::cofferdam_sdk::state::NamedState<'_>> {
+                ::std::vec![#(#named),*]
             }
         }
 
@@ -55,19 +63,23 @@ fn expand(mut item: ItemStruct) -> syn::Result<proc_macro2::TokenStream> {
     })
 }
 
-fn state_name(attribute: &syn::Attribute, field: &str) -> syn::Result<String> {
-    let mut name = field.to_owned();
+/// The name of a state, and one that it had before.
+fn state_name(attribute: &syn::Attribute, field: &str) -> syn::Result<(String, Option<String>)> {
+    let (mut name, mut renamed_from) = (field.to_owned(), None);
     if matches!(attribute.meta, syn::Meta::Path(_)) {
-        return Ok(name);
+        return Ok((name, renamed_from));
     }
     attribute.parse_nested_meta(|meta| {
-        if !meta.path.is_ident("name") {
-            return Err(meta.error("expected `name = \"...\"`"));
+        if meta.path.is_ident("name") {
+            name = meta.value()?.parse::<LitStr>()?.value();
+        } else if meta.path.is_ident("renamed_from") {
+            renamed_from = Some(meta.value()?.parse::<LitStr>()?.value());
+        } else {
+            return Err(meta.error("expected `name = \"...\"` or `renamed_from = \"...\"`"));
         }
-        name = meta.value()?.parse::<LitStr>()?.value();
         Ok(())
     })?;
-    Ok(name)
+    Ok((name, renamed_from))
 }
 
 fn export(item: &ItemStruct) -> proc_macro2::TokenStream {
@@ -93,17 +105,23 @@ fn export(item: &ItemStruct) -> proc_macro2::TokenStream {
                 fn open(context: OpenContext) -> ::core::result::Result<(), OperatorError> {
                     TASK.with_borrow_mut(|task| task.open(context))
                 }
-                fn process(input: u32, records: Batch) -> ::core::result::Result<Vec<Emission>, OperatorError> {
+                fn process(input: u32, records: Batch) -> ::core::result::Result<Processed, OperatorError> {
                     TASK.with_borrow_mut(|task| task.process(input, &records))
                 }
                 fn advance(watermark: i64) -> ::core::result::Result<Vec<Emission>, OperatorError> {
                     TASK.with_borrow_mut(|task| task.advance(watermark))
                 }
-                fn checkpoint(request: CheckpointRequest) -> ::core::result::Result<StateChanges, OperatorError> {
+                fn checkpoint(request: CheckpointRequest) -> ::core::result::Result<HandedOver, OperatorError> {
                     Ok(TASK.with_borrow_mut(|task| task.checkpoint(request)))
                 }
-                fn restore(changes: StateChanges) -> ::core::result::Result<(), OperatorError> {
-                    TASK.with_borrow_mut(|task| task.restore(&changes))
+                fn restore(
+                    changes: StateChanges,
+                    schemas: Vec<(u32, String)>,
+                ) -> ::core::result::Result<(), OperatorError> {
+                    TASK.with_borrow_mut(|task| task.restore(&changes, &schemas))
+                }
+                fn converts(state: u32, schema: String) -> ::core::result::Result<(), String> {
+                    TASK.with_borrow_mut(|task| task.converts(state, &schema))
                 }
                 fn finish() -> ::core::result::Result<Vec<Emission>, OperatorError> {
                     TASK.with_borrow_mut(|task| task.finish())

@@ -104,6 +104,8 @@ const OUTPUTS: &str = "outputs";
 pub(crate) struct Plan {
     /// The job's name.
     pub(crate) job: String,
+    /// Of the job alone.
+    secret: [u8; 32],
     pub(crate) graph: JobGraph,
     nodes: Vec<NodePlan>,
     slots: BTreeMap<TaskId, usize>,
@@ -126,9 +128,12 @@ enum NodePlan {
     Source(Prepared),
     Operator {
         name: String,
+        uid: String,
         component: Component,
         spec: Arc<OperatorSpec>,
         has_states: bool,
+        /// See [`OperatorTask::tracks_changes`].
+        tracks_changes: bool,
         /// See [`dead_letter_output`].
         dead_letter_output: u32,
     },
@@ -163,19 +168,28 @@ impl Plan {
             NodePlan::Sink { spec, output } => {
                 Work::Sink { spec: spec.clone(), output: output.clone(), sink: None }
             }
-            NodePlan::Operator { name, component, spec, has_states, dead_letter_output } => {
-                Work::Operator(Box::new(OperatorTask {
-                    name: name.clone(),
-                    component: component.clone(),
-                    spec: spec.clone(),
-                    has_states: *has_states,
-                    instance: None,
-                    dead_letter_output: *dead_letter_output,
-                    processed: Processed::default(),
-                    guard: None,
-                    unsaved: Vec::new(),
-                }))
-            }
+            NodePlan::Operator {
+                name,
+                uid,
+                component,
+                spec,
+                has_states,
+                tracks_changes,
+                dead_letter_output,
+            } => Work::Operator(Box::new(OperatorTask {
+                name: name.clone(),
+                component: component.clone(),
+                spec: spec.clone(),
+                has_states: *has_states,
+                tracks_changes: *tracks_changes,
+                random_seed: self.random_seed(uid, task.index),
+                restored_from: 0,
+                instance: None,
+                dead_letter_output: *dead_letter_output,
+                processed: Processed::default(),
+                guard: None,
+                unsaved: Vec::new(),
+            })),
         };
         Node {
             task,
@@ -188,6 +202,14 @@ impl Plan {
             is_drained: false,
             outputs: self.outputs[task.operator.0 as usize].clone(),
         }
+    }
+
+    /// What a task's guest gets for random numbers is a function of the job, the operator and the task.
+    fn random_seed(&self, uid: &str, index: u32) -> u64 {
+        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
+        hasher.update(uid.as_bytes()).update(&index.to_le_bytes());
+        let hash = hasher.finalize();
+        hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
     }
 
     /// Without records for so long a source holds event time back no longer.
@@ -679,8 +701,12 @@ impl Job {
             identities: &identities,
             locals: &locals,
             sources: &sources.collect(),
+            components: &operators
+                .iter()
+                .map(|(id, operator)| (spec.node(*id).name.clone(), operator.component.clone()))
+                .collect(),
         };
-        let chosen = restore::choose(&targets, &store, &found, options.from.as_ref(), &record)?;
+        let mut chosen = restore::choose(&targets, &store, &found, options.from.as_ref(), &record)?;
         let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
         if partitions.is_some() && chosen.checkpoint().is_some() && is_half_way() {
             let message = "the checkpoint is of a job half-way, and this one runs region by region";
@@ -698,7 +724,7 @@ impl Job {
         for message in &chosen.warnings {
             observer.observe(Progress::Warning { message: message.clone() });
         }
-        let resume = restore::adopt(&targets, &mut store, &chosen)?;
+        let resume = restore::adopt(&targets, &mut store, &mut chosen)?;
         begin_outputs(&spec, &outputs)?;
         for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
             if let NodePlan::Sink { output, .. } = plan {
@@ -729,6 +755,7 @@ impl Job {
         Ok(Self {
             plan: Plan {
                 job,
+                secret: *blake3::hash(chosen.lineage.job.bytes()).as_bytes(),
                 graph,
                 nodes,
                 slots,
@@ -961,6 +988,7 @@ fn identity(
             let states = operator.description.states.iter();
             let identity = |state: &StateDeclaration| StateIdentity {
                 name: state.name.clone(),
+                renamed_from: state.renamed_from.clone(),
                 schema: state.schema.clone(),
             };
             states.map(identity).collect()
@@ -1035,9 +1063,14 @@ fn prepare_nodes(
                 (NodeKind::Sink(sink), _) => NodePlan::Sink { spec: sink.clone(), output: None },
                 (NodeKind::Operator(operator), Some(checked)) => NodePlan::Operator {
                     name: node.name.clone(),
+                    uid: node.uid.clone(),
                     component: checked.component.clone(),
                     spec: Arc::new((**operator).clone()),
                     has_states: !checked.description.states.is_empty(),
+                    tracks_changes: operator.snapshot.has_declared()
+                        && !checked.description.states.is_empty()
+                        && (spec.checkpoint.interval_ms.is_some()
+                            || spec.state_backend != StateBackend::Hashmap),
                     dead_letter_output: dead_letter_output(&checked.description),
                 },
                 (NodeKind::Operator(_), None) => {
@@ -1183,7 +1216,7 @@ fn begin_outputs(spec: &JobSpec, outputs: &BTreeMap<String, ClaimedOutput>) -> R
 }
 
 /// For asking a component what it is: whatever it says meanwhile is of no interest.
-struct QuietHost;
+pub(crate) struct QuietHost;
 
 impl Host for QuietHost {
     fn log(&self, _: Level, _: &str) {}

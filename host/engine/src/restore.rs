@@ -11,6 +11,8 @@ use std::{
     sync::Arc,
 };
 
+use cofferdam_sandbox::{Component, GuestError, Instance, InstanceSetup, Limits};
+
 use cofferdam_core::{
     graph::Partitioner,
     ids::{CheckpointId, TaskId},
@@ -22,12 +24,14 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     identity::Lineage,
+    job::QuietHost,
     problem::{Code, Problem},
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     state_dir::JobRecord,
     storage::{
         self, StorageError,
+        declared::{Changes, Entry, changes_of},
         in_flight::{ChannelState, InFlight},
         manifest::{Manifest, StateIdentity, TaskIdentity},
         snapshot::{Found, LoadedTask, Share, SnapshotStore},
@@ -53,6 +57,7 @@ pub(crate) struct Tasks<'a> {
     pub(crate) identities: &'a [TaskIdentity],
     pub(crate) locals: &'a BTreeMap<TaskId, Arc<TaskLocal>>,
     pub(crate) sources: &'a BTreeMap<String, source::Prepared>,
+    pub(crate) components: &'a BTreeMap<String, Component>,
 }
 
 /// What a run goes on from. Nothing has changed yet.
@@ -196,13 +201,13 @@ pub(crate) fn absolute(dir: &Path) -> Option<PathBuf> {
 pub(crate) fn adopt(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
-    chosen: &Chosen,
+    chosen: &mut Chosen,
 ) -> Result<Resume, Problem> {
     store.set_lineage(chosen.lineage.clone());
-    let Some(manifest) = &chosen.manifest else {
+    let Some(manifest) = chosen.manifest.clone() else {
         return Ok(Resume { completed: Vec::new(), next_id: CheckpointId(store.next_id()) });
     };
-    let adopted = adopt_state(tasks, store, manifest, chosen);
+    let adopted = adopt_state(tasks, store, &manifest, chosen);
     adopted.map_err(|error| unusable(store, &error))?;
     Ok(Resume {
         completed: store.checkpoints().into_iter().map(CheckpointId).collect(),
@@ -255,9 +260,11 @@ fn adopt_state(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
     manifest: &Manifest,
-    chosen: &Chosen,
+    chosen: &mut Chosen,
 ) -> Result<(), StorageError> {
     let id = manifest.checkpoint;
+    let from = chosen.other.as_ref().unwrap_or(store);
+    convert(tasks, from, manifest, &mut chosen.shares)?;
     let is_as_it_was = store.is_current(id)
         && manifest.lineage == chosen.lineage
         && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
@@ -278,6 +285,50 @@ fn adopt_state(
     }
     Ok(())
 }
+
+/// Converts declared state whose schema has changed: the component of now reads it, and hands it over.
+fn convert(
+    tasks: &Tasks<'_>,
+    from: &SnapshotStore,
+    manifest: &Manifest,
+    shares: &mut Shares,
+) -> Result<(), StorageError> {
+    let known = |uid: &str| manifest.tasks.iter().find(|task| task.identity.uid == uid);
+    for (slot, task) in tasks.identities.iter().enumerate() {
+        let Some(known) = known(&task.uid).filter(|_| task.has_declared) else { continue };
+        let before = |state: &StateIdentity| state.find(&known.identity.states).cloned();
+        let numbered = (0..).zip(&task.states).filter_map(|(number, state)| {
+            let before = before(state)?;
+            (before.schema != state.schema).then_some((number, before.schema))
+        });
+        let schemas: Vec<(u32, String)> = numbered.collect();
+        let Some(component) = tasks.components.get(&task.operator) else { continue };
+        if schemas.is_empty() {
+            continue;
+        }
+        let entries: Vec<Entry> =
+            shares[slot].entries(from, manifest.checkpoint)?.collect::<Result<_, _>>()?;
+        let schemas: Vec<(u32, &str)> =
+            schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
+        let pieces = on_instance(component, async |instance| {
+            for part in entries.chunks(CONVERTED_AT_ONCE) {
+                instance.take_back(&changes_of(part.iter()), &schemas).await?;
+            }
+            instance.hand_over(manifest.checkpoint, true, u64::MAX).await
+        });
+        let pieces = pieces.map_err(|what| {
+            let what = format!("convert the declared state of \"{}\": {what}", task.operator);
+            StorageError::store("take over a checkpoint", what)
+        })?;
+        let run = Changes::Guest(pieces);
+        let converted = run.run(task.max_parallelism).collect::<Result<Vec<Entry>, _>>()?;
+        shares[slot].converted = Some(converted);
+    }
+    Ok(())
+}
+
+/// Entries that a guest takes in one call.
+const CONVERTED_AT_ONCE: usize = 4096;
 
 /// Loads every old task, and shares its state out among the new ones. Declared state is only read
 /// through: it may be larger than the memory.
@@ -317,9 +368,20 @@ fn redistribute(
                 declared_from: vec![slot],
                 key_groups: None,
                 states: states.clone(),
+                converted: None,
             }));
         } else {
             let numbers = state_numbers(manifest, old.first(), new.first());
+            // What a task that has finished had is finished: no record of its keys will come, and it must
+            // not finish again. Where all have, their state is what is left of the operator.
+            let has_finished = |(_, task): &(&usize, &LoadedTask)| task.is_drained;
+            let all_have = loaded.iter().all(|task| task.is_drained);
+            let old: Vec<usize> = old
+                .iter()
+                .zip(&loaded)
+                .filter(|pair| all_have || !has_finished(pair))
+                .map(|(slot, _)| *slot)
+                .collect();
             let states = share(tasks, node, loaded, &new);
             let states = states.map_err(|problem| Failed::Problem(Box::new(problem)))?;
             shares.extend(states.into_iter().zip(&new).map(|(state, identity)| {
@@ -328,7 +390,7 @@ fn redistribute(
                 let key_groups =
                     has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
                 let (declared_from, states) = (old.clone(), numbers.clone());
-                Share { state, declared_from, key_groups, states }
+                Share { state, declared_from, key_groups, states, converted: None }
             }));
         }
         let own = &shares[shares.len() - new.len()..];
@@ -359,7 +421,8 @@ fn state_numbers(
     let old = old.map_or(&[][..], |task| &task.identity.states);
     let number = |state: &StateIdentity| {
         let new = new.into_iter().flat_map(|identity| &identity.states);
-        (0..).zip(new).find(|(_, it)| it.name == state.name).map(|(number, _)| number)
+        let is_it = |it: &StateIdentity| it.find(old).is_some_and(|found| found.name == state.name);
+        (0..).zip(new).find(|(_, it)| is_it(it)).map(|(number, _)| number)
     };
     old.iter().map(number).collect()
 }
@@ -412,12 +475,6 @@ fn share(
     let NodeSpec { name, kind, .. } = node;
     let parallelism = new.len();
     let is_drained = old.iter().all(|task| task.is_drained);
-    if !is_drained && matches!(kind, NodeKind::Operator(_)) && old.iter().any(|it| it.is_drained) {
-        let message = format!("some tasks of \"{name}\" had finished, and others had not");
-        return Err(Problem::new(Code::StateMismatch, message)
-            .detail("with another parallelism what had finished would finish again")
-            .hint("set the parallelism back"));
-    }
     let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
     let shares = match kind {
         NodeKind::Source(_) => match tasks.sources.get(name) {
@@ -506,7 +563,7 @@ fn check_fit(
     let stored = || manifest.tasks.iter().map(|task| &task.identity);
     for task in tasks.identities {
         if let Some(known) = stored().find(|known| known.uid == task.uid) {
-            check_operator(known, task)?;
+            check_operator(tasks, known, task)?;
         }
     }
     let is_known = |known: &TaskIdentity| tasks.identities.iter().any(|task| task.uid == known.uid);
@@ -522,12 +579,16 @@ fn check_fit(
     }
 }
 
-fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Problem> {
+fn check_operator(
+    tasks: &Tasks<'_>,
+    known: &TaskIdentity,
+    task: &TaskIdentity,
+) -> Result<(), Problem> {
     let name = &task.operator;
     let mismatch =
         |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
     if known.has_declared && task.has_declared {
-        check_states(known, task)?;
+        check_states(tasks, known, task)?;
     }
     if known.max_parallelism != task.max_parallelism {
         let what = format!(
@@ -590,17 +651,59 @@ fn check_operator(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Probl
     Ok(())
 }
 
-/// Declared state is matched by name, and must look as it did.
-fn check_states(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Problem> {
+/// Asks an instance of a component that was not opened.
+fn on_instance<T: Send>(
+    component: &Component,
+    ask: impl AsyncFnOnce(&mut Instance) -> Result<T, GuestError> + Send,
+) -> Result<T, String> {
+    let limits = Limits::default();
+    let setup = InstanceSetup { host: Arc::new(QuietHost), limits, seed: 0 };
+    // On a thread of its own: this one may be an executor's.
+    let answer = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            futures::executor::block_on(async {
+                let mut instance = component.instantiate(setup).await?;
+                ask(&mut instance).await
+            })
+        });
+        asked.join()
+    });
+    match answer {
+        Ok(answer) => answer.map_err(|error: GuestError| error.to_string()),
+        Err(_) => Err("the question to the component panicked".to_owned()),
+    }
+}
+
+/// Declared state is matched by name, and must look as it did, or be convertible.
+fn check_states(
+    tasks: &Tasks<'_>,
+    known: &TaskIdentity,
+    task: &TaskIdentity,
+) -> Result<(), Problem> {
     let name = &task.operator;
-    for state in &task.states {
-        let before = known.states.iter().find(|known| known.name == state.name);
-        if let Some(before) = before.filter(|before| before.schema != state.schema) {
+    for (number, state) in (0..).zip(&task.states) {
+        let Some(before) = state.find(&known.states) else { continue };
+        if before.schema == state.schema {
+            continue;
+        }
+        let mismatch = |what: String| {
             let message = format!("state \"{}\" of \"{name}\" has another schema", state.name);
-            return Err(Problem::new(Code::SchemaMismatch, message)
+            Problem::new(Code::SchemaMismatch, message)
                 .detail(format!("in the checkpoint: {}", before.schema))
                 .detail(format!("in the component:  {}", state.schema))
-                .hint("keep the type, and give a state of another type another name"));
+                .detail(what)
+                .hint("keep the type, and give a state of another type another name")
+        };
+        if task.has_host_state || known.has_host_state {
+            return Err(mismatch("state that the host keeps is not converted".to_owned()));
+        }
+        let Some(component) = tasks.components.get(name) else { continue };
+        let answer = on_instance(component, async |instance| {
+            instance.converts(number, &before.schema).await
+        });
+        match answer {
+            Ok(Ok(())) => {}
+            Ok(Err(what)) | Err(what) => return Err(mismatch(what)),
         }
     }
     let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };

@@ -1,12 +1,13 @@
 //! From the bytes of a component to compiled code: parse, check, instrument, compile, cache.
 #![allow(unsafe_code, reason = "loads compiled code that this program has written")]
 
-use std::{fmt, fs, io::Write, path::PathBuf, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use wasmtime::component::{Component as Compiled, ComponentExportIndex, InstancePre};
 
 use crate::{
     bindings::OperatorIndices,
+    cache::Cache,
     engine::{Sandbox, Shared},
     instrument::{self, Access},
     validate::{self, Unsound, Verdict},
@@ -68,7 +69,7 @@ pub enum ComponentError {
         message: String,
     },
     /// A component that is not an operator.
-    #[error("it does not export `cofferdam:operator/guest@0.1.0`: {message}")]
+    #[error("it does not export `cofferdam:operator/guest@0.2.0`: {message}")]
     OtherWorld {
         /// What is missing.
         message: String,
@@ -152,7 +153,9 @@ impl Sandbox {
             Verdict::Unsound(unsound) => ComponentError::Unsound(unsound),
         })?;
         // The rewriting relies on what validation guarantees, so validate what was given first.
-        wasmparser::Validator::new().validate_all(bytes).map_err(malformed)?;
+        wasmparser::Validator::new_with_features(validate::features())
+            .validate_all(bytes)
+            .map_err(malformed)?;
         let instrumented = instrument::instrument(bytes).map_err(malformed)?;
         let compile =
             |error: wasmtime::Error| ComponentError::Compile { message: format!("{error:#}") };
@@ -164,29 +167,30 @@ impl Sandbox {
         Ok(compiled)
     }
 
-    fn cache_file(&self, digest: Digest) -> Option<PathBuf> {
+    fn cache_file(&self, digest: Digest) -> Option<(&Cache, String)> {
         let name = format!("{digest}-{:016x}.cwasm", self.shared.compatibility);
-        Some(self.shared.cache_dir.as_ref()?.join(name))
+        Some((self.shared.cache.as_ref()?, name))
     }
 
     fn cached(&self, digest: Digest) -> Option<Compiled> {
-        let path = self.cache_file(digest).filter(|path| path.exists())?;
-        // SAFETY: the file lies in a directory that only this user can write to, and was put there
-        // whole, by a rename, by `store` below; its name holds the digest of the component, the
-        // version of wasmtime and all settings.
-        let loaded = unsafe { Compiled::deserialize_file(&self.shared.engine, &path) };
-        loaded
-            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "compile again"))
-            .ok()
+        let (cache, name) = self.cache_file(digest)?;
+        let code = match cache.read(&name) {
+            Ok(code) => code?,
+            Err(error) => {
+                tracing::warn!(%error, name, "a compiled component cannot be used: compile it again");
+                return None;
+            }
+        };
+        // SAFETY: the code carries a hash under a key that only this user can read, over its name and all
+        // of its bytes, so it was written by `store` below; its name holds the digest of the component,
+        // and the versions of wasmtime, of the checks and of all settings.
+        let loaded = unsafe { Compiled::deserialize(&self.shared.engine, &code) };
+        loaded.inspect_err(|error| tracing::warn!(name, %error, "compile again")).ok()
     }
 
     fn store(&self, compiled: &Compiled, digest: Digest) -> Result<(), wasmtime::Error> {
-        let Some(path) = self.cache_file(digest) else { return Ok(()) };
-        let dir = path.parent().unwrap_or(&path);
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(&compiled.serialize()?)?;
-        file.persist(&path).map_err(|error| error.error)?;
-        fs::File::open(dir)?.sync_all()?;
+        let Some((cache, name)) = self.cache_file(digest) else { return Ok(()) };
+        cache.write(&name, &compiled.serialize()?)?;
         Ok(())
     }
 }

@@ -11,8 +11,10 @@ use std::{
 use wasmtime::{Config, Engine, component::Linker};
 
 use crate::{
+    cache::Cache,
     limits::TICK,
     memory::{Creator, track::Tracking},
+    validate,
     wasi::{self, State},
 };
 
@@ -47,7 +49,7 @@ pub enum SandboxError {
     #[error("set up the wasm engine: {0}")]
     Engine(wasmtime::Error),
     /// The cache directory cannot be used.
-    #[error("create the cache of compiled components at {path}")]
+    #[error("the cache of compiled components at {path} cannot be used")]
     Cache {
         /// The directory.
         path: PathBuf,
@@ -55,6 +57,9 @@ pub enum SandboxError {
         #[source]
         source: io::Error,
     },
+    /// Without the thread that interrupts guests no call would have a limit.
+    #[error("start the thread that interrupts guests: {0}")]
+    Ticker(io::Error),
 }
 
 /// Loads components and runs their instances. Cheap to clone: all clones are the same sandbox.
@@ -67,7 +72,7 @@ pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) linker: Linker<State>,
     pub(crate) tracking: Arc<Tracking>,
-    pub(crate) cache_dir: Option<PathBuf>,
+    pub(crate) cache: Option<Cache>,
     /// Tells compiled code apart by everything that it depends on beside the component.
     pub(crate) compatibility: u64,
 }
@@ -95,16 +100,17 @@ impl Sandbox {
         let engine = Engine::new(&config).map_err(SandboxError::Engine)?;
         let mut linker = Linker::new(&engine);
         wasi::link(&mut linker).map_err(SandboxError::Engine)?;
-        if let Some(path) = &options.cache_dir {
-            create_private_dir(path)
-                .map_err(|source| SandboxError::Cache { path: path.clone(), source })?;
-        }
+        let open = |path: &PathBuf| {
+            Cache::open(path).map_err(|source| SandboxError::Cache { path: path.clone(), source })
+        };
+        let cache = options.cache_dir.as_ref().map(open).transpose()?;
         let mut hasher = DefaultHasher::new();
         engine.precompile_compatibility_hash().hash(&mut hasher);
-        start_ticker(&engine);
+        validate::VERSION.hash(&mut hasher);
+        env!("CARGO_PKG_VERSION").hash(&mut hasher);
+        start_ticker(&engine).map_err(SandboxError::Ticker)?;
         let compatibility = hasher.finish();
-        let cache_dir = options.cache_dir;
-        Ok(Self { shared: Arc::new(Shared { engine, linker, tracking, cache_dir, compatibility }) })
+        Ok(Self { shared: Arc::new(Shared { engine, linker, tracking, cache, compatibility }) })
     }
 
     /// How written pages are found here.
@@ -134,24 +140,16 @@ fn engine_config(options: &SandboxOptions, tracking: Arc<Tracking>) -> Config {
     config
 }
 
-#[cfg(unix)]
-fn create_private_dir(path: &std::path::Path) -> io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
 /// Advances the epoch every tick, until the engine is gone.
-fn start_ticker(engine: &Engine) {
+fn start_ticker(engine: &Engine) -> io::Result<()> {
     let engine = engine.weak();
     let ticker = std::thread::Builder::new().name("cofferdam-epoch".to_owned());
-    let started = ticker.spawn(move || {
+    ticker.spawn(move || {
         while let Some(engine) = engine.upgrade() {
             engine.increment_epoch();
             drop(engine);
             std::thread::sleep(TICK);
         }
-    });
-    if let Err(error) = started {
-        tracing::error!(%error, "start the thread that interrupts guests: no call has a time limit");
-    }
+    })?;
+    Ok(())
 }

@@ -23,11 +23,16 @@ pub trait Host: Send + Sync + 'static {
     /// How often the task was restarted before.
     fn attempt(&self) -> u32;
 
-    /// The value of a key of declared state.
+    /// The value of a key of declared state, of which so many bytes at the end are its namespace.
     ///
     /// # Errors
     /// [`StateError::NotKept`] unless the host keeps it.
-    fn state(&self, _state: u32, _key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+    fn state(
+        &self,
+        _state: u32,
+        _key: &[u8],
+        _namespace: u32,
+    ) -> Result<Option<Vec<u8>>, StateError> {
         Err(StateError::NotKept)
     }
 
@@ -43,7 +48,11 @@ pub trait Host: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StateError::NotKept`] unless the host keeps it.
-    fn scan_state(&self, _state: u32, _after: Option<&[u8]>) -> Result<StateChanges, StateError> {
+    fn scan_state(
+        &self,
+        _state: u32,
+        _after: Option<(&[u8], u32)>,
+    ) -> Result<StateChanges, StateError> {
         Err(StateError::NotKept)
     }
 }

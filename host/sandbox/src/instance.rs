@@ -6,7 +6,8 @@ use std::{future::Future, io, pin::pin, sync::Arc};
 use wasmtime::{Store, UpdateDeadline, component::TypedFunc};
 
 use crate::{
-    Batch, Component, Description, Emission, Host, Limits, OpenContext, StateChanges,
+    Batch, Component, Description, Emission, HandedOver, Host, Limits, OpenContext, Processed,
+    StateChanges,
     bindings::{Operator, cofferdam::operator::types::CheckpointRequest},
     component::AccessorIndices,
     limits::Limit,
@@ -154,7 +155,7 @@ impl Component {
             });
         let (operator, accessors) =
             loaded.map_err(|error| GuestError::Host(format!("{error:#}")))?;
-        if regions.len() != accessors.grow.len() {
+        if regions.len() != accessors.grow.len() || accessors.get.len() != accessors.set.len() {
             let message = format!("{} memories, {} expected", regions.len(), accessors.grow.len());
             return Err(GuestError::Host(message));
         }
@@ -230,12 +231,16 @@ impl Instance {
     ///
     /// # Errors
     /// See [`GuestError`].
-    pub async fn process(
-        &mut self,
-        input: u32,
-        records: &Batch,
-    ) -> Result<Vec<Emission>, GuestError> {
-        check_emissions(call!(self, call_process(input, records))??)
+    pub async fn process(&mut self, input: u32, records: &Batch) -> Result<Processed, GuestError> {
+        let Processed { emissions, rejected } = call!(self, call_process(input, records))??;
+        let emissions = check_emissions(emissions)?;
+        let count = records.value_ends.len();
+        let is_ascending = rejected.is_sorted_by(|left, right| left.record < right.record);
+        if !is_ascending || rejected.last().is_some_and(|last| count <= last.record as usize) {
+            let message = "it rejected records that it was not given".to_owned();
+            return Err(GuestError::Trap { message, backtrace: Vec::new() });
+        }
+        Ok(Processed { emissions, rejected })
     }
 
     /// Event time moves on.
@@ -254,23 +259,65 @@ impl Instance {
         check_emissions(call!(self, call_finish())??)
     }
 
-    /// The guest hands its declared state over: what changed since the last time, or all of it.
+    /// The guest hands its declared state over, piece by piece: what changed since the last time, or all
+    /// of it. Each piece is a call of its own, within the limits of one.
     ///
     /// # Errors
-    /// See [`GuestError`].
-    pub async fn hand_over(&mut self, id: u64, full: bool) -> Result<StateChanges, GuestError> {
-        let changes = call!(self, call_checkpoint(CheckpointRequest { id, full }))??;
-        check_changes(&changes)
-            .map_err(|message| GuestError::Trap { message, backtrace: Vec::new() })?;
-        Ok(changes)
+    /// See [`GuestError`]; and where it hands over more than `bytes_max`.
+    pub async fn hand_over(
+        &mut self,
+        id: u64,
+        full: bool,
+        bytes_max: u64,
+    ) -> Result<Vec<StateChanges>, GuestError> {
+        let (mut pieces, mut bytes, mut continued) = (Vec::new(), 0, false);
+        loop {
+            let request = CheckpointRequest { id, full, continued };
+            let HandedOver { changes, is_last } = call!(self, call_checkpoint(request))??;
+            let malformed = |message| GuestError::Trap { message, backtrace: Vec::new() };
+            check_changes(&changes).map_err(malformed)?;
+            if changes.states.is_empty() && !is_last {
+                let message = "it handed over an empty piece that was not the last".to_owned();
+                return Err(malformed(message));
+            }
+            bytes += (changes.keys.len() + changes.values.len() + 16 * changes.states.len()) as u64;
+            if bytes_max < bytes {
+                return Err(GuestError::Limit(Limit::State { wanted_bytes: bytes, bytes_max }));
+            }
+            if !changes.states.is_empty() {
+                pieces.push(changes);
+            }
+            if is_last {
+                return Ok(pieces);
+            }
+            continued = true;
+        }
     }
 
-    /// The guest takes declared state back.
+    /// The guest takes declared state back. `schemas` are those that states were written with, where
+    /// they are not those of this component.
     ///
     /// # Errors
     /// See [`GuestError`].
-    pub async fn take_back(&mut self, changes: &StateChanges) -> Result<(), GuestError> {
-        Ok(call!(self, call_restore(changes))??)
+    pub async fn take_back(
+        &mut self,
+        changes: &StateChanges,
+        schemas: &[(u32, &str)],
+    ) -> Result<(), GuestError> {
+        Ok(call!(self, call_restore(changes, schemas))??)
+    }
+
+    /// Whether the guest can take values of a state back that were written with another schema; if not,
+    /// why.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn converts(
+        &mut self,
+        state: u32,
+        schema: &str,
+    ) -> Result<Result<(), String>, GuestError> {
+        call!(self, call_converts(state, schema))
     }
 
     /// The task ends in good order.
@@ -297,6 +344,11 @@ impl Instance {
     /// Where a snapshot would not be the whole state. The pages found are then lost to the next
     /// snapshot, so the instance must not be snapshotted again.
     pub async fn snapshot(&mut self) -> Result<MemorySnapshot, SnapshotError> {
+        // What a failed call has left is no state.
+        if self.is_poisoned {
+            let message = "a snapshot of an instance that has failed".to_owned();
+            return Err(SnapshotError::Guest(GuestError::Host(message)));
+        }
         self.check_handles()?;
         let globals = self.globals().await.map_err(SnapshotError::Guest)?;
         let tracking = self.component.inner.sandbox.tracking.clone();
@@ -335,8 +387,7 @@ impl Instance {
         let tracking = self.component.inner.sandbox.tracking.clone();
         let regions = self.regions.iter().zip(&mut self.baselines);
         for ((region, baseline), memory) in regions.zip(&image.memories) {
-            // SAFETY: `&mut self`: no guest code runs and no reference into the region lives; the
-            // region was just grown to the size of the file.
+            // SAFETY: `&mut self`: no guest code runs and no reference into the region lives.
             unsafe {
                 region.map_privately(&memory.file, &tracking).map_err(RestoreError::Map)?;
                 baseline.reset(&tracking, region);
@@ -379,8 +430,13 @@ impl Instance {
         let pages = (missing / WASM_PAGE_BYTES) as i64;
         let result = self.accessors.grow[index].call_async(&mut self.store, (pages,)).await;
         let (before,) = self.end(result).map_err(RestoreError::Guest)?;
-        if 0 <= before {
+        let grown = self.regions[index].size_bytes() as u64;
+        if 0 <= before && grown == image {
             return Ok(());
+        }
+        if 0 <= before {
+            let message = format!("a memory grew to {grown} bytes where {image} were asked for");
+            return Err(RestoreError::Guest(GuestError::Host(message)));
         }
         let bytes_max = self.limits.memory_bytes_max;
         let refused = self.store.data().meter.refused();
@@ -436,13 +492,27 @@ pub(crate) fn check_changes(changes: &StateChanges) -> Result<(), String> {
     let count = changes.states.len();
     let is_complete = changes.key_ends.len() == count
         && changes.value_ends.len() == count
+        && (changes.namespaces.is_empty() || changes.namespaces.len() == count)
         && changes.removed.len() == count;
     let checked = match is_complete {
         true => check_column(&changes.key_ends, changes.keys.len())
-            .and_then(|()| check_column(&changes.value_ends, changes.values.len())),
+            .and_then(|()| check_column(&changes.value_ends, changes.values.len()))
+            .and_then(|()| check_namespaces(changes)),
         false => Err("columns of different length"),
     };
     checked.map_err(|message| format!("it handed over malformed state: {message}"))
+}
+
+/// A namespace is a part of its key.
+fn check_namespaces(changes: &StateChanges) -> Result<(), &'static str> {
+    let mut start = 0;
+    for (end, namespace) in changes.key_ends.iter().zip(&changes.namespaces) {
+        if end - start < *namespace {
+            return Err("a namespace that is longer than its key");
+        }
+        start = *end;
+    }
+    Ok(())
 }
 
 impl Batch {

@@ -7,6 +7,7 @@
 //!
 //! **Invariant:** this is the only crate that names wasmtime.
 
+mod cache;
 mod component;
 mod engine;
 mod host;
@@ -30,7 +31,7 @@ mod bindings {
     wasmtime::component::bindgen!({
         path: "../../wit",
         world: "operator",
-        imports: { "cofferdam:operator/state@0.1.0": trappable },
+        imports: { "cofferdam:operator/state@0.2.0": trappable },
         exports: { default: async },
         ownership: Borrowing { duplicate_if_necessary: false },
         additional_derives: [PartialEq, Eq],
@@ -40,8 +41,8 @@ mod bindings {
 pub use bindings::cofferdam::operator::{
     logging::Level,
     types::{
-        Batch, Description, Emission, Format, OpenContext, Port, StateChanges, StateDeclaration,
-        StateKind,
+        Batch, Description, Emission, Format, HandedOver, OpenContext, Port, Processed, Rejection,
+        StateChanges, StateDeclaration, StateKind,
     },
 };
 pub use component::{Component, ComponentError, Digest};

@@ -2,7 +2,8 @@
 //! are all the state that running it can change.
 
 use wasmparser::{
-    CanonicalFunction, ComponentOuterAliasKind, Instance, Operator, Parser, Payload, TypeRef,
+    CanonicalFunction, ComponentAlias, ComponentExternalKind, ComponentOuterAliasKind,
+    ComponentTypeRef, Instance, Operator, Parser, Payload, TypeRef, WasmFeatures,
 };
 
 /// Why a snapshot of memory would miss some of a component's state.
@@ -22,6 +23,23 @@ pub enum Unsound {
     /// A component inside the component.
     #[error("it contains another component; compose it into one, or split it into two operators")]
     NestedComponent,
+    /// A core module that does not lie in the component itself, so its instances cannot be followed.
+    #[error(
+        "it imports, exports or passes on a core module; only modules of its own can be followed"
+    )]
+    ForeignModule,
+    /// A name that the host gives to what it adds.
+    #[error("it exports `{name}`, a name that is the host's")]
+    ReservedName {
+        /// The name.
+        name: String,
+    },
+    /// A part of a component that nobody has looked at.
+    #[error("it has a section that operators have no use for: {what}")]
+    UnknownSection {
+        /// Which.
+        what: String,
+    },
     /// A memory that other threads may change.
     #[error("core module {module} has a shared memory; build it without threads")]
     SharedMemory {
@@ -79,58 +97,142 @@ pub enum Unsound {
     },
 }
 
-/// Reads a component and looks for state that a snapshot would miss.
+/// The version of the checks, of the rewriting, and of what both promise: compiled code is trusted only
+/// if it has passed the same.
+pub(crate) const VERSION: u32 = 2;
+
+/// What the host's own exports begin with, of components and of modules.
+pub(crate) const RESERVED: [&str; 2] = ["cofferdam-", "__cofferdam"];
+
+/// What is being read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    /// The component itself.
+    Component,
+    /// One within it, which may only pass on what it is given.
+    Nested,
+    /// A core module, by its number.
+    Module(u32),
+}
+
+/// Reads a component and looks for state that a snapshot would miss. What is not known to be harmless is
+/// refused: sections are allowed by name, and core modules come from one place only.
 ///
 /// # Errors
-/// The first such state; or `Err(Ok(..))` where the bytes are not a component at all.
+/// The first such state, or why the bytes are no component.
 pub(crate) fn check(bytes: &[u8]) -> Result<(), Verdict> {
-    let mut depth = 0u32;
+    let mut levels: Vec<Level> = Vec::new();
     let mut modules = 0u32;
     let mut instantiated: Vec<u32> = Vec::new();
     for payload in Parser::new(0).parse_all(bytes) {
-        match payload? {
-            Payload::ModuleSection { .. } if depth == 0 => {
-                depth += 1;
+        let payload = payload?;
+        let level = levels.last().copied();
+        match (&payload, level) {
+            (Payload::Version { .. }, None) => levels.push(Level::Component),
+            // Those within were pushed by the section that holds them.
+            (Payload::Version { .. } | Payload::CustomSection(_), _) => {}
+            (Payload::End(_), _) => {
+                levels.pop();
+            }
+            (_, Some(Level::Module(module))) => check_module(module, payload)?,
+            (Payload::ModuleSection { .. }, Some(Level::Component)) => {
+                levels.push(Level::Module(modules));
                 modules += 1;
             }
-            Payload::ModuleSection { .. } => return Err(Unsound::NestedComponent.into()),
+            (Payload::ModuleSection { .. }, _) => return Err(Unsound::NestedComponent.into()),
             // wit-component makes components without code only to re-export instances.
-            Payload::ComponentSection { .. } => depth += 1,
-            Payload::End(_) => depth = depth.saturating_sub(1),
-            Payload::InstanceSection(section) => {
-                for instance in section {
+            (Payload::ComponentSection { .. }, _) => levels.push(Level::Nested),
+            (Payload::InstanceSection(section), Some(Level::Component)) => {
+                for instance in section.clone() {
                     if let Instance::Instantiate { module_index, .. } = instance? {
                         instantiated.push(module_index);
                     }
                 }
             }
-            Payload::ComponentAliasSection(section) => {
-                for alias in section {
-                    if let wasmparser::ComponentAlias::Outer {
-                        kind: ComponentOuterAliasKind::CoreModule,
-                        ..
-                    } = alias?
-                    {
-                        return Err(Unsound::NestedComponent.into());
-                    }
-                }
-            }
-            Payload::ComponentCanonicalSection(section) => {
-                for function in section {
-                    check_canonical(&function?)?;
-                }
-            }
-            payload if 0 < modules => check_module(modules - 1, payload)?,
-            _ => {}
+            (_, level) => check_section(&payload, level == Some(Level::Component))?,
         }
     }
+    // Modules have no other source than those sections, so a number is that of a module here.
     for module in 0..modules {
         let count = instantiated.iter().filter(|index| **index == module).count();
         if 1 < count {
             return Err(Unsound::InstantiatedAgain { module, count }.into());
         }
     }
-    Ok(())
+    match instantiated.iter().any(|index| modules <= *index) {
+        true => Err(Unsound::ForeignModule.into()),
+        false => Ok(()),
+    }
+}
+
+/// A section of a component, but for those that define core modules and their instances.
+fn check_section(payload: &Payload<'_>, is_outermost: bool) -> Result<(), Verdict> {
+    match payload {
+        Payload::ComponentTypeSection(_)
+        | Payload::CoreTypeSection(_)
+        | Payload::ComponentInstanceSection(_) => Ok(()),
+        Payload::ComponentImportSection(section) => {
+            for import in section.clone() {
+                if let ComponentTypeRef::Module(_) = import?.ty {
+                    return Err(Unsound::ForeignModule.into());
+                }
+            }
+            Ok(())
+        }
+        Payload::ComponentExportSection(section) => {
+            for export in section.clone() {
+                let export = export?;
+                if export.kind == ComponentExternalKind::Module {
+                    return Err(Unsound::ForeignModule.into());
+                }
+                if is_outermost {
+                    check_name(export.name.name)?;
+                }
+            }
+            Ok(())
+        }
+        Payload::ComponentAliasSection(section) => {
+            for alias in section.clone() {
+                match alias? {
+                    ComponentAlias::Outer { kind: ComponentOuterAliasKind::CoreModule, .. }
+                    | ComponentAlias::InstanceExport {
+                        kind: ComponentExternalKind::Module, ..
+                    } => return Err(Unsound::ForeignModule.into()),
+                    _ => {}
+                }
+            }
+            Ok(())
+        }
+        Payload::ComponentCanonicalSection(section) if is_outermost => {
+            for function in section.clone() {
+                check_canonical(&function?)?;
+            }
+            Ok(())
+        }
+        other => Err(unknown(other)),
+    }
+}
+
+fn unknown(payload: &Payload<'_>) -> Verdict {
+    let name = format!("{payload:?}");
+    let what = name.split([' ', '{', '(']).next().unwrap_or_default().to_owned();
+    Unsound::UnknownSection { what }.into()
+}
+
+fn check_name(name: &str) -> Result<(), Verdict> {
+    match RESERVED.iter().any(|reserved| name.starts_with(reserved)) {
+        true => Err(Unsound::ReservedName { name: name.chars().take(80).collect() }.into()),
+        false => Ok(()),
+    }
+}
+
+/// What the engine runs: what it does not is refused here, in words that say so.
+pub(crate) fn features() -> WasmFeatures {
+    let without = WasmFeatures::GC
+        | WasmFeatures::EXCEPTIONS
+        | WasmFeatures::LEGACY_EXCEPTIONS
+        | WasmFeatures::MEMORY64;
+    WasmFeatures::default() - without
 }
 
 /// Why a component was not accepted.
@@ -203,12 +305,25 @@ fn check_module(module: u32, payload: Payload<'_>) -> Result<(), Verdict> {
                 }
             }
         }
+        Payload::ExportSection(section) => {
+            for export in section {
+                check_name(export?.name)?;
+            }
+        }
         Payload::CodeSectionEntry(body) => {
             for operator in body.get_operators_reader()? {
                 check_operator(module, &operator?)?;
             }
         }
-        _ => {}
+        Payload::TypeSection(_)
+        | Payload::FunctionSection(_)
+        | Payload::TableSection(_)
+        | Payload::StartSection { .. }
+        | Payload::ElementSection(_)
+        | Payload::DataCountSection { .. }
+        | Payload::DataSection(_)
+        | Payload::CodeSectionStart { .. } => {}
+        other => return Err(unknown(&other)),
     }
     Ok(())
 }

@@ -173,8 +173,16 @@ impl guest_random::Host for State {
 }
 
 impl state::Host for State {
-    fn get(&mut self, state: u32, key: Vec<u8>) -> wasmtime::Result<Option<Vec<u8>>> {
-        Ok(self.log.host.state(state, &key)?)
+    fn get(
+        &mut self,
+        state: u32,
+        key: Vec<u8>,
+        namespace: u32,
+    ) -> wasmtime::Result<Option<Vec<u8>>> {
+        if key.len() < namespace as usize {
+            return Err(wasmtime::Error::msg("a namespace that is longer than its key"));
+        }
+        Ok(self.log.host.state(state, &key, namespace)?)
     }
 
     fn put(&mut self, changes: StateChanges) -> wasmtime::Result<()> {
@@ -182,8 +190,16 @@ impl state::Host for State {
         Ok(self.log.host.put_state(&changes)?)
     }
 
-    fn scan(&mut self, state: u32, after: Option<Vec<u8>>) -> wasmtime::Result<StateChanges> {
-        Ok(self.log.host.scan_state(state, after.as_deref())?)
+    fn scan(
+        &mut self,
+        state: u32,
+        after: Option<(Vec<u8>, u32)>,
+    ) -> wasmtime::Result<StateChanges> {
+        if after.as_ref().is_some_and(|(key, namespace)| key.len() < *namespace as usize) {
+            return Err(wasmtime::Error::msg("a namespace that is longer than its key"));
+        }
+        let after = after.as_ref().map(|(key, namespace)| (key.as_slice(), *namespace));
+        Ok(self.log.host.scan_state(state, after)?)
     }
 }
 

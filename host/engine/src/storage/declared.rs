@@ -24,15 +24,18 @@ pub struct DeclaredKey {
     pub key_group: u32,
     /// The state's number in the operator's description.
     pub state: u32,
-    /// The key.
+    /// How many bytes at the end of the key are its namespace.
+    pub namespace: u32,
+    /// The key of the records that it belongs to, and behind it the namespace.
     pub key: Vec<u8>,
 }
 
 impl DeclaredKey {
-    /// The key of a state, in its group of so many.
-    pub(crate) fn new(state: u32, key: &[u8], max_parallelism: u32) -> Self {
-        let key_group = key_group(key, max_parallelism.max(1));
-        Self { key_group, state, key: key.to_vec() }
+    /// The key of a state, in the group of the records that it belongs to.
+    pub(crate) fn new(state: u32, key: &[u8], namespace: u32, max_parallelism: u32) -> Self {
+        let record = &key[..key.len().saturating_sub(namespace as usize)];
+        let key_group = key_group(record, max_parallelism.max(1));
+        Self { key_group, state, namespace, key: key.to_vec() }
     }
 }
 
@@ -45,8 +48,8 @@ pub type Entries<'a> = Box<dyn Iterator<Item = Result<Entry>> + 'a>;
 /// The entries that have changed between two barriers.
 #[derive(Debug)]
 pub enum Changes {
-    /// Handed over by a guest that keeps its state itself.
-    Guest(StateChanges),
+    /// Handed over, in pieces, by a guest that keeps its state itself.
+    Guest(Vec<StateChanges>),
     /// Collected by the host, which keeps it.
     Host(Arc<keyed::Layer>),
 }
@@ -56,7 +59,7 @@ impl Changes {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         match self {
-            Self::Guest(changes) => changes.states.is_empty(),
+            Self::Guest(pieces) => pieces.iter().all(|changes| changes.states.is_empty()),
             Self::Host(layer) => layer.is_empty(),
         }
     }
@@ -64,12 +67,16 @@ impl Changes {
     /// The changes as a run. Of a key that was handed over twice the last counts.
     #[must_use]
     pub fn run(&self, max_parallelism: u32) -> Entries<'_> {
-        let changes = match self {
-            Self::Guest(changes) => changes,
+        let pieces = match self {
+            Self::Guest(pieces) => pieces,
             Self::Host(layer) => return layer.entries(),
         };
-        let mut entries: Vec<_> = entries_of(changes)
-            .map(|(state, key, value)| (DeclaredKey::new(state, key, max_parallelism), value))
+        let mut entries: Vec<_> = pieces
+            .iter()
+            .flat_map(entries_of)
+            .map(|(state, key, namespace, value)| {
+                (DeclaredKey::new(state, key, namespace, max_parallelism), value)
+            })
             .collect();
         entries.reverse();
         entries.sort_by(|(left, _), (right, _)| left.cmp(right));
@@ -78,17 +85,18 @@ impl Changes {
     }
 }
 
-/// State, key and value of each change; no value: removed.
+/// State, key, length of its namespace, and value of each change; no value: removed.
 pub(crate) fn entries_of(
     changes: &StateChanges,
-) -> impl Iterator<Item = (u32, &[u8], Option<&[u8]>)> {
+) -> impl Iterator<Item = (u32, &[u8], u32, Option<&[u8]>)> {
     let (mut key_start, mut value_start) = (0, 0);
     changes.states.iter().enumerate().map(move |(place, &state)| {
         let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
         let key = &changes.keys[key_start as usize..key_end as usize];
         let value = &changes.values[value_start as usize..value_end as usize];
         (key_start, value_start) = (key_end, value_end);
-        (state, key, (!changes.removed[place]).then_some(value))
+        let namespace = changes.namespaces.get(place).copied().unwrap_or(0);
+        (state, key, namespace, (!changes.removed[place]).then_some(value))
     })
 }
 
@@ -99,6 +107,7 @@ pub fn changes_of<'a>(entries: impl Iterator<Item = &'a Entry>) -> StateChanges 
         states: Vec::new(),
         keys: Vec::new(),
         key_ends: Vec::new(),
+        namespaces: Vec::new(),
         values: Vec::new(),
         value_ends: Vec::new(),
         removed: Vec::new(),
@@ -107,6 +116,7 @@ pub fn changes_of<'a>(entries: impl Iterator<Item = &'a Entry>) -> StateChanges 
         changes.states.push(key.state);
         changes.keys.extend_from_slice(&key.key);
         changes.key_ends.push(changes.keys.len() as u32);
+        changes.namespaces.push(key.namespace);
         changes.values.extend_from_slice(value.as_deref().unwrap_or_default());
         changes.value_ends.push(changes.values.len() as u32);
         changes.removed.push(value.is_none());
@@ -205,7 +215,7 @@ mod tests {
     use crate::storage::StorageError;
 
     fn key(number: u8) -> DeclaredKey {
-        DeclaredKey { key_group: u32::from(number / 4), state: 0, key: vec![number] }
+        DeclaredKey { key_group: u32::from(number / 4), state: 0, namespace: 0, key: vec![number] }
     }
 
     fn run(entries: &BTreeMap<u8, Option<u8>>) -> Entries<'static> {
@@ -263,7 +273,7 @@ mod tests {
     #[test]
     fn of_a_key_that_is_handed_over_twice_the_last_value_counts() {
         let entries = [(key(1), Some(vec![1])), (key(2), Some(vec![2])), (key(1), Some(vec![3]))];
-        let changes = Changes::Guest(changes_of(entries.iter()));
+        let changes = Changes::Guest(vec![changes_of(entries.iter())]);
         let run: Vec<Entry> = changes.run(4).collect::<Result<_>>().expect("no error");
         let values: BTreeMap<Vec<u8>, Option<Vec<u8>>> =
             run.iter().map(|(key, value)| (key.key.clone(), value.clone())).collect();

@@ -171,6 +171,7 @@ fn encode(key: &DeclaredKey) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(8 + key.key.len());
     bytes.extend_from_slice(&key.key_group.to_be_bytes());
     bytes.extend_from_slice(&key.state.to_be_bytes());
+    bytes.extend_from_slice(&key.namespace.to_be_bytes());
     bytes.extend_from_slice(&key.key);
     bytes
 }
@@ -178,11 +179,18 @@ fn encode(key: &DeclaredKey) -> Vec<u8> {
 fn decode(bytes: &[u8]) -> Result<DeclaredKey> {
     let parts = bytes.split_first_chunk::<4>();
     let parts = parts.and_then(|(group, rest)| Some((group, rest.split_first_chunk::<4>()?)));
-    let Some((group, (state, key))) = parts else {
+    let parts = parts
+        .and_then(|(group, (state, rest))| Some((group, state, rest.split_first_chunk::<4>()?)));
+    let Some((group, state, (namespace, key))) = parts else {
         return Err(StorageError::damaged("a table of state", "a key is cut short"));
     };
     let (key_group, state) = (u32::from_be_bytes(*group), u32::from_be_bytes(*state));
-    Ok(DeclaredKey { key_group, state, key: key.to_vec() })
+    Ok(DeclaredKey {
+        key_group,
+        state,
+        namespace: u32::from_be_bytes(*namespace),
+        key: key.to_vec(),
+    })
 }
 
 impl fmt::Debug for KeyedState {
@@ -211,8 +219,8 @@ impl KeyedState {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn key(&self, state: u32, key: &[u8]) -> Vec<u8> {
-        encode(&DeclaredKey::new(state, key, self.limits.max_parallelism))
+    fn key(&self, state: u32, key: &[u8], namespace: u32) -> Vec<u8> {
+        encode(&DeclaredKey::new(state, key, namespace, self.limits.max_parallelism))
     }
 
     /// The value of a key, as the task has last written it.
@@ -223,8 +231,9 @@ impl KeyedState {
         &self,
         state: u32,
         key: &[u8],
+        namespace: u32,
     ) -> std::result::Result<Option<Vec<u8>>, StateError> {
-        let key = self.key(state, key);
+        let key = self.key(state, key, namespace);
         let (mut spilled, mut buffered) = (Vec::new(), None);
         let base = {
             let inner = self.lock();
@@ -279,8 +288,8 @@ impl KeyedState {
         inner: &mut Inner,
         changes: &StateChanges,
     ) -> std::result::Result<(), StateError> {
-        for (state, key, value) in entries_of(changes) {
-            let key = self.key(state, key);
+        for (state, key, namespace, value) in entries_of(changes) {
+            let key = self.key(state, key, namespace);
             inner.top().set(key, value.map(<[u8]>::to_vec));
         }
         let wanted_bytes = self.base_bytes.load(Ordering::Relaxed)
@@ -300,11 +309,18 @@ impl KeyedState {
     pub(crate) fn scan(
         &self,
         state: u32,
-        after: Option<&[u8]>,
+        after: Option<(&[u8], u32)>,
     ) -> std::result::Result<StateChanges, StateError> {
-        let seek =
-            |key_group| Bound::Included(encode(&DeclaredKey { key_group, state, key: Vec::new() }));
-        let mut from = after.map_or(seek(0), |key| Bound::Excluded(self.key(state, key)));
+        let seek = |key_group| {
+            Bound::Included(encode(&DeclaredKey {
+                key_group,
+                state,
+                namespace: 0,
+                key: Vec::new(),
+            }))
+        };
+        let mut from = after
+            .map_or(seek(0), |(key, namespace)| Bound::Excluded(self.key(state, key, namespace)));
         let inner = self.lock();
         let (mut page, mut bytes) = (Vec::<Entry>::new(), 0);
         'seeks: loop {
@@ -333,10 +349,10 @@ impl KeyedState {
     pub(crate) fn cut(
         &self,
         checkpoint: u64,
-        changes: &StateChanges,
+        pieces: &[StateChanges],
     ) -> std::result::Result<Arc<Layer>, StateError> {
         let mut inner = self.lock();
-        self.write(&mut inner, changes)?;
+        pieces.iter().try_for_each(|changes| self.write(&mut inner, changes))?;
         inner.merge_unsecured().map_err(unavailable)?;
         // Checkpoints that never complete leave their layers here: together they take no more memory
         // than one may.
@@ -533,7 +549,7 @@ mod tests {
     }
 
     fn write(state: &KeyedState, number: u32, key: &[u8], value: Option<Vec<u8>>) {
-        let entry = (DeclaredKey::new(number, key, 128), value);
+        let entry = (DeclaredKey::new(number, key, 0, 128), value);
         state.put(&changes_of([&entry].into_iter())).expect("room");
     }
 
@@ -582,8 +598,8 @@ mod tests {
                 }
                 30..33 => {
                     barrier += 1;
-                    let entry = (DeclaredKey::new(1, &key, 128), Some(b"handed over".to_vec()));
-                    state.cut(barrier, &changes_of([&entry].into_iter())).expect("cut");
+                    let entry = (DeclaredKey::new(1, &key, 0, 128), Some(b"handed over".to_vec()));
+                    state.cut(barrier, &[changes_of([&entry].into_iter())]).expect("cut");
                     now.insert(key, b"handed over".to_vec());
                     at.insert(barrier, now.clone());
                     secured = secured.map(|_| now.clone());
@@ -623,8 +639,8 @@ mod tests {
                 }
             }
             let key = format!("key-{}", next(60)).into_bytes();
-            assert_eq!(state.get(1, &key).expect("readable"), now.get(&key).cloned());
-            assert_eq!(state.get(0, &key).expect("readable"), None);
+            assert_eq!(state.get(1, &key, 0).expect("readable"), now.get(&key).cloned());
+            assert_eq!(state.get(0, &key, 0).expect("readable"), None);
         }
         assert_eq!(scanned(&state, 1), now);
         assert!(scanned(&state, 0).is_empty());
@@ -647,7 +663,7 @@ mod tests {
             for number in 0..count {
                 write(&state, 0, &[number], Some(vec![barrier]));
             }
-            let layer = state.cut(u64::from(barrier), &none()).expect("cut");
+            let layer = state.cut(u64::from(barrier), &[]).expect("cut");
             let entries: Vec<Entry> = layer.entries().collect::<Result<_>>().expect("readable");
             assert_eq!(entries.len(), usize::from(count));
             assert_eq!(layer.is_empty(), count == 0);
@@ -664,11 +680,11 @@ mod tests {
             for number in 0..10u8 {
                 write(&state, 0, &[number], Some(vec![7; 2_000]));
             }
-            state.cut(round, &none()).expect("cut");
+            state.cut(round, &[]).expect("cut");
             state.complete(round).expect("complete");
         }
         assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (9 + 2_000 + KEY_BYTES));
-        let entry = (DeclaredKey::new(0, b"large", 128), Some(vec![0; 1 << 20]));
+        let entry = (DeclaredKey::new(0, b"large", 0, 128), Some(vec![0; 1 << 20]));
         let error = state.put(&changes_of([&entry].into_iter())).expect_err("too much");
         assert!(matches!(error, StateError::Limit(Limit::State { .. })), "{error:?}");
     }
@@ -685,7 +701,7 @@ mod tests {
 
     fn numbers(count: u8) -> Entries<'static> {
         let mut entries: Vec<Entry> =
-            (0..count).map(|n| (DeclaredKey::new(2, &[n], 128), Some(vec![n]))).collect();
+            (0..count).map(|n| (DeclaredKey::new(2, &[n], 0, 128), Some(vec![n]))).collect();
         entries.sort();
         Box::new(entries.into_iter().map(Ok))
     }
@@ -714,7 +730,7 @@ mod tests {
         let without_end = std::iter::repeat_with(|| {
             assert!(state.rewind(7).is_some(), "not yet");
             taken += 1;
-            Ok((DeclaredKey::new(2, b"the same", 128), Some(vec![1])))
+            Ok((DeclaredKey::new(2, b"the same", 0, 128), Some(vec![1])))
         });
         state.load(aborted, 7, Box::new(without_end)).expect("ended");
         assert!(taken <= LOADED_AT_ONCE + 1, "{taken}");
@@ -729,11 +745,11 @@ mod tests {
             for number in 0..10u8 {
                 write(&state, 0, &[number], Some(vec![barrier; 100]));
             }
-            state.cut(u64::from(barrier), &none()).expect("cut");
+            state.cut(u64::from(barrier), &[]).expect("cut");
             let buffered: u64 = state.lock().layers().map(|layer| layer.buffered_bytes).sum();
             assert!(buffered <= 2 * (4 << 10), "{buffered} bytes after {barrier} barriers");
         }
-        assert_eq!(state.get(0, &[3]).expect("readable"), Some(vec![50; 100]));
+        assert_eq!(state.get(0, &[3], 0).expect("readable"), Some(vec![50; 100]));
     }
 
     #[test]
@@ -756,7 +772,7 @@ mod tests {
         for number in 0..200u8 {
             write(&state, u32::from(number % 5), &[number], Some(vec![number; 2_000]));
             if number % 50 == 0 {
-                state.cut(u64::from(number) + 1, &none()).expect("cut");
+                state.cut(u64::from(number) + 1, &[]).expect("cut");
                 state.complete(u64::from(number) + 1).expect("complete");
             }
         }
@@ -773,10 +789,10 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let state = state(&dir, 1 << 10);
         write(&state, 2, &[1], Some(vec![1]));
-        state.cut(1, &none()).expect("cut");
+        state.cut(1, &[]).expect("cut");
         state.complete(1).expect("complete");
         state.tables.break_database();
-        assert!(matches!(state.get(2, &[9]), Err(StateError::Unavailable(_))));
+        assert!(matches!(state.get(2, &[9], 0), Err(StateError::Unavailable(_))));
         let turn = state.rewind(1).expect("what is here cannot be read");
         state.load(turn, 1, numbers(3)).expect("there is a new database");
         assert_eq!(state.rewind(1), None);

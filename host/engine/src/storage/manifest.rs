@@ -91,8 +91,19 @@ pub struct TaskIdentity {
 pub struct StateIdentity {
     /// Its name.
     pub name: String,
+    /// A name that it had before.
+    pub renamed_from: Option<String>,
     /// What its values look like.
     pub schema: String,
+}
+
+impl StateIdentity {
+    /// Whether a state of a checkpoint is this one: by its name, or, if none has that, by the one that
+    /// it had before.
+    pub(crate) fn find<'s>(&self, known: &'s [Self]) -> Option<&'s Self> {
+        let named = |name: &str| known.iter().find(|state| state.name == name);
+        named(&self.name).or_else(|| named(self.renamed_from.as_deref()?))
+    }
 }
 
 impl Manifest {
@@ -172,7 +183,11 @@ mod tests {
             has_declared: true,
             has_host_state: true,
             is_keyed: true,
-            states: vec![StateIdentity { name: "counts".to_owned(), schema: "u64".to_owned() }],
+            states: vec![StateIdentity {
+                name: "counts".to_owned(),
+                renamed_from: None,
+                schema: "u64".to_owned(),
+            }],
         };
         let stats = SnapshotStats { sync_us: 300, is_unaligned: true, ..SnapshotStats::default() };
         let task = ManifestTask { identity, chain: vec![3, 4, 9], stats };

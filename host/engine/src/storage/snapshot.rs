@@ -47,6 +47,8 @@ pub struct TaskSnapshot {
     pub memory: Option<MemorySnapshot>,
     /// The entries of declared state that changed.
     pub declared: Option<Changes>,
+    /// They are all there are: those of earlier snapshots count no more.
+    pub is_declared_whole: bool,
     /// Records that the barrier has overtaken: always whole.
     pub in_flight: Arc<Vec<ChannelState>>,
     /// What it has cost so far.
@@ -80,6 +82,7 @@ struct Header {
     memories: Vec<(u64, u64)>,
     memory_packs: u32,
     declared_packs: u32,
+    is_declared_whole: bool,
     in_flight_packs: u32,
     /// Every pack is an LZ4 block behind its size.
     is_compressed: bool,
@@ -197,6 +200,28 @@ pub struct Share {
     /// The number that each of the states of the checkpoint has now; `None`: it is left behind. Empty:
     /// as they were.
     pub states: Vec<Option<u32>>,
+    /// The declared state itself, where it had to be converted to the schemas of now.
+    pub converted: Option<Vec<Entry>>,
+}
+
+impl Share {
+    /// The declared state that it takes over, as it was written.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) fn entries<'a>(
+        &'a self,
+        from: &'a SnapshotStore,
+        checkpoint: u64,
+    ) -> Result<Entries<'a>> {
+        let owns = |key: &DeclaredKey| {
+            self.key_groups.as_ref().is_none_or(|groups| groups.contains(&key.key_group))
+        };
+        let runs = self.declared_from.iter().map(|old| from.declared(*old, checkpoint));
+        let declared = Merge::of(runs.collect::<Result<_>>()?).live();
+        let owned = declared.filter(move |it| it.as_ref().map_or(true, |(key, _)| owns(key)));
+        renumbered(owned, &self.states)
+    }
 }
 
 /// What opening a store has found.
@@ -924,14 +949,11 @@ impl SnapshotStore {
             let from = other.unwrap_or(store);
             let merged = |task: usize| {
                 let share = &shares[task];
-                let owns = |key: &DeclaredKey| {
-                    share.key_groups.as_ref().is_none_or(|groups| groups.contains(&key.key_group))
-                };
-                let runs = share.declared_from.iter().map(|old| from.declared(*old, checkpoint));
-                let declared = Merge::of(runs.collect::<Result<_>>()?).live();
-                let owned =
-                    declared.filter(move |it| it.as_ref().map_or(true, |(key, _)| owns(key)));
-                Ok((merge(&share.state), renumbered(owned, &share.states)?))
+                if let Some(entries) = &share.converted {
+                    let entries = entries.iter().cloned().map(Ok);
+                    return Ok((merge(&share.state), Box::new(entries) as Entries<'_>));
+                }
+                Ok((merge(&share.state), share.entries(from, checkpoint)?))
             };
             write_merged(&merged, &manifest, store.is_compressing, next)
         })
@@ -1147,6 +1169,7 @@ impl<'a> PackWriter<'a> {
             memories: memory.map_or_else(Vec::new, sizes),
             memory_packs,
             declared_packs,
+            is_declared_whole: snapshot.is_declared_whole,
             in_flight_packs,
             is_compressed: self.is_compressing,
         };
@@ -1276,9 +1299,11 @@ fn declared_of<'a>(
     task: usize,
     chain: &[u64],
 ) -> Result<Merge<'a>> {
-    let run = |checkpoint: &u64| {
-        let header = read_header(generation, task, *checkpoint)?;
-        let of = (task, *checkpoint);
+    let headers = chain.iter().map(|id| Ok((*id, read_header(generation, task, *id)?)));
+    let headers: Vec<(u64, Header)> = headers.collect::<Result<_>>()?;
+    let first = headers.iter().rposition(|(_, header)| header.is_declared_whole).unwrap_or(0);
+    let run = |(checkpoint, header): (u64, Header)| {
+        let of = (task, checkpoint);
         let packs = (0..header.declared_packs).map(move |sequence| {
             let (pack, start) = read_pack(generation, of, &header, KIND_DECLARED, sequence)?;
             postcard::from_bytes::<Vec<Entry>>(&pack[start..])
@@ -1288,9 +1313,9 @@ fn declared_of<'a>(
             Ok(entries) => Box::new(entries.into_iter().map(Ok)) as Entries<'static>,
             Err(error) => Box::new(std::iter::once(Err(error))),
         });
-        Ok(Box::new(entries) as Entries<'a>)
+        Box::new(entries) as Entries<'a>
     };
-    Ok(Merge::of(chain.iter().map(run).collect::<Result<_>>()?))
+    Ok(Merge::of(headers.into_iter().skip(first).map(run).collect()))
 }
 
 fn read_snapshot(
@@ -1419,7 +1444,7 @@ mod tests {
         let entries: Vec<Entry> = entries
             .iter()
             .map(|(key, value)| {
-                (DeclaredKey::new(0, key.as_bytes(), 128), value.map(|value| vec![value]))
+                (DeclaredKey::new(0, key.as_bytes(), 0, 128), value.map(|value| vec![value]))
             })
             .collect();
         Arc::new(TaskSnapshot {
@@ -1430,7 +1455,7 @@ mod tests {
                 globals: vec![5],
                 monotonic_ns: 1,
             }),
-            declared: Some(Changes::Guest(changes_of(entries.iter()))),
+            declared: Some(Changes::Guest(vec![changes_of(entries.iter())])),
             ..TaskSnapshot::default()
         })
     }

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     batch::BatchExt,
-    clock::{micros, now_ms, since_epoch},
+    clock::{micros, now_ms},
     driver::Shared,
     metrics::Metrics,
     problem::with_sources,
@@ -68,6 +68,12 @@ pub(crate) struct OperatorTask {
     pub(crate) component: Component,
     pub(crate) spec: Arc<OperatorSpec>,
     pub(crate) has_states: bool,
+    /// Whether checkpoints ask for what has changed of declared state.
+    pub(crate) tracks_changes: bool,
+    /// Of this task of this job; see [`Host::random`].
+    pub(crate) random_seed: u64,
+    /// The checkpoint that the attempt began from; 0: the beginning.
+    pub(crate) restored_from: u64,
     pub(crate) instance: Option<Instance>,
     /// The host's own output, behind those that the component describes.
     pub(crate) dead_letter_output: u32,
@@ -144,6 +150,7 @@ impl Node {
                 *sink = Some(sink::open(spec, output.as_ref(), index, state.as_deref())?);
             }
             Work::Operator(operator) => {
+                operator.restored_from = checkpoint.unwrap_or(0);
                 let mut instance = operator.open(&context).await?;
                 if let Some(checkpoint) = checkpoint {
                     operator.restore(&context, self.slot, checkpoint, &mut instance).await?;
@@ -209,10 +216,13 @@ impl Node {
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = match operator.instance()?.process(input, &batch).await {
-                    Ok(emissions) => {
+                    Ok(processed) => {
                         operator.processed.add(batch.record_count());
                         operator.secure(&self.local, batch.record_count()).await?;
-                        emissions
+                        let (local, task, attempt) = (&self.local, self.task, self.attempt);
+                        let parallelism = self.parallelism;
+                        let context = Context { shared, local, task, attempt, parallelism };
+                        operator.accept(&context, input, &batch, processed)?
                     }
                     Err(error) if operator.guard.is_some() => {
                         let (local, task, attempt) = (&self.local, self.task, self.attempt);
@@ -224,7 +234,7 @@ impl Node {
                         if operator.spec.dead_letter_after.is_some() {
                             self.local.suspect(operator.suspects());
                         }
-                        return Err(cause_of(error));
+                        return Err(cause_with_record(error, &batch));
                     }
                 };
                 self.local.unmap_buried();
@@ -376,8 +386,10 @@ impl OperatorTask {
         let Context { shared, task, attempt, parallelism, .. } = *context;
         let index = task.index;
         let keyed = context.local.keyed.clone();
+        // What is done again after a restart is done with the same numbers; what comes later with others.
+        let random_seed = mix(self.random_seed ^ mix(self.restored_from));
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
-        let host = Arc::new(TaskHost::new(shared, task, &self.name, attempt, keyed));
+        let host = Arc::new(TaskHost::new(shared, task, &self.name, attempt, keyed, random_seed));
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
@@ -391,6 +403,7 @@ impl OperatorTask {
             max_parallelism: self.spec.max_parallelism,
             config: &config,
             state_cache,
+            tracks_changes: self.tracks_changes,
         };
         instance.open(context).await.map_err(cause_of)?;
         host.is_open.store(true, Ordering::Relaxed);
@@ -422,7 +435,7 @@ impl OperatorTask {
         .await?;
         for part in entries.chunks(RESTORE_ENTRIES_MAX) {
             let changes = declared::changes_of(part.iter());
-            instance.take_back(&changes).await.map_err(cause_of)?;
+            instance.take_back(&changes, &[]).await.map_err(cause_of)?;
         }
         Ok(())
     }
@@ -436,6 +449,8 @@ impl OperatorTask {
     ) -> Result<Option<String>> {
         let (mode, has_states) = (self.spec.snapshot, self.has_states);
         self.processed.on_barrier(checkpoint.0);
+        let bytes_max = self.spec.limits.state_bytes_max;
+        let tracks_changes = self.tracks_changes;
         let instance = self.instance()?;
         // Before anything is handed over: the guest takes for stored what it has handed over.
         if mode.has_memory()
@@ -445,13 +460,15 @@ impl OperatorTask {
         }
         // First, because handing over changes the memory that is snapshotted next.
         if mode.has_declared() && has_states {
-            let changes = instance.hand_over(checkpoint.0, false).await.map_err(cause_of)?;
+            let pieces = instance.hand_over(checkpoint.0, !tracks_changes, bytes_max).await;
+            let pieces = pieces.map_err(cause_of)?;
+            snapshot.is_declared_whole = !tracks_changes;
             snapshot.declared = Some(match &local.keyed {
                 Some(keyed) => {
-                    let layer = keyed.cut(checkpoint.0, &changes);
+                    let layer = keyed.cut(checkpoint.0, &pieces);
                     Changes::Host(layer.map_err(|error| cause_of(error.into()))?)
                 }
-                None => Changes::Guest(changes),
+                None => Changes::Guest(pieces),
             });
         }
         if mode.has_memory() {
@@ -497,6 +514,36 @@ async fn blocking<T: Send + 'static>(
 
 pub(crate) fn host_bug(message: &str) -> FailureCause {
     FailureCause::HostBug { message: message.to_owned() }
+}
+
+/// The class of a guest's error in a batch, with the record that it is about.
+fn cause_with_record(error: GuestError, batch: &Batch) -> FailureCause {
+    match error {
+        GuestError::Rejected { message, record: Some(place) } => {
+            FailureCause::Rejected { message: about_record(&message, batch, place) }
+        }
+        GuestError::Failed { message, record: Some(place) } => FailureCause::Trap {
+            message: about_record(&message, batch, place),
+            backtrace: Vec::new(),
+        },
+        error => cause_of(error),
+    }
+}
+
+/// How much of a record a message shows.
+const SHOWN_BYTES: usize = 120;
+
+/// A message with the record that it is about, shortened.
+pub(crate) fn about_record(message: &str, batch: &Batch, place: u32) -> String {
+    let Some(record) = batch.records().nth(place as usize) else { return message.to_owned() };
+    let shown = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN_BYTES)]);
+        let cut = if SHOWN_BYTES < bytes.len() { "..." } else { "" };
+        format!("`{}{cut}`", text.escape_debug())
+    };
+    let key = record.key.map_or(String::new(), |key| format!("key {}, ", shown(key)));
+    let time = record.timestamp.map_or(String::new(), |time| format!(", time {time}"));
+    format!("{message}: record with {key}value {}{time}", shown(record.value))
 }
 
 /// The class of a guest's error.
@@ -559,14 +606,14 @@ impl TaskHost {
         operator: &str,
         attempt: Attempt,
         keyed: Option<Arc<KeyedState>>,
+        random_seed: u64,
     ) -> Self {
-        let now_ns = since_epoch().as_nanos() as u64;
         Self {
             name: format!("{operator}/{}", task.index),
             operator: task.operator.0 as usize,
             attempt,
             metrics: shared.metrics.clone(),
-            random: AtomicU64::new(mix(now_ns ^ mix(u64::from(task.index)))),
+            random: AtomicU64::new(random_seed),
             keyed,
             is_open: AtomicBool::new(false),
         }
@@ -609,8 +656,13 @@ impl Host for TaskHost {
         self.attempt.0
     }
 
-    fn state(&self, state: u32, key: &[u8]) -> std::result::Result<Option<Vec<u8>>, StateError> {
-        self.keyed()?.get(state, key)
+    fn state(
+        &self,
+        state: u32,
+        key: &[u8],
+        namespace: u32,
+    ) -> std::result::Result<Option<Vec<u8>>, StateError> {
+        self.keyed()?.get(state, key, namespace)
     }
 
     fn put_state(&self, changes: &StateChanges) -> std::result::Result<(), StateError> {
@@ -624,7 +676,7 @@ impl Host for TaskHost {
     fn scan_state(
         &self,
         state: u32,
-        after: Option<&[u8]>,
+        after: Option<(&[u8], u32)>,
     ) -> std::result::Result<StateChanges, StateError> {
         self.keyed()?.scan(state, after)
     }

@@ -9,12 +9,14 @@ use std::time::Instant;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use cofferdam_core::{failure::FailureCause, isolate::Isolation};
-use cofferdam_sandbox::{Batch, Emission, GuestError, Image, MemorySnapshot};
+use cofferdam_sandbox::{Batch, Emission, GuestError, Image, MemorySnapshot, Processed as Answer};
 use serde_json::{Map, Value, json};
 
 use super::{
     local::TaskLocal,
-    node::{Context, OperatorTask, cause_of, host_bug, restore_cause, snapshot_cause},
+    node::{
+        Context, OperatorTask, about_record, cause_of, host_bug, restore_cause, snapshot_cause,
+    },
 };
 use crate::{
     batch::{BatchExt, RecordRef},
@@ -147,6 +149,35 @@ impl OperatorTask {
         merge_memory(&all).ok_or_else(|| host_bug("a snapshot without memories"))
     }
 
+    /// What came of a batch. Rejected records go to the dead letters at once, if somebody takes these: no
+    /// restart is needed, and none is counted. Else the first of them ends the attempt.
+    pub(crate) fn accept(
+        &self,
+        context: &Context<'_>,
+        input: u32,
+        batch: &Batch,
+        answer: Answer,
+    ) -> Result<Vec<Emission>> {
+        let Answer { mut emissions, rejected } = answer;
+        let Some(first) = rejected.first() else { return Ok(emissions) };
+        if self.spec.dead_letter_after.is_none() {
+            let message = about_record(&first.message, batch, first.record);
+            return Err(FailureCause::Rejected { message });
+        }
+        let mut letters = Batch::empty();
+        let mut waiting = rejected.iter().peekable();
+        for (place, record) in (0..).zip(batch.records()) {
+            let Some(rejection) = waiting.next_if(|it| it.record == place) else { continue };
+            let cause = FailureCause::Rejected { message: rejection.message.clone() };
+            let value = self.dead_letter(context, input, Some(record), &cause, 0);
+            letters.push(RecordRef { key: None, value: value.as_bytes(), timestamp: None });
+        }
+        let metrics = &context.shared.metrics.operators[context.task.operator.0 as usize];
+        metrics.change_custom("rejected-records", |count| *count += rejected.len() as f64);
+        emissions.push(Emission { output: self.dead_letter_output, records: letters });
+        Ok(emissions)
+    }
+
     /// Processes a batch that has trapped just now without its poison records.
     pub(crate) async fn isolate(
         &mut self,
@@ -169,7 +200,9 @@ impl OperatorTask {
             if let Some(place) = search.on_trap() {
                 let cause = cause_of(error);
                 let record = batch.records().nth(place as usize);
-                let letter = self.dead_letter(context, input, record, &cause, traps);
+                let value = self.dead_letter(context, input, record, &cause, traps);
+                let mut letter = Batch::empty();
+                letter.push(RecordRef { key: None, value: value.as_bytes(), timestamp: None });
                 emissions.push(Emission { output: self.dead_letter_output, records: letter });
                 let task = context.name(&self.name);
                 let isolation_us = micros(began.elapsed());
@@ -179,11 +212,11 @@ impl OperatorTask {
                 let Some(part) = search.next_part() else { return Ok(emissions) };
                 let part = batch.part(part.start as usize..part.end as usize);
                 match self.instance()?.process(input, &part).await {
-                    Ok(more) => {
+                    Ok(processed) => {
                         search.on_success();
-                        emissions.extend(more);
                         self.processed.add(part.record_count());
                         self.secure(context.local, part.record_count()).await?;
+                        emissions.extend(self.accept(context, input, &part, processed)?);
                     }
                     Err(error) => break error,
                 }
@@ -214,7 +247,7 @@ impl OperatorTask {
         record: Option<RecordRef<'_>>,
         cause: &FailureCause,
         traps: u32,
-    ) -> Batch {
+    ) -> String {
         let mut letter = Map::new();
         let mut bytes = |name: &str, bytes: &[u8]| match std::str::from_utf8(bytes) {
             Ok(text) => letter.insert(name.to_owned(), text.into()),
@@ -240,10 +273,7 @@ impl OperatorTask {
             ("backtrace".to_owned(), json!(backtrace)),
             ("traps".to_owned(), Value::from(traps)),
         ]);
-        let mut records = Batch::empty();
-        let value = Value::Object(letter).to_string();
-        records.push(RecordRef { key: None, value: value.as_bytes(), timestamp });
-        records
+        Value::Object(letter).to_string()
     }
 }
 

@@ -110,12 +110,19 @@ impl Region {
     /// on is its own copy, page by page, and the file stays as it is.
     ///
     /// # Safety
-    /// No guest code may run and no reference into the region may live. `file` must be as long as
-    /// the region's size.
+    /// No guest code may run and no reference into the region may live.
+    ///
+    /// # Errors
+    /// Where `file` is shorter than the region: a page behind its end would be a bus error.
     pub(crate) unsafe fn map_privately(&self, file: &File, tracking: &Tracking) -> io::Result<()> {
         let len = self.size_bytes();
         if len == 0 {
             return Ok(());
+        }
+        let file_bytes = file.metadata()?.len();
+        if file_bytes < len as u64 {
+            let what = format!("an image of {file_bytes} bytes for a memory of {len}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;

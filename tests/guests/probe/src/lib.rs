@@ -61,7 +61,7 @@ impl Operator for Probe {
         if self.deed == "write-in-open" {
             // More than a cache holds.
             for n in 0..self.at {
-                self.counts.set(n.to_le_bytes().as_slice(), 1);
+                self.counts.set(&StateKey::new(&n.to_le_bytes()), 1);
             }
         }
         if self.deed == "fail-in-open" {
