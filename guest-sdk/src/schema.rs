@@ -108,10 +108,13 @@ pub(crate) fn schema_of<V: DeserializeOwned>() -> Schema {
     Schema::Opaque(std::any::type_name::<V>().to_owned())
 }
 
+/// The variants of an enum, each with what it holds, once it was visited.
+type Variants = Vec<(String, Option<Schema>)>;
+
 /// What is known of the enums of a type: one variant of each is visited in a pass.
 #[derive(Default)]
 struct Trace {
-    enums: RefCell<BTreeMap<String, Vec<(String, Option<Schema>)>>>,
+    enums: RefCell<BTreeMap<String, Variants>>,
     has_more: RefCell<bool>,
 }
 

@@ -2,13 +2,13 @@
 //! and a storage that fails or rots.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
 
 use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::{
+    Conflicts,
     job::JobOptions,
     progress::Progress,
     restore::{RestoreFrom, open_named},
@@ -108,9 +108,17 @@ fn num_retained_checkpoints_stay_and_an_older_one_is_used_when_the_newest_is_dam
     drop(store);
 
     damage_newest_pages(&state);
-    let ran = run_manifest(&manifest, |_| {});
-    // Parts that the newest checkpoint had committed are not taken back: the file sink says so
-    // instead of writing them again.
+    // What the newest checkpoint had committed would come twice.
+    let before = output(dir.path());
+    let problem = run_manifest(&manifest, |_| {}).outcome.expect_err("it would come twice");
+    assert_eq!(problem.code.number(), "C0029", "{problem}");
+    assert_eq!(output(dir.path()), before, "nothing was changed");
+    assert_eq!(open_named(&state).expect("opens").0.checkpoints(), kept, "and nothing deleted");
+    let conflicts = Conflicts { discard_output: true, ..Conflicts::default() };
+    let options = JobOptions { conflicts, ..JobOptions::default() };
+    let ran = run_with(&manifest, &options, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert!(output(dir.path()) == golden(), "with that it is the golden output");
     let warnings: Vec<&String> = ran
         .progress
         .iter()
@@ -169,38 +177,27 @@ fn savepoint_of_a_running_job_is_whole_and_relocatable() {
     assert!(moved.is_dir(), "it was not claimed");
 }
 
-/// Runs a job from a savepoint in a copy of the output that was committed when it was taken; gives
-/// what is committed in the end.
+/// Runs a job from a savepoint, with an output of its own; gives what was committed up to the savepoint
+/// and what came of it.
 fn continue_from(savepoint: &Path, harness: &Harness, claim: bool, first: &Path) -> Vec<String> {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = harness.write(dir.path());
-    // What the first job had committed by the savepoint, and what it had pre-committed with it.
-    copy_parts_of(savepoint, &first.join("output"), &dir.path().join("output"));
+    let (_, taken) = open_named(savepoint).expect("a savepoint");
     let from = RestoreFrom { dir: savepoint.to_owned(), claim, ignore_unclaimed_state: false };
     let options = JobOptions { from: Some(from), ..JobOptions::default() };
     let ran = run_with(&manifest, &options, |_| {});
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
-    output(dir.path())
-}
-
-/// The parts of each task that a savepoint knows of: their numbers are below the next one.
-fn copy_parts_of(savepoint: &Path, from: &Path, to: &Path) {
-    let (store, manifest) = open_named(savepoint).expect("a savepoint");
-    fs::create_dir_all(to).expect("made");
-    for (slot, task) in manifest.tasks.iter().enumerate() {
-        if task.identity.operator != "out" {
-            continue;
-        }
-        let state = store.load(slot, manifest.checkpoint).expect("whole").state;
-        // The state begins with the number of the next part of each task.
-        let (next, _) = postcard::take_from_bytes::<BTreeMap<u32, u64>>(&state).expect("a state");
-        for (index, next) in next {
-            for number in 0..next {
-                let name = format!("part-{index}-{number:08}");
-                fs::copy(from.join(&name), to.join(&name)).expect("a committed part");
-            }
+    let mut lines = output(dir.path());
+    for entry in fs::read_dir(first.join("output")).expect("listed").flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let checkpoint = name.split('-').nth(2).and_then(|text| text.parse::<u64>().ok());
+        if checkpoint.is_some_and(|checkpoint| checkpoint <= taken.checkpoint) {
+            let text = fs::read_to_string(entry.path()).expect("readable");
+            lines.extend(text.lines().map(str::to_owned));
         }
     }
+    lines.sort_unstable();
+    lines
 }
 
 #[test]

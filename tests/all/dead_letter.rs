@@ -90,6 +90,6 @@ fn dead_letters_must_go_somewhere() {
     let config = "} \non-trap = \"dead-letter\"\nlimits = { call = \"5s\"".to_owned();
     let problem = Harness { config, ..Harness::default() }.run().0.outcome;
     let problem = problem.expect_err("nobody takes them").to_string();
-    assert!(problem.contains("nothing takes the dead letters of operator \"count\""), "{problem}");
+    assert!(problem.contains("nothing takes the dead letters of \"count\""), "{problem}");
     assert!(problem.contains("count.dead-letter"), "{problem}");
 }

@@ -1,10 +1,10 @@
 //! Golden run equals faulted run, whatever fails in between.
 
 use cofferdam_core::{job::Outcome, random::Random};
-use cofferdam_engine::progress::Progress;
+use cofferdam_engine::{job::JobOptions, progress::Progress};
 use cofferdam_tests::{
     crash,
-    job::{Harness, committed, golden, rounds, run_manifest},
+    job::{Harness, committed, golden, rounds, run_manifest, run_with},
 };
 
 /// Runs a faulted job; its output must be the golden run's, and the fault must have struck.
@@ -151,15 +151,25 @@ fn every_exchange_brings_every_record() {
 }
 
 #[test]
-fn finished_job_leaves_no_state_and_its_output_is_not_overwritten() {
+fn finished_job_remembers_that_it_has_finished_and_its_output_is_not_overwritten() {
     let dir = tempfile::tempdir().expect("a directory");
     let harness = Harness { count: 1_000, ..Harness::default() };
     assert_eq!(harness.run_in(dir.path()).outcome, Ok(Outcome::Finished));
-    let left: Vec<_> =
-        std::fs::read_dir(dir.path().join("probe.cofferdam")).expect("listed").flatten().collect();
-    assert_eq!(left.len(), 1, "only the lock is left: {left:?}");
-    let problem = harness.run_in(dir.path()).outcome.expect_err("the output is there");
-    assert_eq!(problem.code.number(), "C0017");
+    let left = std::fs::read_dir(dir.path().join("probe.cofferdam")).expect("listed").flatten();
+    let mut left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["JOB", "LOCK", "outputs"], "no state is left");
+    let before = committed(&dir.path().join("output"));
+    // A supervisor that runs it again is told so, and nothing else happens.
+    let problem = harness.run_in(dir.path()).outcome.expect_err("it has finished");
+    assert_eq!((problem.code.number(), problem.code.exit_code()), ("C0035", 0));
+    let other = Harness { config: "quiet = true".to_owned(), ..harness.clone() };
+    let problem = other.run_in(dir.path()).outcome.expect_err("another job has finished");
+    assert_eq!((problem.code.number(), problem.code.exit_code()), ("C0036", 2));
+    let again = JobOptions { again: true, ..JobOptions::default() };
+    let problem = run_with(&harness.write(dir.path()), &again, |_| {}).outcome;
+    assert_eq!(problem.expect_err("the output is there").code.number(), "C0017");
+    assert_eq!(committed(&dir.path().join("output")), before);
 }
 
 #[test]

@@ -94,9 +94,8 @@ fn batch(from: u64, count: u64) -> Batch {
 async fn output_of(probe: &mut Probe, batches: std::ops::Range<u64>) -> Vec<u8> {
     let mut output = Vec::new();
     for number in batches {
-        for emission in
-            probe.instance.process(0, &batch(number * 100, 100)).await.expect("processes")
-        {
+        let processed = probe.instance.process(0, &batch(number * 100, 100)).await;
+        for emission in processed.expect("processes").emissions {
             output.extend(emission.records.values);
         }
     }
@@ -239,11 +238,27 @@ fn every_deed_is_told_apart() {
     assert!(matches!(limit("huge-output", &huge), Limit::Memory { .. } | Limit::Output { .. }));
     let own =
         |deed_name: &'static str| block_on(deed(short.clone(), &[("do", deed_name), ("at", "2")]));
-    assert!(matches!(own("reject"), GuestError::Rejected { record: Some(2), .. }));
     assert!(matches!(own("fail"), GuestError::Failed { record: Some(2), .. }));
     assert!(matches!(own("exit"), GuestError::Trap { message, .. } if message.contains("exit")));
     assert!(matches!(own("trap-in-open"), GuestError::Trap { .. }));
     assert!(matches!(own("fail-in-open"), GuestError::Failed { .. }));
+}
+
+#[test]
+fn a_rejected_record_leaves_the_good_ones_of_its_batch() {
+    block_on(async {
+        let config = [("do", "reject"), ("at", "2")];
+        let mut probe =
+            open(TrackingChoice::Best, Limits::default(), &config).await.expect("opens");
+        // It rejects its third record and every one after that.
+        let processed = probe.instance.process(0, &batch(0, 5)).await.expect("an orderly answer");
+        let places: Vec<u32> = processed.rejected.iter().map(|it| it.record).collect();
+        assert_eq!(places, [2, 3, 4]);
+        assert!(processed.rejected[0].message.contains("a bad smell"));
+        assert_eq!(processed.emissions[0].records.value_ends.len(), 2);
+        let again = probe.instance.process(0, &batch(0, 1)).await.expect("it goes on");
+        assert_eq!(again.rejected.len(), 1);
+    });
 }
 
 #[test]

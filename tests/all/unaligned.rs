@@ -172,8 +172,8 @@ fn records_for_every_task_are_not_moved_and_the_remedy_is_told() {
     let _ = run_manifest(&manifest, |job| after_checkpoints(job, 3, |job| job.cancel()));
     let problem = Harness { parallelism: 3, ..harness.clone() }.run_in(dir.path()).outcome;
     let problem = problem.expect_err("it cannot be shared out");
-    assert_eq!(problem.code.number(), "C0020", "{problem}");
-    assert!(problem.to_string().contains("savepoint"), "{problem}");
+    assert_eq!(problem.code.number(), "C0033", "{problem}");
+    assert!(problem.to_string().contains("set the parallelism back"), "{problem}");
     assert_eq!(harness.run_in(dir.path()).outcome, Ok(Outcome::Finished));
     let lines = committed(&dir.path().join("output"));
     assert_eq!(lines.len() as u64, 2 * COUNT);

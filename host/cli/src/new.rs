@@ -21,6 +21,7 @@ const SDK: &[(&str, &str)] = &[
     (".cofferdam/guest-sdk/src/operator.rs", include_str!("../../../guest-sdk/src/operator.rs")),
     (".cofferdam/guest-sdk/src/output.rs", include_str!("../../../guest-sdk/src/output.rs")),
     (".cofferdam/guest-sdk/src/runtime.rs", include_str!("../../../guest-sdk/src/runtime.rs")),
+    (".cofferdam/guest-sdk/src/schema.rs", include_str!("../../../guest-sdk/src/schema.rs")),
     (".cofferdam/guest-sdk/src/short.rs", include_str!("../../../guest-sdk/src/short.rs")),
     (".cofferdam/guest-sdk/src/state.rs", include_str!("../../../guest-sdk/src/state.rs")),
     (".cofferdam/guest-sdk/src/testing.rs", include_str!("../../../guest-sdk/src/testing.rs")),

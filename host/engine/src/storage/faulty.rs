@@ -99,6 +99,11 @@ impl Storage for FaultyStorage {
         self.storage.remove(number)
     }
 
+    fn remove_heads(&mut self) -> Result<()> {
+        self.faults.check("remove the head")?;
+        self.storage.remove_heads()
+    }
+
     fn location(&self) -> String {
         self.storage.location()
     }

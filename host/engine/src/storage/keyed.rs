@@ -553,18 +553,14 @@ mod tests {
         state.put(&changes_of([&entry].into_iter())).expect("room");
     }
 
-    fn none() -> StateChanges {
-        changes_of([].into_iter())
-    }
-
     /// Everything in a state, by the way of a guest that scans it.
     fn scanned(state: &KeyedState, number: u32) -> Model {
         let (mut all, mut after) = (Model::new(), None::<Vec<u8>>);
         loop {
-            let page = state.scan(number, after.as_deref()).expect("readable");
-            let Some((_, last, _)) = entries_of(&page).last() else { return all };
+            let page = state.scan(number, after.as_deref().map(|key| (key, 0))).expect("readable");
+            let Some((_, last, ..)) = entries_of(&page).last() else { return all };
             after = Some(last.to_vec());
-            for (_, key, value) in entries_of(&page) {
+            for (_, key, _, value) in entries_of(&page) {
                 all.insert(key.to_vec(), value.expect("none is removed").to_vec());
             }
         }

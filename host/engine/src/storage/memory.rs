@@ -46,6 +46,11 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    fn remove_heads(&mut self) -> Result<()> {
+        self.heads.clear();
+        Ok(())
+    }
+
     fn location(&self) -> String {
         "memory".to_owned()
     }

@@ -160,6 +160,12 @@ pub trait Storage: Send {
     /// Where it is still there.
     fn remove(&mut self, number: u64) -> Result<()>;
 
+    /// Removes both copies of the head: there is no store any more.
+    ///
+    /// # Errors
+    /// Where one is still there.
+    fn remove_heads(&mut self) -> Result<()>;
+
     /// Where it is, for messages.
     fn location(&self) -> String;
 }

@@ -265,6 +265,10 @@ impl Storage for ObjectStorage {
         self.remove_objects(number, objects)
     }
 
+    fn remove_heads(&mut self) -> Result<()> {
+        (0..2).try_for_each(|copy| self.objects.delete(self.head(copy)))
+    }
+
     fn location(&self) -> String {
         self.location.clone()
     }

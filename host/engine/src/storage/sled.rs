@@ -158,6 +158,18 @@ impl Storage for SledStorage {
         write().map_err(|error| StorageError::store("write the head", error))
     }
 
+    fn remove_heads(&mut self) -> Result<()> {
+        for name in HEADS {
+            match fs::remove_file(self.dir.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StorageError::store("remove the head", error));
+                }
+                _ => {}
+            }
+        }
+        sync_dir(&self.dir).map_err(|error| StorageError::store("remove the head", error))
+    }
+
     fn location(&self) -> String {
         self.dir.display().to_string()
     }

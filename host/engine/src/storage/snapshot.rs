@@ -1044,7 +1044,7 @@ impl SnapshotStore {
         for number in self.storage.generations()? {
             self.storage.remove(number)?;
         }
-        Ok(())
+        self.storage.remove_heads()
     }
 }
 

@@ -1,3 +1,5 @@
+//! The life of a part, case by case.
+
 use super::*;
 use crate::{
     batch::{BatchExt, RecordRef},

@@ -1,3 +1,5 @@
+//! What a position promises, case by case.
+
 use std::path::PathBuf;
 
 use proptest::prelude::*;
