@@ -474,8 +474,11 @@ fn compiled_code_is_cached_and_damage_to_the_cache_is_harmless() {
         SandboxOptions { cache_dir: Some(dir.path().join("cache")), ..SandboxOptions::default() };
     let bytes = std::fs::read(guest::probe()).expect("the probe");
     Sandbox::new(options.clone()).expect("a sandbox").load(&bytes).expect("an operator");
-    let files: Vec<_> =
-        std::fs::read_dir(dir.path().join("cache")).expect("the cache").flatten().collect();
+    let all = std::fs::read_dir(dir.path().join("cache")).expect("the cache").flatten();
+    let is_code = |file: &std::fs::DirEntry| {
+        file.path().extension().is_some_and(|extension| extension == "cwasm")
+    };
+    let files: Vec<_> = all.filter(is_code).collect();
     assert_eq!(files.len(), 1);
     let written = files[0].metadata().expect("a file").modified().expect("a time");
     Sandbox::new(options.clone()).expect("a sandbox").load(&bytes).expect("an operator");

@@ -281,13 +281,13 @@ fn check_outputs(spec: &JobSpec) -> Result<(), Problem> {
             let message =
                 format!("sinks \"{other}\" and \"{}\" write to the same directory", node.name);
             return Err(Problem::new(Code::OutputTaken, message)
-                .detail(dir.display())
+                .detail(sink.path.display())
                 .hint("give each its own path"));
         }
-        if let Some(state_dir) = state_dir.as_ref().filter(|state_dir| dir.starts_with(state_dir)) {
+        if state_dir.as_ref().is_some_and(|state_dir| dir.starts_with(state_dir)) {
             let message = format!("sink \"{}\" writes to the job's state directory", node.name);
             return Err(Problem::new(Code::OutputTaken, message)
-                .detail(state_dir.display())
+                .detail(sink.path.display())
                 .hint("choose a path outside of it"));
         }
         known.push((&node.name, dir));

@@ -344,12 +344,12 @@ impl Instance {
     /// Where a snapshot would not be the whole state. The pages found are then lost to the next
     /// snapshot, so the instance must not be snapshotted again.
     pub async fn snapshot(&mut self) -> Result<MemorySnapshot, SnapshotError> {
+        self.check_handles()?;
         // What a failed call has left is no state.
         if self.is_poisoned {
             let message = "a snapshot of an instance that has failed".to_owned();
             return Err(SnapshotError::Guest(GuestError::Host(message)));
         }
-        self.check_handles()?;
         let globals = self.globals().await.map_err(SnapshotError::Guest)?;
         let tracking = self.component.inner.sandbox.tracking.clone();
         let mut memories = Vec::with_capacity(self.regions.len());

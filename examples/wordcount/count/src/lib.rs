@@ -23,7 +23,7 @@ impl Operator for Count {
 
     fn finish(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
         let mut counts = Vec::new();
-        self.counts.for_each(|word, count| counts.push((word.to_vec(), *count)));
+        self.counts.for_each(|word, count| counts.push((word.key_bytes().to_vec(), *count)));
         counts.sort();
         for (word, count) in &counts {
             let word = std::str::from_utf8(word)?;

@@ -413,7 +413,7 @@ impl SnapshotStore {
         job: &str,
         tasks: Vec<TaskIdentity>,
     ) -> Result<(Self, Found)> {
-        let (head, mut found) = Self::find_head(&*storage)?;
+        let (mut head, mut found) = Self::find_head(&*storage)?;
         let mut places = open_places(&*storage, &head, &mut found)?;
         let current = places.iter().position(|place| place.number == head.generation);
         // Only a generation that is whole as far as anybody knows is written to.
@@ -429,6 +429,11 @@ impl SnapshotStore {
             None => {
                 let last = storage.generations()?.last().copied().unwrap_or(0);
                 let number = last.max(head.generation) + 1;
+                if head.sequence == 0 && !found.is_headless {
+                    // Before the first generation is made: one without a head has lost its head.
+                    head.sequence = 1;
+                    storage.write_head(1, &head.encode()?)?;
+                }
                 Place { number, generation: storage.open(number, 0)?, checkpoints: Vec::new() }
             }
         };
