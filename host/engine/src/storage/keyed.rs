@@ -679,7 +679,7 @@ mod tests {
             state.cut(round, &[]).expect("cut");
             state.complete(round).expect("complete");
         }
-        assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (9 + 2_000 + KEY_BYTES));
+        assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (13 + 2_000 + KEY_BYTES));
         let entry = (DeclaredKey::new(0, b"large", 0, 128), Some(vec![0; 1 << 20]));
         let error = state.put(&changes_of([&entry].into_iter())).expect_err("too much");
         assert!(matches!(error, StateError::Limit(Limit::State { .. })), "{error:?}");
