@@ -10,7 +10,7 @@ use cofferdam_core::{ids::CheckpointId, job::Event};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
-use crate::storage::manifest::Manifest;
+use crate::storage::{manifest::Manifest, savepoint};
 
 /// The way to a running job. Cloning it gives another way to the same job.
 #[derive(Clone)]
@@ -85,6 +85,8 @@ impl JobHandle {
     }
 
     async fn ask(&self, dir: PathBuf, event: impl FnOnce(u64) -> Event) -> SavepointResult {
+        // A place that cannot be is no reason to stop anything.
+        savepoint::check_place(&dir)?;
         let (ticket, answer) = self.desk.open(dir);
         self.send(event(ticket));
         answer.await.unwrap_or_else(|_| Err("the job ended before the savepoint".to_owned()))

@@ -307,6 +307,7 @@ impl Driver {
                 self.given_up = self.given_up.max(Some(checkpoint));
                 tell(&self.workers, Control::Abort(checkpoint));
                 self.shared.stats.lock().remove(&checkpoint.0);
+                self.release(checkpoint);
                 let task = reason.task().map(|task| self.plan.graph.task_name(task));
                 let words = match task {
                     Some(task) => format!("{task} {}", reason.message()),
@@ -397,6 +398,17 @@ impl Driver {
                     tracing::warn!(%error, "bring the declared state forward: it is tried again");
                 }
             }
+        });
+    }
+
+    /// What a checkpoint that was given up has taken counts only as far as later ones stand on it.
+    fn release(&self, aborted: CheckpointId) {
+        let next = CheckpointId(aborted.0 + 1);
+        let needed_from = self.core.oldest_pending().map_or(next, |oldest| oldest.min(next));
+        self.shared.storage.release(needed_from);
+        let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
+        tokio::task::spawn_blocking(move || {
+            locals.iter().for_each(|local| local.lock().fold(aborted.0));
         });
     }
 

@@ -857,12 +857,7 @@ impl SnapshotStore {
         oldest_pending: Option<u64>,
     ) -> Result<()> {
         self.delete(checkpoint)?;
-        let needed_from = oldest_pending.map_or(newest, |pending| pending.min(newest));
-        for chain in &mut self.chains {
-            let freed = chain.drop_dead(needed_from);
-            self.increment_bytes = self.increment_bytes.saturating_sub(freed);
-            self.has_leftovers |= 0 < freed;
-        }
+        self.release(oldest_pending.map_or(newest, |pending| pending.min(newest)));
         self.delete_leftovers()?;
         let longest = self.chains.iter().map(Chain::len).max().unwrap_or(0);
         let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes / 2) < self.increment_bytes;
@@ -872,6 +867,16 @@ impl SnapshotStore {
             self.compact(newest)?;
         }
         Ok(())
+    }
+
+    /// No checkpoint before this one will complete any more: snapshots that later ones have replaced go
+    /// with the next write.
+    pub fn release(&mut self, needed_from: u64) {
+        for chain in &mut self.chains {
+            let freed = chain.drop_dead(needed_from);
+            self.increment_bytes = self.increment_bytes.saturating_sub(freed);
+            self.has_leftovers |= 0 < freed;
+        }
     }
 
     /// Removes a completed checkpoint; its generation goes with the last one in it.

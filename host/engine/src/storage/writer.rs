@@ -30,6 +30,7 @@ enum Command {
     Complete(u64),
     Export { checkpoint: u64, dir: PathBuf },
     Subsume { checkpoint: u64, newest: u64, oldest_pending: Option<u64> },
+    Release { needed_from: u64 },
 }
 
 struct Snapshot {
@@ -116,6 +117,11 @@ impl StorageHandle {
             newest: newest.0,
             oldest_pending: oldest_pending.map(|id| id.0),
         });
+    }
+
+    /// A checkpoint was given up: pending ones from `needed_from` on are all that may still complete.
+    pub(crate) fn release(&self, needed_from: CheckpointId) {
+        self.send(Command::Release { needed_from: needed_from.0 });
     }
 
     /// Reads a task's state. Blocks.
@@ -262,5 +268,6 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
             }
             report.event(Event::CheckpointCleaned);
         }
+        Command::Release { needed_from } => store.release(needed_from),
     }
 }

@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use cofferdam_sandbox::{Image, Instance};
+use cofferdam_sandbox::{Image, Instance, MemorySnapshot};
 use tokio::runtime::Handle;
 
 use crate::storage::{
@@ -21,6 +21,9 @@ use crate::storage::{
     keyed::{KeyedState, Turn},
     snapshot::{LoadedTask, TaskSnapshot},
 };
+
+/// Snapshots that wait for their checkpoints may take so much memory, or as much as the state.
+const FOLD_BYTES_MIN: u64 = 16 << 20;
 
 /// One task's local copy of its state.
 #[derive(Default)]
@@ -134,6 +137,34 @@ impl Inner {
         self.pending.push_back((checkpoint, snapshot));
     }
 
+    /// A checkpoint was given up: its snapshot counts only as part of the next one, and where those that
+    /// wait have become more than the state they are merged. Costs a copy of them, so not to be called
+    /// where a guest waits.
+    pub(crate) fn fold(&mut self, aborted: u64) {
+        let bytes = |snapshot: &TaskSnapshot| {
+            snapshot.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes)
+        };
+        let waiting: u64 = self.pending.iter().map(|(_, snapshot)| bytes(snapshot)).sum();
+        if waiting <= FOLD_BYTES_MIN.max(self.image.size_bytes()) {
+            return;
+        }
+        let Some((mut id, mut merged)) = self.pending.pop_front_if(|(id, _)| *id <= aborted) else {
+            return;
+        };
+        while let Some((next, snapshot)) = self.pending.pop_front_if(|(id, _)| *id <= aborted) {
+            let memory = match (&merged.memory, &snapshot.memory) {
+                (Some(older), Some(newer)) => Some(MemorySnapshot::merged(older, newer)),
+                _ => None,
+            };
+            let (state, in_flight) = (snapshot.state.clone(), snapshot.in_flight.clone());
+            let is_drained = snapshot.is_drained;
+            let whole =
+                TaskSnapshot { state, is_drained, memory, in_flight, ..TaskSnapshot::default() };
+            (id, merged) = (next, Arc::new(whole));
+        }
+        self.pending.push_front((id, merged));
+    }
+
     /// A checkpoint is complete: brings the image forward to it. Costs a copy of the changed
     /// pages, so not to be called where a guest waits.
     ///
@@ -209,6 +240,8 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
+    use cofferdam_sandbox::{MemoryDelta, memory::PAGE_BYTES};
+
     use super::*;
 
     fn snapshot(state: u8) -> Arc<TaskSnapshot> {
@@ -276,5 +309,38 @@ mod tests {
         assert!(!is_here(1), "somebody else has its image");
         drop(lent);
         assert!(!is_here(1), "the attempt after it has not waited");
+    }
+
+    #[test]
+    fn snapshots_of_checkpoints_that_never_complete_take_the_space_of_one_state() {
+        let delta = |from: u32, byte: u8| {
+            let mut delta = MemoryDelta::new(64 << 20);
+            for page in from..from + 3_000 {
+                delta.push(page, &[byte; PAGE_BYTES]);
+            }
+            let memory = MemorySnapshot {
+                memories: vec![delta],
+                globals: vec![byte.into()],
+                monotonic_ns: 0,
+            };
+            Arc::new(TaskSnapshot {
+                state: vec![byte],
+                memory: Some(memory),
+                ..TaskSnapshot::default()
+            })
+        };
+        let mut inner = Inner { at: Some(0), ..Inner::default() };
+        for id in 1..=40u8 {
+            inner.push(id.into(), delta(u32::from(id) * 10, id));
+            inner.fold(id.into());
+            let pages = |it: &TaskSnapshot| {
+                it.memory.as_ref().map_or(0, |memory| memory.memories[0].page_count())
+            };
+            let waiting: usize = inner.pending.iter().map(|(_, snapshot)| pages(snapshot)).sum();
+            assert!(waiting <= 8_000, "{waiting} pages after {id}");
+        }
+        inner.settle(40).expect("there is memory");
+        assert_eq!((inner.at, &inner.state[..]), (Some(40), &[40][..]));
+        assert_eq!(inner.image.size_bytes(), 64 << 20);
     }
 }

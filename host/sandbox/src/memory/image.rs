@@ -6,7 +6,7 @@
 //! page of that snapshot was written by the guest and is therefore its own copy already.
 #![allow(unsafe_code, reason = "copies pages out of guest memory that nobody is using")]
 
-use std::{fs::File, io, sync::Mutex};
+use std::{collections::BTreeSet, fs::File, io, sync::Mutex};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -90,6 +90,17 @@ impl MemoryDelta {
         }
     }
 
+    /// Both changes as one: of a page that is in both, the `newer` one's counts.
+    fn merged(older: &Self, newer: &Self) -> Self {
+        let mut merged = Self::new(newer.size_bytes);
+        let is_over: BTreeSet<u32> = newer.pages.iter().copied().collect();
+        let kept = older.pages().filter(|(page, _)| !is_over.contains(page));
+        for (page, bytes) in kept.chain(newer.pages()) {
+            merged.push(page, bytes);
+        }
+        merged
+    }
+
     /// Copies the pages out of a region.
     ///
     /// # Safety
@@ -117,6 +128,20 @@ pub struct MemorySnapshot {
 }
 
 impl MemorySnapshot {
+    /// What both snapshots have changed, as of the newer one. Copies every page of both.
+    #[must_use]
+    pub fn merged(older: &Self, newer: &Self) -> Self {
+        let empty = MemoryDelta::default();
+        let memories = newer.memories.iter().enumerate();
+        let memories = memories
+            .map(|(at, it)| MemoryDelta::merged(older.memories.get(at).unwrap_or(&empty), it));
+        Self {
+            memories: memories.collect(),
+            globals: newer.globals.clone(),
+            monotonic_ns: newer.monotonic_ns,
+        }
+    }
+
     /// How many bytes of pages changed.
     #[must_use]
     pub fn changed_bytes(&self) -> u64 {
@@ -250,6 +275,13 @@ mod tests {
         image.memories[0].file.read_exact_at(&mut bytes, 0).expect("readable");
         let firsts: Vec<u8> = bytes.chunks(PAGE_BYTES).map(|page| page[PAGE_BYTES - 1]).collect();
         assert_eq!(firsts, [0, 1, 9, 0, 0, 5, 0, 0, 8]);
+        let older = snapshot(8 * 4096, &[(1, 1), (2, 2), (5, 5)]);
+        let newer = snapshot(9 * 4096, &[(2, 9), (8, 8)]);
+        let mut of_merged = Image::new();
+        of_merged.apply(&MemorySnapshot::merged(&older, &newer)).expect("memory");
+        let mut same = vec![0; of_merged.size_bytes() as usize];
+        of_merged.memories[0].file.read_exact_at(&mut same, 0).expect("readable");
+        assert!(same == bytes, "merged, they do what they do one after the other");
         let copy = image.copy().expect("memory");
         image.apply(&snapshot(9 * 4096, &[(2, 4)])).expect("memory");
         let mut copied = vec![0; copy.size_bytes() as usize];
