@@ -1,6 +1,7 @@
 //! Only the regions that a failure concerns restart; all others go on undisturbed.
 
 use cofferdam_core::job::Outcome;
+use cofferdam_engine::problem::Code;
 use cofferdam_tests::{
     guest,
     job::{check_counts, committed, run_manifest},
@@ -91,4 +92,18 @@ fn trap_in_one_region_leaves_the_other_at_its_first_attempt() {
 fn full_failover_restarts_every_task() {
     let seen = run("full", r#"do = "trap", at = 5000, attempts = 2"#);
     assert_eq!(seen.restarted.len(), 12);
+}
+
+#[test]
+fn operator_that_refuses_to_open_is_not_restarted() {
+    for (deed, words) in [("do = \"fail-in-open\"", "no luck"), ("at = \"soon\"", "\"at\"")] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let manifest = dir.path().join("job.toml");
+        std::fs::write(&manifest, two_pipelines("region", deed)).expect("written");
+        let ran = run_manifest(&manifest, |_| {});
+        let problem = ran.outcome.as_ref().expect_err("it cannot be opened");
+        assert_eq!(problem.code, Code::OpenRefused, "{problem}");
+        assert!(problem.to_string().contains(words), "{problem}");
+        assert_eq!(ran.restart_count(), 0);
+    }
 }

@@ -83,6 +83,7 @@ codes! {
     CheckpointsFailed = "C0105", 1, "Too many checkpoints failed and the job gave up";
     RequestRefused = "C0106", 1, "The running job refuses";
     BadRecord = "C0107", 1, "A source cannot make sense of a record";
+    OpenRefused = "C0108", 1, "An operator refuses to open";
     HostBug = "C0170", 70, "An invariant of the host broke";
 }
 
@@ -132,6 +133,7 @@ impl From<&FailureCause> for Code {
                 Obstacle::StateMismatch => Self::StateMismatch,
                 Obstacle::InputChanged => Self::InputChanged,
                 Obstacle::BadRecord => Self::BadRecord,
+                Obstacle::OpenRefused => Self::OpenRefused,
                 Obstacle::OutputTaken => Self::OutputTaken,
                 Obstacle::StoreDamaged => Self::StoreDamaged,
                 Obstacle::StoreInDoubt => Self::StoreInDoubt,

@@ -648,6 +648,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     }
     let state_backend = read_state_backend(root, &mut warnings)?;
     let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
+    warn_of_doubles(&nodes, &mut warnings);
     let is_batch = graph.has_exchange(ExchangeType::has_partition);
     if is_batch && execution.checkpoint.interval_ms.take().is_some() {
         let key = "execution.checkpointing.interval";
@@ -957,6 +958,23 @@ fn local_dir(
             Err(section.bad_value(key, &dir.span, &why))
         }
         None => Ok(base_dir.join(path)),
+    }
+}
+
+/// An input that is named twice is no mistake where a stream meets itself, and mostly one elsewhere.
+fn warn_of_doubles(nodes: &[NodeSpec], warnings: &mut Vec<String>) {
+    for node in nodes {
+        for (place, input) in node.inputs.iter().enumerate() {
+            let is_same =
+                |other: &&InputSpec| (other.from, &other.output) == (input.from, &input.output);
+            if node.inputs[..place].iter().any(|other| is_same(&other)) {
+                let producer = &nodes[input.from.0 as usize].name;
+                warnings.push(format!(
+                    "\"{}\" has \"{producer}\" among its inputs more than once: each record comes as often",
+                    node.name
+                ));
+            }
+        }
     }
 }
 

@@ -405,7 +405,13 @@ impl OperatorTask {
             state_cache,
             tracks_changes: self.tracks_changes,
         };
-        instance.open(context).await.map_err(cause_of)?;
+        instance.open(context).await.map_err(|error| match error {
+            // Its own word on its settings, which are the same in every attempt.
+            GuestError::Failed { message, .. } | GuestError::Rejected { message, .. } => {
+                FailureCause::Permanent { obstacle: Obstacle::OpenRefused, message }
+            }
+            other => cause_of(other),
+        })?;
         host.is_open.store(true, Ordering::Relaxed);
         Ok(instance)
     }
