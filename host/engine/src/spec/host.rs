@@ -1,10 +1,14 @@
 //! Reads settings for every job of a host: a `cofferdam.toml`, or an existing `flink-conf.yaml` or
-//! `config.yaml` as it is, older spellings included.
+//! `config.yaml` as it is, older spellings included. `flink-conf.yaml` never was YAML: Flink reads it
+//! line by line, and so it is here.
 //!
 //! Settings of a job come before those of the host, and those before the defaults. What Flink has
 //! and what means nothing here is told with the reason; what nobody knows is an error.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use super::reader::closest;
 use crate::problem::{Code, Problem};
@@ -38,6 +42,20 @@ const RENAMED: &[(&str, &str)] = &[
         "execution.state-recovery.approximate-local-recovery",
     ),
     ("execution.checkpointing.unaligned", "execution.checkpointing.unaligned.enabled"),
+    ("state.backend.fs.checkpointdir", "execution.checkpointing.dir"),
+];
+
+/// What `state.backend.type` may be in Flink, in lower case, and what it is here.
+const BACKENDS: &[(&str, &str)] = &[
+    ("filesystem", "hashmap"),
+    ("jobmanager", "hashmap"),
+    ("org.apache.flink.runtime.state.filesystem.fsstatebackendfactory", "hashmap"),
+    ("org.apache.flink.runtime.state.hashmap.hashmapstatebackendfactory", "hashmap"),
+    ("org.apache.flink.runtime.state.memory.memorystatebackendfactory", "hashmap"),
+    ("org.apache.flink.contrib.streaming.state.embeddedrocksdbstatebackendfactory", "rocksdb"),
+    ("org.apache.flink.contrib.streaming.state.rocksdbstatebackendfactory", "rocksdb"),
+    ("org.apache.flink.state.rocksdb.embeddedrocksdbstatebackendfactory", "rocksdb"),
+    ("org.apache.flink.state.forst.forststatebackendfactory", "forst"),
 ];
 
 /// What can be set for a host, beside what begins with `restart-strategy.`.
@@ -148,10 +166,59 @@ pub(super) const MEANINGLESS: &[(&str, &str)] = &[
     ("execution.batch", "batches are not scheduled apart"),
     ("execution.job-listeners", "events are in `run --json`"),
     ("execution.shutdown-on-attached-exit", "there is no client"),
+    ("execution.allow-client-job-configurations", "there is no client"),
+    ("execution.program-config", "there is no client"),
+    ("execution.submit-failed-job-on-application-error", "there is no client"),
+    ("execution.job-status-changed-listeners", "events are in `run --json`"),
+    ("execution.sorted-inputs", "a batch is not sorted by its keys"),
+    ("execution.sort", "a batch is not sorted by its keys"),
+    ("state.backend.async", "snapshots are always written while the task runs"),
+    ("state.backend.fs", "the store decides how it keeps values"),
+    ("state.latency-track", "the host measures whole calls"),
+    ("state.size-track", "the host measures whole calls"),
+    ("state.ttl", "state is kept until its operator removes it"),
+    ("zookeeper", "one process runs the job"),
+    ("resourcemanager", "one process runs the job"),
+    ("resource-manager", "one process runs the job"),
+    ("mesos", "one process runs the job"),
+    ("jobstore", "a job's end is recorded in its state directory"),
+    ("job-result-store", "a job's end is recorded in its state directory"),
+    ("job-event", "a job's end is recorded in its state directory"),
+    ("plugin", "there are no plugins"),
+    ("containerized", "there are no containers"),
+    ("external-resource", "there are no external resources"),
+    ("external-resources", "there are no external resources"),
+    ("traces", "spans are not exported"),
+    ("events", "events are in `run --json`"),
+    ("user", "operators are components"),
+    ("flink", "there is no Hadoop and no JVM"),
+    ("hadoop", "there is no Hadoop"),
+    ("internal", "it is Flink's own"),
+    ("$internal", "it is Flink's own"),
+    ("deployment", "one process runs the job"),
+    ("application", "one process runs the job"),
+    ("minicluster", "one process runs the job"),
+    ("local", "one process runs the job"),
+    ("scheduler-mode", "parallelism is what the job says"),
+    ("fine-grained", "there are no slots"),
+    ("sql-gateway", "there are no tables"),
+    ("datastream", "operators are components"),
+    ("optimizer", "the graph is run as it is written"),
+    ("compiler", "the graph is run as it is written"),
+    ("parallelism", "each operator has its own: job.parallelism, operator.parallelism"),
+    ("oss", "objects are kept at s3:// and file://"),
+    ("gs", "objects are kept at s3:// and file://"),
+    ("azure", "objects are kept at s3:// and file://"),
+    (
+        "s3a",
+        "credentials, region and endpoint are read from the environment (AWS_ACCESS_KEY_ID ...)",
+    ),
+    ("presto", "objects are kept at s3:// and file://"),
 ];
 
 impl HostSettings {
-    /// Reads a file; `.yaml` and `.yml` are Flink's, everything else is TOML.
+    /// Reads a file: one called `flink-conf*` as Flink up to 1.20 does, `.yaml` and `.yml` as YAML,
+    /// everything else as TOML.
     ///
     /// # Errors
     /// Where it cannot be read, is not of its format, or has a key that nobody knows.
@@ -163,12 +230,43 @@ impl HostSettings {
             )
             .detail(error)
         })?;
-        let is_yaml = path.extension().is_some_and(|end| end == "yaml" || end == "yml");
-        if is_yaml { Self::from_yaml(path, &text) } else { Ok(Self::from_toml(path, text)) }
+        Self::parse(path, text)
     }
 
-    fn from_toml(path: &Path, text: String) -> Self {
-        Self { path: path.to_owned(), text, has_lines: true, warnings: Vec::new() }
+    fn parse(path: &Path, text: String) -> Result<Self, Problem> {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let is_yaml = path.extension().is_some_and(|end| end == "yaml" || end == "yml");
+        match is_yaml {
+            true if name.starts_with("flink-conf") => Self::from_lines(path, &text),
+            true => Self::from_yaml(path, &text),
+            false => Ok(Self { text, has_lines: true, ..Self::empty(path) }),
+        }
+    }
+
+    fn empty(path: &Path) -> Self {
+        Self { path: path.to_owned(), text: String::new(), has_lines: false, warnings: Vec::new() }
+    }
+
+    /// A line is a key, a colon with a space behind it, and a value; what follows a `#` is no part of it.
+    /// Of a key that is there twice the last counts.
+    fn from_lines(path: &Path, text: &str) -> Result<Self, Problem> {
+        let mut settings = Self::empty(path);
+        let mut pairs = Vec::new();
+        for (number, line) in (1..).zip(text.lines()) {
+            let line = line.split('#').next().unwrap_or_default().trim();
+            match line.split_once(": ").map(|(key, value)| (key.trim(), value.trim())) {
+                Some((key, value)) if !key.is_empty() && !value.is_empty() => {
+                    pairs.push((key.to_owned(), value.to_owned()));
+                }
+                _ if line.is_empty() => {}
+                _ => settings.warnings.push(format!(
+                    "{}:{number}: `{line}` is no setting, and Flink skips it, too: a key, a colon, a space and a value",
+                    path.display()
+                )),
+            }
+        }
+        settings.take_all(&pairs)?;
+        Ok(settings)
     }
 
     fn from_yaml(path: &Path, text: &str) -> Result<Self, Problem> {
@@ -178,24 +276,44 @@ impl HostSettings {
         })?;
         let mut flat = Vec::new();
         flatten("", &document, &mut flat);
-        let mut settings = Self {
-            path: path.to_owned(),
-            text: String::new(),
-            has_lines: false,
-            warnings: Vec::new(),
-        };
-        for (key, value) in flat {
-            settings.take(&key, &value)?;
-        }
+        let mut settings = Self::empty(path);
+        settings.take_all(&flat)?;
         Ok(settings)
     }
 
-    fn take(&mut self, given: &str, value: &str) -> Result<(), Problem> {
+    /// An older spelling counts where the newer one is not there.
+    fn take_all(&mut self, pairs: &[(String, String)]) -> Result<(), Problem> {
+        let mut taken: BTreeMap<String, String> = BTreeMap::new();
+        let is_old = |key: &str| RENAMED.iter().any(|(old, _)| *old == key);
+        let (old, new): (Vec<_>, Vec<_>) = pairs.iter().partition(|(key, _)| is_old(key));
+        for (given, value) in old.into_iter().chain(new) {
+            if let Some((key, value)) = self.take(given, value)? {
+                taken.insert(key, value);
+            }
+        }
+        for (key, value) in &taken {
+            self.text.push_str(&super::setting_line(key, value));
+        }
+        Ok(())
+    }
+
+    /// What a setting is here, if it is anything.
+    fn take(&mut self, given: &str, value: &str) -> Result<Option<(String, String)>, Problem> {
         let renamed = RENAMED.iter().find(|(old, _)| *old == given);
         let key = renamed.map_or(given, |(_, new)| new);
         if KNOWN.contains(&key) || key.starts_with(RESTART) {
-            self.text.push_str(&super::setting_line(key, value));
-            return Ok(());
+            let backend = BACKENDS.iter().find(|(name, _)| value.eq_ignore_ascii_case(name));
+            let value = match backend.filter(|_| key == "state.backend.type") {
+                Some((_, here)) => {
+                    self.warnings.push(format!(
+                        "{}: `{given}` = \"{value}\" is taken for \"{here}\"",
+                        self.path.display()
+                    ));
+                    here
+                }
+                None => value,
+            };
+            return Ok(Some((key.to_owned(), value.to_owned())));
         }
         let begins = |prefix: &str| {
             key.strip_prefix(prefix)
@@ -204,7 +322,7 @@ impl HostSettings {
         if let Some((_, why)) = MEANINGLESS.iter().find(|(prefix, _)| begins(prefix)) {
             self.warnings
                 .push(format!("{}: `{given}` means nothing here: {why}", self.path.display()));
-            return Ok(());
+            return Ok(None);
         }
         let problem = Problem::new(Code::UnknownKey, format!("unknown key `{given}`"))
             .detail(format!("{}: {given}: {value}", self.path.display()));
@@ -234,7 +352,60 @@ mod tests {
     use super::*;
 
     fn yaml(text: &str) -> Result<HostSettings, Problem> {
-        HostSettings::from_yaml(Path::new("flink-conf.yaml"), text)
+        HostSettings::parse(Path::new("config.yaml"), text.to_owned())
+    }
+
+    fn lines(text: &str) -> HostSettings {
+        HostSettings::parse(Path::new("flink-conf.yaml"), text.to_owned()).expect("read")
+    }
+
+    #[test]
+    fn flink_conf_is_read_line_by_line() {
+        let settings = lines(
+            "env.java.opts: -Dx=a: b\ns3.secret-key: @abc\n# nothing\n\
+             restart-strategy.fixed-delay.attempts: 010 # ten\n\
+             execution.checkpointing.interval: 5 s\nexecution.checkpointing.interval: 7 s\n\
+             execution.checkpointing.num-retained: 3\nstate.checkpoints.num-retained: 9\n\
+             state.backend: filesystem\nexecution.checkpointing.timeout:9s\n",
+        );
+        let mut lines: Vec<&str> = settings.text.lines().collect();
+        lines.sort_unstable();
+        assert_eq!(
+            lines,
+            [
+                "execution.checkpointing.interval = \"7 s\"",
+                "execution.checkpointing.num-retained = 3",
+                "restart-strategy.fixed-delay.attempts = 10",
+                "state.backend.type = \"hashmap\"",
+            ]
+        );
+        let warned = |what: &str| settings.warnings.iter().any(|warning| warning.contains(what));
+        for what in ["env.java.opts", "s3.secret-key", "flink-conf.yaml:10: `exec", "taken for"] {
+            assert!(warned(what), "{what}: {:?}", settings.warnings);
+        }
+    }
+
+    #[test]
+    fn keys_of_flink_that_mean_nothing_are_warned_about() {
+        for key in [
+            "zookeeper.sasl.disable",
+            "resourcemanager.taskmanager-timeout",
+            "jobstore.cache-size",
+            "plugin.classloader.parent-first-patterns.default",
+            "containerized.heap-cutoff-ratio",
+            "external-resources",
+            "external-resource.gpu.amount",
+            "traces.reporters",
+            "events.reporters",
+            "user.artifacts.base-dir",
+            "flink.hadoop.dfs.replication",
+            "execution.sorted-inputs.enabled",
+            "state.backend.async",
+            "state.backend.rocksdb.memory.managed",
+        ] {
+            let settings = lines(&format!("{key}: 1"));
+            assert_eq!((settings.warnings.len(), settings.text.as_str()), (1, ""), "{key}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Settings carry Flink's names, values and defaults. What is wrong comes out as a [`Problem`] with
 //! its line; the first one, because the later ones are often its consequences.
 
+mod effective;
 pub mod host;
 mod reader;
 pub mod value;
@@ -78,6 +79,16 @@ pub struct JobSpec {
     pub failover: FailoverStrategy,
     /// After so many failovers in a row without a new checkpoint everything restarts.
     pub escalates_after: Option<u32>,
+    /// How many tasks a node has that says nothing of its own.
+    pub parallelism: u32,
+    /// `STREAMING`, `BATCH` or `AUTOMATIC`.
+    pub runtime_mode: &'static str,
+    /// Which exchanges a batch job has, by Flink's name.
+    pub batch_shuffle_mode: &'static str,
+    /// In a stream, readers of exchanges restart alone.
+    pub is_approximate: bool,
+    /// How long a barrier waits for others before it overtakes, where unaligned checkpoints are on.
+    pub aligned_timeout_ms: u64,
     /// The operators and edges.
     pub graph: JobGraph,
     /// What each node of the graph is, by its id.
@@ -463,86 +474,6 @@ impl JobSpec {
         Ok(spec)
     }
 
-    /// Every setting that counts for the whole job, with its value.
-    #[must_use]
-    pub fn effective(&self) -> Vec<(String, String)> {
-        let ms = |ms: u64| format!("{ms} ms");
-        let settings = &self.checkpoint;
-        let (storage, dir) = match &self.storage {
-            StorageSpec::Sled(dir) => ("sled", dir.display().to_string()),
-            StorageSpec::Objects { location, .. } => ("filesystem", location.clone()),
-            StorageSpec::Memory => ("memory", "none".to_owned()),
-        };
-        let savepoint_dir = self.savepoint_dir.as_ref();
-        let tolerable = settings.tolerable_failures.map_or("any".to_owned(), |n| n.to_string());
-        let checkpointing = [
-            ("interval", settings.interval_ms.map_or("none".to_owned(), ms)),
-            (
-                "mode",
-                if self.is_exactly_once { "EXACTLY_ONCE" } else { "AT_LEAST_ONCE" }.to_owned(),
-            ),
-            (
-                "interval-during-backlog",
-                settings.backlog_interval_ms.map_or("as at other times".to_owned(), ms),
-            ),
-            ("timeout", ms(settings.timeout_ms)),
-            ("min-pause", ms(settings.min_pause_ms)),
-            ("max-concurrent-checkpoints", settings.concurrent_max.to_string()),
-            ("tolerable-failed-checkpoints", tolerable),
-            ("num-retained", settings.retained_max.to_string()),
-            ("unaligned.enabled", settings.unaligned_after_ms.is_some().to_string()),
-            ("aligned-checkpoint-timeout", ms(settings.unaligned_after_ms.unwrap_or(0))),
-            ("snapshot-compression", self.is_compressing.to_string()),
-            ("externalized-checkpoint-retention", self.retention.name().to_owned()),
-            ("storage", storage.to_owned()),
-            ("dir", dir),
-            (
-                "savepoint-dir",
-                savepoint_dir.map_or("none".to_owned(), |dir| dir.display().to_string()),
-            ),
-        ];
-        let mut all: Vec<(String, String)> = checkpointing
-            .into_iter()
-            .map(|(key, value)| (format!("execution.checkpointing.{key}"), value))
-            .collect();
-        all.push((BACKLOG_LAG.to_owned(), self.backlog_lag_ms.map_or("none".to_owned(), ms)));
-        all.push(("state.backend.type".to_owned(), self.state_backend.name().to_owned()));
-        if let StateBackend::Sled(backend) = &self.state_backend {
-            let bytes = [
-                ("cache", backend.cache_bytes),
-                ("write-buffer", backend.write_buffer_bytes),
-                ("guest-cache", backend.guest_cache_bytes),
-            ];
-            let setting =
-                |(key, bytes)| (format!("state.backend.sled.{key}"), format!("{bytes} bytes"));
-            all.extend(bytes.map(setting));
-        }
-        all.push((
-            "execution.state-recovery.approximate-local-recovery".to_owned(),
-            self.graph.has_exchange(ExchangeType::is_approximate).to_string(),
-        ));
-        all.push((
-            "jobmanager.execution.failover-strategy".to_owned(),
-            self.failover.name().to_owned(),
-        ));
-        all.push((
-            "jobmanager.execution.failover-escalation".to_owned(),
-            self.escalates_after.map_or("none".to_owned(), |failovers| failovers.to_string()),
-        ));
-        all.push((
-            "restart-strategy.merge-failures".to_owned(),
-            self.restart.is_merging_failures.to_string(),
-        ));
-        let (name, values) = strategy_settings(&self.restart.strategy);
-        all.push(("restart-strategy.type".to_owned(), name.to_owned()));
-        all.extend(
-            values
-                .into_iter()
-                .map(|(key, value)| (format!("restart-strategy.{name}.{key}"), value)),
-        );
-        all
-    }
-
     /// Whether the records of a node come to its tasks by their key: by hash, or unchanged from a node
     /// to which they do.
     #[must_use]
@@ -563,38 +494,6 @@ impl JobSpec {
     #[must_use]
     pub fn node(&self, id: OperatorId) -> &NodeSpec {
         &self.nodes[id.0 as usize]
-    }
-}
-
-fn strategy_settings(strategy: &RestartStrategy) -> (&'static str, Vec<(&'static str, String)>) {
-    let ms = |ms: u64| format!("{ms} ms");
-    match strategy {
-        RestartStrategy::None => ("none", Vec::new()),
-        RestartStrategy::FixedDelay { attempts, delay_ms } => {
-            ("fixed-delay", vec![("attempts", attempts.to_string()), ("delay", ms(*delay_ms))])
-        }
-        RestartStrategy::FailureRate { failures_per_interval_max, interval_ms, delay_ms } => (
-            "failure-rate",
-            vec![
-                ("max-failures-per-interval", failures_per_interval_max.to_string()),
-                ("failure-rate-interval", ms(*interval_ms)),
-                ("delay", ms(*delay_ms)),
-            ],
-        ),
-        RestartStrategy::ExponentialDelay(settings) => (
-            "exponential-delay",
-            vec![
-                ("initial-backoff", ms(settings.initial_backoff_ms)),
-                ("max-backoff", ms(settings.backoff_ms_max)),
-                ("backoff-multiplier", settings.backoff_multiplier.to_string()),
-                ("reset-backoff-threshold", ms(settings.reset_threshold_ms)),
-                ("jitter-factor", settings.jitter_factor.to_string()),
-                (
-                    "attempts-before-reset-backoff",
-                    settings.attempts_max.map_or("infinite".to_owned(), |max| max.to_string()),
-                ),
-            ],
-        ),
     }
 }
 
@@ -683,6 +582,11 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
         restart,
         failover,
         escalates_after,
+        parallelism,
+        runtime_mode: execution.mode.name,
+        batch_shuffle_mode: execution.mode.batch_name,
+        is_approximate: execution.mode.is_approximate,
+        aligned_timeout_ms: execution.aligned_timeout_ms,
         graph,
         nodes,
         warnings,
@@ -709,12 +613,14 @@ pub fn restart_of(settings: &[(String, String)]) -> Result<RestartSpec> {
 /// A setting as a line of TOML. Flink's older spelling of the strategy's name is taken, too.
 fn setting_line(key: &str, value: &str) -> String {
     let key = if key == "restart-strategy" { "restart-strategy.type" } else { key };
-    let is_bare =
-        value.parse::<f64>().is_ok_and(f64::is_finite) || value == "true" || value == "false";
-    match is_bare {
-        true => format!("{key} = {value}\n"),
-        false => format!("{key} = {}\n", toml::Value::String(value.to_owned())),
-    }
+    // Numbers as Flink takes them: "010" is ten.
+    let value = match (value.parse::<i64>(), value.parse::<f64>(), value.parse::<bool>()) {
+        (Ok(number), ..) => toml::Value::Integer(number),
+        (_, Ok(number), _) if number.is_finite() => toml::Value::Float(number),
+        (_, _, Ok(flag)) => toml::Value::Boolean(flag),
+        _ => toml::Value::String(value.to_owned()),
+    };
+    format!("{key} = {value}\n")
 }
 
 fn is_name(text: &str) -> bool {
@@ -736,13 +642,16 @@ struct Execution {
     savepoint_dir: Option<PathBuf>,
     storage: StorageSpec,
     mode: RuntimeMode,
+    aligned_timeout_ms: u64,
     warnings: Vec<String>,
 }
 
 /// Which exchange an edge has that says none of its own.
 struct RuntimeMode {
     mode: ModeName,
+    name: &'static str,
     batch: ShuffleMode,
+    batch_name: &'static str,
     /// In a stream, readers restart alone.
     is_approximate: bool,
 }
@@ -788,9 +697,12 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         storage: StorageSpec::Sled(default_dir.clone()),
         mode: RuntimeMode {
             mode: ModeName::Streaming,
+            name: "STREAMING",
             batch: ShuffleMode::All(ExchangeType::Blocking),
+            batch_name: "ALL_EXCHANGES_BLOCKING",
             is_approximate: false,
         },
+        aligned_timeout_ms: 0,
         warnings: Vec::new(),
     };
     let Some(section) = root.section("execution")? else { return Ok(execution) };
@@ -799,8 +711,9 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         ("BATCH", ModeName::Batch),
         ("AUTOMATIC", ModeName::Automatic),
     ];
+    let modes = modes.map(|(name, mode)| (name, (name, mode)));
     if let Some(mode) = section.choice("runtime-mode", &modes)? {
-        execution.mode.mode = mode.value;
+        (execution.mode.name, execution.mode.mode) = mode.value;
     }
     let shuffles = [
         ("ALL_EXCHANGES_BLOCKING", ShuffleMode::All(ExchangeType::Blocking)),
@@ -812,8 +725,9 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         ("BATCH", ShuffleMode::Execution(ExecutionMode::Batch)),
         ("BATCH_FORCED", ShuffleMode::Execution(ExecutionMode::BatchForced)),
     ];
+    let shuffles = shuffles.map(|(name, shuffle)| (name, (name, shuffle)));
     if let Some(shuffle) = section.choice("batch-shuffle-mode", &shuffles)? {
-        execution.mode.batch = shuffle.value;
+        (execution.mode.batch_name, execution.mode.batch) = shuffle.value;
     }
     if let Some(checkpointing) = section.section("checkpointing")? {
         read_checkpointing(&checkpointing, base_dir, default_dir, job, &mut execution)?;
@@ -837,10 +751,16 @@ fn read_checkpointing(
 ) -> Result<()> {
     let settings = &mut execution.checkpoint;
     // Flink: an interval below 10 ms counts as none.
-    settings.interval_ms = section
-        .duration_ms("interval")?
-        .map(|interval| interval.value)
-        .filter(|ms| INTERVAL_MS_MIN <= *ms);
+    if let Some(Located { value, span }) = section.duration_ms("interval")? {
+        settings.interval_ms = Some(value).filter(|ms| INTERVAL_MS_MIN <= *ms);
+        if (1..INTERVAL_MS_MIN).contains(&value) {
+            execution.warnings.push(format!(
+                "`execution.checkpointing.interval` is {value} ms: below {INTERVAL_MS_MIN} ms there are no \
+                 checkpoints, and no restarts by default; give it a unit, such as \"{value} s\" ({})",
+                section.place(&span).lines().next().unwrap_or_default()
+            ));
+        }
+    }
     if let Some(Located { value, span }) = section.duration_ms("interval-during-backlog")? {
         if value != 0 && settings.interval_ms.is_none_or(|interval| value < interval) {
             let why = "it must be 0, for no checkpoints, or at least the interval";
@@ -886,7 +806,9 @@ fn read_checkpointing(
         execution.retention = policy.value;
     }
     warn_meaningless(section, "execution.checkpointing.", &mut execution.warnings);
-    execution.savepoint_dir = match section.text("savepoint-dir")? {
+    let savepoint_dir = section.text("savepoint-dir")?;
+    savepoint_dir.iter().try_for_each(|dir| check_scheme(section, "savepoint-dir", dir))?;
+    execution.savepoint_dir = match savepoint_dir {
         Some(dir) if is_url(Path::new(&dir.value)) && !dir.value.starts_with("file") => {
             Some(PathBuf::from(dir.value))
         }
@@ -917,6 +839,7 @@ fn read_storage(
         [("sled", Sled), ("memory", Memory), ("jobmanager", Memory), ("filesystem", Objects)];
     let name = section.choice("storage", &names)?;
     let dir = section.text("dir")?;
+    dir.iter().try_for_each(|dir| check_scheme(section, "dir", dir))?;
     let is_remote = dir
         .as_ref()
         .is_some_and(|it| is_url(Path::new(&it.value)) && !it.value.starts_with("file"));
@@ -933,6 +856,16 @@ fn read_storage(
             Ok(StorageSpec::Sled(local_dir(section, "dir", base_dir, &dir)?))
         }
         (Some(Sled) | None, None) => Ok(StorageSpec::Sled(default_dir)),
+    }
+}
+
+fn check_scheme(section: &Section<'_>, key: &'static str, dir: &Located<String>) -> Result<()> {
+    match dir.value.split_once("://") {
+        Some((scheme, _)) if !["file", "s3", "s3a"].contains(&scheme) => {
+            let why = format!("{scheme}:// is not known, file:// and s3:// are");
+            Err(section.bad_value(key, &dir.span, why))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -992,6 +925,7 @@ fn warn_meaningless(section: &Section<'_>, prefix: &str, warnings: &mut Vec<Stri
 /// Flink: an unaligned checkpoint needs EXACTLY_ONCE, and that no other is pending beside it.
 fn read_unaligned(section: &Section<'_>, execution: &mut Execution) -> Result<()> {
     let timeout = section.duration_ms("aligned-checkpoint-timeout")?.map_or(0, |it| it.value);
+    execution.aligned_timeout_ms = timeout;
     let Some(unaligned) = section.section("unaligned")? else { return Ok(()) };
     let is_enabled = unaligned.boolean("enabled")?;
     let prefix = "execution.checkpointing.unaligned.";
@@ -1872,7 +1806,7 @@ mod tests {
         let job = job.map_or(String::new(), lines) + interval;
         let host = host.map(lines);
         spec(&job, host.as_deref())
-            .map(|spec| strategy_settings(&spec.restart.strategy).0.to_owned())
+            .map(|spec| effective::strategy_settings(&spec.restart.strategy).0.to_owned())
     }
 
     /// P for each edge that is pipelined and B for each that is blocking, in the order of the manifest.

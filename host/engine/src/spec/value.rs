@@ -7,7 +7,8 @@
 pub fn parse_duration_ms(text: &str) -> Result<u64, String> {
     let (number, unit) = split(text)?;
     let per_unit_us: u64 = match unit.as_str() {
-        "us" | "micro" | "micros" | "microsecond" | "microseconds" => 1,
+        "ns" | "nano" | "nanos" | "nanosecond" | "nanoseconds" => return Ok(number / 1_000_000),
+        "us" | "\u{b5}s" | "\u{3bc}s" | "micro" | "micros" | "microsecond" | "microseconds" => 1,
         "" | "ms" | "milli" | "millis" | "millisecond" | "milliseconds" => 1_000,
         "s" | "sec" | "secs" | "second" | "seconds" => 1_000_000,
         "m" | "min" | "mins" | "minute" | "minutes" => 60_000_000,
@@ -58,6 +59,10 @@ mod tests {
             ("10 min", 600_000),
             ("2 H", 7_200_000),
             ("1d", 86_400_000),
+            ("2500 \u{b5}s", 2),
+            ("2500\u{3bc}s", 2),
+            ("7000000 ns", 7),
+            ("1 nanosecond", 0),
         ] {
             assert_eq!(parse_duration_ms(text), Ok(ms), "{text}");
         }
