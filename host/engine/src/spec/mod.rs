@@ -1597,6 +1597,11 @@ fn read_time_format(section: &Section<'_>, located: Located<String>) -> Result<T
                        rfc3339";
             return Err(section.bad_value("timestamp-format", &span, why));
         }
+        pattern if pattern.contains("%Z") => {
+            let why = "the name of a time zone says no offset: write %z for one such as +0100, or \
+                       leave it out for UTC";
+            return Err(section.bad_value("timestamp-format", &span, why));
+        }
         pattern => TimeFormat::Pattern(pattern.to_owned()),
     })
 }

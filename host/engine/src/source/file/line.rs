@@ -2,10 +2,17 @@
 
 use std::{fs::File, os::unix::fs::FileExt};
 
-use chrono::{DateTime, NaiveDate, NaiveDateTime};
+use chrono::{
+    DateTime, NaiveTime,
+    format::{self, Parsed, StrftimeItems},
+};
 use regex::bytes::Regex;
 
+use super::plan::byte_order_mark;
 use crate::spec::{FileSourceSpec, LineFormat, TimeFormat};
+
+/// From here on a number of JSON may be an integer that does not fit into 64 bits.
+const EXACT_MAX: f64 = 9.2e18;
 
 /// What a line says of itself.
 #[derive(Debug, Default)]
@@ -80,6 +87,14 @@ impl LineReader {
                     let found = document.as_ref().and_then(|document| document.pointer(pointer));
                     match found.ok_or_else(|| format!("there is no {pointer}"))? {
                         serde_json::Value::String(text) => Ok(text.clone().into_bytes()),
+                        // An integer of more than 64 bits has lost its last digits by now.
+                        serde_json::Value::Number(number)
+                            if number
+                                .as_f64()
+                                .is_some_and(|it| number.is_f64() && EXACT_MAX <= it.abs()) =>
+                        {
+                            Err(format!("{pointer} is a number of more than 64 bits: {number}"))
+                        }
                         other => Ok(other.to_string().into_bytes()),
                     }
                 }
@@ -130,11 +145,23 @@ impl TimeFormat {
             }
             Self::Rfc3339 => Some(DateTime::parse_from_rfc3339(text).ok()?.timestamp_millis()),
             Self::Pattern(pattern) => {
-                let with_offset = DateTime::parse_from_str(text, pattern).ok();
-                let local = || NaiveDateTime::parse_from_str(text, pattern).ok();
-                let date = || NaiveDate::parse_from_str(text, pattern).ok()?.and_hms_opt(0, 0, 0);
-                let with_offset = with_offset.map(|time| time.timestamp_millis());
-                with_offset.or_else(|| Some(local().or_else(date)?.and_utc().timestamp_millis()))
+                let mut parsed = Parsed::new();
+                format::parse(&mut parsed, text, StrftimeItems::new(pattern)).ok()?;
+                if parsed.offset().is_some() || parsed.timestamp().is_some() {
+                    return Some(parsed.to_datetime().ok()?.timestamp_millis());
+                }
+                let has_time = parsed.hour_div_12().is_some() || parsed.hour_mod_12().is_some();
+                let time = match has_time {
+                    true => {
+                        // "05 h" is five o'clock.
+                        if parsed.minute().is_none() {
+                            parsed.set_minute(0).ok()?;
+                        }
+                        parsed.to_naive_time().ok()?
+                    }
+                    false => NaiveTime::MIN,
+                };
+                Some(parsed.to_naive_date().ok()?.and_time(time).and_utc().timestamp_millis())
             }
         }
     }
@@ -151,8 +178,10 @@ fn read_header(file: &File, spec: &FileSourceSpec) -> Result<Vec<Vec<u8>>, Strin
             break;
         }
     }
+    let mark = byte_order_mark(file).map_err(|error| format!("read the header: {error}"))?;
     let end = memchr::memchr(b'\n', &line).unwrap_or(line.len());
-    columns(line[..end].trim_ascii_end(), spec.delimiter)
+    let line = line.get(mark as usize..end).unwrap_or_default();
+    columns(line.strip_suffix(b"\r").unwrap_or(line), spec.delimiter)
 }
 
 /// The columns of a line as RFC 4180 has them, but for line breaks within quotes.
@@ -181,6 +210,10 @@ fn columns(line: &[u8], delimiter: u8) -> Result<Vec<Vec<u8>>, String> {
             let end = memchr::memchr(delimiter, rest).unwrap_or(rest.len());
             column.extend_from_slice(&rest[..end]);
             rest = &rest[end..];
+            // The rest of a record with a line break in it looks so.
+            if column.contains(&b'"') {
+                return Err("a quote is in a column that does not begin with one".to_owned());
+            }
         }
         columns.push(column);
         match rest.split_first() {
@@ -207,6 +240,7 @@ mod tests {
         assert_eq!(split("").expect("columns"), [""]);
         assert!(split("\"a").is_err());
         assert!(split("\"a\"b,c").is_err());
+        assert!(split("more\",5").is_err(), "the second half of a record");
     }
 
     #[test]
@@ -221,6 +255,12 @@ mod tests {
             (pattern("%Y-%m-%d %H:%M:%S"), "2013-01-01 05:00:00", Some(1_357_016_400_000)),
             (pattern("%d.%m.%Y"), "01.01.2013", Some(1_356_998_400_000)),
             (pattern("%d.%m.%Y"), "yesterday", None),
+            (pattern("%Y-%m-%d %H"), "2013-01-01 05", Some(1_357_016_400_000)),
+            (pattern("%Y-%m-%d %I %p"), "2013-01-01 05 PM", Some(1_357_059_600_000)),
+            (pattern("%Y-%m-%d %I"), "2013-01-01 05", None),
+            (pattern("%Y-%m-%d %H:%M %z"), "2013-01-01 05:00 +0100", Some(1_357_012_800_000)),
+            (pattern("%s"), "1357016400", Some(1_357_016_400_000)),
+            (pattern("%H:%M"), "05:00", None),
         ];
         for (format, text, expected) in rows {
             assert_eq!(format.parse(text), expected, "{format:?} {text}");

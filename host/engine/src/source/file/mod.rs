@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 pub(crate) use self::plan::checksum;
 use self::{
     line::{Fields, LineReader},
-    plan::{Changed, FileId, LineNumbers, Listing},
+    plan::{Changed, FileId, LineNumbers, Listing, Stamp, byte_order_mark},
 };
 use super::{Source, Step, pace::Pace, unreadable_position};
 use crate::{
@@ -195,14 +195,14 @@ impl FilePlan {
         for position in &positions {
             for (number, file) in (0..).zip(&position.files) {
                 let opened = file.open(&self.listing.root);
-                let (opened, is_untouched) = opened.map_err(|error| match error {
+                let (opened, touched) = opened.map_err(|error| match error {
                     Changed::Content(what) => changed(what),
                     Changed::Unreadable(what) => {
                         let message = format!("source \"{}\" cannot read its files", self.name);
                         Problem::new(Code::SourceUnreadable, message).detail(what)
                     }
                 })?;
-                if !is_untouched {
+                if touched.is_some() {
                     self.compare(position, number, &opened).map_err(&changed)?;
                 }
             }
@@ -267,22 +267,18 @@ impl FilePlan {
             while start < *size {
                 let end = (*size).min(start + self.spec.split_bytes);
                 if number % parallelism == index {
-                    let file = match &found {
-                        Some(file) => file.clone(),
-                        None => FileId::of(&self.listing.root, name.clone())
-                            .map_err(|error| environment(&self.listing.root.join(name), &error))?,
+                    let path = self.listing.root.join(name);
+                    let file = match found.take() {
+                        Some(file) => Some(file),
+                        None => FileId::of(&self.listing.root, name.clone(), *size)
+                            .map_err(|error| environment(&path, &error))?,
                     };
-                    if file.size < *size {
-                        let path = self.listing.root.join(name);
-                        let message = format!(
-                            "{}: it has {} bytes, and had {size} when the job began",
-                            path.display(),
-                            file.size
-                        );
-                        return Err(input_changed(message));
-                    }
-                    let mut file = found.insert(file).clone();
-                    file.size = *size;
+                    let Some(file) = file else {
+                        let path = path.display();
+                        let what = format!("{path}: it has become shorter since the job began");
+                        return Err(input_changed(what));
+                    };
+                    found = Some(file.clone());
                     let file = position.number_of(file);
                     position.rest.push_back(Split { file, start, end, progress: None });
                 }
@@ -312,6 +308,15 @@ struct OpenFile {
     fields: LineReader,
     /// Of what was read of the split.
     checksum: crc32fast::Hasher,
+    /// From where on nothing was compared with the file since it was read, and its checksum.
+    recent: (u64, crc32fast::Hasher),
+}
+
+impl OpenFile {
+    fn note(&mut self, bytes: &[u8]) {
+        self.checksum.update(bytes);
+        self.recent.1.update(bytes);
+    }
 }
 
 /// What `read_line` has found.
@@ -356,14 +361,15 @@ impl FileSource {
         let path = self.path(&split);
         let failed = |error: std::io::Error| environment(Path::new(&path), &error);
         let opened = self.file(&split)?.open(&self.plan.listing.root);
-        let (file, is_untouched) = opened.map_err(|error| match error {
+        let (file, touched) = opened.map_err(|error| match error {
             Changed::Content(what) => input_changed(what),
             Changed::Unreadable(message) => FailureCause::Environment { message },
         })?;
-        if !is_untouched {
+        if let Some(stamp) = touched {
             self.plan.compare(&self.position, split.file, &file).map_err(input_changed)?;
-            self.renew(split.file, &file)?;
+            self.renew(split.file, stamp);
         }
+        let mark = byte_order_mark(&file).map_err(failed)?;
         let fields =
             LineReader::new(&self.plan.spec, &file).map_err(|what| bad_record(&path, &what))?;
         let mut reader = BufReader::with_capacity(BUFFER_BYTES, file);
@@ -379,6 +385,9 @@ impl FileSource {
                     at = at - 1 + skip_line(&mut reader).map_err(failed)?;
                 } else if self.plan.spec.has_header {
                     at = skip_line(&mut reader).map_err(failed)?;
+                } else {
+                    reader.seek(SeekFrom::Start(mark)).map_err(failed)?;
+                    at = mark;
                 }
                 Progress { begin: at, next: at, checksum: 0 }
             }
@@ -386,7 +395,8 @@ impl FileSource {
         let read = progress.next - progress.begin;
         let checksum = crc32fast::Hasher::new_with_initial_len(progress.checksum, read);
         self.set_progress(progress);
-        self.open = Some(OpenFile { reader, fields, checksum });
+        let recent = (progress.next, crc32fast::Hasher::new());
+        self.open = Some(OpenFile { reader, fields, checksum, recent });
         Ok(true)
     }
 
@@ -400,13 +410,9 @@ impl FileSource {
         }
     }
 
-    fn renew(&mut self, number: u32, file: &File) -> Result<(), FailureCause> {
-        match self.position.files.get_mut(number as usize) {
-            Some(known) => {
-                let path = self.plan.listing.root.join(&known.name);
-                known.renew(file).map_err(|error| environment(&path, &error))
-            }
-            None => Ok(()),
+    fn renew(&mut self, number: u32, stamp: Stamp) {
+        if let Some(known) = self.position.files.get_mut(number as usize) {
+            known.renew(stamp);
         }
     }
 
@@ -423,17 +429,24 @@ impl FileSource {
             environment(Path::new(&source.path(&split)), &error)
         };
         let bytes_max = self.plan.spec.record_bytes_max;
+        // What was added to the file since the job began is none of its lines' end.
+        let left = self.file(&split)?.size.saturating_sub(progress.next);
         let Some(open) = &mut self.open else { return Ok(Line::End) };
         self.line.clear();
-        let limited = Read::take(&mut open.reader, bytes_max as u64 + 1);
+        let limited = Read::take(&mut open.reader, left.min(bytes_max as u64 + 1));
         let read = { limited }.read_until(b'\n', &mut self.line);
         let mut read = read.map_err(|error| failed(self, error))? as u64;
         let Some(open) = &mut self.open else { return Ok(Line::End) };
-        open.checksum.update(&self.line);
+        open.note(&self.line);
         let is_ended = self.line.last() == Some(&b'\n');
         let is_too_long = bytes_max < self.line.len() && !is_ended;
         if is_too_long {
-            let skipped = skip_line_with(&mut open.reader, |bytes| open.checksum.update(bytes));
+            let OpenFile { reader, checksum, recent: (_, recent), .. } = open;
+            let mut rest = Read::take(reader, left.saturating_sub(read));
+            let skipped = skip_line_with(&mut rest, |bytes| {
+                checksum.update(bytes);
+                recent.update(bytes);
+            });
             read += skipped.map_err(|error| failed(self, error))?;
         } else if !is_ended && progress.next + read < split.end {
             let size = progress.next + read;
@@ -462,17 +475,31 @@ impl FileSource {
             return Ok(());
         };
         let Some(open) = &self.open else { return Ok(()) };
-        self.set_progress(Progress { checksum: open.checksum.clone().finalize(), ..progress });
-        let Some(open) = &self.open else { return Ok(()) };
-        let file = open.reader.get_ref();
         let path = self.path(&split);
-        let untouched = self.file(&split)?.is_untouched(file);
-        if untouched.map_err(|error| environment(Path::new(&path), &error))? {
-            return Ok(());
+        let failed = |error: std::io::Error| environment(Path::new(&path), &error);
+        let file = open.reader.get_ref();
+        let whole = open.checksum.clone().finalize();
+        let known = self.file(&split)?;
+        let touched = known.touched(file).map_err(failed)?;
+        let (from, recent) = &open.recent;
+        let mut is_compared = touched.is_none();
+        if let Some(stamp) = &touched
+            && known.has_only_grown(file, stamp).map_err(failed)?
+        {
+            // What was read before was compared before.
+            let found = checksum(file, *from, progress.next).map_err(failed)?;
+            is_compared = found == Some(recent.clone().finalize());
         }
-        self.plan.compare(&self.position, split.file, file).map_err(input_changed)?;
-        let file = file.try_clone().map_err(|error| environment(Path::new(&path), &error))?;
-        self.renew(split.file, &file)
+        self.set_progress(Progress { checksum: whole, ..progress });
+        if !is_compared && let Some(open) = &self.open {
+            let file = open.reader.get_ref();
+            self.plan.compare(&self.position, split.file, file).map_err(input_changed)?;
+        }
+        if let Some(open) = &mut self.open {
+            open.recent = (progress.next, crc32fast::Hasher::new());
+        }
+        touched.into_iter().for_each(|stamp| self.renew(split.file, stamp));
+        Ok(())
     }
 
     fn end_split(&mut self) -> Result<(), FailureCause> {

@@ -2,7 +2,7 @@
 //!
 //! A file is named relative to the fixed part of its pattern, so a position holds wherever the
 //! directory lies and however its path was typed. Whether a file is still the one that was read is
-//! told by its inode, size and time of change; where one of these differs, by its content.
+//! told by its inode, size and times of change; where one of these differs, by its content.
 
 use std::{
     collections::BTreeMap,
@@ -42,6 +42,9 @@ pub(super) struct Stamp {
     size: u64,
     changed_s: i64,
     changed_ns: i64,
+    /// When the system has last seen a change: nobody can set it back.
+    noted_s: i64,
+    noted_ns: i64,
 }
 
 impl Stamp {
@@ -53,21 +56,28 @@ impl Stamp {
             size: metadata.len(),
             changed_s: metadata.mtime(),
             changed_ns: metadata.mtime_nsec(),
+            noted_s: metadata.ctime(),
+            noted_ns: metadata.ctime_nsec(),
         })
     }
 }
 
 impl FileId {
-    pub(super) fn of(root: &Path, name: String) -> io::Result<Self> {
+    /// A file of which the first `size` bytes are to be read: it may have grown since it was found.
+    /// `None`: it has become shorter.
+    pub(super) fn of(root: &Path, name: String, size: u64) -> io::Result<Option<Self>> {
         let file = File::open(root.join(&name))?;
         let stamp = Stamp::of(&file)?;
-        let sample = sample(&file, stamp.size)?;
-        Ok(Self { name, size: stamp.size, stamp, sample })
+        if stamp.size < size {
+            return Ok(None);
+        }
+        let sample = sample(&file, size)?;
+        Ok(Some(Self { name, size, stamp, sample }))
     }
 
-    /// Opens the file and makes sure that it begins and ends as it did. True where it was not
-    /// touched at all, so that nothing else needs to be compared.
-    pub(super) fn open(&self, root: &Path) -> Result<(File, bool), Changed> {
+    /// Opens the file and makes sure that it begins and ends as it did. Gives its stamp where it was
+    /// touched, so that what was read of it has to be compared.
+    pub(super) fn open(&self, root: &Path) -> Result<(File, Option<Stamp>), Changed> {
         let path = root.join(&self.name);
         let changed = |what: String| Changed::Content(format!("{}: {what}", path.display()));
         let unreadable = |error: io::Error| match error.kind() {
@@ -77,7 +87,7 @@ impl FileId {
         let file = File::open(&path).map_err(unreadable)?;
         let stamp = Stamp::of(&file).map_err(unreadable)?;
         if stamp == self.stamp {
-            return Ok((file, true));
+            return Ok((file, None));
         }
         if stamp.size < self.size {
             return Err(changed(format!("it has {} bytes, and had {}", stamp.size, self.size)));
@@ -85,19 +95,27 @@ impl FileId {
         if sample(&file, self.size).map_err(unreadable)? != self.sample {
             return Err(changed("its content is another".to_owned()));
         }
-        Ok((file, false))
+        Ok((file, Some(stamp)))
     }
 
-    /// Whether nobody has written to an open file since it was found. If not, its content has to be
-    /// compared.
-    pub(super) fn is_untouched(&self, file: &File) -> io::Result<bool> {
-        Ok(Stamp::of(file)? == self.stamp)
+    /// The stamp of an open file, if somebody has written to it since it was found: its content has to
+    /// be compared.
+    pub(super) fn touched(&self, file: &File) -> io::Result<Option<Stamp>> {
+        let stamp = Stamp::of(file)?;
+        Ok((stamp != self.stamp).then_some(stamp))
     }
 
-    /// The file as it is now was compared, and is the same as far as it was read.
-    pub(super) fn renew(&mut self, file: &File) -> io::Result<()> {
-        self.stamp = Stamp::of(file)?;
-        Ok(())
+    /// Whether the file has grown since it was found, and begins and ends as it did as far as it is to be
+    /// read. A file that is always written to is not compared from its beginning each time.
+    pub(super) fn has_only_grown(&self, file: &File, stamp: &Stamp) -> io::Result<bool> {
+        let is_longer = self.stamp.size < stamp.size
+            && (self.stamp.device, self.stamp.inode) == (stamp.device, stamp.inode);
+        Ok(is_longer && sample(file, self.size)? == self.sample)
+    }
+
+    /// The file was compared after it had this stamp, and is the same as far as it was read.
+    pub(super) fn renew(&mut self, stamp: Stamp) {
+        self.stamp = stamp;
     }
 }
 
@@ -138,6 +156,13 @@ pub(crate) fn checksum(file: &File, start: u64, end: u64) -> io::Result<Option<u
         }
     }
     Ok(Some(hasher.finalize()))
+}
+
+/// How long the mark is with which some programs begin a file of UTF-8: it belongs to no record.
+pub(super) fn byte_order_mark(file: &File) -> io::Result<u64> {
+    const MARK: [u8; 3] = [0xEF, 0xBB, 0xBF];
+    let mut begin = [0; MARK.len()];
+    Ok(if file.read_at(&mut begin, 0)? == MARK.len() && begin == MARK { 3 } else { 0 })
 }
 
 /// The line that a byte of a file is in, counted from 1. Counts on from where it was asked last.

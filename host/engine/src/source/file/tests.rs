@@ -361,3 +361,70 @@ fn rows_have_keys_and_times_by_the_names_of_their_columns() {
             .expect_err("no such column");
     assert!(error.to_string().contains("there is no column \"no\""), "{error}");
 }
+
+/// A writer that sets the time back, as `cp -p` and `rsync --inplace -t` do.
+#[test]
+fn a_file_that_was_written_over_with_its_time_set_back_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (plan, path, _, position) = half_way(dir.path());
+    let time = std::fs::metadata(&path).expect("a file").modified().expect("a time");
+    let mut text = numbers(0..3_000).into_bytes();
+    text[9_000] = b'X';
+    let file = File::options().write(true).open(&path).expect("opens");
+    std::os::unix::fs::FileExt::write_all_at(&file, &text, 0).expect("written over");
+    file.set_modified(time).expect("set back");
+    let mut source = FileSource::open(&plan, 0, 1, Some(&position)).expect("opens");
+    let message = input_is_other(source.next().err());
+    assert!(message.contains("not those that were read"), "{message}");
+}
+
+#[test]
+fn a_file_that_grows_while_the_job_begins_is_read_as_far_as_it_reached_then() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = write(dir.path(), "a.txt", &(numbers(0..2_000) + "unfinish"));
+    let plan = plan(dir.path(), 4096, LineFormat::Text);
+    let append = |text: &str| {
+        use std::io::Write;
+        let mut file = File::options().append(true).open(&path).expect("opens");
+        file.write_all(text.as_bytes()).expect("appended");
+    };
+    append("ed\nmore\n");
+    let mut source = FileSource::open(&plan, 0, 1, None).expect("opens");
+    let mut read = step(&mut source);
+    append("and more\n");
+    let position = position(&mut source);
+    append("and more\n");
+    read.extend(rest(FileSource::open(&plan, 0, 1, Some(&position)).expect("it has only grown")));
+    assert_eq!(read.len(), 2_001);
+    assert_eq!(read.last().map(String::as_str), Some("unfinish"));
+}
+
+#[test]
+fn a_byte_order_mark_belongs_to_no_record() {
+    let dir = tempfile::tempdir().expect("a directory");
+    write(dir.path(), "a.txt", "\u{feff}first\nsecond\n");
+    let text = plan(dir.path(), 1 << 20, LineFormat::Text);
+    assert_eq!(lines(&text, 0, 1), ["first", "second"]);
+    write(dir.path(), "a.txt", "\u{feff}id,at\nx,1\n");
+    let columns = FileSourceSpec { key: Some("id".to_owned()), ..spec(LineFormat::Csv) };
+    let mut source = FileSource::open(&planned(dir.path(), &columns), 0, 1, None).expect("opens");
+    let Step::Records { batch, .. } = source.next().expect("reads") else { panic!("a record") };
+    assert_eq!(batch.records().next().expect("a record").key, Some(&b"x"[..]));
+}
+
+#[test]
+fn an_integer_that_json_cannot_hold_is_no_key() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let spec = FileSourceSpec { timestamp: None, ..spec(LineFormat::Json) };
+    for (id, is_good) in [
+        ("18446744073709551615", true),
+        ("18446744073709551616", false),
+        ("-9223372036854775808", true),
+        ("-92233720368547758080", false),
+        ("0.5", true),
+    ] {
+        write(dir.path(), "a.txt", &format!("{{\"id\":{id}}}\n"));
+        let mut source = FileSource::open(&planned(dir.path(), &spec), 0, 1, None).expect("opens");
+        assert_eq!(source.next().is_ok(), is_good, "{id}");
+    }
+}
