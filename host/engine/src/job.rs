@@ -1234,7 +1234,8 @@ fn claim_outputs(
     state_dir: Option<&Path>,
     options: &JobOptions,
 ) -> Result<BTreeMap<String, ClaimedOutput>, Problem> {
-    let mut outputs = BTreeMap::new();
+    let mut claimed: BTreeMap<PathBuf, &str> = BTreeMap::new();
+    let mut found = Vec::new();
     for node in &spec.nodes {
         let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
         let tasks = identities.iter().zip(&chosen.shares);
@@ -1248,10 +1249,25 @@ fn claim_outputs(
             restored: chosen.checkpoint().filter(|_| !states.is_empty()),
             record_dir: state_dir.map(|dir| dir.join(OUTPUTS)),
             conflicts: options.conflicts,
+            own_parts: sink::names_of(&states),
         };
+        if let Some(other) = sink.path.canonicalize().ok().and_then(|dir| claimed.get(&dir)) {
+            let message = format!("sinks \"{other}\" and \"{}\" write to one directory", node.name);
+            return Err(Problem::new(Code::OutputTaken, message)
+                .detail(sink.path.display())
+                .hint("give each a directory of its own"));
+        }
         let output = Output::claim(&node.name, &sink.path, sink.if_exists, context)?;
         let kept = sink::check_states(&output, &states)?;
-        outputs.insert(node.name.clone(), ClaimedOutput { output: Arc::new(output), kept });
+        claimed.insert(output.dir().to_owned(), &node.name);
+        found.push((node.name.clone(), output, kept));
+    }
+    let claimed: BTreeSet<PathBuf> = claimed.into_keys().collect();
+    let mut outputs = BTreeMap::new();
+    for (name, mut output, kept) in found {
+        kept.elsewhere.iter().try_for_each(|dir| output.claim_before(dir, &claimed))?;
+        let output = Arc::new(output);
+        outputs.insert(name, ClaimedOutput { output, kept: kept.names });
     }
     Ok(outputs)
 }

@@ -79,12 +79,14 @@ pub(crate) fn check_place(dir: &Path) -> std::result::Result<(), String> {
         let has = |name: &str| it.join(name).is_file();
         has("HEAD-0") || has("HEAD-1") || (has("JOB") && has("LOCK"))
     };
-    match there.ancestors().find(is_store) {
-        Some(store) => {
-            let store = store.display();
-            Err(format!("{}: it lies inside of {store}, which holds checkpoints", dir.display()))
-        }
-        None => Ok(()),
+    let is_output = |it: &&Path| it.join(".cofferdam/owner.json").is_file();
+    let inside = |other: &Path, what: &str| {
+        Err(format!("{}: it lies inside of {}, {what}", dir.display(), other.display()))
+    };
+    match (there.ancestors().find(is_store), there.ancestors().find(is_output)) {
+        (Some(store), _) => inside(store, "which holds checkpoints"),
+        (_, Some(output)) => inside(output, "which a sink writes to"),
+        _ => Ok(()),
     }
 }
 

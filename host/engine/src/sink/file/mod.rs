@@ -13,7 +13,7 @@
 mod output;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
@@ -93,7 +93,8 @@ impl Part {
     /// Where it is, if it is not committed, in the directory that it was written to or in the one that
     /// the sink has now.
     fn find(&self, now: &Path) -> Found {
-        for dir in [&self.dir, now] {
+        // The directory may have been moved, or copied: what lies here is this run's.
+        for dir in [now, self.dir.as_path()] {
             for name in [self.pending(), self.held()] {
                 let path = dir.join(name);
                 if path.is_file() {
@@ -147,9 +148,30 @@ pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
     encode_states(&shares)
 }
 
+/// The visible names of the parts of restored states, by their files.
+pub(crate) fn names_of(states: &[&[u8]]) -> BTreeMap<String, String> {
+    let states = decode_states::<State>(states).unwrap_or_default();
+    let parts = states.into_iter().flat_map(|state| state.parts);
+    parts
+        .map(|part| {
+            let Part { task, number, writer, .. } = &part;
+            (format!("{task}-{number:06}-{writer}"), part.name())
+        })
+        .collect()
+}
+
+/// Pending files that restored states look after.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    /// Their names.
+    pub(crate) names: BTreeSet<String>,
+    /// The directories they lie in, where these are not the sink's own.
+    pub(crate) elsewhere: BTreeSet<PathBuf>,
+}
+
 /// Refuses states whose parts are not as they were left; gives the pending files that they look after.
 /// Nothing is changed.
-pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<BTreeSet<String>, Problem> {
+pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Problem> {
     let taken = |what: String| {
         let message = format!("sink \"{}\" cannot commit what it had written", output.sink);
         Problem::new(Code::OutputTaken, message).detail(what)
@@ -159,15 +181,18 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<BTreeSet
         Problem::new(Code::StateMismatch, message).detail(error)
     })?;
     let committed = output.committed_names().map_err(|error| taken(error.to_string()))?;
-    let mut kept = BTreeSet::new();
+    let mut kept = Kept::default();
     let mut lost = Vec::new();
     for part in states.iter().flat_map(|state| &state.parts) {
         match part.find(&output.dir) {
-            Found::Pending(_, path) => {
+            Found::Pending(dir, path) => {
                 part.verify(&path).map_err(|what| {
                     taken(what).hint("use another checkpoint or savepoint, or put the file back")
                 })?;
-                kept.insert(part.pending());
+                kept.names.insert(part.pending());
+                if dir != output.dir {
+                    kept.elsewhere.insert(dir);
+                }
             }
             Found::Visible => {}
             Found::Nowhere if committed.contains(&part.name()) => {}
@@ -389,15 +414,20 @@ impl FileSink {
         let mut dirs = BTreeSet::new();
         for (part, dir, path) in pending {
             let publish = || -> io::Result<()> {
+                let name = dir.join(part.name());
+                if part.is_open && path == dir.join(part.held()) {
+                    // A savepoint needs the rest of it as well.
+                    let copy = dir.join(format!(".{}.copy", part.name()));
+                    copy_beginning(&path, &copy, part.bytes)?;
+                    return publish_as(&copy, &name);
+                }
                 if part.is_open {
                     // What came after the checkpoint comes again.
                     let file = File::options().write(true).open(&path)?;
                     file.set_len(part.bytes)?;
                     file.sync_all()?;
                 }
-                let name = dir.join(part.name());
-                rustix::fs::renameat_with(CWD, &path, CWD, &name, RenameFlags::NOREPLACE)?;
-                Ok(())
+                publish_as(&path, &name)
             };
             publish().map_err(|error| self.failed("commit a part", &error))?;
             dirs.insert(dir);
@@ -405,6 +435,23 @@ impl FileSink {
         let synced = dirs.iter().try_for_each(|dir| sync_dir(dir));
         synced.map_err(|error| self.failed("commit parts", &error))
     }
+}
+
+/// Renames without replacing, also where the file system cannot do that in one step.
+fn publish_as(path: &Path, name: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, path, CWD, name, RenameFlags::NOREPLACE) {
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP) => {
+            fs::hard_link(path, name)?;
+            fs::remove_file(path)
+        }
+        renamed => Ok(renamed?),
+    }
+}
+
+fn copy_beginning(path: &Path, copy: &Path, bytes: u64) -> io::Result<()> {
+    let mut target = File::create(copy)?;
+    io::copy(&mut io::Read::take(File::open(path)?, bytes), &mut target)?;
+    target.sync_all()
 }
 
 /// Parts are for others to read, as the user's umask allows.

@@ -48,19 +48,28 @@ struct Owner {
 enum Line {
     /// A task begins to write: its parts that are not committed are this timeline's.
     Writer { writer: Id, timeline: Id },
-    /// A part becomes visible.
-    Part { name: String, timeline: Id, checkpoint: u64, bytes: u64 },
+    /// A part becomes visible, in this directory.
+    Part { name: String, timeline: Id, checkpoint: u64, bytes: u64, dir: PathBuf },
     /// Parts that were forgotten reached up to here.
     Through { timeline: Id, checkpoint: u64 },
     /// A part was removed because its timeline was left.
     Discarded { name: String },
 }
 
+/// A part that was committed.
+#[derive(Debug, Clone)]
+struct Listed {
+    timeline: Id,
+    checkpoint: u64,
+    bytes: u64,
+    dir: PathBuf,
+}
+
 /// What a log says.
 #[derive(Debug, Default)]
 struct Committed {
     writers: BTreeMap<Id, Id>,
-    parts: BTreeMap<String, (Id, u64, u64)>,
+    parts: BTreeMap<String, Listed>,
     through: BTreeMap<Id, u64>,
 }
 
@@ -71,32 +80,35 @@ impl Committed {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(committed),
             entries => entries?,
         };
+        // The logs are of several tasks: what one has discarded may stand in another.
+        let mut discarded = Vec::new();
         for entry in entries {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "log") {
-                committed.add(&fs::read_to_string(path)?);
+                committed.add(&String::from_utf8_lossy(&fs::read(path)?), &mut discarded);
             }
+        }
+        for name in discarded {
+            committed.parts.remove(&name);
         }
         Ok(committed)
     }
 
     /// A line that was cut short by a crash says nothing that was promised.
-    fn add(&mut self, text: &str) {
+    fn add(&mut self, text: &str, discarded: &mut Vec<String>) {
         for line in text.lines().filter_map(|line| serde_json::from_str(line).ok()) {
             match line {
                 Line::Writer { writer, timeline } => {
                     self.writers.insert(writer, timeline);
                 }
-                Line::Part { name, timeline, checkpoint, bytes } => {
-                    self.parts.insert(name, (timeline, checkpoint, bytes));
+                Line::Part { name, timeline, checkpoint, bytes, dir } => {
+                    self.parts.insert(name, Listed { timeline, checkpoint, bytes, dir });
                 }
                 Line::Through { timeline, checkpoint } => {
                     let known = self.through.entry(timeline).or_default();
                     *known = checkpoint.max(*known);
                 }
-                Line::Discarded { name } => {
-                    self.parts.remove(&name);
-                }
+                Line::Discarded { name } => discarded.push(name),
             }
         }
     }
@@ -176,6 +188,8 @@ pub(crate) struct OutputContext {
     pub(crate) record_dir: Option<PathBuf>,
     /// What is to be done about output that a state knows nothing of.
     pub(crate) conflicts: Conflicts,
+    /// The visible names of the parts of the restored state, by their files.
+    pub(crate) own_parts: BTreeMap<String, String>,
 }
 
 /// Ways out, which somebody must have chosen.
@@ -193,8 +207,11 @@ pub(crate) struct Output {
     pub(super) dir: PathBuf,
     pub(super) sink: String,
     pub(super) context: OutputContext,
-    /// Held as long as the run writes.
-    _lock: File,
+    /// The directory is this job's already.
+    is_own: bool,
+    /// Held as long as the run writes: of this directory, and of those that parts of the restored state
+    /// still lie in.
+    locks: Vec<File>,
 }
 
 /// A part's name once it is visible, or `None` for any other file. `part-TASK-CHECKPOINT-NUMBER-WRITER`.
@@ -263,10 +280,10 @@ impl Output {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(unusable(error)),
         };
-        let output = Self { dir, sink: sink.to_owned(), context, _lock: lock };
+        let is_own = owner.as_ref().is_some_and(|owner| owner.job == context.lineage.job);
+        let output = Self { dir, sink: sink.to_owned(), context, is_own, locks: vec![lock] };
         let names = names_in(&output.dir).map_err(unusable)?;
         let mut parts = names.iter().filter(|name| is_part(name) || is_older_part(name));
-        let is_own = owner.as_ref().is_some_and(|owner| owner.job == output.context.lineage.job);
         match (output.context.restored, parts.next()) {
             (None, Some(first)) if if_exists == IfExists::Fail => {
                 return Err(output.occupied(first));
@@ -281,10 +298,44 @@ impl Output {
                     .detail(format!("this is job {}", output.context.lineage.job))
                     .hint("choose another path, or move what is there away"));
             }
-            (Some(checkpoint), _) if is_own => output.check_divergence(checkpoint)?,
+            (Some(checkpoint), _) => output.check_divergence(&output.dir, checkpoint)?,
             _ => {}
         }
         Ok(output)
+    }
+
+    /// Takes a directory that the sink has written to before, in which parts of the restored state still
+    /// lie, or refuses. `claimed` are those of this run.
+    pub(crate) fn claim_before(
+        &mut self,
+        dir: &Path,
+        claimed: &BTreeSet<PathBuf>,
+    ) -> Result<(), Problem> {
+        let folder = dir.join(FOLDER);
+        let taken = |what: String| {
+            let message = format!("sink \"{}\" cannot commit what it had written", self.sink);
+            Problem::new(Code::OutputTaken, message).detail(format!("{}: {what}", dir.display()))
+        };
+        let owner = fs::read(folder.join(OWNER)).ok();
+        let owner: Option<Owner> = owner.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        if let Some(owner) = owner.filter(|owner| owner.job != self.context.lineage.job) {
+            return Err(taken(format!("it belongs to job \"{}\" now", owner.name))
+                .hint("use a checkpoint or savepoint whose output was committed"));
+        }
+        if !claimed.contains(dir) {
+            let lock = fs::create_dir_all(&folder).and_then(|()| try_lock(&folder.join("LOCK")));
+            match lock.map_err(|error| taken(format!("it cannot be written to: {error}")))? {
+                Some(lock) => self.locks.push(lock),
+                None => {
+                    return Err(taken("another run writes to it".to_owned())
+                        .hint("wait for it to end, or use a savepoint of a job that was stopped"));
+                }
+            }
+        }
+        match self.context.restored {
+            Some(checkpoint) => self.check_divergence(dir, checkpoint),
+            None => Ok(()),
+        }
     }
 
     fn occupied(&self, first: &str) -> Problem {
@@ -300,40 +351,59 @@ impl Output {
         .hint("move it away, choose another path, or set if-exists = \"replace\"")
     }
 
+    /// Where it is, without links.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     fn folder(&self) -> PathBuf {
         self.dir.join(FOLDER)
     }
 
-    /// Committed parts of a future that the restored state does not have, with their sizes; and whether
-    /// there were more, that are not listed any more.
-    fn diverged(&self, own: u64) -> io::Result<(BTreeMap<String, u64>, bool)> {
-        let committed = Committed::read(&self.folder())?;
+    /// Committed parts of a future that the restored state does not have; and whether there were more,
+    /// that are not listed any more.
+    fn diverged(&self, dir: &Path, own: u64) -> io::Result<(BTreeMap<String, Listed>, bool)> {
         let is_future = |timeline: Id, checkpoint: u64| {
             self.context.lineage.shares(timeline, own).is_none_or(|shared| shared < checkpoint)
         };
-        let parts = committed.parts.into_iter();
-        let parts =
-            parts.filter(|(_, (timeline, checkpoint, _))| is_future(*timeline, *checkpoint));
-        let parts = parts.map(|(name, (_, _, bytes))| (name, bytes)).collect();
-        let has_more = committed.through.into_iter().any(|(timeline, it)| is_future(timeline, it));
+        // What another job has written down here is none of this one's, and is replaced.
+        let is_ours = self.is_own || dir != self.dir;
+        let here = if is_ours { Committed::read(&dir.join(FOLDER))? } else { Committed::default() };
+        let mut parts = here.parts;
+        // The directory may have been moved away, and with it its log.
+        if let Some(record) = &self.context.record_dir {
+            let recorded = Committed::read(record)?.parts.into_iter();
+            parts.extend(recorded.filter(|(_, part)| part.dir == dir));
+        }
+        // What was still written to when its checkpoint was taken, and was then cut and committed by a
+        // restart, is the beginning of what this state holds whole.
+        let is_cut = |name: &str| {
+            let own = file_of(name).and_then(|file| self.context.own_parts.get(&file));
+            own.is_some_and(|own| own != name)
+        };
+        parts.retain(|name, part| is_future(part.timeline, part.checkpoint) || is_cut(name));
+        let has_more = here.through.into_iter().any(|(timeline, it)| is_future(timeline, it));
         Ok((parts, has_more))
     }
 
     /// Refuses to go on from a state that is older than what was committed since.
-    fn check_divergence(&self, own: u64) -> Result<(), Problem> {
+    fn check_divergence(&self, dir: &Path, own: u64) -> Result<(), Problem> {
         let failed = |error: io::Error| {
             let message = format!("sink \"{}\" cannot read its log", self.sink);
             Problem::new(Code::OutputUnwritable, message).detail(error)
         };
-        let (parts, has_more) = self.diverged(own).map_err(failed)?;
+        let (mut parts, has_more) = self.diverged(dir, own).map_err(failed)?;
+        // Written down and never renamed: nobody has seen it.
+        parts.retain(|name, _| unseen_in(dir, name).is_none());
         if parts.is_empty() && !has_more {
             return Ok(());
         }
-        let is_there = |(name, bytes): &(&String, &u64)| {
-            fs::metadata(self.dir.join(name)).is_ok_and(|it| it.is_file() && it.len() == **bytes)
+        let is_there = |(name, part): &(&String, &Listed)| {
+            fs::metadata(dir.join(name)).is_ok_and(|it| it.is_file() && it.len() == part.bytes)
         };
         let (there, gone): (Vec<_>, Vec<_>) = parts.iter().partition(is_there);
-        if self.context.conflicts.discard_output && gone.is_empty() && !has_more {
+        let is_here = dir == self.dir;
+        if self.context.conflicts.discard_output && is_here && gone.is_empty() && !has_more {
             return Ok(());
         }
         let message = format!(
@@ -342,14 +412,20 @@ impl Output {
         );
         let mut problem = Problem::new(Code::OutputDiverged, message).detail(format!(
             "in {}: {} parts",
-            self.dir.display(),
+            dir.display(),
             parts.len()
         ));
-        for (name, bytes) in parts.iter().take(NAMED_MAX) {
-            problem = problem.detail(format!("{name} ({bytes} bytes)"));
+        for (name, part) in parts.iter().take(NAMED_MAX) {
+            problem = problem.detail(format!("{name} ({} bytes)", part.bytes));
         }
         if NAMED_MAX < parts.len() || has_more {
             problem = problem.detail("and others");
+        }
+        if !is_here {
+            return Err(problem.hint(
+                "parts of the restored state are still to be committed there: resume with that path, \
+                 and --discard-output, or from a newer savepoint",
+            ));
         }
         if gone.is_empty() && !has_more {
             return Err(problem.hint(format!(
@@ -394,13 +470,9 @@ impl Output {
                         fs::remove_file(self.dir.join(name))?;
                     }
                 }
-                for entry in fs::read_dir(&folder)? {
-                    let path = entry?.path();
-                    if path.extension().is_some_and(|extension| extension == "log") {
-                        fs::remove_file(path)?;
-                    }
-                }
+                remove_logs(&folder)?;
             }
+            Some(_) if !self.is_own => remove_logs(&folder)?,
             Some(own) => {
                 self.discard_diverged(own)?;
                 for name in names_in(&self.dir)? {
@@ -422,16 +494,24 @@ impl Output {
     }
 
     fn discard_diverged(&self, own: u64) -> io::Result<()> {
-        let (parts, _) = self.diverged(own)?;
+        let (parts, _) = self.diverged(&self.dir, own)?;
         if parts.is_empty() {
             return Ok(());
         }
         for name in parts.keys() {
-            fs::remove_file(self.dir.join(name))?;
+            match unseen_in(&self.dir, name) {
+                // A savepoint needs it.
+                Some(path) if path.extension().is_some_and(|it| it == "savepoint") => {}
+                Some(path) => fs::remove_file(path)?,
+                None => fs::remove_file(self.dir.join(name))?,
+            }
         }
         sync_dir(&self.dir)?;
         let discarded: Vec<Line> = parts.into_keys().map(|name| Line::Discarded { name }).collect();
-        Log::open(&self.folder(), "discarded")?.append(&discarded)
+        let dirs = [Some(self.folder()), self.context.record_dir.clone()];
+        dirs.into_iter()
+            .flatten()
+            .try_for_each(|dir| Log::open(&dir, "discarded")?.append(&discarded))
     }
 
     /// The logs of a task that begins to write.
@@ -462,7 +542,37 @@ fn line_of(part: &super::Part) -> Line {
         timeline: part.timeline,
         checkpoint: part.checkpoint,
         bytes: part.bytes,
+        dir: part.dir.clone(),
     }
+}
+
+fn remove_logs(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "log") {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// What tells the file of a part from all others, by its visible name: task, number and writer.
+fn file_of(name: &str) -> Option<String> {
+    let mut pieces = name.split('-').skip(1);
+    let (task, _, number, writer) =
+        (pieces.next()?, pieces.next()?, pieces.next()?, pieces.next()?);
+    Some(format!("{task}-{number}-{writer}"))
+}
+
+/// The hidden file of a part that was not renamed yet, by its visible name.
+fn unseen_in(dir: &Path, name: &str) -> Option<PathBuf> {
+    let mut pieces = name.split('-').skip(1);
+    let (task, _, number, writer) =
+        (pieces.next()?, pieces.next()?, pieces.next()?, pieces.next()?);
+    let hidden = |end: &str| dir.join(format!(".part-{task}-{number}-{writer}.{end}"));
+    let is_seen = dir.join(name).exists();
+    let found = [hidden("pending"), hidden("savepoint")].into_iter().find(|path| path.is_file());
+    found.filter(|_| !is_seen)
 }
 
 /// The logs of one task.

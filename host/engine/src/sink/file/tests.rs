@@ -39,10 +39,13 @@ impl Setup {
             restored: restored.map(|(checkpoint, _)| checkpoint),
             record_dir: Some(self.dir.path().join("state")),
             conflicts: self.conflicts,
+            own_parts: names_of(restored.map_or(&[], |(_, states)| states)),
         };
-        let output = Output::claim("out", dir, if_exists, context)?;
+        let mut output = Output::claim("out", dir, if_exists, context)?;
         let kept = check_states(&output, restored.map_or(&[], |(_, states)| states))?;
-        output.begin(if_exists, &kept).expect("begins");
+        let claimed = BTreeSet::new();
+        kept.elsewhere.iter().try_for_each(|dir| output.claim_before(dir, &claimed))?;
+        output.begin(if_exists, &kept.names).expect("begins");
         Ok(Arc::new(output))
     }
 
@@ -443,4 +446,187 @@ fn a_short_log_remembers_up_to_where_parts_went() {
     setup.lineage = setup.lineage.fork(1);
     let problem = setup.run(Some((1, &[&savepoint]))).expect_err("it diverges");
     assert_eq!(problem.code, Code::OutputDiverged);
+}
+
+/// A part that was still open at the checkpoint before was cut and published under another name.
+#[test]
+fn a_savepoint_of_a_part_that_was_open_before_it_stays_whole() {
+    let mut setup = Setup::new();
+    setup.rolling = Rolling { size: Some(1 << 20), interval: None };
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    let open = barrier(&mut sink, 1, Purpose::Periodic);
+    write(&mut sink, "two");
+    let savepoint = barrier(&mut sink, 2, Purpose::Savepoint);
+    drop(sink);
+    // A trap, or kill -9: the job resumes from checkpoint 1.
+    let mut sink = setup.open(&output, 0, Some(&open));
+    assert_eq!(visible(&setup.out()), ["one"]);
+    write(&mut sink, "two");
+    let newer = barrier(&mut sink, 3, Purpose::Last);
+    sink.commit(CheckpointId(3)).expect("committed");
+    drop((sink, output));
+    assert_eq!(visible(&setup.out()), ["one", "two"]);
+    setup.run(Some((3, &[&newer]))).expect("its own past");
+    setup.lineage = setup.lineage.fork(2);
+    let problem = setup.run(Some((2, &[&savepoint]))).expect_err("two is there already");
+    assert_eq!(problem.code, Code::OutputDiverged);
+    setup.conflicts.discard_output = true;
+    let output = setup.run(Some((2, &[&savepoint]))).expect("the savepoint is whole");
+    setup.open(&output, 0, Some(&savepoint));
+    assert_eq!(visible(&setup.out()), ["one", "two"]);
+    // What was discarded is so whichever log is read first.
+    setup.conflicts.discard_output = false;
+    drop(output);
+    setup.run(Some((2, &[&savepoint]))).expect("it is its own past now");
+}
+
+/// The fork committed "two" where the job had written it again.
+#[test]
+fn a_fork_into_another_place_commits_nothing_where_the_job_has_gone_on() {
+    let mut setup = Setup::new();
+    let elsewhere = setup.dir.path().join("elsewhere");
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    let first = barrier(&mut sink, 1, Purpose::Periodic);
+    sink.commit(CheckpointId(1)).expect("committed");
+    write(&mut sink, "two");
+    let savepoint = barrier(&mut sink, 2, Purpose::Savepoint);
+    drop(sink);
+    let mut sink = setup.open(&output, 0, Some(&first));
+    let lineage = setup.lineage.clone();
+    let fork = |setup: &mut Setup| {
+        setup.lineage = lineage.fork(2);
+        let result = setup.run_in(&elsewhere, IfExists::Fail, Some((2, &[&savepoint])));
+        setup.lineage = lineage.clone();
+        result
+    };
+    let problem = fork(&mut setup).expect_err("the job runs");
+    assert_eq!(problem.code, Code::OutputTaken);
+    write(&mut sink, "two");
+    barrier(&mut sink, 3, Purpose::Periodic);
+    sink.commit(CheckpointId(3)).expect("committed");
+    drop((sink, output));
+    let problem = fork(&mut setup).expect_err("two would come twice");
+    assert_eq!(problem.code, Code::OutputDiverged);
+    assert_eq!(visible(&setup.out()), ["one", "two"]);
+}
+
+#[test]
+fn a_job_sees_what_a_fork_of_it_has_committed() {
+    let mut setup = Setup::new();
+    let elsewhere = setup.dir.path().join("elsewhere");
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    let first = barrier(&mut sink, 1, Purpose::Periodic);
+    write(&mut sink, "one");
+    let savepoint = barrier(&mut sink, 2, Purpose::Savepoint);
+    drop((sink, output));
+    let lineage = setup.lineage.clone();
+    setup.lineage = lineage.fork(2);
+    let output = setup.run_in(&elsewhere, IfExists::Fail, Some((2, &[&savepoint])));
+    let output = output.expect("nobody has gone on");
+    setup.open(&output, 0, Some(&savepoint));
+    assert_eq!(visible(&setup.out()), ["one"]);
+    drop(output);
+    setup.lineage = lineage;
+    let problem = setup.run(Some((1, &[&first]))).expect_err("one would come twice");
+    assert_eq!(problem.code, Code::OutputDiverged);
+}
+
+/// The log of the directory went with the directory, and that of the job was not asked.
+#[test]
+fn output_that_was_moved_away_still_counts() {
+    let mut setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    let first = barrier(&mut sink, 1, Purpose::Periodic);
+    sink.commit(CheckpointId(1)).expect("committed");
+    write(&mut sink, "two");
+    barrier(&mut sink, 2, Purpose::Periodic);
+    sink.commit(CheckpointId(2)).expect("committed");
+    drop((sink, output));
+    fs::rename(setup.out(), setup.dir.path().join("old")).expect("moved");
+    // Checkpoint 2 is damaged.
+    setup.lineage = setup.lineage.fork(1);
+    let problem = setup.run(Some((1, &[&first]))).expect_err("two would come twice");
+    assert_eq!(problem.code, Code::OutputDiverged);
+    // A flipped bit in the copy of the log is no reason to refuse what is right.
+    for log in fs::read_dir(setup.dir.path().join("state")).expect("listed").flatten() {
+        let mut bytes = fs::read(log.path()).expect("readable");
+        bytes[3] ^= 0x80;
+        fs::write(log.path(), bytes).expect("damaged");
+    }
+    setup.run_in(&setup.dir.path().join("new"), IfExists::Fail, Some((1, &[&first]))).expect("new");
+}
+
+/// Killed between the log and the rename: nobody has seen the part.
+#[test]
+fn a_part_that_was_written_down_and_not_renamed_is_no_output() {
+    let mut setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    let first = barrier(&mut sink, 1, Purpose::Periodic);
+    write(&mut sink, "one");
+    barrier(&mut sink, 2, Purpose::Periodic);
+    let hidden = files(&setup.out(), |name| name.starts_with(".part-")).remove(0);
+    sink.commit(CheckpointId(2)).expect("committed");
+    drop((sink, output));
+    fs::rename(visible_files(&setup.out()).remove(0), hidden).expect("not renamed yet");
+    setup.lineage = setup.lineage.fork(1);
+    let output = setup.run(Some((1, &[&first]))).expect("nothing was seen");
+    let mut sink = setup.open(&output, 0, Some(&first));
+    write(&mut sink, "one");
+    barrier(&mut sink, 3, Purpose::Periodic);
+    sink.commit(CheckpointId(3)).expect("committed");
+    assert_eq!(visible(&setup.out()), ["one"]);
+}
+
+/// Another job ran in the emptied directory, and the first one never began again.
+#[test]
+fn a_directory_that_another_job_has_used_and_left_empty_is_as_good_as_new() {
+    let mut setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    let state = barrier(&mut sink, 1, Purpose::Periodic);
+    sink.commit(CheckpointId(1)).expect("committed");
+    drop((sink, output));
+    let take =
+        || visible_files(&setup.out()).iter().for_each(|it| fs::remove_file(it).expect("taken"));
+    take();
+    let (lineage, other) = (setup.lineage.clone(), Lineage::new());
+    let (dir, rolling) = (tempfile::tempdir().expect("a directory"), Rolling::default());
+    let stranger = Setup { dir, lineage: other, rolling, conflicts: Conflicts::default() };
+    let output = stranger.run_in(&setup.out(), IfExists::Fail, None).expect("it is empty");
+    let mut sink = stranger.open(&output, 0, None);
+    write(&mut sink, "a stranger's");
+    barrier(&mut sink, 1, Purpose::Periodic);
+    sink.commit(CheckpointId(1)).expect("committed");
+    drop((sink, output));
+    take();
+    setup.lineage = lineage;
+    let output = setup.run(Some((1, &[&state]))).expect("nothing of anybody is there");
+    setup.open(&output, 0, Some(&state));
+    assert!(visible(&setup.out()).is_empty());
+}
+
+#[test]
+fn parts_lie_where_the_run_is_and_not_where_it_was_copied_from() {
+    let setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    let state = barrier(&mut sink, 1, Purpose::Periodic);
+    drop((sink, output));
+    let copy = setup.dir.path().join("copy");
+    let copied = std::process::Command::new("cp").arg("-r").args([&setup.out(), &copy]).status();
+    assert!(copied.expect("cp").success());
+    let output = setup.run_in(&copy, IfExists::Fail, Some((1, &[&state]))).expect("begins");
+    setup.open(&output, 0, Some(&state));
+    assert_eq!(visible(&copy), ["one"]);
+    assert!(visible(&setup.out()).is_empty(), "the original is untouched");
 }
