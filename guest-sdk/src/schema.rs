@@ -114,6 +114,7 @@ type Variants = Vec<(String, Option<Schema>)>;
 /// What is known of the enums of a type: one variant of each is visited in a pass.
 #[derive(Default)]
 struct Trace {
+    /// By [`enum_id`].
     enums: RefCell<BTreeMap<String, Variants>>,
     has_more: RefCell<bool>,
 }
@@ -135,20 +136,30 @@ impl Trace {
                 let field = |(name, it): &(String, Schema)| (name.clone(), inner(it));
                 Schema::Struct(name.clone(), fields.iter().map(field).collect())
             }
-            Schema::Enum(name, _) if outer.contains(name) => Schema::Enum(name.clone(), Vec::new()),
-            Schema::Enum(name, _) => {
-                outer.push(name.clone());
-                let known = self.enums.borrow().get(name).cloned().unwrap_or_default();
+            Schema::Enum(id, _) if outer.contains(id) => Schema::Enum(enum_name(id), Vec::new()),
+            Schema::Enum(id, _) => {
+                outer.push(id.clone());
+                let known = self.enums.borrow().get(id).cloned().unwrap_or_default();
                 let variants = known.into_iter().map(|(variant, schema)| {
                     (variant, self.completed_within(&schema.unwrap_or(UNIT), outer))
                 });
                 let variants = variants.collect();
                 outer.pop();
-                Schema::Enum(name.clone(), variants)
+                Schema::Enum(enum_name(id), variants)
             }
             other => other.clone(),
         }
     }
+}
+
+/// What tells an enum from others of its name: `Slot<u8>` and `Slot<u64>` are both `Slot` to serde, and
+/// have visitors of their own.
+fn enum_id<V>(name: &str) -> String {
+    format!("{name}\0{}", std::any::type_name::<V>())
+}
+
+fn enum_name(id: &str) -> String {
+    id.split('\0').next().unwrap_or_default().to_owned()
 }
 
 /// Answers every question of a type with a value of the kind that it asks for, and notes the kind.
@@ -324,10 +335,11 @@ impl<'de> Deserializer<'de> for Tracer<'_> {
         if variants.is_empty() {
             return Err(Failed("an enum without variants".to_owned()));
         }
+        let id = enum_id::<V>(name);
         let chosen = {
             let mut enums = self.trace.enums.borrow_mut();
             let unknown = || variants.iter().map(|it| ((*it).to_owned(), None)).collect();
-            let known = enums.entry(name.to_owned()).or_insert_with(unknown);
+            let known = enums.entry(id.clone()).or_insert_with(unknown);
             let open = known.iter().position(|(_, schema)| schema.is_none());
             // Within itself, the first one: it is most often the one that ends.
             let chosen = open.filter(|_| self.depth <= DEPTH_MAX).unwrap_or(0);
@@ -349,12 +361,12 @@ impl<'de> Deserializer<'de> for Tracer<'_> {
         };
         let value = visitor.visit_enum(access)?;
         if content != UNIT
-            && let Some(known) = self.trace.enums.borrow_mut().get_mut(name)
+            && let Some(known) = self.trace.enums.borrow_mut().get_mut(&id)
             && let Some((_, schema)) = known.get_mut(chosen)
         {
             *schema = Some(content);
         }
-        *self.out = Schema::Enum(name.to_owned(), Vec::new());
+        *self.out = Schema::Enum(id, Vec::new());
         Ok(value)
     }
 
@@ -468,7 +480,7 @@ impl Schema {
     }
 
     /// A value of it, as it would be written: what every number of it is 1, and every text empty.
-    fn sample(&self, out: &mut Vec<u8>) -> Result<(), String> {
+    fn sample(&self, pass: usize, out: &mut Vec<u8>) -> Result<(), String> {
         match self {
             Self::Scalar(name) => match *name {
                 "unit" => {}
@@ -482,20 +494,29 @@ impl Schema {
             },
             Self::Option(inner) => {
                 out.push(1);
-                inner.sample(out)?;
+                inner.sample(pass, out)?;
             }
             Self::Seq(inner) => {
                 out.push(1);
-                inner.sample(out)?;
+                inner.sample(pass, out)?;
             }
             Self::Map(key, value) => {
                 out.push(1);
-                key.sample(out)?;
-                value.sample(out)?;
+                key.sample(pass, out)?;
+                value.sample(pass, out)?;
             }
-            Self::Tuple(items) => items.iter().try_for_each(|item| item.sample(out))?,
-            Self::Struct(_, fields) => fields.iter().try_for_each(|(_, it)| it.sample(out))?,
-            Self::Enum(..) => {}
+            Self::Tuple(items) => items.iter().try_for_each(|item| item.sample(pass, out))?,
+            Self::Struct(_, fields) => {
+                fields.iter().try_for_each(|(_, it)| it.sample(pass, out))?
+            }
+            Self::Enum(name, variants) => {
+                let index = pass.min(variants.len().saturating_sub(1));
+                let (_, content) = variants
+                    .get(index)
+                    .ok_or_else(|| format!("enum {name} contains itself, and is not converted"))?;
+                out.extend(postcard::to_allocvec(&(index as u32)).map_err(|it| it.to_string())?);
+                content.sample(pass, out)?;
+            }
             Self::Opaque(name) => return Err(format!("nobody knows what {name} looks like")),
         }
         Ok(())
@@ -531,6 +552,11 @@ impl Schema {
                 "bytes" => take::<Vec<u8>>(bytes)?.into(),
                 other => return Err(format!("{other} cannot be converted")),
             },
+            Self::Option(inner) if matches!(**inner, Self::Option(_) | UNIT) => {
+                return Err(
+                    "an option of something that may be nothing is not converted".to_owned()
+                );
+            }
             Self::Option(inner) => match take::<u8>(bytes)? {
                 0 => Value::Null,
                 _ => inner.read(bytes)?,
@@ -591,22 +617,28 @@ impl Schema {
     /// Whether values of this schema can become values of a type: each of its variants is tried.
     pub(crate) fn converts_to<V: DeserializeOwned>(&self, target: &Schema) -> Result<(), String> {
         self.fits(target)?;
-        if !self.has_enum() {
+        for pass in 0..self.variants_max().max(1) {
             let mut bytes = Vec::new();
-            self.sample(&mut bytes)?;
+            self.sample(pass, &mut bytes)?;
             self.convert::<V>(&bytes)?;
         }
         Ok(())
     }
 
-    fn has_enum(&self) -> bool {
+    /// How many variants the largest of its enums has.
+    fn variants_max(&self) -> usize {
         match self {
-            Self::Enum(..) => true,
-            Self::Option(it) | Self::Seq(it) => it.has_enum(),
-            Self::Map(key, value) => key.has_enum() || value.has_enum(),
-            Self::Tuple(items) => items.iter().any(Self::has_enum),
-            Self::Struct(_, fields) => fields.iter().any(|(_, it)| it.has_enum()),
-            Self::Scalar(_) | Self::Opaque(_) => false,
+            Self::Enum(_, variants) => {
+                let inner = variants.iter().map(|(_, it)| it.variants_max()).max();
+                variants.len().max(inner.unwrap_or(0))
+            }
+            Self::Option(it) | Self::Seq(it) => it.variants_max(),
+            Self::Map(key, value) => key.variants_max().max(value.variants_max()),
+            Self::Tuple(items) => items.iter().map(Self::variants_max).max().unwrap_or(0),
+            Self::Struct(_, fields) => {
+                fields.iter().map(|(_, it)| it.variants_max()).max().unwrap_or(0)
+            }
+            Self::Scalar(_) | Self::Opaque(_) => 0,
         }
     }
 
@@ -928,5 +960,62 @@ mod tests {
             assert_eq!(old.convert::<More>(&bytes).expect("converts"), after);
         }
         assert!(schema_of::<More>().converts_to::<Few>(&old).is_err());
+    }
+
+    #[test]
+    fn enums_of_one_name_are_told_apart() {
+        #[derive(Debug, Serialize, Deserialize)]
+        enum Slot<T> {
+            Full(T),
+            Empty,
+        }
+        #[derive(Debug, Serialize, Deserialize)]
+        struct Two<A, B> {
+            a: Slot<A>,
+            b: Slot<B>,
+        }
+        assert_eq!(
+            text::<Two<u64, u32>>(),
+            "struct Two{a:enum Slot{Full(u64),Empty},b:enum Slot{Full(u32),Empty}}"
+        );
+        let (before, after) = (schema_of::<Two<u64, u32>>(), schema_of::<Two<i64, u32>>());
+        let error = before.converts_to::<Two<i64, u32>>(&after).expect_err("u64 as i64");
+        assert!(error.contains("u64 does not become i64"), "{error}");
+    }
+
+    #[test]
+    fn what_is_said_to_convert_does() {
+        #[derive(Debug, Serialize, Deserialize)]
+        enum Kind {
+            A,
+            B { x: u8 },
+        }
+        #[derive(Debug, Serialize, Deserialize)]
+        struct Before {
+            kind: Kind,
+        }
+        #[derive(Debug, Serialize, Deserialize)]
+        struct After {
+            kind: Kind,
+            more: u8,
+        }
+        #[derive(Debug, Serialize, Deserialize)]
+        struct Options {
+            it: Option<Option<u8>>,
+        }
+        #[derive(Debug, Serialize, Deserialize)]
+        struct Wider {
+            it: Option<Option<u16>>,
+        }
+        let refused = |result: Result<(), String>, what: &str| {
+            let error = result.expect_err(what);
+            assert!(error.contains(what), "{error}");
+        };
+        let (before, after) = (schema_of::<Before>(), schema_of::<After>());
+        refused(before.converts_to::<After>(&after), "missing field `more`");
+        let (before, after) = (schema_of::<Options>(), schema_of::<Wider>());
+        refused(before.converts_to::<Wider>(&after), "may be nothing");
+        let shape = schema_of::<Shape>();
+        refused(shape.converts_to::<Shape>(&shape), "contains itself");
     }
 }

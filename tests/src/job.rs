@@ -348,6 +348,8 @@ pub fn lone_task(operator: &str) -> TaskIdentity {
         has_declared: false,
         has_host_state: false,
         uid: operator.to_owned(),
+        is_sink: false,
+        config: 0,
         is_keyed: true,
         states: Vec::new(),
     }

@@ -402,6 +402,7 @@ impl View {
                 "checkpoints": reading.checkpoints,
                 "restarts": reading.restarts,
                 "records_lost": reading.records_lost,
+                "bad_records": reading.bad_records,
             }));
             return;
         }
@@ -409,8 +410,12 @@ impl View {
             0 => String::new(),
             lost => format!(", {} records lost", report::count(lost)),
         };
+        let bad = match reading.bad_records {
+            0 => String::new(),
+            bad => format!(", {} bad records left out", report::count(bad)),
+        };
         say_aside!(
-            "{} {word} after {seconds:.2} s: {} records read, {} written, {} checkpoints, {} restarts{lost}",
+            "{} {word} after {seconds:.2} s: {} records read, {} written, {} checkpoints, {} restarts{lost}{bad}",
             self.job,
             report::count(reading.records_read),
             report::count(reading.records_written),

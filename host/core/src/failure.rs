@@ -11,6 +11,8 @@ pub enum Obstacle {
     InputChanged,
     /// A record that a source cannot make sense of.
     BadRecord,
+    /// An operator keeps state under a key that no record of its task has.
+    ForeignKey,
     /// An operator refuses to open, with the same settings each time.
     OpenRefused,
     /// An output belongs to somebody else, or is not as it was left.

@@ -14,7 +14,7 @@ use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
     checkpoint::retention::End,
     exchange::ExchangeType,
-    failure::FailureCause,
+    failure::{FailureCause, Obstacle},
     graph::{Edge, JobGraph, Partitioner},
     ids::{Attempt, CheckpointId, OperatorId, TaskId},
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
@@ -24,6 +24,7 @@ use cofferdam_sandbox::{
     Sandbox, SandboxError, SandboxOptions, StateDeclaration,
 };
 use tokio::sync::mpsc;
+use twox_hash::XxHash3_64;
 
 use crate::{
     clock::now_ms,
@@ -44,6 +45,7 @@ use crate::{
     state_dir::{self, Ended, JobRecord},
     storage::{
         self, Storage, StorageError,
+        declared::OwnKeys,
         faulty::Faults,
         keyed::{KeyedLimits, KeyedState},
         manifest::{StateIdentity, TaskIdentity},
@@ -136,6 +138,8 @@ enum NodePlan {
         tracks_changes: bool,
         /// See [`dead_letter_output`].
         dead_letter_output: u32,
+        /// Records come by their key.
+        is_keyed: bool,
     },
     Sink {
         spec: SinkSpec,
@@ -176,12 +180,14 @@ impl Plan {
                 has_states,
                 tracks_changes,
                 dead_letter_output,
+                is_keyed,
             } => Work::Operator(Box::new(OperatorTask {
                 name: name.clone(),
                 component: component.clone(),
                 spec: spec.clone(),
                 has_states: *has_states,
                 tracks_changes: *tracks_changes,
+                own_keys: own_keys(&self.graph, task, *is_keyed, spec.max_parallelism),
                 random_seed: self.random_seed(uid, task.index),
                 restored_from: 0,
                 instance: None,
@@ -728,19 +734,16 @@ impl Job {
         let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir.as_deref(), error);
         let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
         let digest = digest_of(&identities, &spec);
-        let mut record = read_record(&spec, state_dir.as_deref(), options, &digest)?;
-        let storage =
-            open_storage(&spec.storage, state_dir.as_deref()).map_err(|error| unusable(&error))?;
-        let storage = match &options.faults {
-            Some(faults) => faults.around(storage),
-            None => storage,
-        };
-        if let Some(dir) = &state_dir {
+        let (mut record, is_new) = read_record(&spec, state_dir.as_deref(), options, &digest)?;
+        let open = || open_storage(&spec.storage, state_dir.as_deref());
+        // A refused run leaves everything as it was: what is there is looked at before it is opened.
+        let (looked, found) =
+            open().and_then(SnapshotStore::look).map_err(|error| unusable(&error))?;
+        if let Some(dir) = &state_dir
+            && is_new
+        {
             record.write(dir).map_err(|error| unusable(&error))?;
         }
-        let (mut store, found) = SnapshotStore::open(storage, &spec.name, identities.clone())
-            .map_err(|error| unusable(&error))?;
-        store.compress(spec.is_compressing);
         let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
             .map_err(|error| unusable(&error))?;
         let partitions =
@@ -759,7 +762,8 @@ impl Job {
                 .map(|(id, operator)| (spec.node(*id).name.clone(), operator.component.clone()))
                 .collect(),
         };
-        let mut chosen = restore::choose(&targets, &store, &found, options.from.as_ref(), &record)?;
+        let mut chosen =
+            restore::choose(&targets, &looked, &found, options.from.as_ref(), &record)?;
         let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
         if partitions.is_some() && chosen.checkpoint().is_some() && is_half_way() {
             let message = "the checkpoint is of a job half-way, and this one runs region by region";
@@ -777,6 +781,15 @@ impl Job {
         for message in &chosen.warnings {
             observer.observe(Progress::Warning { message: message.clone() });
         }
+        drop(looked);
+        let storage = open().map_err(|error| unusable(&error))?;
+        let storage = match &options.faults {
+            Some(faults) => faults.around(storage),
+            None => storage,
+        };
+        let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
+            .map_err(|error| unusable(&error))?;
+        store.compress(spec.is_compressing);
         let resume = restore::adopt(&targets, &mut store, &mut chosen)?;
         begin_outputs(&spec, &outputs)?;
         for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
@@ -955,7 +968,15 @@ impl Job {
         match outcome {
             Outcome::Failed { task, cause, checkpoint } => {
                 let problem = failure(&graph, task, &cause);
+                let first = match &cause {
+                    FailureCause::Permanent { obstacle, .. } => remedy(*obstacle),
+                    _ => "",
+                };
                 Err(problem.hint(match checkpoint {
+                    Some(id) if is_kept && !first.is_empty() => {
+                        format!("{first}; then run it again, and it goes on from checkpoint {id}")
+                    }
+                    None if !first.is_empty() => format!("{first}; then run it again"),
                     Some(id) if is_kept => {
                         format!("run it again and it goes on from checkpoint {id}")
                     }
@@ -969,6 +990,23 @@ impl Job {
             }
             ended => Ok(ended),
         }
+    }
+}
+
+/// What helps before a job is run again; to run it again alone does not.
+fn remedy(obstacle: Obstacle) -> &'static str {
+    match obstacle {
+        Obstacle::InputChanged => "put the files back as they were",
+        Obstacle::BadRecord => {
+            "correct the record, or choose what becomes of such ones with on-bad-record"
+        }
+        Obstacle::OpenRefused => "correct the operator's config",
+        Obstacle::ForeignKey => "correct the operator",
+        Obstacle::OutputTaken => "put the part back, or use an older checkpoint or savepoint",
+        Obstacle::StateMismatch => "put back what was changed",
+        Obstacle::StoreDamaged => "restore the state directory from a copy",
+        // What is there is read again.
+        Obstacle::StoreInDoubt => "",
     }
 }
 
@@ -1011,6 +1049,12 @@ fn failure(graph: &JobGraph, task: Option<TaskId>, cause: &FailureCause) -> Prob
     }
 }
 
+fn config_of(kind: &NodeKind) -> u64 {
+    let NodeKind::Operator(operator) = kind else { return 0 };
+    let text = format!("{:?}", operator.config);
+    XxHash3_64::oneshot(text.as_bytes())
+}
+
 fn identity(
     spec: &JobSpec,
     operators: &BTreeMap<OperatorId, CheckedOperator>,
@@ -1036,6 +1080,8 @@ fn identity(
         has_memory,
         has_declared,
         has_host_state: has_declared && matches!(spec.state_backend, StateBackend::Sled(_)),
+        is_sink: matches!(node.kind, NodeKind::Sink(_)),
+        config: config_of(&node.kind),
         is_keyed: spec.is_keyed(task.operator),
         states: operators.get(&task.operator).map_or_else(Vec::new, |operator| {
             let states = operator.description.states.iter();
@@ -1094,12 +1140,28 @@ fn locals(
                 bytes_max: limits.state_bytes_max,
                 write_buffer_bytes: *write_buffer_bytes,
                 max_parallelism: identity.max_parallelism,
+                own_keys: own_keys(&spec.graph, *task, identity.is_keyed, identity.max_parallelism),
             };
             KeyedState::new(tables.clone(), limits).map(Arc::new)
         });
         Ok((*task, Arc::new(TaskLocal::new(keyed.transpose()?))))
     };
     tasks.iter().zip(identities).map(local).collect()
+}
+
+/// The keys of a task's records, where they come by their key and to more than one task.
+fn own_keys(
+    graph: &JobGraph,
+    task: TaskId,
+    is_keyed: bool,
+    max_parallelism: u32,
+) -> Option<OwnKeys> {
+    let parallelism = graph.operator(task.operator).parallelism;
+    (is_keyed && 1 < parallelism).then_some(OwnKeys {
+        index: task.index,
+        parallelism,
+        max_parallelism,
+    })
 }
 
 fn prepare_nodes(
@@ -1125,6 +1187,7 @@ fn prepare_nodes(
                         && (spec.checkpoint.interval_ms.is_some()
                             || spec.state_backend != StateBackend::Hashmap),
                     dead_letter_output: dead_letter_output(&checked.description),
+                    is_keyed: spec.is_keyed(id),
                 },
                 (NodeKind::Operator(_), None) => {
                     return Err(Problem::new(Code::HostBug, "an operator without a component"));
@@ -1182,10 +1245,15 @@ fn read_record(
     state_dir: Option<&Path>,
     options: &JobOptions,
     digest: &str,
-) -> Result<JobRecord, Problem> {
-    let Some(dir) = state_dir else { return Ok(JobRecord::new(&spec.name)) };
-    let known = JobRecord::read(dir).map_err(|error| unusable_state(Some(dir), &error))?;
-    let Some(mut record) = known else { return Ok(JobRecord::new(&spec.name)) };
+) -> Result<(JobRecord, bool), Problem> {
+    let Some(dir) = state_dir else { return Ok((JobRecord::new(&spec.name), true)) };
+    let known = JobRecord::read(dir).map_err(|error| {
+        let message = format!("the record of the job in {} cannot be read", dir.display());
+        Problem::new(Code::StateUnusable, message).detail(error).hint(
+            "put `JOB` back from a copy; without it nobody knows whose state and output this is",
+        )
+    })?;
+    let Some(mut record) = known else { return Ok((JobRecord::new(&spec.name), true)) };
     let anew = "to run it from its beginning, say so: --again";
     let from = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
     match &record.ended {
@@ -1217,7 +1285,7 @@ fn read_record(
         Some(Ended::Stopped { .. }) => record.ended = None,
         None => {}
     }
-    Ok(record)
+    Ok((record, false))
 }
 
 /// A sink's directory, and the pending parts in it that the restored state looks after.

@@ -22,6 +22,8 @@ pub struct OperatorMetrics {
     pub records_out: AtomicU64,
     /// The newest watermark, in milliseconds; `i64::MIN` before the first.
     pub watermark: AtomicI64,
+    /// Records that a source could not make sense of and left out, or gave to its dead letters.
+    pub bad_records: AtomicU64,
     /// What guests count and measure themselves.
     pub custom: Mutex<BTreeMap<String, f64>>,
 }
@@ -35,6 +37,7 @@ impl OperatorMetrics {
             records_in: AtomicU64::new(0),
             records_out: AtomicU64::new(0),
             watermark: AtomicI64::new(i64::MIN),
+            bad_records: AtomicU64::new(0),
             custom: Mutex::default(),
         }
     }
@@ -89,6 +92,8 @@ pub struct Reading {
     pub restarts: u64,
     /// Records lost by tasks that restarted without those that they read from.
     pub records_lost: u64,
+    /// Records that sources could not make sense of, of this run.
+    pub bad_records: u64,
     /// The lowest watermark of the sinks, if every one has one.
     pub watermark: Option<i64>,
 }
@@ -113,6 +118,7 @@ impl Metrics {
         for (index, operator) in self.operators.iter().enumerate() {
             if is_source(index) {
                 reading.records_read += load(&operator.records_out);
+                reading.bad_records += load(&operator.bad_records);
             }
             if is_sink(index) {
                 reading.records_written += load(&operator.records_in);

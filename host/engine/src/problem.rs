@@ -84,6 +84,7 @@ codes! {
     RequestRefused = "C0106", 1, "The running job refuses";
     BadRecord = "C0107", 1, "A source cannot make sense of a record";
     OpenRefused = "C0108", 1, "An operator refuses to open";
+    ForeignKey = "C0109", 1, "State lies under a key that is no record's";
     HostBug = "C0170", 70, "An invariant of the host broke";
 }
 
@@ -133,6 +134,7 @@ impl From<&FailureCause> for Code {
                 Obstacle::StateMismatch => Self::StateMismatch,
                 Obstacle::InputChanged => Self::InputChanged,
                 Obstacle::BadRecord => Self::BadRecord,
+                Obstacle::ForeignKey => Self::ForeignKey,
                 Obstacle::OpenRefused => Self::OpenRefused,
                 Obstacle::OutputTaken => Self::OutputTaken,
                 Obstacle::StoreDamaged => Self::StoreDamaged,

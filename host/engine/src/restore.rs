@@ -350,6 +350,7 @@ fn redistribute(
             store.check_declared(*slot, manifest.checkpoint)?;
             store.load(*slot, manifest.checkpoint)
         };
+        let old_first = old.first().copied();
         let mut loaded = old.iter().map(load).collect::<Result<Vec<_>, _>>()?;
         if let NodeKind::Operator(operator) = &node.kind
             && !operator.snapshot.has_memory()
@@ -394,6 +395,7 @@ fn redistribute(
             }));
         }
         let own = &shares[shares.len() - new.len()..];
+        check_config(manifest, old_first, &new, warnings);
         if let Some(source) = tasks.sources.get(&node.name) {
             let positions: Vec<&[u8]> =
                 own.iter().map(|share| &*share.state.state).filter(|it| !it.is_empty()).collect();
@@ -408,7 +410,65 @@ fn redistribute(
         check_in_flight(tasks, node, in_flight)
             .map_err(|problem| Failed::Problem(Box::new(problem)))?;
     }
+    check_left_behind(tasks, manifest, store)?;
+    let is_over = !shares.is_empty() && shares.iter().all(|share| share.state.is_drained);
+    if is_over {
+        warnings.push(
+            "every task had processed the end of its inputs (`stop --drain`, or the last checkpoint): \
+             nothing more is read"
+                .to_owned(),
+        );
+    }
     Ok(shares)
+}
+
+/// Parts that no sink commits any more would be lost.
+fn check_left_behind(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    store: &SnapshotStore,
+) -> Result<(), Failed> {
+    let is_file_sink = |uid: &str| {
+        let node = tasks.spec.nodes.iter().find(|node| node.uid == uid);
+        node.is_some_and(|node| matches!(node.kind, NodeKind::Sink(SinkSpec::File(_))))
+    };
+    for (slot, task) in manifest.tasks.iter().enumerate() {
+        let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
+        if !is_sink || is_file_sink(uid) {
+            continue;
+        }
+        let state = store.load(slot, manifest.checkpoint)?.state;
+        if let Some(path) =
+            Some(&*state).filter(|it| !it.is_empty()).and_then(|it| sink::uncommitted(&[it]))
+        {
+            let message =
+                format!("sink \"{operator}\" is no more, and what it has written is not committed");
+            let problem = Problem::new(Code::OutputTaken, message)
+                .detail(format!("for example {}", path.display()))
+                .hint(format!("put it back; or say which sink it is now, with uid = \"{uid}\""));
+            return Err(Failed::Problem(Box::new(problem)));
+        }
+    }
+    Ok(())
+}
+
+/// What `open` was given is part of linear memory: a changed `config` has no effect on it.
+fn check_config(
+    manifest: &Manifest,
+    old: Option<usize>,
+    new: &[&TaskIdentity],
+    warnings: &mut Vec<String>,
+) {
+    let (Some(old), Some(new)) = (old, new.first()) else { return };
+    let old = &manifest.tasks[old].identity;
+    if new.has_memory && old.has_memory && old.config != new.config {
+        warnings.push(format!(
+            "operator \"{}\" has another config than its checkpoint, and its linear memory is restored, \
+             with what it has read of the old one; snapshot = \"declared\" restores the declared state \
+             alone",
+            new.operator
+        ));
+    }
 }
 
 /// The number that each of the old declared states has now; `None`: it is there no more.
@@ -563,7 +623,7 @@ fn check_fit(
     let stored = || manifest.tasks.iter().map(|task| &task.identity);
     for task in tasks.identities {
         if let Some(known) = stored().find(|known| known.uid == task.uid) {
-            check_operator(tasks, known, task)?;
+            check_operator(tasks, known, task, ignore_unclaimed_state)?;
         }
     }
     let is_known = |known: &TaskIdentity| tasks.identities.iter().any(|task| task.uid == known.uid);
@@ -573,7 +633,11 @@ fn check_fit(
                 "the checkpoint has state of \"{}\", which is not in the manifest",
                 extra.operator
             ),
-            "put it back, or leave its state behind with --from DIR --ignore-unclaimed-state",
+            &format!(
+                "put it back; or say which node it is now, with uid = \"{}\"; or leave its state behind \
+                 with --from DIR --ignore-unclaimed-state",
+                extra.uid
+            ),
         ),
         _ => Ok(()),
     }
@@ -583,12 +647,31 @@ fn check_operator(
     tasks: &Tasks<'_>,
     known: &TaskIdentity,
     task: &TaskIdentity,
+    ignore_unclaimed_state: bool,
 ) -> Result<(), Problem> {
     let name = &task.operator;
     let mismatch =
         |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
     if known.has_declared && task.has_declared {
         check_states(tasks, known, task)?;
+        let is_taken = |before: &StateIdentity| {
+            let found = task.states.iter().filter_map(|state| state.find(&known.states));
+            found.into_iter().any(|found| found.name == before.name)
+        };
+        if let Some(left) = known.states.iter().find(|before| !is_taken(before))
+            && !ignore_unclaimed_state
+        {
+            let what = format!(
+                "the checkpoint has state \"{}\" of \"{name}\", which its component does not have",
+                left.name
+            );
+            let hint = format!(
+                "if it has another name now, say so: #[state(renamed_from = \"{}\")]; or leave it behind \
+                 with --from DIR --ignore-unclaimed-state",
+                left.name
+            );
+            return mismatch(what, &hint);
+        }
     }
     if known.max_parallelism != task.max_parallelism {
         let what = format!(
@@ -674,6 +757,9 @@ fn on_instance<T: Send>(
     }
 }
 
+/// How a schema names a type that says nothing of what its values look like.
+const OPAQUE: &str = "opaque ";
+
 /// Declared state is matched by name, and must look as it did, or be convertible.
 fn check_states(
     tasks: &Tasks<'_>,
@@ -683,7 +769,9 @@ fn check_states(
     let name = &task.operator;
     for (number, state) in (0..).zip(&task.states) {
         let Some(before) = state.find(&known.states) else { continue };
-        if before.schema == state.schema {
+        // What nobody can look into is the same only in the same component.
+        let is_known = !before.schema.contains(OPAQUE) || known.digest == task.digest;
+        if before.schema == state.schema && is_known {
             continue;
         }
         let mismatch = |what: String| {
@@ -694,6 +782,11 @@ fn check_states(
                 .detail(what)
                 .hint("keep the type, and give a state of another type another name")
         };
+        if !is_known {
+            let what =
+                "serde does not tell what values of it look like, and the component is another";
+            return Err(mismatch(what.to_owned()));
+        }
         if task.has_host_state || known.has_host_state {
             return Err(mismatch("state that the host keeps is not converted".to_owned()));
         }
@@ -726,7 +819,10 @@ fn check_states(
             known.parallelism, task.parallelism
         );
         return Err(without_keys(message)
-            .hint("set the parallelism back, or let its inputs come with partition = \"hash\""));
+            .hint(
+                "set the parallelism back; to change it, begin anew with partition = \"hash\" in another \
+                 state directory",
+            ));
     }
     Ok(())
 }

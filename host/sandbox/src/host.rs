@@ -70,6 +70,9 @@ pub enum StateError {
     /// The guest has more of it than it may.
     #[error("{0}")]
     Limit(Limit),
+    /// The guest writes under a key that no record of its task has.
+    #[error("{0}")]
+    ForeignKey(String),
     /// The host cannot read or write it.
     #[error("{0}")]
     Unavailable(String),

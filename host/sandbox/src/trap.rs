@@ -40,6 +40,9 @@ pub enum GuestError {
         /// The place of the record in the batch, if it named one.
         record: Option<u32>,
     },
+    /// The guest keeps state under a key that no record of its task has.
+    #[error("{0}")]
+    ForeignKey(String),
     /// The host could not do what the guest asked of it.
     #[error("{0}")]
     Unavailable(String),
@@ -62,6 +65,7 @@ impl From<StateError> for GuestError {
     fn from(error: StateError) -> Self {
         match error {
             StateError::Limit(limit) => Self::Limit(limit),
+            StateError::ForeignKey(message) => Self::ForeignKey(message),
             StateError::Unavailable(message) => Self::Unavailable(message),
             StateError::NotKept | StateError::NotOpen => Self::Host(error.to_string()),
         }

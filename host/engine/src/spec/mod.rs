@@ -474,16 +474,12 @@ impl JobSpec {
         Ok(spec)
     }
 
-    /// Whether the records of a node come to its tasks by their key: by hash, or unchanged from a node
-    /// to which they do.
+    /// Whether the records of a node come to its tasks by their key. Over a forward edge they do not,
+    /// whatever comes before it: an operator gives its records keys of its own.
     #[must_use]
     pub fn is_keyed(&self, id: OperatorId) -> bool {
         let inputs = &self.node(id).inputs;
-        let is_by_key = |input: &InputSpec| match input.partitioner {
-            Partitioner::Hash => true,
-            Partitioner::Forward => self.is_keyed(input.from),
-            _ => false,
-        };
+        let is_by_key = |input: &InputSpec| input.partitioner == Partitioner::Hash;
         !inputs.is_empty() && inputs.iter().all(is_by_key)
     }
 

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use cofferdam_core::key_group::key_group;
+use cofferdam_core::key_group::{key_group, key_groups_of, task_index};
 use cofferdam_sandbox::StateChanges;
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,39 @@ pub(crate) fn entries_of(
         (state, key, namespace, (!changes.removed[place]).then_some(value))
     })
 }
+
+/// The keys of one task of an operator whose records come by their key.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OwnKeys {
+    pub(crate) index: u32,
+    pub(crate) parallelism: u32,
+    pub(crate) max_parallelism: u32,
+}
+
+impl OwnKeys {
+    /// Makes sure that state lies under keys of records that come to this task: under any other one it
+    /// would not be found again once the parallelism changes.
+    pub(crate) fn check(&self, changes: &StateChanges) -> std::result::Result<(), String> {
+        let own = key_groups_of(self.index, self.parallelism, self.max_parallelism);
+        for (_, key, namespace, _) in entries_of(changes) {
+            let record = &key[..key.len().saturating_sub(namespace as usize)];
+            let group = key_group(record, self.max_parallelism);
+            if !own.contains(&group) {
+                let task = task_index(group, self.parallelism, self.max_parallelism);
+                return Err(format!(
+                    "it keeps state under the key `{}`, whose records go to task {task} of {}: a state \
+                     key is the key of a record, with a namespace behind it if need be",
+                    record.get(..SHOWN_BYTES).unwrap_or(record).escape_ascii(),
+                    self.parallelism
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How much of a key a message shows.
+const SHOWN_BYTES: usize = 64;
 
 /// Entries as the columns that a guest takes.
 #[must_use]

@@ -20,7 +20,7 @@ use cofferdam_sandbox::{Limit, StateChanges, StateError};
 
 use super::{
     Result, StorageError,
-    declared::{DeclaredKey, Entries, Entry, Merge, changes_of, entries_of},
+    declared::{DeclaredKey, Entries, Entry, Merge, OwnKeys, changes_of, entries_of},
     table::{Table, Tables},
 };
 
@@ -49,6 +49,8 @@ pub(crate) struct KeyedLimits {
     pub(crate) write_buffer_bytes: u64,
     /// How many key groups there are.
     pub(crate) max_parallelism: u32,
+    /// The keys of the task's records, where these come by their key.
+    pub(crate) own_keys: Option<OwnKeys>,
 }
 
 /// The declared state of one task.
@@ -288,6 +290,9 @@ impl KeyedState {
         inner: &mut Inner,
         changes: &StateChanges,
     ) -> std::result::Result<(), StateError> {
+        if let Some(own) = &self.limits.own_keys {
+            own.check(changes).map_err(StateError::ForeignKey)?;
+        }
         for (state, key, namespace, value) in entries_of(changes) {
             let key = self.key(state, key, namespace);
             inner.top().set(key, value.map(<[u8]>::to_vec));
@@ -544,7 +549,12 @@ mod tests {
 
     fn state(dir: &tempfile::TempDir, write_buffer_bytes: u64) -> KeyedState {
         let tables = Tables::new(&dir.path().join("tables"), 1 << 20).expect("tables");
-        let limits = KeyedLimits { bytes_max: 1 << 20, write_buffer_bytes, max_parallelism: 128 };
+        let limits = KeyedLimits {
+            bytes_max: 1 << 20,
+            write_buffer_bytes,
+            max_parallelism: 128,
+            own_keys: None,
+        };
         KeyedState::new(tables, limits).expect("a state")
     }
 

@@ -80,6 +80,10 @@ pub struct TaskIdentity {
     pub has_declared: bool,
     /// Whether the host keeps the declared state: linear memory then holds a cache of it.
     pub has_host_state: bool,
+    /// Whether it is a sink.
+    pub is_sink: bool,
+    /// The checksum of what its instances are opened with.
+    pub config: u64,
     /// Whether records come to the tasks by their key, so that declared state lies with them.
     pub is_keyed: bool,
     /// Its declared states, in the order of their numbers.
@@ -182,6 +186,8 @@ mod tests {
             has_memory: true,
             has_declared: true,
             has_host_state: true,
+            is_sink: false,
+            config: 0,
             is_keyed: true,
             states: vec![StateIdentity {
                 name: "counts".to_owned(),

@@ -23,6 +23,7 @@ use super::{
     head::{Head, Kept},
     in_flight::ChannelState,
     manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, unseal},
+    memory::MemoryStorage,
 };
 use crate::{clock::micros, identity::Lineage};
 
@@ -451,22 +452,33 @@ impl SnapshotStore {
         Ok((store, found))
     }
 
-    /// Opens a store that is there, to look into it: nothing is made, written or removed.
+    /// Looks into a store, which may be empty: nothing is made, written or removed.
+    ///
+    /// # Errors
+    /// Where it cannot be read.
+    pub fn look(storage: Box<dyn Storage>) -> Result<(Self, Found)> {
+        let (head, mut found) = Self::find_head(&*storage)?;
+        let mut places = open_places(&*storage, &head, &mut found)?;
+        let nothing = || -> Result<Place> {
+            let generation = MemoryStorage::default().open(0, 0)?;
+            Ok(Place { number: 0, generation, checkpoints: Vec::new() })
+        };
+        let current = places.pop().map_or_else(nothing, Ok)?;
+        // Nothing is written, so there are no tasks to write for.
+        Ok((Self::of(storage, current, places, "", Vec::new(), head), found))
+    }
+
+    /// Looks into a store that must hold something.
     ///
     /// # Errors
     /// Where there is none, or none that can be read.
     pub fn open_existing(storage: Box<dyn Storage>) -> Result<(Self, Found)> {
-        let (head, mut found) = Self::find_head(&*storage)?;
-        let mut places = open_places(&*storage, &head, &mut found)?;
-        let Some(current) = places.pop() else {
-            return Err(match found.damaged.first() {
-                Some(damage) => StorageError::damaged("the store", damage),
-                None => StorageError::store("open a store", "there is no checkpoint in it"),
-            });
-        };
-        // Nothing is written, so there are no tasks to write for.
-        let store = Self::of(storage, current, places, "", Vec::new(), head);
-        Ok((store, found))
+        let (store, found) = Self::look(storage)?;
+        match found.damaged.first() {
+            _ if 0 < store.current.number => Ok((store, found)),
+            Some(damage) => Err(StorageError::damaged("the store", damage)),
+            None => Err(StorageError::store("open a store", "there is no checkpoint in it")),
+        }
     }
 
     fn find_head(storage: &dyn Storage) -> Result<(Head, Found)> {
@@ -1424,7 +1436,7 @@ fn merge(loaded: &LoadedTask) -> TaskSnapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{declared::changes_of, in_flight::InFlight, memory::MemoryStorage};
+    use crate::storage::{declared::changes_of, in_flight::InFlight};
 
     fn identity() -> TaskIdentity {
         TaskIdentity {
@@ -1437,6 +1449,8 @@ mod tests {
             has_declared: true,
             has_host_state: false,
             uid: "count".to_owned(),
+            is_sink: false,
+            config: 0,
             is_keyed: true,
             states: Vec::new(),
         }

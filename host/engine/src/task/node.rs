@@ -34,7 +34,7 @@ use crate::{
     source::{self, Source},
     spec::{OperatorSpec, SinkSpec},
     storage::{
-        declared::{self, Changes, Entry},
+        declared::{self, Changes, Entry, OwnKeys},
         keyed::KeyedState,
         snapshot::TaskSnapshot,
         writer::cause_of as storage_cause,
@@ -70,6 +70,8 @@ pub(crate) struct OperatorTask {
     pub(crate) has_states: bool,
     /// Whether checkpoints ask for what has changed of declared state.
     pub(crate) tracks_changes: bool,
+    /// The keys of the records that come to it; `None` where they come otherwise, or all to one task.
+    pub(crate) own_keys: Option<OwnKeys>,
     /// Of this task of this job; see [`Host::random`].
     pub(crate) random_seed: u64,
     /// The checkpoint that the attempt began from; 0: the beginning.
@@ -277,7 +279,7 @@ impl Node {
     pub(crate) fn count_bad(&self, shared: &Shared, records: u64) {
         if 0 < records {
             let metrics = &shared.metrics.operators[self.task.operator.0 as usize];
-            metrics.change_custom("bad-records", |count| *count += records as f64);
+            metrics.bad_records.fetch_add(records, Ordering::Relaxed);
         }
     }
 
@@ -456,7 +458,7 @@ impl OperatorTask {
         let (mode, has_states) = (self.spec.snapshot, self.has_states);
         self.processed.on_barrier(checkpoint.0);
         let bytes_max = self.spec.limits.state_bytes_max;
-        let tracks_changes = self.tracks_changes;
+        let (tracks_changes, own_keys) = (self.tracks_changes, self.own_keys);
         let instance = self.instance()?;
         // Before anything is handed over: the guest takes for stored what it has handed over.
         if mode.has_memory()
@@ -468,6 +470,9 @@ impl OperatorTask {
         if mode.has_declared() && has_states {
             let pieces = instance.hand_over(checkpoint.0, !tracks_changes, bytes_max).await;
             let pieces = pieces.map_err(cause_of)?;
+            if let Some(own) = own_keys {
+                pieces.iter().try_for_each(|it| own.check(it)).map_err(foreign_key)?;
+            }
             snapshot.is_declared_whole = !tracks_changes;
             snapshot.declared = Some(match &local.keyed {
                 Some(keyed) => {
@@ -567,9 +572,14 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
         GuestError::Failed { message, record } => {
             FailureCause::Trap { message: at(message, record), backtrace: Vec::new() }
         }
+        GuestError::ForeignKey(message) => foreign_key(message),
         GuestError::Unavailable(message) => FailureCause::Environment { message },
         other => FailureCause::HostBug { message: other.to_string() },
     }
+}
+
+fn foreign_key(message: String) -> FailureCause {
+    FailureCause::Permanent { obstacle: Obstacle::ForeignKey, message }
 }
 
 pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {

@@ -160,6 +160,15 @@ pub(crate) fn names_of(states: &[&[u8]]) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// A part of these states that is not committed yet, if there is one.
+pub(crate) fn uncommitted(states: &[&[u8]]) -> Option<PathBuf> {
+    let states = decode_states::<State>(states).unwrap_or_default();
+    states.iter().flat_map(|state| &state.parts).find_map(|part| match part.find(&part.dir) {
+        Found::Pending(_, path) => Some(path),
+        Found::Visible | Found::Nowhere => None,
+    })
+}
+
 /// Pending files that restored states look after.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
