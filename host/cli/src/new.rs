@@ -35,7 +35,7 @@ const SDK: &[(&str, &str)] = &[
     ),
 ];
 
-/// The project's own files; `NAME` and `FILE` are replaced.
+/// The project's own files; `NAME`, `FILE` and `TYPE` are replaced.
 const PROJECT: &[(&str, &str)] = &[
     ("Cargo.toml", include_str!("../template/Cargo.toml.in")),
     (".cargo/config.toml", include_str!("../template/cargo-config.toml")),
@@ -66,6 +66,7 @@ pub(crate) fn run(arguments: &NewArguments, is_json: bool) -> Result<(), Problem
     }
     for (place, text) in PROJECT {
         let text = text.replace("FILE", &name.replace('-', "_")).replace("NAME", name);
+        let text = text.replace("TYPE", &type_name(name));
         write(&path.join(place), &text)?;
     }
     if is_json {
@@ -75,6 +76,12 @@ pub(crate) fn run(arguments: &NewArguments, is_json: bool) -> Result<(), Problem
         say!("  cd {}\n  cargo test\n  cofferdam build\n  cofferdam run job.toml", path.display());
     }
     Ok(())
+}
+
+/// `clean-up` as the name of a type: `CleanUp`.
+fn type_name(name: &str) -> String {
+    let pieces = name.split(['-', '_']).filter(|piece| !piece.is_empty());
+    pieces.map(|piece| piece[..1].to_uppercase() + &piece[1..]).collect()
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Problem> {
