@@ -10,6 +10,7 @@ use std::{
 use cofferdam_engine::{
     control::KeptCheckpoint,
     problem::{Code, Problem},
+    state_dir::{Ended, JobRecord},
     storage::{
         self,
         manifest::Manifest,
@@ -88,6 +89,11 @@ impl Opened {
         let lock = lock(&state_dir)?;
         let opened = storage::open_at(&dir).and_then(SnapshotStore::open_existing);
         let (store, found) = opened.map_err(|error| {
+            if let Ok(Some(ended)) =
+                JobRecord::read(&state_dir).map(|it| it.and_then(|it| it.ended))
+            {
+                return has_ended(&dir, &ended);
+            }
             Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display()))
                 .detail(error)
                 .hint("name a state directory, a savepoint, or the manifest of a job that has run")
@@ -124,10 +130,16 @@ impl Opened {
 
     fn verify(&self, is_json: bool) -> Result<(), Problem> {
         let mut damages = self.found.damaged.clone();
+        if let Err(error) = JobRecord::read(&self.dir) {
+            damages.push(format!("the record of the job, `JOB`: {error}"));
+        }
         for manifest in &self.found.manifests {
             let id = manifest.checkpoint;
             let mut bytes = 0;
-            let mut read = (0..manifest.tasks.len()).map(|task| self.store.load(task, id));
+            let mut read = (0..manifest.tasks.len()).map(|task| {
+                self.store.check_declared(task, id)?;
+                self.store.load(task, id)
+            });
             let whole = read.try_for_each(|loaded| loaded.map(|loaded| bytes += loaded.bytes));
             if let Err(error) = &whole {
                 damages.push(format!("checkpoint {id}: {error}"));
@@ -155,7 +167,28 @@ impl Opened {
         Err(damages
             .iter()
             .fold(problem, Problem::detail)
-            .hint("a run goes on from the newest whole checkpoint and says what it leaves out"))
+            .hint(
+                "a run resumes from the newest whole checkpoint, unless output was committed since that \
+                 would come twice",
+            ))
+    }
+}
+
+/// A job that is over keeps no checkpoints.
+fn has_ended(dir: &Path, ended: &Ended) -> Problem {
+    let no_more = format!("there are no checkpoints in {}", dir.display());
+    match ended {
+        Ended::Finished { .. } => {
+            Problem::new(Code::AlreadyFinished, format!("the job has finished: {no_more}"))
+        }
+        Ended::Stopped { savepoint, .. } => {
+            let message = format!("the job was stopped with a savepoint: {no_more}");
+            let problem = Problem::new(Code::AlreadyFinished, message);
+            match savepoint {
+                Some(savepoint) => problem.detail(savepoint.display()),
+                None => problem,
+            }
+        }
     }
 }
 

@@ -190,7 +190,15 @@ pub(crate) async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, P
                 "name the manifest or the state directory of a job that `cofferdam run` is running",
             )
     };
-    let failed = |error: io::Error| not_running(error.to_string());
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            let message = format!("the job in {} is another user's", state_dir.display());
+            Problem::new(Code::RequestRefused, message)
+                .detail(error)
+                .hint("ask as the user who runs it")
+        }
+        _ => not_running(error.to_string()),
+    };
     let folder = File::open(state_dir.join(FOLDER)).map_err(failed)?;
     let mut stream = UnixStream::connect(short_path(&folder)).await.map_err(failed)?;
     let mut text = serde_json::to_string(request)
