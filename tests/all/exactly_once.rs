@@ -5,6 +5,7 @@ use cofferdam_engine::{job::JobOptions, progress::Progress};
 use cofferdam_tests::{
     crash,
     job::{Harness, committed, golden, rounds, run_manifest, run_with},
+    world,
 };
 
 /// Runs a faulted job; its output must be the golden run's, and the fault must have struck.
@@ -204,4 +205,12 @@ fn kill_at_any_moment_loses_nothing_and_doubles_nothing() {
     let tally = crash::run(rounds, 7, |_| {}).expect("exactly once");
     assert!(rounds <= tally.kills);
     assert!(rounds / 3 < tally.resumed, "the kills came before the first checkpoint: {tally:?}");
+}
+
+/// Kills, stops, savepoints, forks, other parallelisms and paths, moved directories, readers, cut inputs.
+#[test]
+fn every_record_comes_once_whatever_the_history_of_the_job() {
+    let tally = world::run(6, 40, |_| {}).expect("every verdict as predicted");
+    assert_eq!(tally.worlds, 6);
+    assert!(10 <= tally.events.values().sum::<u64>(), "{:?}", tally.events);
 }

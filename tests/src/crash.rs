@@ -107,10 +107,9 @@ fn kill_until_finished(
         if was_killed && log.contains("from checkpoint") {
             tally.resumed += 1;
         }
-        // A kill may come between the end of the job and the end of the process. The next run is
-        // then a new one, and refuses to mix its output with that of the one that has finished.
-        let had_finished = was_killed && log.contains("holds the output of an earlier run");
-        if status.success() || had_finished {
+        // A kill may come between the end of the job and the end of the process: the next run says that
+        // there is nothing left to do.
+        if status.success() {
             return Ok(());
         }
         if status.signal() != Some(SIGKILL) {

@@ -5,3 +5,4 @@ pub mod crash;
 pub mod guest;
 pub mod host;
 pub mod job;
+pub mod world;

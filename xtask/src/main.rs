@@ -37,6 +37,11 @@ enum Verb {
         /// How often
         rounds: u64,
     },
+    /// Live through this many random histories of a job: kills, forks, rescaling, moved files
+    World {
+        /// How many
+        histories: u64,
+    },
     /// Run a benchmark: call, recovery, checkpoint, failover, state or wordcount
     Bench {
         /// Which one
@@ -51,7 +56,8 @@ fn main() -> Result<()> {
         Verb::Guests => steps::guests(),
         Verb::Sim { seeds } => steps::simulate("SIM_SEEDS", seeds),
         Verb::Seed { seed } => steps::simulate("SEED", seed),
-        Verb::Crash { rounds } => steps::crash(rounds),
+        Verb::Crash { rounds } => steps::program("crash", rounds),
+        Verb::World { histories } => steps::program("world", histories),
         Verb::Bench { name } => steps::bench(&name),
     }
 }

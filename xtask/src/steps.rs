@@ -104,12 +104,12 @@ pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
     run(command.env(setting, value.to_string()))
 }
 
-/// The kill -9 loop.
-pub(crate) fn crash(rounds: u64) -> Result<()> {
+/// A test that runs the program again and again.
+pub(crate) fn program(name: &str, rounds: u64) -> Result<()> {
     guests()?;
     run(cargo(".").args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]))?;
     run(cargo(".")
-        .args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", "crash", "--"])
+        .args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", name, "--"])
         .arg(rounds.to_string()))
 }
 
