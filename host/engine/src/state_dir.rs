@@ -19,6 +19,8 @@ use crate::{
 const LOCK: &str = "LOCK";
 const RECORD: &str = "JOB";
 const FORMAT: u32 = 1;
+/// How the name of a file begins that was not renamed yet.
+const UNFINISHED: &str = ".unfinished-";
 
 /// What a state directory says of its job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +90,7 @@ impl JobRecord {
 /// Replaces a file: whoever looks finds the old content or the new, also after a crash.
 pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(dir)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;
@@ -124,7 +126,9 @@ pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
     if !dir.join(RECORD).exists() {
         for entry in fs::read_dir(dir).map_err(unusable)? {
             let entry = entry.map_err(unusable)?;
-            if entry.file_name() != LOCK {
+            // A crash may have left a record that was never finished.
+            let is_unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
+            if entry.file_name() != LOCK && !is_unfinished {
                 let message = format!("{} is no state directory", dir.display());
                 return Err(Problem::new(Code::NotOurs, message)
                     .detail(format!("it has no `{RECORD}`, but {}", entry.path().display()))
@@ -149,6 +153,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         lock(dir.path()).expect("an empty one will do");
         drop(lock(dir.path()).expect("and so does one that was locked before"));
+        fs::write(dir.path().join(".unfinished-x"), "").expect("made");
+        drop(lock(dir.path()).expect("and what a crash has left"));
         fs::create_dir(dir.path().join("removed-photos")).expect("made");
         let problem = lock(dir.path()).expect_err("somebody's photos");
         assert_eq!(problem.code, Code::NotOurs);

@@ -487,6 +487,12 @@ impl SnapshotStore {
         let error = match Head::newest(&storage.heads()?) {
             Ok(Some(head)) => return Ok((head, found)),
             Ok(None) if numbers.is_empty() => return Ok((Head::default(), found)),
+            // A crash has cut short the first thing that is written at all.
+            Err(StorageError::Damaged { .. })
+                if numbers.is_empty() && storage.heads()?.len() == 1 =>
+            {
+                return Ok((Head::default(), found));
+            }
             Ok(None) => "the head of the store is not there".to_owned(),
             Err(error @ StorageError::Format { .. }) => return Err(error),
             Err(error) => error.to_string(),

@@ -31,7 +31,7 @@ use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 
 pub use self::output::Conflicts;
-use self::output::{Logs, writer_of_pending};
+use self::output::{CommittedNames, Logs, writer_of_pending};
 pub(crate) use self::output::{Output, OutputContext};
 use super::{Sink, push_lines};
 use crate::{
@@ -90,19 +90,32 @@ impl Part {
         format!(".part-{task}-{number:06}-{writer}.savepoint")
     }
 
+    /// What tells its file from all others.
+    fn file(&self) -> String {
+        let Self { task, number, writer, .. } = self;
+        format!("{task}-{number:06}-{writer}")
+    }
+
     /// Where it is, if it is not committed, in the directory that it was written to or in the one that
-    /// the sink has now.
-    fn find(&self, now: &Path) -> Found {
+    /// the sink has now. What a savepoint holds of a part that was cut is no sign that the cut one was
+    /// not seen: that is what `committed` and the copy say.
+    fn find(&self, now: &Path, committed: &CommittedNames) -> Found {
+        let is_listed = committed.names.contains(&self.name());
         // The directory may have been moved, or copied: what lies here is this run's.
         for dir in [now, self.dir.as_path()] {
-            for name in [self.pending(), self.held()] {
-                let path = dir.join(name);
-                if path.is_file() {
-                    return Found::Pending(dir.to_owned(), path);
-                }
-            }
             if dir.join(self.name()).exists() {
                 return Found::Visible;
+            }
+            let copy = copy_of(dir, &self.name());
+            if is_listed && copy.is_file() {
+                return Found::Pending(dir.to_owned(), copy);
+            }
+            for name in [self.pending(), self.held()] {
+                let is_of_savepoint = self.is_open && name == self.held();
+                let path = dir.join(name);
+                if path.is_file() && !(is_of_savepoint && is_listed) {
+                    return Found::Pending(dir.to_owned(), path);
+                }
             }
         }
         Found::Nowhere
@@ -152,18 +165,15 @@ pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
 pub(crate) fn names_of(states: &[&[u8]]) -> BTreeMap<String, String> {
     let states = decode_states::<State>(states).unwrap_or_default();
     let parts = states.into_iter().flat_map(|state| state.parts);
-    parts
-        .map(|part| {
-            let Part { task, number, writer, .. } = &part;
-            (format!("{task}-{number:06}-{writer}"), part.name())
-        })
-        .collect()
+    parts.map(|part| (part.file(), part.name())).collect()
 }
 
 /// A part of these states that is not committed yet, if there is one.
 pub(crate) fn uncommitted(states: &[&[u8]]) -> Option<PathBuf> {
     let states = decode_states::<State>(states).unwrap_or_default();
-    states.iter().flat_map(|state| &state.parts).find_map(|part| match part.find(&part.dir) {
+    let nothing = CommittedNames { names: BTreeSet::new(), files: BTreeSet::new() };
+    let parts = states.iter().flat_map(|state| &state.parts);
+    parts.into_iter().find_map(|part| match part.find(&part.dir, &nothing) {
         Found::Pending(_, path) => Some(path),
         Found::Visible | Found::Nowhere => None,
     })
@@ -189,11 +199,13 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
         let message = format!("the state of sink \"{}\" cannot be read", output.sink);
         Problem::new(Code::StateMismatch, message).detail(error)
     })?;
-    let committed = output.committed_names().map_err(|error| taken(error.to_string()))?;
+    let parts = || states.iter().flat_map(|state| &state.parts);
+    let dirs = parts().map(|part| part.dir.as_path()).collect();
+    let committed = output.committed(&dirs).map_err(|error| taken(error.to_string()))?;
     let mut kept = Kept::default();
     let mut lost = Vec::new();
-    for part in states.iter().flat_map(|state| &state.parts) {
-        match part.find(&output.dir) {
+    for part in parts() {
+        match part.find(&output.dir, &committed) {
             Found::Pending(dir, path) => {
                 part.verify(&path).map_err(|what| {
                     taken(what).hint("use another checkpoint or savepoint, or put the file back")
@@ -204,7 +216,15 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
                 }
             }
             Found::Visible => {}
-            Found::Nowhere if committed.contains(&part.name()) => {}
+            Found::Nowhere if committed.names.contains(&part.name()) => {}
+            // A later checkpoint has committed the whole of it: what is discarded becomes this again.
+            Found::Nowhere if committed.files.contains(&part.file()) => {
+                if let Some(path) = output::visible_of(&output.dir, &part.file()) {
+                    let verified = part.verify(&path);
+                    verified.map_err(|what| taken(what).hint("use another checkpoint"))?;
+                    kept.names.insert(part.pending());
+                }
+            }
             Found::Nowhere => lost.push(part),
         }
     }
@@ -290,8 +310,9 @@ impl FileSink {
 
     /// Commits what a restored checkpoint holds.
     fn restore_parts(&mut self) -> Result<(), FailureCause> {
+        let committed = self.committed(self.parts.iter())?;
         for part in &self.parts {
-            if let Found::Pending(_, path) = part.find(&self.output.dir) {
+            if let Found::Pending(_, path) = part.find(&self.output.dir, &committed) {
                 part.verify(&path).map_err(taken)?;
             }
         }
@@ -388,21 +409,38 @@ impl FileSink {
         Ok(())
     }
 
+    fn committed<'p>(
+        &self,
+        parts: impl Iterator<Item = &'p Part>,
+    ) -> Result<CommittedNames, FailureCause> {
+        let dirs = parts.map(|part| part.dir.as_path()).collect();
+        let committed = self.output.committed(&dirs);
+        committed.map_err(|error| self.failed("read the log of parts", &error))
+    }
+
     /// Makes parts visible. What was made visible before is as it should be, wherever it is now.
     fn publish(&self, parts: &[&Part]) -> Result<(), FailureCause> {
         let mut pending = Vec::new();
         let mut missing = Vec::new();
+        // A part of this run is pending; others may have been committed before.
+        let is_own = |part: &&Part| part.writer == self.writer && !part.is_open;
+        let committed = match parts.iter().all(is_own) {
+            true => CommittedNames { names: BTreeSet::new(), files: BTreeSet::new() },
+            false => self.committed(parts.iter().copied())?,
+        };
         for part in parts {
-            match part.find(&self.output.dir) {
+            match part.find(&self.output.dir, &committed) {
                 Found::Pending(dir, path) => pending.push((*part, dir, path)),
                 Found::Visible => {}
                 Found::Nowhere => missing.push(*part),
             }
         }
         if !missing.is_empty() && !self.output.context.conflicts.assume_committed {
-            let known = self.output.committed_names();
-            let known = known.map_err(|error| self.failed("read the log of parts", &error))?;
-            if let Some(lost) = missing.iter().find(|part| !known.contains(&part.name())) {
+            let known = self.committed(missing.iter().copied())?;
+            let is_known = |part: &&&Part| {
+                known.names.contains(&part.name()) || known.files.contains(&part.file())
+            };
+            if let Some(lost) = missing.iter().find(|part| !is_known(part)) {
                 let path = lost.dir.join(lost.pending());
                 return Err(taken(format!(
                     "{} is neither pending nor committed: it is lost",
@@ -412,6 +450,17 @@ impl FileSink {
         }
         if pending.is_empty() {
             return Ok(());
+        }
+        for (part, dir, path) in &mut pending {
+            if part.is_open && *path == dir.join(part.held()) {
+                // A savepoint needs the rest of it as well. Before the log: where the copy is, it was not
+                // renamed.
+                let copy = copy_of(dir, &part.name());
+                copy_beginning(path, &copy, part.bytes)
+                    .and_then(|()| sync_dir(dir))
+                    .map_err(|error| self.failed("copy a part", &error))?;
+                *path = copy;
+            }
         }
         let log = self.logs.commit(pending.iter().map(|(part, ..)| *part)).and_then(|()| {
             let elsewhere = pending.iter().filter(|(_, dir, _)| *dir != self.output.dir);
@@ -424,12 +473,6 @@ impl FileSink {
         for (part, dir, path) in pending {
             let publish = || -> io::Result<()> {
                 let name = dir.join(part.name());
-                if part.is_open && path == dir.join(part.held()) {
-                    // A savepoint needs the rest of it as well.
-                    let copy = dir.join(format!(".{}.copy", part.name()));
-                    copy_beginning(&path, &copy, part.bytes)?;
-                    return publish_as(&copy, &name);
-                }
                 if part.is_open {
                     // What came after the checkpoint comes again.
                     let file = File::options().write(true).open(&path)?;
@@ -455,6 +498,11 @@ fn publish_as(path: &Path, name: &Path) -> io::Result<()> {
         }
         renamed => Ok(renamed?),
     }
+}
+
+/// Where the copy of a part lies that a savepoint holds, by its visible name.
+fn copy_of(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!(".{name}.copy"))
 }
 
 fn copy_beginning(path: &Path, copy: &Path, bytes: u64) -> io::Result<()> {

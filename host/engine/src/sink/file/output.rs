@@ -49,7 +49,7 @@ enum Line {
     /// A task begins to write: its parts that are not committed are this timeline's.
     Writer { writer: Id, timeline: Id },
     /// A part becomes visible, in this directory.
-    Part { name: String, timeline: Id, checkpoint: u64, bytes: u64, dir: PathBuf },
+    Part { name: String, timeline: Id, checkpoint: u64, bytes: u64, dir: PathBuf, is_cut: bool },
     /// Parts that were forgotten reached up to here.
     Through { timeline: Id, checkpoint: u64 },
     /// A part was removed because its timeline was left.
@@ -63,6 +63,8 @@ struct Listed {
     checkpoint: u64,
     bytes: u64,
     dir: PathBuf,
+    /// It is the beginning of a file that was still written to.
+    is_cut: bool,
 }
 
 /// What a log says.
@@ -101,8 +103,9 @@ impl Committed {
                 Line::Writer { writer, timeline } => {
                     self.writers.insert(writer, timeline);
                 }
-                Line::Part { name, timeline, checkpoint, bytes, dir } => {
-                    self.parts.insert(name, Listed { timeline, checkpoint, bytes, dir });
+                Line::Part { name, timeline, checkpoint, bytes, dir, is_cut } => {
+                    let listed = Listed { timeline, checkpoint, bytes, dir, is_cut };
+                    self.parts.insert(name, listed);
                 }
                 Line::Through { timeline, checkpoint } => {
                     let known = self.through.entry(timeline).or_default();
@@ -394,7 +397,7 @@ impl Output {
         };
         let (mut parts, has_more) = self.diverged(dir, own).map_err(failed)?;
         // Written down and never renamed: nobody has seen it.
-        parts.retain(|name, _| unseen_in(dir, name).is_none());
+        parts.retain(|name, part| unseen_in(dir, name, part.is_cut).is_none());
         if parts.is_empty() && !has_more {
             return Ok(());
         }
@@ -446,14 +449,17 @@ impl Output {
         Ok(writers.filter(|(_, timeline)| *timeline == own).map(|(writer, _)| writer).collect())
     }
 
-    /// The parts that were committed, whether or not they are still there.
-    pub(super) fn committed_names(&self) -> io::Result<BTreeSet<String>> {
-        let mut names: BTreeSet<String> =
-            Committed::read(&self.folder())?.parts.into_keys().collect();
-        if let Some(dir) = &self.context.record_dir {
-            names.extend(Committed::read(dir)?.parts.into_keys());
+    /// The parts that were committed, here, in the record of the job, or in the directories that they
+    /// were written to; whether or not they are still there.
+    pub(super) fn committed(&self, dirs: &BTreeSet<&Path>) -> io::Result<CommittedNames> {
+        let mut names = BTreeSet::new();
+        let folders = dirs.iter().map(|dir| dir.join(FOLDER));
+        let own = [Some(self.folder()), self.context.record_dir.clone()];
+        for folder in own.into_iter().flatten().chain(folders) {
+            names.extend(Committed::read(&folder)?.parts.into_keys());
         }
-        Ok(names)
+        let files = names.iter().filter_map(|name| file_of(name)).collect();
+        Ok(CommittedNames { names, files })
     }
 
     /// The run begins: what it may remove goes, and the directory is its own. `kept` are the pending
@@ -498,12 +504,20 @@ impl Output {
         if parts.is_empty() {
             return Ok(());
         }
-        for name in parts.keys() {
-            match unseen_in(&self.dir, name) {
+        for (name, part) in &parts {
+            let path = self.dir.join(name);
+            let file = file_of(name).unwrap_or_default();
+            let hidden = |end: &str| self.dir.join(format!(".part-{file}.{end}"));
+            let is_begun = self.context.own_parts.contains_key(&file)
+                && !hidden("pending").exists()
+                && !hidden("savepoint").exists();
+            match unseen_in(&self.dir, name, part.is_cut) {
                 // A savepoint needs it.
                 Some(path) if path.extension().is_some_and(|it| it == "savepoint") => {}
                 Some(path) => fs::remove_file(path)?,
-                None => fs::remove_file(self.dir.join(name))?,
+                // Its beginning belongs to the restored state.
+                None if is_begun => fs::rename(path, hidden("pending"))?,
+                None => fs::remove_file(path)?,
             }
         }
         sync_dir(&self.dir)?;
@@ -543,6 +557,7 @@ fn line_of(part: &super::Part) -> Line {
         checkpoint: part.checkpoint,
         bytes: part.bytes,
         dir: part.dir.clone(),
+        is_cut: part.is_open,
     }
 }
 
@@ -564,12 +579,31 @@ fn file_of(name: &str) -> Option<String> {
     Some(format!("{task}-{number}-{writer}"))
 }
 
+/// A part of the same file as one that is visible in a directory.
+pub(super) fn visible_of(dir: &Path, file: &str) -> Option<PathBuf> {
+    let names = names_in(dir).ok()?;
+    let is_it = |name: &String| is_part(name) && file_of(name).as_deref() == Some(file);
+    names.into_iter().find(is_it).map(|name| dir.join(name))
+}
+
+/// What is known to have been committed.
+#[derive(Debug)]
+pub(super) struct CommittedNames {
+    pub(super) names: BTreeSet<String>,
+    /// What tells their files from all others; see [`file_of`].
+    pub(super) files: BTreeSet<String>,
+}
+
 /// The hidden file of a part that was not renamed yet, by its visible name.
-fn unseen_in(dir: &Path, name: &str) -> Option<PathBuf> {
-    let mut pieces = name.split('-').skip(1);
-    let (task, _, number, writer) =
-        (pieces.next()?, pieces.next()?, pieces.next()?, pieces.next()?);
-    let hidden = |end: &str| dir.join(format!(".part-{task}-{number}-{writer}.{end}"));
+fn unseen_in(dir: &Path, name: &str, is_cut: bool) -> Option<PathBuf> {
+    let file = file_of(name)?;
+    let hidden = |end: &str| dir.join(format!(".part-{file}.{end}"));
+    if is_cut {
+        // What a savepoint holds is the whole file, and says nothing of this.
+        let unseen = [hidden("pending"), super::copy_of(dir, name)];
+        let found = unseen.into_iter().find(|path| path.is_file());
+        return found.filter(|_| !dir.join(name).exists());
+    }
     let is_seen = dir.join(name).exists();
     let found = [hidden("pending"), hidden("savepoint")].into_iter().find(|path| path.is_file());
     found.filter(|_| !is_seen)

@@ -482,6 +482,77 @@ fn a_savepoint_of_a_part_that_was_open_before_it_stays_whole() {
     setup.run(Some((2, &[&savepoint]))).expect("it is its own past now");
 }
 
+/// The same restart twice: the cut part was published once more, or was in the way of itself.
+#[test]
+fn a_cut_part_is_committed_once_whether_or_not_a_reader_has_taken_it() {
+    for is_taken in [false, true] {
+        let mut setup = Setup::new();
+        setup.rolling = Rolling { size: Some(1 << 20), interval: None };
+        let output = setup.run(None).expect("begins");
+        let mut sink = setup.open(&output, 0, None);
+        write(&mut sink, "one");
+        let open = barrier(&mut sink, 1, Purpose::Periodic);
+        write(&mut sink, "two");
+        let savepoint = barrier(&mut sink, 2, Purpose::Savepoint);
+        drop((sink, output));
+        let restart = || {
+            let output = setup.run(Some((1, &[&open]))).expect("its own past");
+            setup.open(&output, 0, Some(&open));
+        };
+        restart();
+        assert_eq!(visible(&setup.out()), ["one"]);
+        if is_taken {
+            fs::remove_file(visible_files(&setup.out()).remove(0)).expect("taken");
+        }
+        restart();
+        assert_eq!(visible(&setup.out()).len(), usize::from(!is_taken));
+        setup.lineage = setup.lineage.fork(2);
+        let problem = setup.run(Some((2, &[&savepoint]))).expect_err("one would come twice");
+        assert_eq!(problem.code, Code::OutputDiverged);
+    }
+}
+
+/// The hints led to C0028, and those of that to 6,778 lost records.
+#[test]
+fn a_part_that_was_committed_longer_becomes_what_the_older_checkpoint_holds() {
+    let mut setup = Setup::new();
+    setup.rolling = Rolling { size: Some(20), interval: None };
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "line one");
+    let open = barrier(&mut sink, 1, Purpose::Periodic);
+    write(&mut sink, "line two is long enough");
+    barrier(&mut sink, 2, Purpose::Periodic);
+    sink.commit(CheckpointId(2)).expect("committed");
+    drop((sink, output));
+    // Checkpoint 2 is damaged.
+    setup.lineage = setup.lineage.fork(1);
+    let problem = setup.run(Some((1, &[&open]))).expect_err("line two would come twice");
+    assert_eq!(problem.code, Code::OutputDiverged);
+    setup.conflicts.discard_output = true;
+    let output = setup.run(Some((1, &[&open]))).expect("line two is removed");
+    setup.open(&output, 0, Some(&open));
+    assert_eq!(visible(&setup.out()), ["line one"]);
+}
+
+/// The hint of C0029, another path, led to C0028.
+#[test]
+fn parts_that_a_reader_has_taken_are_known_from_another_place_as_well() {
+    let mut setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    let savepoint = barrier(&mut sink, 1, Purpose::Savepoint);
+    barrier(&mut sink, 2, Purpose::Periodic);
+    sink.commit(CheckpointId(2)).expect("committed");
+    drop((sink, output));
+    fs::remove_file(visible_files(&setup.out()).remove(0)).expect("taken");
+    fs::remove_dir_all(setup.dir.path().join("state")).expect("another state directory");
+    setup.lineage = setup.lineage.fork(1);
+    let elsewhere = setup.dir.path().join("elsewhere");
+    setup.run_in(&elsewhere, IfExists::Fail, Some((1, &[&savepoint]))).expect("begins there");
+}
+
 /// The fork committed "two" where the job had written it again.
 #[test]
 fn a_fork_into_another_place_commits_nothing_where_the_job_has_gone_on() {
