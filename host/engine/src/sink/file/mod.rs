@@ -462,6 +462,11 @@ impl FileSink {
                 *path = copy;
             }
         }
+        if let Some(checkpoint) = pending.iter().map(|(part, ..)| part.checkpoint).max() {
+            self.output
+                .leave_before(self.output.context.lineage.timeline, checkpoint)
+                .map_err(|error| self.failed("note in a directory that it was left", &error))?;
+        }
         let log = self.logs.commit(pending.iter().map(|(part, ..)| *part)).and_then(|()| {
             let elsewhere = pending.iter().filter(|(_, dir, _)| *dir != self.output.dir);
             elsewhere

@@ -212,6 +212,8 @@ pub(crate) struct Output {
     pub(super) context: OutputContext,
     /// The directory is this job's already.
     is_own: bool,
+    /// Directories that the job has written to before, until it commits something after them.
+    before: Mutex<BTreeSet<PathBuf>>,
     /// Held as long as the run writes: of this directory, and of those that parts of the restored state
     /// still lie in.
     locks: Vec<File>,
@@ -284,7 +286,8 @@ impl Output {
             Err(error) => return Err(unusable(error)),
         };
         let is_own = owner.as_ref().is_some_and(|owner| owner.job == context.lineage.job);
-        let output = Self { dir, sink: sink.to_owned(), context, is_own, locks: vec![lock] };
+        let (before, locks) = (Mutex::default(), vec![lock]);
+        let output = Self { dir, sink: sink.to_owned(), context, is_own, before, locks };
         let names = names_in(&output.dir).map_err(unusable)?;
         let mut parts = names.iter().filter(|name| is_part(name) || is_older_part(name));
         match (output.context.restored, parts.next()) {
@@ -421,8 +424,12 @@ impl Output {
         for (name, part) in parts.iter().take(NAMED_MAX) {
             problem = problem.detail(format!("{name} ({} bytes)", part.bytes));
         }
-        if NAMED_MAX < parts.len() || has_more {
+        if NAMED_MAX < parts.len() {
             problem = problem.detail("and others");
+        }
+        if has_more {
+            problem = problem
+                .detail("and more that is not listed: older parts, or parts in another directory");
         }
         if !is_here {
             return Err(problem.hint(
@@ -435,6 +442,9 @@ impl Output {
                 "choose another path, or remove these {} parts with --discard-output",
                 there.len()
             )));
+        }
+        if gone.is_empty() {
+            return Err(problem.hint("choose another path, or resume from a newer checkpoint"));
         }
         let gone: Vec<&str> = gone.iter().take(NAMED_MAX).map(|(name, _)| name.as_str()).collect();
         Err(problem
@@ -496,7 +506,35 @@ impl Output {
             sink: self.sink.clone(),
         };
         write_whole(&folder.join(OWNER), &serde_json::to_vec_pretty(&owner)?)?;
+        self.find_before()?;
         sync_dir(&self.dir)
+    }
+
+    /// A part of this checkpoint is about to be seen: directories that the sink has left are told, so that
+    /// a state from before does not commit there what comes here again.
+    pub(super) fn leave_before(&self, timeline: Id, checkpoint: u64) -> io::Result<()> {
+        if self.context.restored.is_none_or(|own| checkpoint <= own) {
+            return Ok(());
+        }
+        let mut before = self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for dir in before.iter() {
+            let owner = fs::read(dir.join(FOLDER).join(OWNER)).ok();
+            let owner: Option<Owner> = owner.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            if owner.is_some_and(|owner| owner.job == self.context.lineage.job) {
+                let line = Line::Through { timeline, checkpoint };
+                Log::open(&dir.join(FOLDER), "elsewhere")?.append(&[line])?;
+            }
+        }
+        before.clear();
+        Ok(())
+    }
+
+    fn find_before(&self) -> io::Result<()> {
+        let Some(record) = &self.context.record_dir else { return Ok(()) };
+        let parts = Committed::read(record)?.parts.into_values().map(|part| part.dir);
+        let mut before = self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        before.extend(parts.filter(|dir| *dir != self.dir));
+        Ok(())
     }
 
     fn discard_diverged(&self, own: u64) -> io::Result<()> {

@@ -553,6 +553,38 @@ fn parts_that_a_reader_has_taken_are_known_from_another_place_as_well() {
     setup.run_in(&elsewhere, IfExists::Fail, Some((1, &[&savepoint]))).expect("begins there");
 }
 
+/// The job had gone on in another directory, of which the first one knew nothing.
+#[test]
+fn a_fork_commits_nothing_where_the_job_has_left_and_gone_on_elsewhere() {
+    let mut setup = Setup::new();
+    let (other, third) = (setup.dir.path().join("other"), setup.dir.path().join("third"));
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "zero");
+    let first = barrier(&mut sink, 1, Purpose::Periodic);
+    sink.commit(CheckpointId(1)).expect("committed");
+    write(&mut sink, "one");
+    let savepoint = barrier(&mut sink, 2, Purpose::Savepoint);
+    drop((sink, output));
+    let output = setup.run_in(&other, IfExists::Fail, Some((1, &[&first]))).expect("elsewhere");
+    let mut sink = setup.open(&output, 0, Some(&first));
+    // Nothing was committed there yet, so the way back is open.
+    drop((sink, output));
+    drop(setup.run(Some((1, &[&first]))).expect("back"));
+    let output = setup.run_in(&other, IfExists::Fail, Some((1, &[&first]))).expect("elsewhere");
+    sink = setup.open(&output, 0, Some(&first));
+    write(&mut sink, "one");
+    let newer = barrier(&mut sink, 3, Purpose::Periodic);
+    sink.commit(CheckpointId(3)).expect("committed");
+    drop((sink, output));
+    let lineage = setup.lineage.clone();
+    setup.lineage = lineage.fork(2);
+    let problem = setup.run_in(&third, IfExists::Fail, Some((2, &[&savepoint])));
+    assert_eq!(problem.expect_err("one would come twice").code, Code::OutputDiverged);
+    setup.lineage = lineage;
+    setup.run(Some((3, &[&newer]))).expect("the job itself may come back");
+}
+
 /// The fork committed "two" where the job had written it again.
 #[test]
 fn a_fork_into_another_place_commits_nothing_where_the_job_has_gone_on() {
