@@ -19,6 +19,7 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
     }
     let sandbox = job::sandbox(arguments.cache.dir())?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
+    checked.warnings().iter().for_each(|warning| say_aside!("warning: {warning}"));
     if is_json {
         report::line(&machine(&checked));
     } else {

@@ -49,6 +49,9 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     let cache_dir = arguments.cache.dir();
     let sandbox = job::sandbox(cache_dir)?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
+    for warning in checked.warnings() {
+        tracing::warn!("{warning}");
+    }
     let from = arguments.from.map(|dir| RestoreFrom {
         dir,
         claim: arguments.claim_mode == ClaimMode::Claim,

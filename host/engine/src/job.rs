@@ -268,6 +268,25 @@ impl CheckedJob {
         Ok(Self { spec, operators })
     }
 
+    /// What its components make of the manifest, and people should know before the state is written.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let operators = self.operators.iter();
+        let unkeyed = operators.filter(|(id, operator)| {
+            !operator.description.states.is_empty() && !self.spec.is_keyed(**id)
+        });
+        unkeyed
+            .map(|(id, _)| {
+                format!(
+                    "operator \"{}\" has declared state, and its records do not come by their key \
+                     (partition = \"hash\"): the state stays with its task, and the parallelism cannot be \
+                     changed later",
+                    self.spec.node(*id).name
+                )
+            })
+            .collect()
+    }
+
     /// Each operator's name with what its component says it is.
     pub fn descriptions(&self) -> impl Iterator<Item = (&str, &Description)> {
         self.operators
@@ -762,8 +781,7 @@ impl Job {
                 .map(|(id, operator)| (spec.node(*id).name.clone(), operator.component.clone()))
                 .collect(),
         };
-        let mut chosen =
-            restore::choose(&targets, &looked, &found, options.from.as_ref(), &record)?;
+        let chosen = restore::choose(&targets, &looked, &found, options.from.as_ref(), &record)?;
         let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
         if partitions.is_some() && chosen.checkpoint().is_some() && is_half_way() {
             let message = "the checkpoint is of a job half-way, and this one runs region by region";
@@ -790,7 +808,7 @@ impl Job {
         let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
             .map_err(|error| unusable(&error))?;
         store.compress(spec.is_compressing);
-        let resume = restore::adopt(&targets, &mut store, &mut chosen)?;
+        let resume = restore::adopt(&targets, &mut store, &chosen)?;
         begin_outputs(&spec, &outputs)?;
         for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
             if let NodePlan::Sink { output, .. } = plan {

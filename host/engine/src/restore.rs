@@ -201,7 +201,7 @@ pub(crate) fn absolute(dir: &Path) -> Option<PathBuf> {
 pub(crate) fn adopt(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
-    chosen: &mut Chosen,
+    chosen: &Chosen,
 ) -> Result<Resume, Problem> {
     store.set_lineage(chosen.lineage.clone());
     let Some(manifest) = chosen.manifest.clone() else {
@@ -260,11 +260,9 @@ fn adopt_state(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
     manifest: &Manifest,
-    chosen: &mut Chosen,
+    chosen: &Chosen,
 ) -> Result<(), StorageError> {
     let id = manifest.checkpoint;
-    let from = chosen.other.as_ref().unwrap_or(store);
-    convert(tasks, from, manifest, &mut chosen.shares)?;
     let is_as_it_was = store.is_current(id)
         && manifest.lineage == chosen.lineage
         && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
@@ -292,7 +290,7 @@ fn convert(
     from: &SnapshotStore,
     manifest: &Manifest,
     shares: &mut Shares,
-) -> Result<(), StorageError> {
+) -> Result<(), Failed> {
     let known = |uid: &str| manifest.tasks.iter().find(|task| task.identity.uid == uid);
     for (slot, task) in tasks.identities.iter().enumerate() {
         let Some(known) = known(&task.uid).filter(|_| task.has_declared) else { continue };
@@ -317,8 +315,12 @@ fn convert(
             instance.hand_over(manifest.checkpoint, true, u64::MAX).await
         });
         let pieces = pieces.map_err(|what| {
-            let what = format!("convert the declared state of \"{}\": {what}", task.operator);
-            StorageError::store("take over a checkpoint", what)
+            let message =
+                format!("the declared state of \"{}\" cannot be converted", task.operator);
+            let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
+            Failed::Problem(Box::new(
+                problem.hint("keep the type, and give a state of another type another name"),
+            ))
         })?;
         let run = Changes::Guest(pieces);
         let converted = run.run(task.max_parallelism).collect::<Result<Vec<Entry>, _>>()?;
@@ -411,6 +413,7 @@ fn redistribute(
             .map_err(|problem| Failed::Problem(Box::new(problem)))?;
     }
     check_left_behind(tasks, manifest, store)?;
+    convert(tasks, store, manifest, &mut shares)?;
     let is_over = !shares.is_empty() && shares.iter().all(|share| share.state.is_drained);
     if is_over {
         warnings.push(
