@@ -14,3 +14,4 @@ mod state_backend;
 mod tidy;
 mod ui;
 mod unaligned;
+mod upgrade;
