@@ -204,8 +204,12 @@ path = "out-{out}"
             let verb =
                 if what == 0 { vec!["stop", &state, "-p"] } else { vec!["savepoint", &state] };
             let asked: Vec<&str> = verb.into_iter().chain([name.as_str()]).collect();
-            if self.command(&asked).output()?.status.success() {
-                let made = fs::read_dir(self.dir.join(&name))?.flatten().next();
+            let answer = self.command(&asked).stdout(Stdio::piped()).output()?;
+            if answer.status.success() {
+                let dir = self.dir.join(&name);
+                let told = String::from_utf8_lossy(&answer.stdout).into_owned();
+                let made = fs::read_dir(dir).with_context(|| format!("{asked:?}: {told}"))?;
+                let made = made.flatten().next();
                 savepoint = made.map(|it| format!("{name}/{}", it.file_name().to_string_lossy()));
             }
         }

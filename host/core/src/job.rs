@@ -669,6 +669,13 @@ impl Job {
         // Tasks that are being restarted commit it when they are restored from it.
         if purpose == Purpose::Last {
             if self.all(|run| run.state == TaskState::Running) {
+                // A job that was at its end already has no savepoint to show.
+                if !matches!(trigger, Trigger::Savepoint { .. })
+                    && let Some(ticket) = self.stop_ticket.take()
+                {
+                    let result = Err(AbortReason::CoordinatorShutdown);
+                    effects.push(Effect::AnswerSavepoint { ticket, result });
+                }
                 let outcome = self.outcome_of_last(checkpoint);
                 self.phase = Phase::Ending { outcome, checkpoint };
                 // It is written; should the job run once more, it needs no second one.

@@ -852,6 +852,23 @@ fn a_failed_commit_of_a_stop_is_answered_and_the_job_recovers() {
     );
 }
 
+/// The answer was the id of the last checkpoint, and a savepoint that nobody had written.
+#[test]
+fn a_stop_that_meets_a_job_at_its_end_has_no_savepoint() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         1: drained a @0      ->
+         2: drained b @0      -> barrier #1 last
+         3: stop savepoint    ->
+         4: ack a @0 #1       ->
+         5: ack b @0 #1       -> persist #1
+         6: durable #1        -> not saved: CHECKPOINT_COORDINATOR_SHUTDOWN, complete #1 last
+         7: finished a @0     ->
+         8: finished b @0     -> finish",
+    );
+}
+
 #[test]
 fn second_stop_ends_the_job_even_if_the_savepoint_fails() {
     check(
