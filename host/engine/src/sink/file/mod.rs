@@ -80,14 +80,12 @@ impl Part {
     }
 
     fn pending(&self) -> String {
-        let Self { task, number, writer, .. } = self;
-        format!(".part-{task}-{number:06}-{writer}.pending")
+        format!(".part-{}.pending", self.file())
     }
 
     /// Its name while a savepoint needs it, which nothing but a restore of it removes.
     fn held(&self) -> String {
-        let Self { task, number, writer, .. } = self;
-        format!(".part-{task}-{number:06}-{writer}.savepoint")
+        format!(".part-{}.savepoint", self.file())
     }
 
     /// What tells its file from all others.
@@ -171,7 +169,7 @@ pub(crate) fn names_of(states: &[&[u8]]) -> BTreeMap<String, String> {
 /// A part of these states that is not committed yet, if there is one.
 pub(crate) fn uncommitted(states: &[&[u8]]) -> Option<PathBuf> {
     let states = decode_states::<State>(states).unwrap_or_default();
-    let nothing = CommittedNames { names: BTreeSet::new(), files: BTreeSet::new() };
+    let nothing = CommittedNames::default();
     let parts = states.iter().flat_map(|state| &state.parts);
     parts.into_iter().find_map(|part| match part.find(&part.dir, &nothing) {
         Found::Pending(_, path) => Some(path),
@@ -310,24 +308,31 @@ impl FileSink {
 
     /// Commits what a restored checkpoint holds.
     fn restore_parts(&mut self) -> Result<(), FailureCause> {
-        let committed = self.committed(self.parts.iter())?;
-        for part in &self.parts {
+        // Most often they are there to be seen, and no log needs to be read.
+        let parts = std::mem::take(&mut self.parts);
+        let unseen: Vec<&Part> =
+            parts.iter().filter(|part| !self.output.dir.join(part.name()).exists()).collect();
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        let committed = self.committed(unseen.iter().copied())?;
+        for part in &unseen {
             if let Found::Pending(_, path) = part.find(&self.output.dir, &committed) {
                 part.verify(&path).map_err(taken)?;
             }
         }
-        self.commit_where(|_| true)
+        self.publish(&unseen, &committed)
     }
 
     /// Removes what earlier attempts of this task have left that nobody needs. What a savepoint holds
     /// has another name.
     fn remove_leftovers(&self) -> io::Result<()> {
-        let own = self.output.own_writers()?;
         for entry in fs::read_dir(&self.output.dir)? {
             let entry = entry?;
             let name = entry.file_name();
             let Some((task, writer)) = name.to_str().and_then(writer_of_pending) else { continue };
-            if task == self.index && own.contains(&writer) && writer != self.writer {
+            let is_own = self.output.is_own_writer(writer) && writer != self.writer;
+            if task == self.index && is_own {
                 fs::remove_file(entry.path())?;
             }
         }
@@ -399,16 +404,6 @@ impl FileSink {
         sync_dir(&self.output.dir)
     }
 
-    fn commit_where(&mut self, is_due: impl Fn(&Part) -> bool) -> Result<(), FailureCause> {
-        let due: Vec<&Part> = self.parts.iter().filter(|part| is_due(part)).collect();
-        if due.is_empty() {
-            return Ok(());
-        }
-        self.publish(&due)?;
-        self.parts.retain(|part| !is_due(part));
-        Ok(())
-    }
-
     fn committed<'p>(
         &self,
         parts: impl Iterator<Item = &'p Part>,
@@ -419,17 +414,11 @@ impl FileSink {
     }
 
     /// Makes parts visible. What was made visible before is as it should be, wherever it is now.
-    fn publish(&self, parts: &[&Part]) -> Result<(), FailureCause> {
+    fn publish(&self, parts: &[&Part], committed: &CommittedNames) -> Result<(), FailureCause> {
         let mut pending = Vec::new();
         let mut missing = Vec::new();
-        // A part of this run is pending; others may have been committed before.
-        let is_own = |part: &&Part| part.writer == self.writer && !part.is_open;
-        let committed = match parts.iter().all(is_own) {
-            true => CommittedNames { names: BTreeSet::new(), files: BTreeSet::new() },
-            false => self.committed(parts.iter().copied())?,
-        };
         for part in parts {
-            match part.find(&self.output.dir, &committed) {
+            match part.find(&self.output.dir, committed) {
                 Found::Pending(dir, path) => pending.push((*part, dir, path)),
                 Found::Visible => {}
                 Found::Nowhere => missing.push(*part),
@@ -464,7 +453,7 @@ impl FileSink {
         }
         if let Some(checkpoint) = pending.iter().map(|(part, ..)| part.checkpoint).max() {
             self.output
-                .leave_before(self.output.context.lineage.timeline, checkpoint)
+                .leave_before(checkpoint)
                 .map_err(|error| self.failed("note in a directory that it was left", &error))?;
         }
         let log = self.logs.commit(pending.iter().map(|(part, ..)| *part)).and_then(|()| {
@@ -578,7 +567,12 @@ impl Sink for FileSink {
     }
 
     fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause> {
-        self.commit_where(|part| part.checkpoint <= checkpoint.0)
+        let is_due = |part: &&Part| part.checkpoint <= checkpoint.0;
+        let due: Vec<&Part> = self.parts.iter().filter(is_due).collect();
+        // They are this task's own, and nobody has committed them before.
+        self.publish(&due, &CommittedNames::default())?;
+        self.parts.retain(|part| checkpoint.0 < part.checkpoint);
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,17 @@ struct Owner {
     sink: String,
 }
 
+impl Owner {
+    /// That of a directory. One that cannot be made sense of is nobody.
+    fn of(dir: &Path) -> io::Result<Option<Self>> {
+        match fs::read(dir.join(FOLDER).join(OWNER)) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// One line of a log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "what")]
@@ -49,7 +60,11 @@ enum Line {
     /// A task begins to write: its parts that are not committed are this timeline's.
     Writer { writer: Id, timeline: Id },
     /// A part becomes visible, in this directory.
-    Part { name: String, timeline: Id, checkpoint: u64, bytes: u64, dir: PathBuf, is_cut: bool },
+    Part {
+        name: String,
+        #[serde(flatten)]
+        part: Listed,
+    },
     /// Parts that were forgotten reached up to here.
     Through { timeline: Id, checkpoint: u64 },
     /// A part was removed because its timeline was left.
@@ -57,7 +72,7 @@ enum Line {
 }
 
 /// A part that was committed.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Listed {
     timeline: Id,
     checkpoint: u64,
@@ -87,7 +102,7 @@ impl Committed {
         for entry in entries {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "log") {
-                committed.add(&String::from_utf8_lossy(&fs::read(path)?), &mut discarded);
+                committed.add(lines_of(&path)?, &mut discarded);
             }
         }
         for name in discarded {
@@ -96,25 +111,34 @@ impl Committed {
         Ok(committed)
     }
 
-    /// A line that was cut short by a crash says nothing that was promised.
-    fn add(&mut self, text: &str, discarded: &mut Vec<String>) {
-        for line in text.lines().filter_map(|line| serde_json::from_str(line).ok()) {
+    fn add(&mut self, lines: Vec<Line>, discarded: &mut Vec<String>) {
+        for line in lines {
             match line {
                 Line::Writer { writer, timeline } => {
                     self.writers.insert(writer, timeline);
                 }
-                Line::Part { name, timeline, checkpoint, bytes, dir, is_cut } => {
-                    let listed = Listed { timeline, checkpoint, bytes, dir, is_cut };
-                    self.parts.insert(name, listed);
+                Line::Part { name, part } => {
+                    self.parts.insert(name, part);
                 }
                 Line::Through { timeline, checkpoint } => {
-                    let known = self.through.entry(timeline).or_default();
-                    *known = checkpoint.max(*known);
+                    reach(&mut self.through, timeline, checkpoint);
                 }
                 Line::Discarded { name } => discarded.push(name),
             }
         }
     }
+}
+
+/// The lines of a log. One that was cut short by a crash says nothing that was promised.
+fn lines_of(path: &Path) -> io::Result<Vec<Line>> {
+    let bytes = fs::read(path)?;
+    let text = String::from_utf8_lossy(&bytes);
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+fn reach(through: &mut BTreeMap<Id, u64>, timeline: Id, checkpoint: u64) {
+    let known = through.entry(timeline).or_default();
+    *known = checkpoint.max(*known);
 }
 
 /// A log that this task appends to.
@@ -150,17 +174,16 @@ impl Log {
     }
 
     fn shorten(&mut self) -> io::Result<()> {
-        let text = fs::read_to_string(&self.path)?;
-        let lines: Vec<Line> =
-            text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let lines = lines_of(&self.path)?;
         let old = lines.len().saturating_sub(LISTED_MAX);
         let mut through: BTreeMap<Id, u64> = BTreeMap::new();
         for line in &lines[..old] {
-            if let Line::Part { timeline, checkpoint, .. }
-            | Line::Through { timeline, checkpoint } = line
-            {
-                let known = through.entry(*timeline).or_default();
-                *known = (*checkpoint).max(*known);
+            match line {
+                Line::Part { part, .. } => reach(&mut through, part.timeline, part.checkpoint),
+                Line::Through { timeline, checkpoint } => {
+                    reach(&mut through, *timeline, *checkpoint);
+                }
+                Line::Writer { .. } | Line::Discarded { .. } => {}
             }
         }
         let through = through
@@ -214,6 +237,8 @@ pub(crate) struct Output {
     is_own: bool,
     /// Directories that the job has written to before, until it commits something after them.
     before: Mutex<BTreeSet<PathBuf>>,
+    /// The writers of this run.
+    writers: Mutex<BTreeSet<Id>>,
     /// Held as long as the run writes: of this directory, and of those that parts of the restored state
     /// still lie in.
     locks: Vec<File>,
@@ -221,16 +246,20 @@ pub(crate) struct Output {
 
 /// A part's name once it is visible, or `None` for any other file. `part-TASK-CHECKPOINT-NUMBER-WRITER`.
 pub(super) fn is_part(name: &str) -> bool {
-    let mut pieces = name.split('-');
-    let is_number = |piece: Option<&str>| {
-        piece.is_some_and(|it| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_digit()))
-    };
-    pieces.next() == Some("part")
-        && is_number(pieces.next())
-        && is_number(pieces.next())
-        && is_number(pieces.next())
-        && pieces.next().is_some_and(is_writer)
-        && pieces.next().is_none()
+    let numbers_and_writer = name.strip_prefix("part-").and_then(|rest| rest.rsplit_once('-'));
+    numbers_and_writer.is_some_and(|(numbers, writer)| are_numbers(numbers, 3) && is_writer(writer))
+}
+
+/// A part as an earlier version has named it.
+fn is_older_part(name: &str) -> bool {
+    name.strip_prefix("part-").is_some_and(|numbers| are_numbers(numbers, 2))
+}
+
+/// So many numbers, with `-` between them.
+fn are_numbers(text: &str, count: usize) -> bool {
+    let is_number =
+        |piece: &str| !piece.is_empty() && piece.bytes().all(|byte| byte.is_ascii_digit());
+    text.split('-').count() == count && text.split('-').all(is_number)
 }
 
 fn is_writer(text: &str) -> bool {
@@ -280,14 +309,17 @@ impl Output {
             return Err(Problem::new(Code::OutputTaken, message)
                 .hint("wait for it to end, or choose another path"));
         };
-        let owner: Option<Owner> = match fs::read(folder.join(OWNER)) {
-            Ok(bytes) => serde_json::from_slice(&bytes).ok(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(unusable(error)),
-        };
+        let owner = Owner::of(&dir).map_err(unusable)?;
         let is_own = owner.as_ref().is_some_and(|owner| owner.job == context.lineage.job);
-        let (before, locks) = (Mutex::default(), vec![lock]);
-        let output = Self { dir, sink: sink.to_owned(), context, is_own, before, locks };
+        let output = Self {
+            dir,
+            sink: sink.to_owned(),
+            context,
+            is_own,
+            before: Mutex::default(),
+            writers: Mutex::default(),
+            locks: vec![lock],
+        };
         let names = names_in(&output.dir).map_err(unusable)?;
         let mut parts = names.iter().filter(|name| is_part(name) || is_older_part(name));
         match (output.context.restored, parts.next()) {
@@ -322,8 +354,7 @@ impl Output {
             let message = format!("sink \"{}\" cannot commit what it had written", self.sink);
             Problem::new(Code::OutputTaken, message).detail(format!("{}: {what}", dir.display()))
         };
-        let owner = fs::read(folder.join(OWNER)).ok();
-        let owner: Option<Owner> = owner.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let owner = Owner::of(dir).ok().flatten();
         if let Some(owner) = owner.filter(|owner| owner.job != self.context.lineage.job) {
             return Err(taken(format!("it belongs to job \"{}\" now", owner.name))
                 .hint("use a checkpoint or savepoint whose output was committed"));
@@ -452,11 +483,14 @@ impl Output {
             .hint("choose another path: what was taken cannot be taken back"))
     }
 
-    /// The writers of this timeline.
-    pub(super) fn own_writers(&self) -> io::Result<BTreeSet<Id>> {
-        let writers = Committed::read(&self.folder())?.writers.into_iter();
-        let own = self.context.lineage.timeline;
-        Ok(writers.filter(|(_, timeline)| *timeline == own).map(|(writer, _)| writer).collect())
+    /// Whether a writer is of this run. What earlier runs have left is gone since its begin.
+    pub(super) fn is_own_writer(&self, writer: Id) -> bool {
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner).contains(&writer)
+    }
+
+    /// Where logs are kept: here, and in the record of the job.
+    fn log_dirs(&self) -> impl Iterator<Item = PathBuf> {
+        [Some(self.folder()), self.context.record_dir.clone()].into_iter().flatten()
     }
 
     /// The parts that were committed, here, in the record of the job, or in the directories that they
@@ -464,8 +498,7 @@ impl Output {
     pub(super) fn committed(&self, dirs: &BTreeSet<&Path>) -> io::Result<CommittedNames> {
         let mut names = BTreeSet::new();
         let folders = dirs.iter().map(|dir| dir.join(FOLDER));
-        let own = [Some(self.folder()), self.context.record_dir.clone()];
-        for folder in own.into_iter().flatten().chain(folders) {
+        for folder in self.log_dirs().chain(folders) {
             names.extend(Committed::read(&folder)?.parts.into_keys());
         }
         let files = names.iter().filter_map(|name| file_of(name)).collect();
@@ -512,14 +545,14 @@ impl Output {
 
     /// A part of this checkpoint is about to be seen: directories that the sink has left are told, so that
     /// a state from before does not commit there what comes here again.
-    pub(super) fn leave_before(&self, timeline: Id, checkpoint: u64) -> io::Result<()> {
+    pub(super) fn leave_before(&self, checkpoint: u64) -> io::Result<()> {
         if self.context.restored.is_none_or(|own| checkpoint <= own) {
             return Ok(());
         }
-        let mut before = self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let timeline = self.context.lineage.timeline;
+        let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
         for dir in before.iter() {
-            let owner = fs::read(dir.join(FOLDER).join(OWNER)).ok();
-            let owner: Option<Owner> = owner.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            let owner = Owner::of(dir).ok().flatten();
             if owner.is_some_and(|owner| owner.job == self.context.lineage.job) {
                 let line = Line::Through { timeline, checkpoint };
                 Log::open(&dir.join(FOLDER), "elsewhere")?.append(&[line])?;
@@ -532,7 +565,7 @@ impl Output {
     fn find_before(&self) -> io::Result<()> {
         let Some(record) = &self.context.record_dir else { return Ok(()) };
         let parts = Committed::read(record)?.parts.into_values().map(|part| part.dir);
-        let mut before = self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
         before.extend(parts.filter(|dir| *dir != self.dir));
         Ok(())
     }
@@ -560,17 +593,14 @@ impl Output {
         }
         sync_dir(&self.dir)?;
         let discarded: Vec<Line> = parts.into_keys().map(|name| Line::Discarded { name }).collect();
-        let dirs = [Some(self.folder()), self.context.record_dir.clone()];
-        dirs.into_iter()
-            .flatten()
-            .try_for_each(|dir| Log::open(&dir, "discarded")?.append(&discarded))
+        self.log_dirs().try_for_each(|dir| Log::open(&dir, "discarded")?.append(&discarded))
     }
 
     /// The logs of a task that begins to write.
     pub(super) fn logs(&self, index: u32, writer: Id) -> io::Result<Logs> {
         let name = format!("{}-{index}", self.sink);
-        let dirs = [Some(self.folder()), self.context.record_dir.clone()];
-        let logs = dirs.into_iter().flatten().map(|dir| Log::open(&dir, &name));
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner).insert(writer);
+        let logs = self.log_dirs().map(|dir| Log::open(&dir, &name));
         let mut logs: Vec<Log> = logs.collect::<io::Result<_>>()?;
         let timeline = self.context.lineage.timeline;
         for log in &mut logs {
@@ -589,14 +619,14 @@ pub(super) fn note_elsewhere<'p>(
 }
 
 fn line_of(part: &super::Part) -> Line {
-    Line::Part {
-        name: part.name(),
+    let listed = Listed {
         timeline: part.timeline,
         checkpoint: part.checkpoint,
         bytes: part.bytes,
         dir: part.dir.clone(),
         is_cut: part.is_open,
-    }
+    };
+    Line::Part { name: part.name(), part: listed }
 }
 
 fn remove_logs(folder: &Path) -> io::Result<()> {
@@ -625,7 +655,7 @@ pub(super) fn visible_of(dir: &Path, file: &str) -> Option<PathBuf> {
 }
 
 /// What is known to have been committed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct CommittedNames {
     pub(super) names: BTreeSet<String>,
     /// What tells their files from all others; see [`file_of`].
@@ -636,15 +666,10 @@ pub(super) struct CommittedNames {
 fn unseen_in(dir: &Path, name: &str, is_cut: bool) -> Option<PathBuf> {
     let file = file_of(name)?;
     let hidden = |end: &str| dir.join(format!(".part-{file}.{end}"));
-    if is_cut {
-        // What a savepoint holds is the whole file, and says nothing of this.
-        let unseen = [hidden("pending"), super::copy_of(dir, name)];
-        let found = unseen.into_iter().find(|path| path.is_file());
-        return found.filter(|_| !dir.join(name).exists());
-    }
-    let is_seen = dir.join(name).exists();
-    let found = [hidden("pending"), hidden("savepoint")].into_iter().find(|path| path.is_file());
-    found.filter(|_| !is_seen)
+    // What a savepoint holds of a part that was cut is the whole file, and says nothing of this.
+    let other = if is_cut { super::copy_of(dir, name) } else { hidden("savepoint") };
+    let found = [hidden("pending"), other].into_iter().find(|path| path.is_file());
+    found.filter(|_| !dir.join(name).exists())
 }
 
 /// The logs of one task.
@@ -658,19 +683,7 @@ impl Logs {
         parts: impl Iterator<Item = &'p super::Part>,
     ) -> io::Result<()> {
         let lines: Vec<Line> = parts.map(line_of).collect();
-        let mut logs = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         logs.iter_mut().try_for_each(|log| log.append(&lines))
     }
-}
-
-/// A part as an earlier version has named it.
-fn is_older_part(name: &str) -> bool {
-    let mut pieces = name.split('-');
-    let is_number = |piece: Option<&str>| {
-        piece.is_some_and(|it| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_digit()))
-    };
-    pieces.next() == Some("part")
-        && is_number(pieces.next())
-        && is_number(pieces.next())
-        && pieces.next().is_none()
 }
