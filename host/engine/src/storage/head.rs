@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Result, StorageError,
-    manifest::{FORMAT, seal, unseal},
+    manifest::{beginning, behind_beginning, seal, unseal},
 };
 
 const MAGIC: [u8; 4] = *b"CFDH";
@@ -54,24 +54,14 @@ impl Head {
     pub fn encode(&self) -> Result<Vec<u8>> {
         let payload = postcard::to_stdvec(self)
             .map_err(|error| StorageError::store("encode the head", error))?;
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&FORMAT.to_le_bytes());
+        let mut bytes = beginning(MAGIC);
         bytes.extend(seal(KEY, &payload));
         Ok(bytes)
     }
 
     fn decode(bytes: &[u8]) -> Result<Self> {
         let name = "the head of the store";
-        let Some(rest) = bytes.strip_prefix(&MAGIC) else {
-            return Err(StorageError::damaged(name, "it does not begin like one"));
-        };
-        let Some((version, rest)) = rest.split_first_chunk::<2>() else {
-            return Err(StorageError::damaged(name, "it ends before its version"));
-        };
-        let found = u16::from_le_bytes(*version);
-        if found != FORMAT {
-            return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT });
-        }
+        let rest = behind_beginning(name, MAGIC, bytes)?;
         postcard::from_bytes(unseal(name, KEY, rest)?)
             .map_err(|error| StorageError::damaged(name, error))
     }

@@ -116,9 +116,7 @@ impl Manifest {
     /// # Errors
     /// Where it cannot be encoded, which would be a bug.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&FORMAT.to_le_bytes());
-        postcard::to_extend(self, bytes)
+        postcard::to_extend(self, beginning(MAGIC))
             .map_err(|error| StorageError::store("encode a manifest", error))
     }
 
@@ -127,17 +125,33 @@ impl Manifest {
     /// # Errors
     /// Where the bytes are of another version, or are no manifest.
     pub fn decode(name: &str, bytes: &[u8]) -> Result<Self> {
-        let Some(rest) = bytes.strip_prefix(&MAGIC) else {
-            return Err(StorageError::damaged(name, "it does not begin like a manifest"));
-        };
-        let Some((version, rest)) = rest.split_first_chunk::<2>() else {
-            return Err(StorageError::damaged(name, "it ends before its version"));
-        };
-        let found = u16::from_le_bytes(*version);
-        if found != FORMAT {
-            return Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT });
-        }
-        postcard::from_bytes(rest).map_err(|error| StorageError::damaged(name, error))
+        postcard::from_bytes(behind_beginning(name, MAGIC, bytes)?)
+            .map_err(|error| StorageError::damaged(name, error))
+    }
+}
+
+/// What a record of its own kind begins with: four letters and the version.
+pub(super) fn beginning(magic: [u8; 4]) -> Vec<u8> {
+    let mut bytes = magic.to_vec();
+    bytes.extend_from_slice(&FORMAT.to_le_bytes());
+    bytes
+}
+
+/// What follows the beginning of a record of this version.
+pub(super) fn behind_beginning<'b>(
+    name: &str,
+    magic: [u8; 4],
+    bytes: &'b [u8],
+) -> Result<&'b [u8]> {
+    let Some(rest) = bytes.strip_prefix(&magic) else {
+        return Err(StorageError::damaged(name, "it does not begin like one"));
+    };
+    let Some((version, rest)) = rest.split_first_chunk::<2>() else {
+        return Err(StorageError::damaged(name, "it ends before its version"));
+    };
+    match u16::from_le_bytes(*version) {
+        FORMAT => Ok(rest),
+        found => Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT }),
     }
 }
 
