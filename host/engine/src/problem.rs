@@ -122,6 +122,16 @@ impl Problem {
     }
 }
 
+/// How much of a record a message shows.
+const SHOWN_BYTES: usize = 120;
+
+/// The beginning of a record, on one line.
+pub(crate) fn shown(record: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&record[..record.len().min(SHOWN_BYTES)]);
+    let cut = if SHOWN_BYTES < record.len() { "..." } else { "" };
+    format!("`{}{cut}`", text.escape_debug())
+}
+
 impl From<&FailureCause> for Code {
     fn from(cause: &FailureCause) -> Self {
         match cause {

@@ -29,7 +29,7 @@ use crate::{
     clock::{micros, now_ms},
     driver::Shared,
     metrics::Metrics,
-    problem::with_sources,
+    problem::{shown, with_sources},
     sink::{self, Output, Sink},
     source::{self, Source},
     spec::{OperatorSpec, SinkSpec},
@@ -470,16 +470,18 @@ impl OperatorTask {
         if mode.has_declared() && has_states {
             let pieces = instance.hand_over(checkpoint.0, !tracks_changes, bytes_max).await;
             let pieces = pieces.map_err(cause_of)?;
-            if let Some(own) = own_keys {
-                pieces.iter().try_for_each(|it| own.check(it)).map_err(foreign_key)?;
-            }
             snapshot.is_declared_whole = !tracks_changes;
             snapshot.declared = Some(match &local.keyed {
                 Some(keyed) => {
                     let layer = keyed.cut(checkpoint.0, &pieces);
                     Changes::Host(layer.map_err(|error| cause_of(error.into()))?)
                 }
-                None => Changes::Guest(pieces),
+                None => {
+                    if let Some(own) = own_keys {
+                        pieces.iter().try_for_each(|it| own.check(it)).map_err(foreign_key)?;
+                    }
+                    Changes::Guest(pieces)
+                }
             });
         }
         if mode.has_memory() {
@@ -541,17 +543,9 @@ fn cause_with_record(error: GuestError, batch: &Batch) -> FailureCause {
     }
 }
 
-/// How much of a record a message shows.
-const SHOWN_BYTES: usize = 120;
-
 /// A message with the record that it is about, shortened.
 pub(crate) fn about_record(message: &str, batch: &Batch, place: u32) -> String {
     let Some(record) = batch.records().nth(place as usize) else { return message.to_owned() };
-    let shown = |bytes: &[u8]| {
-        let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN_BYTES)]);
-        let cut = if SHOWN_BYTES < bytes.len() { "..." } else { "" };
-        format!("`{}{cut}`", text.escape_debug())
-    };
     let key = record.key.map_or(String::new(), |key| format!("key {}, ", shown(key)));
     let time = record.timestamp.map_or(String::new(), |time| format!(", time {time}"));
     format!("{message}: record with {key}value {}{time}", shown(record.value))

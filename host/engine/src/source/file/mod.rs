@@ -34,15 +34,12 @@ use super::{Source, Step, pace::Pace, unreadable_position};
 use crate::{
     batch::{BatchExt, RecordRef},
     exchange::writer::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX},
-    problem::{Code, Problem},
+    problem::{Code, Problem, shown},
     restore::{decode_states, encode_states},
     spec::{FileSourceSpec, LineFormat, OnBadRecord},
 };
 
 const BUFFER_BYTES: usize = 256 << 10;
-
-/// How much of a bad record a message shows.
-const SHOWN_BYTES: usize = 120;
 
 /// A source as all of its tasks see it: where its files lie, and which are there now.
 #[derive(Debug, Clone)]
@@ -306,17 +303,10 @@ pub(crate) struct FileSource {
 struct OpenFile {
     reader: BufReader<File>,
     fields: LineReader,
-    /// Of what was read of the split.
+    /// Of what was read of the split, up to `recent`.
     checksum: crc32fast::Hasher,
     /// From where on nothing was compared with the file since it was read, and its checksum.
     recent: (u64, crc32fast::Hasher),
-}
-
-impl OpenFile {
-    fn note(&mut self, bytes: &[u8]) {
-        self.checksum.update(bytes);
-        self.recent.1.update(bytes);
-    }
 }
 
 /// What `read_line` has found.
@@ -437,16 +427,13 @@ impl FileSource {
         let read = { limited }.read_until(b'\n', &mut self.line);
         let mut read = read.map_err(|error| failed(self, error))? as u64;
         let Some(open) = &mut self.open else { return Ok(Line::End) };
-        open.note(&self.line);
+        open.recent.1.update(&self.line);
         let is_ended = self.line.last() == Some(&b'\n');
         let is_too_long = bytes_max < self.line.len() && !is_ended;
         if is_too_long {
-            let OpenFile { reader, checksum, recent: (_, recent), .. } = open;
+            let OpenFile { reader, recent: (_, recent), .. } = open;
             let mut rest = Read::take(reader, left.saturating_sub(read));
-            let skipped = skip_line_with(&mut rest, |bytes| {
-                checksum.update(bytes);
-                recent.update(bytes);
-            });
+            let skipped = skip_line_with(&mut rest, |bytes| recent.update(bytes));
             read += skipped.map_err(|error| failed(self, error))?;
         } else if !is_ended && progress.next + read < split.end {
             let size = progress.next + read;
@@ -478,10 +465,11 @@ impl FileSource {
         let path = self.path(&split);
         let failed = |error: std::io::Error| environment(Path::new(&path), &error);
         let file = open.reader.get_ref();
-        let whole = open.checksum.clone().finalize();
         let known = self.file(&split)?;
         let touched = known.touched(file).map_err(failed)?;
         let (from, recent) = &open.recent;
+        let mut whole = open.checksum.clone();
+        whole.combine(recent);
         let mut is_compared = touched.is_none();
         if let Some(stamp) = &touched
             && known.has_only_grown(file, stamp).map_err(failed)?
@@ -490,12 +478,13 @@ impl FileSource {
             let found = checksum(file, *from, progress.next).map_err(failed)?;
             is_compared = found == Some(recent.clone().finalize());
         }
-        self.set_progress(Progress { checksum: whole, ..progress });
+        self.set_progress(Progress { checksum: whole.clone().finalize(), ..progress });
         if !is_compared && let Some(open) = &self.open {
             let file = open.reader.get_ref();
             self.plan.compare(&self.position, split.file, file).map_err(input_changed)?;
         }
         if let Some(open) = &mut self.open {
+            open.checksum = whole;
             open.recent = (progress.next, crc32fast::Hasher::new());
         }
         touched.into_iter().for_each(|stamp| self.renew(split.file, stamp));
@@ -639,13 +628,6 @@ fn input_changed(message: String) -> FailureCause {
 fn bad_record(place: &str, what: &str) -> FailureCause {
     let message = format!("{place}: {what}");
     FailureCause::Permanent { obstacle: Obstacle::BadRecord, message }
-}
-
-/// The beginning of a record, on one line.
-fn shown(record: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&record[..record.len().min(SHOWN_BYTES)]);
-    let cut = if SHOWN_BYTES < record.len() { "..." } else { "" };
-    format!("`{}{cut}`", text.escape_debug())
 }
 
 /// Reads up to and including the next line's end; gives the number of bytes.
