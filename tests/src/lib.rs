@@ -2,7 +2,11 @@
 //! their end in this process or killed in another.
 
 pub mod crash;
+pub mod disk;
+pub mod faults;
 pub mod guest;
 pub mod host;
 pub mod job;
+pub mod keyed;
+pub mod power;
 pub mod world;

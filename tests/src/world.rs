@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -15,10 +14,9 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cofferdam_core::random::Random;
 
-use crate::guest;
+use crate::{guest, keyed};
 
 const LINES: u64 = 40_000;
-const KEYS: u64 = 97;
 const RATE: u64 = 40_000;
 const FINISHED: &str = "has finished; there is nothing to do";
 /// Runs of one history before it is let finish.
@@ -89,10 +87,7 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
         random,
     };
     fs::create_dir(&world.dir)?;
-    let mut text = String::new();
-    for line in 0..LINES {
-        writeln!(text, "k{} {line}", line * line % KEYS)?;
-    }
+    let text = keyed::input(LINES);
     fs::write(world.dir.join("in.txt"), &text)?;
     for _ in 0..RUNS_MAX {
         if world.run_and_disturb(tally)? {
@@ -111,19 +106,8 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
         found.extend(lines(path)?);
         Ok(())
     })?;
-    found.sort();
-    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
-    let mut expected: Vec<String> = Vec::new();
-    for line in text.lines() {
-        let key = line.split(' ').next().unwrap_or_default();
-        let count = counts.entry(key.to_owned()).or_default();
-        *count += 1;
-        expected.push(format!("{key} {count} true"));
-    }
-    expected.sort();
-    let (is, must) = (found.len(), expected.len());
-    let distinct = found.iter().collect::<std::collections::BTreeSet<_>>().len();
-    ensure!(found == expected, "{is} records, {distinct} distinct, and {must} are right");
+    found.sort_unstable();
+    keyed::check(&found, &keyed::counted(&text))?;
     Ok(())
 }
 

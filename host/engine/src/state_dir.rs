@@ -1,9 +1,8 @@
 //! The directory that belongs to one job: its lock, and the record that makes it the job's.
 
 use std::{
-    fs::{self, DirBuilder, File, TryLockError},
+    fs::{self, File, TryLockError},
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     identity::Id,
     problem::{Code, Problem},
-    storage::{create_file, sync_dir},
+    storage::{FOR_OWNER, create_file, make_dir, sync_dir},
 };
 
 const LOCK: &str = "LOCK";
@@ -122,7 +121,7 @@ pub(crate) fn try_lock(path: &Path) -> io::Result<Option<File>> {
 /// state: what a job would remove there is not its own.
 pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
     let unusable = |error: io::Error| crate::job::unusable_state(Some(dir), &error);
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
+    make_dir(dir, FOR_OWNER).map_err(unusable)?;
     if !dir.join(RECORD).exists() {
         for entry in fs::read_dir(dir).map_err(unusable)? {
             let entry = entry.map_err(unusable)?;

@@ -20,7 +20,12 @@ pub mod snapshot;
 pub(crate) mod table;
 pub(crate) mod writer;
 
-use std::{fs::File, io, os::unix::fs::OpenOptionsExt, path::Path};
+use std::{
+    fs::{DirBuilder, File},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::Path,
+};
 
 /// Why a store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +92,38 @@ pub type Result<T> = std::result::Result<T, StorageError>;
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
+
+/// Makes a directory and those above it where they are not there, and makes their names durable. With
+/// `mode` as it is left by the umask; those of a state are its owner's alone.
+pub(crate) fn make_dir(dir: &Path, mode: u32) -> io::Result<()> {
+    let parent = match dir.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return Ok(()),
+    };
+    let made = match DirBuilder::new().mode(mode).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make_dir(parent, mode)?;
+            DirBuilder::new().mode(mode).create(dir)
+        }
+        made => made,
+    };
+    match made {
+        Ok(()) => sync_dir(parent),
+        // Another run may have made it a moment before it was killed.
+        Err(_) if dir.is_dir() => match sync_dir(parent) {
+            // It was made by others then.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            synced => synced,
+        },
+        Err(error) => Err(error),
+    }
+}
+
+/// The mode of directories that are for others, too, as far as the umask allows.
+pub(crate) const FOR_ALL: u32 = 0o777;
+/// The mode of directories that are their owner's alone.
+pub(crate) const FOR_OWNER: u32 = 0o700;
 
 /// Opens a file for reading and writing, for its owner alone; makes it where it is not there.
 pub(crate) fn create_file(path: &Path) -> io::Result<File> {

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use twox_hash::XxHash3_64;
 
-use super::{Generation, Result, Storage, StorageError, manifest::FORMAT};
+use super::{FOR_ALL, Generation, Result, Storage, StorageError, make_dir, manifest::FORMAT};
 use crate::problem::with_sources;
 
 /// A segment is written when it has this many bytes, or at a flush.
@@ -159,7 +159,7 @@ impl ObjectStorage {
         let (store, root): (Arc<dyn ObjectStore>, ObjectPath) = match location.split_once("://") {
             None | Some(("file", _)) => {
                 let dir = Path::new(location.strip_prefix("file://").unwrap_or(location));
-                fs::create_dir_all(dir).map_err(|error| wrong(&error))?;
+                make_dir(dir, FOR_ALL).map_err(|error| wrong(&error))?;
                 let store = LocalFileSystem::new_with_prefix(dir).map_err(|error| wrong(&error))?;
                 let store = store.with_fsync(true).with_automatic_cleanup(true);
                 (Arc::new(store), ObjectPath::default())

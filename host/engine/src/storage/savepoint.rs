@@ -10,8 +10,8 @@ use std::{
 };
 
 use super::{
-    Result, Storage, StorageError, is_url, objects::ObjectStorage, sled::SledStorage,
-    snapshot::SnapshotStore, sync_dir,
+    FOR_ALL, Result, Storage, StorageError, is_url, make_dir, objects::ObjectStorage,
+    sled::SledStorage, snapshot::SnapshotStore, sync_dir,
 };
 
 /// Writes the state as of a checkpoint that all tasks have acked.
@@ -31,7 +31,7 @@ pub(crate) fn write(
     check_place(dir).map_err(|reason| StorageError::store("write a savepoint", reason))?;
     let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(failed)?;
+    make_dir(parent, FOR_ALL).map_err(failed)?;
     let unfinished = unfinished_name(dir);
     // What an earlier try has left there is of no use to anybody.
     match fs::remove_dir_all(&unfinished) {

@@ -25,9 +25,9 @@ use std::{
 use rustix::fs::FallocateFlags;
 
 use super::{
-    Generation, Result, Storage, StorageError, create_file,
+    FOR_OWNER, Generation, Result, Storage, StorageError, create_file,
     log::{self, Entries, Log},
-    sync_dir,
+    make_dir, sync_dir,
 };
 
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
@@ -107,10 +107,8 @@ impl Storage for SledStorage {
     fn open(&mut self, number: u64, end: u64) -> Result<Box<dyn Generation>> {
         let path = self.path(number);
         let failed = |error: io::Error| StorageError::store("make a generation", error);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
-        let generation = SledGeneration::open(path, end)?;
-        sync_dir(&self.dir).map_err(failed)?;
-        Ok(Box::new(generation))
+        make_dir(&path, FOR_OWNER).map_err(failed)?;
+        Ok(Box::new(SledGeneration::open(path, end)?))
     }
 
     fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>> {

@@ -21,7 +21,7 @@ use crate::{
     problem::{Code, Problem},
     spec::IfExists,
     state_dir::{try_lock, write_whole},
-    storage::sync_dir,
+    storage::{FOR_ALL, make_dir, sync_dir},
 };
 
 const FOLDER: &str = ".cofferdam";
@@ -151,7 +151,7 @@ struct Log {
 
 impl Log {
     fn open(dir: &Path, name: &str) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
+        make_dir(dir, FOR_ALL)?;
         let path = dir.join(name).with_extension("log");
         let file = File::options().create(true).append(true).open(&path)?;
         let bytes = file.metadata()?.len();
@@ -300,7 +300,7 @@ impl Output {
             .detail(error)
             .hint("choose another path, or make the directory writable")
         };
-        fs::create_dir_all(dir.join(FOLDER)).map_err(unusable)?;
+        make_dir(&dir.join(FOLDER), FOR_ALL).map_err(unusable)?;
         tempfile::tempfile_in(dir).map_err(unusable)?;
         let dir = dir.canonicalize().map_err(unusable)?;
         let folder = dir.join(FOLDER);
@@ -360,7 +360,7 @@ impl Output {
                 .hint("use a checkpoint or savepoint whose output was committed"));
         }
         if !claimed.contains(dir) {
-            let lock = fs::create_dir_all(&folder).and_then(|()| try_lock(&folder.join("LOCK")));
+            let lock = make_dir(&folder, FOR_ALL).and_then(|()| try_lock(&folder.join("LOCK")));
             match lock.map_err(|error| taken(format!("it cannot be written to: {error}")))? {
                 Some(lock) => self.locks.push(lock),
                 None => {

@@ -1,0 +1,47 @@
+//! The job of the tests that run the program: lines with a key, counted by it. What it has to commit is
+//! computed apart.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
+
+use anyhow::{Result, ensure};
+
+const KEYS: u64 = 97;
+
+/// So many lines, each with a key and its number.
+#[must_use]
+pub fn input(lines: u64) -> String {
+    let mut text = String::new();
+    for line in 0..lines {
+        let _ = writeln!(text, "k{} {line}", line * line % KEYS);
+    }
+    text
+}
+
+/// What the job makes of the lines, sorted: each record of a key with its number.
+#[must_use]
+pub fn counted(text: &str) -> Vec<String> {
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut expected: Vec<String> = Vec::new();
+    for line in text.lines() {
+        let key = line.split(' ').next().unwrap_or_default();
+        let count = counts.entry(key).or_default();
+        *count += 1;
+        expected.push(format!("{key} {count} true"));
+    }
+    expected.sort_unstable();
+    expected
+}
+
+/// Whether sorted lines are the expected ones.
+///
+/// # Errors
+/// Where they are not, with how many there are.
+pub fn check(found: &[String], expected: &[String]) -> Result<()> {
+    let (is, must) = (found.len(), expected.len());
+    let distinct = found.iter().collect::<BTreeSet<_>>().len();
+    ensure!(found == expected, "{is} records, {distinct} distinct, and {must} are right");
+    Ok(())
+}
