@@ -958,10 +958,16 @@ impl Job {
             history.join();
         }
         let end = end_of(&outcome);
-        if let Some(dir) = self.state_dir.as_deref()
-            && let Err(error) = note_end(dir, &outcome, &self.digest, desk.last_saved())
-        {
-            let message = format!("that the job has ended could not be written down: {error}");
+        let noted = match self.state_dir.as_deref() {
+            Some(dir) => note_end(dir, &outcome, &self.digest, desk.last_saved()),
+            None => Ok(()),
+        };
+        if let Err(error) = &noted {
+            // Without its last checkpoint the next run would begin anew.
+            let message = format!(
+                "the end of the job could not be recorded: {error}; its last checkpoint is kept, and the \
+                 next run resumes from it"
+            );
             self.observer.observe(Progress::Warning { message });
         }
         // What this run has added nothing to is not its own to remove: it may not even fit.
@@ -969,8 +975,9 @@ impl Job {
             &outcome,
             Outcome::Failed { checkpoint, .. } if checkpoint.is_some() && *checkpoint == resumed_from
         );
-        let is_kept = is_untouched || end.is_none_or(|end| self.spec.retention.keeps(end));
-        if let Some(claimed) = self.claimed.filter(|_| !is_untouched)
+        let is_needed = is_untouched || noted.is_err();
+        let is_kept = is_needed || end.is_none_or(|end| self.spec.retention.keeps(end));
+        if let Some(claimed) = self.claimed.filter(|_| !is_needed)
             && let Err(error) = remove_claimed(&claimed)
         {
             let message = format!("remove {}, which was claimed: {error}", claimed.display());
