@@ -36,6 +36,9 @@ pub fn library() -> PathBuf {
     guest::program().with_file_name("libcofferdam_disk.so")
 }
 
+/// What a run says whose job was stopped with a savepoint.
+pub const STOPPED: &str = "error[C0036]";
+
 /// A job in a directory of its own. Everything that it writes lies in the folder `disk`.
 #[derive(Debug)]
 pub struct DiskJob {
@@ -61,6 +64,7 @@ impl DiskJob {
         };
         let rolling = choose(&["", "roll-size = \"20KiB\"\n", "roll-interval = \"100ms\"\n"]);
         let parallelism = choose(&["1", "2"]);
+        let config = choose(&["", "do = \"trap\", at = 2000, attempts = 2"]);
         let component = guest::probe();
         let mut dir = tempfile::tempdir().context("a directory")?;
         // To look at what a test has left.
@@ -73,6 +77,7 @@ name = "disk"
 parallelism = {parallelism}
 [execution.checkpointing]
 interval = "20ms"
+externalized-checkpoint-retention = "RETAIN_ON_CANCELLATION"
 {storage}[state.backend]
 type = "{backend}"
 [restart-strategy]
@@ -89,6 +94,7 @@ rate = {RATE}
 name = "count"
 component = {component:?}
 snapshot = "{snapshot}"
+config = {{ {config} }}
 inputs = [{{ from = "in", partition = "hash" }}]
 [[sink]]
 name = "out"
@@ -100,7 +106,7 @@ path = "disk/out"
         fs::write(dir.path().join("job.toml"), manifest)?;
         let text = keyed::input(LINES);
         fs::write(dir.path().join("in.txt"), &text)?;
-        let variant = [storage, backend, snapshot, rolling, parallelism].join(" ");
+        let variant = [storage, backend, snapshot, rolling, parallelism, config].join(" ");
         Ok(Self { dir, text, variant: variant.replace('\n', " ") })
     }
 
@@ -145,15 +151,48 @@ path = "disk/out"
         command
     }
 
-    /// Runs it to its end on a good disk, and checks that every record was committed once, and that it
-    /// knows that it has finished.
+    /// Stops a run with a savepoint after some time; gives what came of the run.
+    ///
+    /// # Errors
+    /// Where a process cannot be started, or does not end.
+    pub fn stop_after(&self, run: Child, after: Duration) -> Result<Output> {
+        std::thread::sleep(after);
+        let mut stop = self.command(&["stop", "disk/state", "-p", "disk/saved"]);
+        // It may have ended before, or fail with its disk.
+        stop.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        wait(run)
+    }
+
+    /// Kills a run after some time.
+    ///
+    /// # Errors
+    /// Where a process cannot be started, or does not end.
+    pub fn kill_after(&self, mut run: Child, after: Duration) -> Result<Output> {
+        std::thread::sleep(after);
+        // It may have ended before.
+        let _ = run.kill();
+        wait(run)
+    }
+
+    /// Runs it to its end on a good disk, from the savepoint of a stop where there is one, and checks that
+    /// every record was committed once, and that it knows that it has finished.
     ///
     /// # Errors
     /// Where that is not so.
     pub fn finish(&self) -> Result<()> {
-        let last = wait(self.run().spawn()?)?;
+        let mut run = self.run();
+        let mut last = wait(run.spawn()?)?;
+        if said(&last).contains(STOPPED) {
+            let saved = fs::read_dir(self.disk().join("saved"))
+                .with_context(|| format!("the savepoints: {}", said(&last)))?;
+            let names = saved.flatten().map(|entry| entry.path());
+            let mut whole = names.filter(|path| !path.to_string_lossy().contains("unfinished"));
+            let savepoint = whole.next().with_context(|| format!("none: {}", said(&last)))?;
+            run.arg("--from").arg(savepoint);
+            last = wait(run.spawn()?)?;
+        }
         ensure!(last.status.success(), "the last run: {}", said(&last));
-        let again = wait(self.run().spawn()?)?;
+        let again = wait(run.spawn()?)?;
         ensure!(
             again.status.success() && said(&again).contains(FINISHED),
             "the run after the last: {}",

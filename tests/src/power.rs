@@ -11,12 +11,13 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     process::Output,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use cofferdam_core::random::Random;
 
-use crate::disk::{DiskJob, said, wait};
+use crate::disk::{DiskJob, STOPPED, said, wait};
 
 /// Power cuts in the trace of one run.
 const CUTS_OF_A_RUN: u64 = 8;
@@ -59,7 +60,7 @@ fn record_and_cut(
     tally: &mut Tally,
     on_cut: &mut impl FnMut(&Tally),
 ) -> Result<()> {
-    let first = recorded(job, "trace-0", Disk::default())?;
+    let first = recorded(job, "trace-0", Disk::default(), random)?;
     for cut in 0..CUTS_OF_A_RUN {
         if cuts <= tally.cuts {
             break;
@@ -71,7 +72,7 @@ fn record_and_cut(
         // A second one while the first is recovered from.
         if random.one_in(2) {
             let disk = Disk::read(&job.disk())?;
-            let second = recorded(job, &format!("trace-{}", cut + 1), disk)
+            let second = recorded(job, &format!("trace-{}", cut + 1), disk, random)
                 .with_context(|| format!("after {}", image.words))?;
             let next = second.cut(random);
             // While it ends, a job removes what it does not need any more.
@@ -122,12 +123,17 @@ struct Recorded {
     records: Vec<Record>,
 }
 
-fn recorded(job: &DiskJob, trace: &str, before: Disk) -> Result<Recorded> {
+fn recorded(job: &DiskJob, trace: &str, before: Disk, random: &mut Random) -> Result<Recorded> {
     let trace = job.beside(trace);
     let mut command = job.run_on_disk();
     command.env("DISK_TRACE", &trace);
-    let output = wait(command.spawn()?)?;
-    ensure!(output.status.success(), "a recorded run: {}", said(&output));
+    let run = command.spawn()?;
+    let output = match random.one_in(3) {
+        true => job.stop_after(run, Duration::from_millis(random.between(40, 260)))?,
+        false => wait(run)?,
+    };
+    let is_stopped = said(&output).contains(STOPPED);
+    ensure!(output.status.success() || is_stopped, "a recorded run: {}", said(&output));
     let records = parse(&fs::read(&trace).context("the trace")?, &job.disk())?;
     ensure!(records.iter().any(|it| matches!(it, Record::Said(_))), "nothing was recorded");
     Ok(Recorded { before, records })
@@ -493,7 +499,7 @@ impl Recorded {
             rest.split(':').next()?.parse().ok()
         });
         let complete = complete.max();
-        let has_ended = said.contains(" finished after ");
+        let has_ended = said.contains(" finished after ") || said.contains(" stopped after ");
         // The last checkpoint is committed and removed before the end is said.
         let ends = self.records[at..].iter().filter(|record| match record {
             Record::Said(words) => words.contains(" INFO checkpoint "),

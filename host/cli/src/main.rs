@@ -25,7 +25,20 @@ use crate::args::{Arguments, Verb};
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
+/// sled panics where its disk fails or its files are damaged. That is caught and answered as an error of
+/// the store, so nobody has to read of a panic.
+fn hide_panics_of_sled() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        match panic.location().filter(|location| location.file().contains("/sled-")) {
+            Some(location) => tracing::debug!(%location, "sled panicked"),
+            None => usual(panic),
+        }
+    }));
+}
+
 fn main() -> ExitCode {
+    hide_panics_of_sled();
     let arguments = Arguments::parse();
     let is_json = arguments.json;
     let result = match arguments.verb {

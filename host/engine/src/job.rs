@@ -32,6 +32,7 @@ use crate::{
     driver::{Driver, Stats, WriterReport},
     exchange::{link::Links, partition::Partitions},
     history::Recorder,
+    identity::Id,
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
     progress::{Observer, Progress},
@@ -48,11 +49,11 @@ use crate::{
         declared::OwnKeys,
         faulty::Faults,
         keyed::{KeyedLimits, KeyedState},
-        manifest::{StateIdentity, TaskIdentity},
+        manifest::{Manifest, StateIdentity, TaskIdentity},
         memory::MemoryStorage,
         objects::ObjectStorage,
         sled::SledStorage,
-        snapshot::SnapshotStore,
+        snapshot::{Found, SnapshotStore},
         table::Tables,
         writer::StorageHandle,
     },
@@ -753,13 +754,20 @@ impl Job {
         let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir.as_deref(), error);
         let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
         let digest = digest_of(&identities, &spec);
-        let (mut record, is_new) = read_record(&spec, state_dir.as_deref(), options, &digest)?;
+        let (mut record, before) = read_record(&spec, state_dir.as_deref(), options, &digest)?;
         let open = || open_storage(&spec.storage, state_dir.as_deref());
         // A refused run leaves everything as it was: what is there is looked at before it is opened.
-        let (looked, found) =
+        let (looked, mut found) =
             open().and_then(SnapshotStore::look).map_err(|error| unusable(&error))?;
+        // What it is to begin from is not over, wherever it lies.
+        let named = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
+        let is_named = named.is_some() && named == restore::absolute(Path::new(&looked.location()));
+        let is_over = !is_named && before.is_over(&found);
+        if is_over {
+            found = Found::default();
+        }
         if let Some(dir) = &state_dir
-            && is_new
+            && matches!(before, Before::Nothing)
         {
             record.write(dir).map_err(|error| unusable(&error))?;
         }
@@ -801,6 +809,14 @@ impl Job {
         }
         drop(looked);
         let storage = open().map_err(|error| unusable(&error))?;
+        let storage = match is_over {
+            true => {
+                let (over, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
+                    .map_err(|error| unusable(&error))?;
+                over.clear().and_then(|()| open()).map_err(|error| unusable(&error))?
+            }
+            false => storage,
+        };
         let storage = match &options.faults {
             Some(faults) => faults.around(storage),
             None => storage,
@@ -1264,21 +1280,44 @@ fn digest_of(identities: &[TaskIdentity], spec: &JobSpec) -> String {
     blake3::hash(text.as_bytes()).to_hex()[..16].to_owned()
 }
 
+/// What a state directory was before a run.
+enum Before {
+    Nothing,
+    Running,
+    /// Its job has ended, and what begins now is something else.
+    Ended(Id),
+}
+
+impl Before {
+    /// Whether the checkpoints that are there belong to a job that has ended. A crash may have left them
+    /// behind after its end was recorded.
+    fn is_over(&self, found: &Found) -> bool {
+        let Self::Ended(job) = self else { return false };
+        let is_its = |manifest: &Manifest| manifest.lineage.job == *job;
+        !found.is_headless && !found.manifests.is_empty() && found.manifests.iter().all(is_its)
+    }
+}
+
 /// The record of the job in a state directory. One that has ended does not begin by itself.
 fn read_record(
     spec: &JobSpec,
     state_dir: Option<&Path>,
     options: &JobOptions,
     digest: &str,
-) -> Result<(JobRecord, bool), Problem> {
-    let Some(dir) = state_dir else { return Ok((JobRecord::new(&spec.name), true)) };
+) -> Result<(JobRecord, Before), Problem> {
+    let nothing = || Ok((JobRecord::new(&spec.name), Before::Nothing));
+    let Some(dir) = state_dir else { return nothing() };
     let known = JobRecord::read(dir).map_err(|error| {
         let message = format!("the record of the job in {} cannot be read", dir.display());
         Problem::new(Code::StateUnusable, message).detail(error).hint(
             "put `JOB` back from a copy; without it nobody knows whose state and output this is",
         )
     })?;
-    let Some(mut record) = known else { return Ok((JobRecord::new(&spec.name), true)) };
+    let Some(mut record) = known else { return nothing() };
+    let before = match &record.ended {
+        Some(_) => Before::Ended(record.job),
+        None => Before::Running,
+    };
     let anew = "to run it from its beginning, say so: --again";
     let from = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
     match &record.ended {
@@ -1310,7 +1349,7 @@ fn read_record(
         Some(Ended::Stopped { .. }) => record.ended = None,
         None => {}
     }
-    Ok((record, false))
+    Ok((record, before))
 }
 
 /// A sink's directory, and the pending parts in it that the restored state looks after.

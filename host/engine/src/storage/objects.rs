@@ -218,6 +218,8 @@ impl Storage for ObjectStorage {
             let objects = self.objects.list(self.folder(number))?;
             match objects.iter().any(|object| object.location.filename() == Some(REMOVED)) {
                 true => self.remove_objects(number, objects)?,
+                // A directory in which a write has failed, or that a crash has left.
+                false if objects.is_empty() => {}
                 false => whole.push(number),
             }
         }

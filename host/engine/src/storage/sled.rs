@@ -189,20 +189,46 @@ fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
     config.open()
 }
 
-fn open_index(path: &Path) -> Result<sled::Db> {
+fn open_index(path: &Path) -> Result<Quiet<sled::Db>> {
     let config = sled::Config::new()
         .path(path)
         .cache_capacity(CACHE_BYTES)
         .mode(sled::Mode::HighThroughput)
         // Durability is the log's.
         .flush_every_ms(None);
-    guarded("open a generation", || open_unlocked(&config))
+    guarded("open a generation", || open_unlocked(&config).map(Quiet::new))
 }
 
 fn entries_of(index: &sled::Db) -> Result<Entries> {
     guarded("read the index", || {
         index.iter().map(|kept| kept.map(|(key, kept)| (key.to_vec(), kept.to_vec()))).collect()
     })
+}
+
+/// A part of sled that is dropped without a panic: it syncs its file then, and unwraps the result.
+pub(super) struct Quiet<T>(Option<T>);
+
+impl<T> Quiet<T> {
+    pub(super) fn new(part: T) -> Self {
+        Self(Some(part))
+    }
+}
+
+impl<T> std::ops::Deref for Quiet<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl<T> Drop for Quiet<T> {
+    fn drop(&mut self) {
+        let part = self.0.take();
+        if std::panic::catch_unwind(AssertUnwindSafe(|| drop(part))).is_err() {
+            tracing::debug!("sled could not sync a file that was closed");
+        }
+    }
 }
 
 /// Calls sled, which panics where it finds its own files damaged in some ways.
@@ -336,7 +362,7 @@ struct SledGeneration {
 }
 
 struct Files {
-    index: sled::Db,
+    index: Quiet<sled::Db>,
     pack: Pack,
     log: Log,
     /// What was deleted or replaced since the last flush.
@@ -408,7 +434,7 @@ impl Files {
 }
 
 /// An index with these entries, and no other.
-fn made_anew(path: &Path, entries: &Entries) -> Result<sled::Db> {
+fn made_anew(path: &Path, entries: &Entries) -> Result<Quiet<sled::Db>> {
     let failed = |error: io::Error| StorageError::store("make an index", error);
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),

@@ -13,7 +13,10 @@ use std::{
     },
 };
 
-use super::{Result, StorageError, sled::guarded};
+use super::{
+    Result, StorageError,
+    sled::{Quiet, guarded},
+};
 
 /// sled counts what a page takes in its log. In memory, small entries take so many times as much:
 /// measured with keys of 16 bytes and values of 1, at 3 million of them and two sizes of the cache.
@@ -38,7 +41,7 @@ struct Inner {
 }
 
 struct Database {
-    sled: ::sled::Db,
+    sled: Quiet<::sled::Db>,
     dir: PathBuf,
     is_broken: AtomicBool,
 }
@@ -69,7 +72,7 @@ impl Tables {
             newest.clone()
         };
         let name = number.to_be_bytes();
-        let tree = database.guarded("make a table", |sled| sled.open_tree(name))?;
+        let tree = database.guarded("make a table", |sled| sled.open_tree(name).map(Quiet::new))?;
         Ok(Table { tree, name, database })
     }
 
@@ -96,7 +99,7 @@ impl Database {
             .mode(::sled::Mode::HighThroughput)
             // Nobody reads it after a crash.
             .flush_every_ms(None);
-        let sled = guarded("make room for state", || config.open())?;
+        let sled = guarded("make room for state", || config.open().map(Quiet::new))?;
         Ok(Self { sled, dir, is_broken: AtomicBool::new(false) })
     }
 
@@ -131,7 +134,7 @@ fn no_room(dir: &Path, error: &io::Error) -> StorageError {
 
 /// One table.
 pub(crate) struct Table {
-    tree: ::sled::Tree,
+    tree: Quiet<::sled::Tree>,
     name: [u8; 8],
     database: Arc<Database>,
 }
