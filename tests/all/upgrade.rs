@@ -103,6 +103,49 @@ fn state_follows_its_name_its_schema_and_its_keys_into_the_next_version() {
     }
 }
 
+/// What a run would be refused for is known before anybody stops anything.
+#[test]
+fn what_does_not_fit_is_refused_at_check_already() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let next = Version { component: "totals_next.wasm", ..FIRST };
+    next.stopped(dir.path());
+    let state = dir.path().join("totals.cofferdam");
+    let before = files_in(&state);
+    let check = |version: &Version, from: &Path| {
+        let mut check = std::process::Command::new(guest::program());
+        check.arg("check").arg(version.write(dir.path())).arg("--json").arg("--from").arg(from);
+        check.output().expect("the program runs")
+    };
+    let refused = check(&FIRST, &state);
+    assert_eq!(refused.status.code(), Some(2));
+    let words = String::from_utf8_lossy(&refused.stderr).into_owned()
+        + &String::from_utf8_lossy(&refused.stdout);
+    assert!(words.contains("C0020") && words.contains("since_upgrade"), "{words}");
+    let fits = check(&Version { parallelism: 3, ..next }, &state);
+    let answer: serde_json::Value = serde_json::from_slice(&fits.stdout).expect("one line of JSON");
+    let totals = &answer["restores"]["nodes"][1];
+    assert_eq!(totals["name"], "totals", "{answer}");
+    assert_eq!(
+        (&totals["state"], &totals["from"], &totals["to"]),
+        (&"rescaled".into(), &2.into(), &3.into())
+    );
+    assert_eq!(files_in(&state), before, "a check changes nothing");
+}
+
+/// Every file with its content.
+fn files_in(dir: &Path) -> BTreeMap<std::path::PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).expect("a directory").flatten() {
+        match entry.path().is_dir() {
+            true => files.extend(files_in(&entry.path())),
+            false => {
+                files.insert(entry.path(), fs::read(entry.path()).expect("readable"));
+            }
+        }
+    }
+    files
+}
+
 /// The way back would lose what was widened and added: refused, and the new version goes on.
 #[test]
 fn state_that_does_not_fit_is_refused_and_the_version_that_wrote_it_goes_on() {

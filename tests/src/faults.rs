@@ -77,7 +77,10 @@ fn strike(job: &DiskJob, random: &mut Random, tally: &mut Tally) -> Result<()> {
         return job.finish();
     };
     let fault = format!("call {at} ({struck}) fails with {errno}, {mode}");
-    ensure!(!words.contains("panicked at /") && !words.contains("panicked at host/"), "{fault}: {words}");
+    ensure!(
+        !words.contains("panicked at /") && !words.contains("panicked at host/"),
+        "{fault}: {words}"
+    );
     ensure!(
         output.status.success() || words.contains("error[C"),
         "{fault}: an error has a code: {words}"

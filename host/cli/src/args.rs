@@ -35,7 +35,7 @@ pub(crate) enum Verb {
     Build(BuildArguments),
     /// Check a manifest and its components without running anything
     #[command(
-        after_help = "Examples:\n  cofferdam check job.toml\n  cofferdam check job.toml --effective --host-config /etc/flink/flink-conf.yaml"
+        after_help = "Examples:\n  cofferdam check job.toml\n  cofferdam check job.toml --from savepoints/savepoint-job-18f\n  cofferdam check job.toml --effective --host-config /etc/flink/flink-conf.yaml"
     )]
     Check(CheckArguments),
     /// Run a job, or go on with one that was interrupted
@@ -130,6 +130,12 @@ pub(crate) struct CheckArguments {
     /// List every setting with its value and where it comes from
     #[arg(long)]
     pub(crate) effective: bool,
+    /// Check, too, whether a run could begin from this savepoint or state directory
+    #[arg(long, value_name = "DIR", conflicts_with = "effective")]
+    pub(crate) from: Option<PathBuf>,
+    /// Leave state behind whose operator is not in the manifest
+    #[arg(long, requires = "from")]
+    pub(crate) ignore_unclaimed_state: bool,
     #[command(flatten)]
     pub(crate) host: HostArguments,
     #[command(flatten)]

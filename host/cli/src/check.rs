@@ -3,6 +3,7 @@
 use cofferdam_engine::{
     job::{self, CheckedJob},
     problem::Problem,
+    restore::{Restorable, RestoreFrom, Takeover},
     spec::{JobSpec, NodeKind, partitioner_name},
 };
 use serde_json::json;
@@ -20,12 +21,56 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
     let sandbox = job::sandbox(arguments.cache.dir())?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
     checked.warnings().iter().for_each(|warning| say_aside!("warning: {warning}"));
+    let from = arguments.from.map(|dir| RestoreFrom {
+        dir,
+        claim: false,
+        ignore_unclaimed_state: arguments.ignore_unclaimed_state,
+    });
+    let restorable = from.as_ref().map(|from| checked.check_from(from)).transpose()?;
+    let warnings = restorable.iter().flat_map(|restorable| &restorable.warnings);
+    warnings.for_each(|warning| say_aside!("warning: {warning}"));
     if is_json {
-        report::line(&machine(&checked));
+        let mut line = machine(&checked);
+        if let Some(restorable) = &restorable {
+            line["restores"] = takeovers(restorable);
+        }
+        report::line(&line);
     } else {
         people(&checked);
+        if let (Some(from), Some(restorable)) = (from, restorable) {
+            say!(
+                "  a run could begin from checkpoint {} of {}",
+                restorable.checkpoint,
+                from.dir.display()
+            );
+            for (node, takeover) in &restorable.nodes {
+                say!("    {node}: {}", words(*takeover));
+            }
+        }
     }
     Ok(())
+}
+
+fn words(takeover: Takeover) -> String {
+    match takeover {
+        Takeover::New => "is not in the checkpoint, begins without state".to_owned(),
+        Takeover::Same => "takes over its state".to_owned(),
+        Takeover::Rescaled { from, to } => {
+            format!("takes over its state, shared out from {from} tasks to {to}")
+        }
+    }
+}
+
+fn takeovers(restorable: &Restorable) -> serde_json::Value {
+    let node = |(name, takeover): &(String, Takeover)| match takeover {
+        Takeover::New => json!({ "name": name, "state": "new" }),
+        Takeover::Same => json!({ "name": name, "state": "same" }),
+        Takeover::Rescaled { from, to } => {
+            json!({ "name": name, "state": "rescaled", "from": from, "to": to })
+        }
+    };
+    let nodes: Vec<_> = restorable.nodes.iter().map(node).collect();
+    json!({ "checkpoint": restorable.checkpoint, "nodes": nodes, "warnings": restorable.warnings })
 }
 
 /// Every setting with its value and where it comes from.

@@ -36,7 +36,7 @@ use crate::{
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
     progress::{Observer, Progress},
-    restore::{self, RestoreFrom},
+    restore::{self, Restorable, RestoreFrom},
     sink::{self, Conflicts, Output, OutputContext},
     source::{self, Prepared},
     spec::{
@@ -286,6 +286,26 @@ impl CheckedJob {
                 )
             })
             .collect()
+    }
+
+    /// Whether a run can begin from a savepoint or a state directory, and what it would take over. The
+    /// output is not looked at, and nothing changes.
+    ///
+    /// # Errors
+    /// What `cofferdam run --from` would be refused for.
+    pub fn check_from(&self, from: &RestoreFrom) -> Result<Restorable, Problem> {
+        let tasks = self.spec.graph.tasks();
+        let identity = |task: &TaskId| identity(&self.spec, &self.operators, *task);
+        let identities: Vec<TaskIdentity> = tasks.iter().map(identity).collect();
+        let nodes = prepare_nodes(&self.spec, &self.operators)?;
+        let tasks = restore::Tasks {
+            spec: &self.spec,
+            identities: &identities,
+            locals: &BTreeMap::new(),
+            sources: &sources_of(&self.spec, &nodes),
+            components: &components_of(&self.spec, &self.operators),
+        };
+        restore::check_from(&tasks, from)
     }
 
     /// Each operator's name with what its component says it is.
@@ -775,19 +795,12 @@ impl Job {
             .map_err(|error| unusable(&error))?;
         let partitions =
             partitions(&spec, state_dir.as_deref()).map_err(|error| unusable(&error))?;
-        let sources = nodes.iter().zip(&spec.nodes).filter_map(|(plan, node)| match plan {
-            NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
-            _ => None,
-        });
         let targets = restore::Tasks {
             spec: &spec,
             identities: &identities,
             locals: &locals,
-            sources: &sources.collect(),
-            components: &operators
-                .iter()
-                .map(|(id, operator)| (spec.node(*id).name.clone(), operator.component.clone()))
-                .collect(),
+            sources: &sources_of(&spec, &nodes),
+            components: &components_of(&spec, &operators),
         };
         let chosen = restore::choose(&targets, &looked, &found, options.from.as_ref(), &record)?;
         let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
@@ -1203,6 +1216,26 @@ fn own_keys(
         parallelism,
         max_parallelism,
     })
+}
+
+/// The sources by name.
+fn sources_of(spec: &JobSpec, nodes: &[NodePlan]) -> BTreeMap<String, Prepared> {
+    let source = |(plan, node): (&NodePlan, &NodeSpec)| match plan {
+        NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
+        _ => None,
+    };
+    nodes.iter().zip(&spec.nodes).filter_map(source).collect()
+}
+
+/// The components by the names of their operators.
+fn components_of(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+) -> BTreeMap<String, Component> {
+    let component = |(id, operator): (&OperatorId, &CheckedOperator)| {
+        (spec.node(*id).name.clone(), operator.component.clone())
+    };
+    operators.iter().map(component).collect()
 }
 
 fn prepare_nodes(

@@ -125,19 +125,78 @@ pub(crate) fn choose(
             ));
     }
     let (other, manifest) = other?;
-    check_fit(tasks, &manifest, from.ignore_unclaimed_state).map_err(|problem| {
+    let mut warnings = Vec::new();
+    let shares = take_over(tasks, from, &other, &manifest, &mut warnings)?;
+    let lineage = manifest.lineage.fork(manifest.checkpoint);
+    Ok(Chosen { lineage, shares, warnings, manifest: Some(manifest), other: Some(other) })
+}
+
+/// The state of another store's checkpoint, shared out. Changes nothing.
+fn take_over(
+    tasks: &Tasks<'_>,
+    from: &RestoreFrom,
+    other: &SnapshotStore,
+    manifest: &Manifest,
+    warnings: &mut Vec<String>,
+) -> Result<Shares, Problem> {
+    let named = from.dir.display();
+    check_fit(tasks, manifest, from.ignore_unclaimed_state).map_err(|problem| {
         problem.detail(format!("checkpoint {} in {named}", manifest.checkpoint))
     })?;
-    let mut warnings = Vec::new();
-    let shares = redistribute(tasks, &manifest, &other, &mut warnings);
-    let shares = shares.map_err(|failed| match failed {
+    redistribute(tasks, manifest, other, warnings).map_err(|failed| match failed {
         Failed::Problem(problem) => *problem,
         Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
             .detail(error)
             .hint("use another savepoint or checkpoint"),
-    })?;
-    let lineage = manifest.lineage.fork(manifest.checkpoint);
-    Ok(Chosen { lineage, shares, warnings, manifest: Some(manifest), other: Some(other) })
+    })
+}
+
+/// What a job would take over from a savepoint, or from the newest checkpoint of a state directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restorable {
+    /// The checkpoint.
+    pub checkpoint: u64,
+    /// Each of the job's operators, sources and sinks by name, with what becomes of its state.
+    pub nodes: Vec<(String, Takeover)>,
+    /// What people should know.
+    pub warnings: Vec<String>,
+}
+
+/// What becomes of the state of an operator, a source or a sink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Takeover {
+    /// The checkpoint does not have it: it begins without state.
+    New,
+    /// Its tasks take over what they had.
+    Same,
+    /// Its state is shared out among another number of tasks.
+    Rescaled {
+        /// How many tasks had it.
+        from: u32,
+        /// How many take it over.
+        to: u32,
+    },
+}
+
+/// Makes every check that a run from there makes before it changes anything, but those of the output.
+pub(crate) fn check_from(tasks: &Tasks<'_>, from: &RestoreFrom) -> Result<Restorable, Problem> {
+    let (other, manifest) = open_named(&from.dir)?;
+    let mut warnings = Vec::new();
+    take_over(tasks, from, &other, &manifest, &mut warnings)?;
+    let takeover = |node: &NodeSpec| {
+        let known = manifest.tasks.iter().map(|task| &task.identity);
+        let before = known.filter(|identity| identity.uid == node.uid).count();
+        let now = tasks.identities.iter().filter(|it| it.operator == node.name).count();
+        let count = |tasks: usize| u32::try_from(tasks).unwrap_or(u32::MAX);
+        let takeover = match before {
+            0 => Takeover::New,
+            _ if before == now => Takeover::Same,
+            _ => Takeover::Rescaled { from: count(before), to: count(now) },
+        };
+        (node.name.clone(), takeover)
+    };
+    let nodes = tasks.spec.nodes.iter().map(takeover).collect();
+    Ok(Restorable { checkpoint: manifest.checkpoint, nodes, warnings })
 }
 
 /// From the newest to the oldest, until one is whole.
