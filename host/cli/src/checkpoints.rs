@@ -135,12 +135,16 @@ impl Opened {
         }
         for manifest in &self.found.manifests {
             let id = manifest.checkpoint;
-            let mut bytes = 0;
+            let (mut bytes, mut bytes_of_components) = (0, 0);
             let mut read = (0..manifest.tasks.len()).map(|task| {
-                self.store.check_declared(task, id)?;
+                match self.store.is_in_image(task, id)? {
+                    true => bytes_of_components += self.store.component(task, id)?.len() as u64,
+                    false => _ = self.store.check_declared(task, id)?,
+                }
                 self.store.load(task, id)
             });
             let whole = read.try_for_each(|loaded| loaded.map(|loaded| bytes += loaded.bytes));
+            bytes += bytes_of_components;
             if let Err(error) = &whole {
                 damages.push(format!("checkpoint {id}: {error}"));
             }
@@ -258,6 +262,7 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
                     "stored_pages": task.stored_pages,
                     "increment_pages": task.increment_pages,
                     "declared_entries": task.declared_entries,
+                    "declared_in_image": task.is_in_image,
                     "state_bytes": task.state_bytes,
                     "drained": task.is_drained,
                     "incremental_bytes": task.stats.bytes,
@@ -284,7 +289,11 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
         rows.push(vec![
             task.name.clone(),
             report::bytes(task.memory_bytes),
-            task.declared_entries.to_string(),
+            match task.declared_entries {
+                Some(entries) => entries.to_string(),
+                None if task.is_in_image => "in memory".to_owned(),
+                None => "-".to_owned(),
+            },
             report::bytes(stats.bytes),
             task.snapshots.to_string(),
             report::micros(stats.start_delay_us),

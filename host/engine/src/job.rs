@@ -36,6 +36,7 @@ use crate::{
     metrics::{Metrics, OperatorMetrics},
     problem::{Code, Problem},
     progress::{Observer, Progress},
+    read_out::{OwnComponent, OwnComponents},
     restore::{self, Restorable, RestoreFrom},
     sink::{self, Conflicts, Output, OutputContext},
     source::{self, Prepared},
@@ -195,6 +196,7 @@ impl Plan {
                 dead_letter_output: *dead_letter_output,
                 processed: Processed::default(),
                 guard: None,
+                is_untried: true,
                 unsaved: Vec::new(),
             })),
         };
@@ -837,6 +839,10 @@ impl Job {
         let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
             .map_err(|error| unusable(&error))?;
         store.compress(spec.is_compressing);
+        store.set_components(
+            operators.values().map(|operator| operator.component.clone()).collect(),
+            Arc::new(own_components(&spec, &operators, &tasks, &identities)),
+        );
         let resume = restore::adopt(&targets, &mut store, &chosen)?;
         begin_outputs(&spec, &outputs)?;
         for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
@@ -1218,6 +1224,24 @@ fn own_keys(
     })
 }
 
+/// How the declared state of each task is read out of its memory.
+fn own_components(
+    spec: &JobSpec,
+    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    tasks: &[TaskId],
+    identities: &[TaskIdentity],
+) -> OwnComponents {
+    let own = |(task, identity): (&TaskId, &TaskIdentity)| {
+        let TaskIdentity { is_keyed, max_parallelism, .. } = *identity;
+        Some(OwnComponent {
+            component: operators.get(&task.operator)?.component.clone(),
+            max_parallelism,
+            own_keys: own_keys(&spec.graph, *task, is_keyed, max_parallelism),
+        })
+    };
+    OwnComponents { tasks: tasks.iter().zip(identities).map(own).collect() }
+}
+
 /// The sources by name.
 fn sources_of(spec: &JobSpec, nodes: &[NodePlan]) -> BTreeMap<String, Prepared> {
     let source = |(plan, node): (&NodePlan, &NodeSpec)| match plan {
@@ -1256,10 +1280,12 @@ fn prepare_nodes(
                     component: checked.component.clone(),
                     spec: Arc::new((**operator).clone()),
                     has_states: !checked.description.states.is_empty(),
+                    // What is read out of the memory is read out whole.
                     tracks_changes: operator.snapshot.has_declared()
                         && !checked.description.states.is_empty()
-                        && (spec.checkpoint.interval_ms.is_some()
-                            || spec.state_backend != StateBackend::Hashmap),
+                        && (spec.state_backend != StateBackend::Hashmap
+                            || (spec.checkpoint.interval_ms.is_some()
+                                && !operator.snapshot.has_memory())),
                     dead_letter_output: dead_letter_output(&checked.description),
                     is_keyed: spec.is_keyed(id),
                 },

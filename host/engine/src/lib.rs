@@ -12,6 +12,7 @@ pub mod job;
 pub mod metrics;
 pub mod problem;
 pub mod progress;
+mod read_out;
 pub mod restore;
 mod sink;
 mod source;

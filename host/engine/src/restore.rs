@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use cofferdam_sandbox::{Component, GuestError, Instance, InstanceSetup, Limits};
+use cofferdam_sandbox::{Component, Limits};
 
 use cofferdam_core::{
     graph::Partitioner,
@@ -24,14 +24,14 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     identity::Lineage,
-    job::QuietHost,
     problem::{Code, Problem},
+    read_out::{on_instance, read_out},
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     state_dir::JobRecord,
     storage::{
         self, StorageError,
-        declared::{Changes, Entry, changes_of},
+        declared::{Changes, Entry, OwnKeys, changes_of},
         in_flight::{ChannelState, InFlight},
         manifest::{Manifest, StateIdentity, TaskIdentity},
         snapshot::{Found, LoadedTask, Share, SnapshotStore},
@@ -367,7 +367,7 @@ fn convert(
             shares[slot].entries(from, manifest.checkpoint)?.collect::<Result<_, _>>()?;
         let schemas: Vec<(u32, &str)> =
             schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
-        let pieces = on_instance(component, async |instance| {
+        let pieces = on_instance(component, Limits::default(), async |instance| {
             for part in entries.chunks(CONVERTED_AT_ONCE) {
                 instance.take_back(&changes_of(part.iter()), &schemas).await?;
             }
@@ -407,16 +407,29 @@ fn redistribute(
         let old = manifest.tasks.iter().enumerate();
         let old: Vec<usize> =
             old.filter(|(_, task)| task.identity.uid == uid).map(|(slot, _)| slot).collect();
-        let load = |slot: &usize| {
-            store.check_declared(*slot, manifest.checkpoint)?;
-            store.load(*slot, manifest.checkpoint)
+        let takes_memory = match &node.kind {
+            NodeKind::Operator(operator) => operator.snapshot.has_memory(),
+            _ => true,
         };
         let old_first = old.first().copied();
-        let mut loaded = old.iter().map(load).collect::<Result<Vec<_>, _>>()?;
-        if let NodeKind::Operator(operator) = &node.kind
-            && !operator.snapshot.has_memory()
-        {
-            loaded.iter_mut().for_each(|task| task.memory.clear());
+        let mut loaded = Vec::with_capacity(old.len());
+        let mut read_outs = BTreeMap::new();
+        let mut is_in_image = false;
+        for slot in &old {
+            let mut task = store.load(*slot, manifest.checkpoint)?;
+            let is_image_alone = store.is_in_image(*slot, manifest.checkpoint)?;
+            if !is_image_alone {
+                store.check_declared(*slot, manifest.checkpoint)?;
+            } else if takes_memory {
+                is_in_image = true;
+            } else {
+                let entries = read_out_task(tasks, manifest, store, *slot, &task)?;
+                read_outs.insert(*slot, Arc::new(entries));
+            }
+            if !takes_memory {
+                task.memory.clear();
+            }
+            loaded.push(task);
         }
         for task in &mut loaded {
             forget_watermarks(tasks, manifest, task);
@@ -431,6 +444,8 @@ fn redistribute(
                 key_groups: None,
                 states: states.clone(),
                 converted: None,
+                read_out: read_outs.clone(),
+                is_in_image,
             }));
         } else {
             let numbers = state_numbers(manifest, old.first(), new.first());
@@ -452,7 +467,8 @@ fn redistribute(
                 let key_groups =
                     has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
                 let (declared_from, states) = (old.clone(), numbers.clone());
-                Share { state, declared_from, key_groups, states, converted: None }
+                let (read_out, converted) = (read_outs.clone(), None);
+                Share { state, declared_from, key_groups, states, converted, read_out, is_in_image }
             }));
         }
         let own = &shares[shares.len() - new.len()..];
@@ -482,6 +498,46 @@ fn redistribute(
         );
     }
     Ok(shares)
+}
+
+/// Reads the declared state of a task of the checkpoint out of its memory, with the component that it ran.
+fn read_out_task(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    store: &SnapshotStore,
+    slot: usize,
+    task: &LoadedTask,
+) -> Result<Vec<Entry>, Failed> {
+    let identity = &manifest.tasks[slot].identity;
+    let refused = |what: String| {
+        let TaskIdentity { operator, index, .. } = identity;
+        let message = format!("the declared state of {operator}/{index} cannot be read");
+        let problem = Problem::new(Code::StateMismatch, message)
+            .detail(what)
+            .detail("it lies in the image of the task's memory, and the component that it ran reads it out")
+            .hint(
+                "resume with that component, the same parallelism and snapshot = \"both\", and take a \
+                 savepoint",
+            );
+        Failed::Problem(Box::new(problem))
+    };
+    let bytes = store.component(slot, manifest.checkpoint).map_err(|error| match error {
+        StorageError::Damaged { .. } => refused(error.to_string()),
+        error => Failed::Storage(error),
+    })?;
+    let Some(sandbox) = tasks.components.values().next().map(Component::sandbox) else {
+        return Err(refused("the job has no operator any more".to_owned()));
+    };
+    let component = sandbox.load(&bytes);
+    let component = component
+        .map_err(|error| refused(format!("this version refuses the component: {error}")))?;
+    let own_keys = (identity.is_keyed && 1 < identity.parallelism).then_some(OwnKeys {
+        index: identity.index,
+        parallelism: identity.parallelism,
+        max_parallelism: identity.max_parallelism,
+    });
+    read_out(&component, &task.memory, identity.max_parallelism, own_keys)
+        .map_err(|what| refused(format!("the component {}: {what}", component.digest())))
 }
 
 /// Parts that no sink commits any more would be lost.
@@ -760,6 +816,10 @@ fn check_operator(
         true => "; or set snapshot = \"declared\" to go on from its declared state alone",
         false => "",
     };
+    // What it has not declared was given up when that was written.
+    if !known.has_memory && known.has_declared && task.has_declared {
+        return Ok(());
+    }
     if !known.has_memory {
         return mismatch(
             format!("the checkpoint of \"{name}\" holds no linear memory"),
@@ -796,29 +856,6 @@ fn check_operator(
     Ok(())
 }
 
-/// Asks an instance of a component that was not opened.
-fn on_instance<T: Send>(
-    component: &Component,
-    ask: impl AsyncFnOnce(&mut Instance) -> Result<T, GuestError> + Send,
-) -> Result<T, String> {
-    let limits = Limits::default();
-    let setup = InstanceSetup { host: Arc::new(QuietHost), limits, seed: 0 };
-    // On a thread of its own: this one may be an executor's.
-    let answer = std::thread::scope(|scope| {
-        let asked = scope.spawn(|| {
-            futures::executor::block_on(async {
-                let mut instance = component.instantiate(setup).await?;
-                ask(&mut instance).await
-            })
-        });
-        asked.join()
-    });
-    match answer {
-        Ok(answer) => answer.map_err(|error: GuestError| error.to_string()),
-        Err(_) => Err("the question to the component panicked".to_owned()),
-    }
-}
-
 /// How a schema names a type that says nothing of what its values look like.
 const OPAQUE: &str = "opaque ";
 
@@ -853,7 +890,7 @@ fn check_states(
             return Err(mismatch("state that the host keeps is not converted".to_owned()));
         }
         let Some(component) = tasks.components.get(name) else { continue };
-        let answer = on_instance(component, async |instance| {
+        let answer = on_instance(component, Limits::default(), async |instance| {
             instance.converts(number, &before.schema).await
         });
         match answer {

@@ -90,6 +90,8 @@ pub struct Component {
 
 pub(crate) struct Inner {
     pub(crate) digest: Digest,
+    /// As it was given.
+    pub(crate) bytes: Box<[u8]>,
     pub(crate) sandbox: Arc<Shared>,
     pub(crate) pre: InstancePre<State>,
     pub(crate) operator: OperatorIndices,
@@ -119,6 +121,18 @@ impl Component {
     pub fn digest(&self) -> Digest {
         self.inner.digest
     }
+
+    /// The component as it was given, to be loaded again by a later run.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.inner.bytes
+    }
+
+    /// The sandbox that it was loaded into.
+    #[must_use]
+    pub fn sandbox(&self) -> Sandbox {
+        Sandbox { shared: self.inner.sandbox.clone() }
+    }
 }
 
 impl Sandbox {
@@ -139,7 +153,8 @@ impl Sandbox {
         let operator = OperatorIndices::new(&pre)
             .map_err(|error| ComponentError::OtherWorld { message: format!("{error:#}") })?;
         let accessors = AccessorIndices::new(&compiled);
-        let inner = Inner { digest, sandbox: self.shared.clone(), pre, operator, accessors };
+        let bytes = bytes.into();
+        let inner = Inner { digest, bytes, sandbox: self.shared.clone(), pre, operator, accessors };
         Ok(Component { inner: Arc::new(inner) })
     }
 

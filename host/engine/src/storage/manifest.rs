@@ -9,7 +9,7 @@ use super::{Result, StorageError};
 use crate::identity::Lineage;
 
 /// The version of everything in a generation. Changes with any change of the format.
-pub const FORMAT: u16 = 4;
+pub const FORMAT: u16 = 5;
 
 const MAGIC: [u8; 4] = *b"CFDM";
 
@@ -236,7 +236,7 @@ mod tests {
             Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the manifest of checkpoint 9 has format 99, this program reads format 4"
+            "the manifest of checkpoint 9 has format 99, this program reads format 5"
         );
     }
 

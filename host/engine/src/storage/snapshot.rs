@@ -14,7 +14,7 @@ use std::{
     time::Instant,
 };
 
-use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
+use cofferdam_sandbox::{Component, Digest, MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -46,7 +46,7 @@ pub struct TaskSnapshot {
     pub is_drained: bool,
     /// The pages that changed.
     pub memory: Option<MemorySnapshot>,
-    /// The entries of declared state that changed.
+    /// The entries of declared state that changed. `None`: it is in the memory alone, where there is any.
     pub declared: Option<Changes>,
     /// They are all there are: those of earlier snapshots count no more.
     pub is_declared_whole: bool,
@@ -84,6 +84,9 @@ struct Header {
     memory_packs: u32,
     declared_packs: u32,
     is_declared_whole: bool,
+    /// Packs of declared state belong to this snapshot, though there may be none. If not, and it has pages,
+    /// declared state is in the image alone: packs of earlier snapshots are older than it.
+    holds_declared: bool,
     in_flight_packs: u32,
     /// Every pack is an LZ4 block behind its size.
     is_compressed: bool,
@@ -203,6 +206,24 @@ pub struct Share {
     pub states: Vec<Option<u32>>,
     /// The declared state itself, where it had to be converted to the schemas of now.
     pub converted: Option<Vec<Entry>>,
+    /// The declared state of tasks whose checkpoint holds it in the image of their memory alone: it was read
+    /// out of that. In the order of its keys.
+    pub read_out: BTreeMap<usize, Arc<Vec<Entry>>>,
+    /// It takes over the image, with the declared state that is in it and nowhere else.
+    pub is_in_image: bool,
+}
+
+/// Reads declared state out of the memory that it lies in.
+pub trait ReadOut: Send + Sync {
+    /// The declared state of a task, in the order of its keys, from snapshots of its memory.
+    ///
+    /// # Errors
+    /// What the component makes of it.
+    fn read(
+        &self,
+        task: usize,
+        memory: &[MemorySnapshot],
+    ) -> std::result::Result<Vec<Entry>, String>;
 }
 
 impl Share {
@@ -218,7 +239,12 @@ impl Share {
         let owns = |key: &DeclaredKey| {
             self.key_groups.as_ref().is_none_or(|groups| groups.contains(&key.key_group))
         };
-        let runs = self.declared_from.iter().map(|old| from.declared(*old, checkpoint));
+        let runs = self.declared_from.iter().map(|old| match self.read_out.get(old) {
+            Some(entries) => {
+                Ok(Box::new(entries.iter().map(|entry| Ok(entry.clone()))) as Entries<'_>)
+            }
+            None => from.declared(*old, checkpoint),
+        });
         let declared = Merge::of(runs.collect::<Result<_>>()?).live();
         let owned = declared.filter(move |it| it.as_ref().map_or(true, |(key, _)| owns(key)));
         renumbered(owned, &self.states)
@@ -262,6 +288,12 @@ pub struct SnapshotStore {
     highest_id: u64,
     /// A restart has left snapshots behind that nothing stands on.
     has_leftovers: bool,
+    /// The components that the tasks run, by digest. Where declared state is in images alone, they are kept
+    /// in every generation: no other component can read it out.
+    components: BTreeMap<[u8; 16], Component>,
+    /// Whether the current generation has them.
+    has_components: bool,
+    read_out: Option<Arc<dyn ReadOut>>,
 }
 
 /// An open generation.
@@ -285,8 +317,10 @@ pub struct TaskReport {
     pub stored_pages: u64,
     /// Pages in the newest of them.
     pub increment_pages: u64,
-    /// Entries of declared state.
-    pub declared_entries: usize,
+    /// Entries of declared state; `None`: it has none, or it is in the image of its memory alone.
+    pub declared_entries: Option<usize>,
+    /// Whether it has declared state, and that is in the image of its memory alone.
+    pub is_in_image: bool,
     /// A source's position, or a sink's transactions.
     pub state_bytes: u64,
     /// The task had processed the end of its inputs.
@@ -396,6 +430,25 @@ fn key_parts(key: &[u8]) -> Option<(usize, u64)> {
     let (checkpoint, rest) = key.get(1..)?.split_first_chunk::<8>()?;
     let task = rest.first_chunk::<4>()?;
     Some((u32::from_be_bytes(*task) as usize, u64::from_be_bytes(*checkpoint)))
+}
+
+/// Puts the components that are not there; whether there were any.
+fn put_components(components: &[Component], generation: &mut dyn Generation) -> Result<bool> {
+    let mut has_put = false;
+    for component in components {
+        let key = component_key(&component.digest().0);
+        if generation.keys(&key)?.is_empty() {
+            generation.put(&key, &seal(&key, component.bytes()))?;
+            has_put = true;
+        }
+    }
+    Ok(has_put)
+}
+
+fn component_key(digest: &[u8; 16]) -> Vec<u8> {
+    let mut key = vec![b'c'];
+    key.extend_from_slice(digest);
+    key
 }
 
 fn manifest_key(checkpoint: u64) -> Vec<u8> {
@@ -528,6 +581,67 @@ impl SnapshotStore {
             full_bytes: 0,
             increment_bytes: 0,
             has_leftovers: false,
+            components: BTreeMap::new(),
+            has_components: false,
+            read_out: None,
+        }
+    }
+
+    /// Which components the tasks run, and how declared state is read out of their memory.
+    pub fn set_components(&mut self, components: Vec<Component>, read_out: Arc<dyn ReadOut>) {
+        self.components = components.into_iter().map(|it| (it.digest().0, it)).collect();
+        self.read_out = Some(read_out);
+        self.has_components = false;
+    }
+
+    /// The components that a generation has to have.
+    fn needed_components(&self) -> Vec<Component> {
+        let digests: BTreeSet<[u8; 16]> = self
+            .tasks
+            .iter()
+            .filter(|task| task.has_memory && task.has_declared && !task.has_host_state)
+            .filter_map(|task| task.digest)
+            .collect();
+        digests.iter().filter_map(|digest| self.components.get(digest)).cloned().collect()
+    }
+
+    /// The component that a task of a checkpoint ran, where it is kept: where declared state is in the
+    /// image of its memory alone.
+    ///
+    /// # Errors
+    /// Where it is missing or damaged.
+    pub fn component(&self, task: usize, checkpoint: u64) -> Result<Vec<u8>> {
+        let place = self.place_of(checkpoint)?;
+        let manifest = read_manifest(&*place.generation, &manifest_key(checkpoint))?;
+        let identity = manifest.tasks.get(task).map(|entry| &entry.identity);
+        let Some(digest) = identity.and_then(|identity| identity.digest) else {
+            let name = format!("checkpoint {checkpoint}");
+            return Err(StorageError::damaged(name, "the task has no component"));
+        };
+        let name = format!("the component {}", Digest(digest));
+        let key = component_key(&digest);
+        let Some(framed) = place.generation.get(&key)? else {
+            return Err(StorageError::damaged(name, "it is not there"));
+        };
+        let bytes = unseal(&name, &key, &framed)?;
+        match Digest::of(bytes).0 == digest {
+            true => Ok(bytes.to_vec()),
+            false => Err(StorageError::damaged(name, "it is another one")),
+        }
+    }
+
+    /// Whether a task's declared state as of a completed checkpoint is in the image of its memory alone.
+    ///
+    /// # Errors
+    /// Where a part of the checkpoint is missing or damaged.
+    pub fn is_in_image(&self, task: usize, checkpoint: u64) -> Result<bool> {
+        let generation = &*self.place_of(checkpoint)?.generation;
+        let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
+        match manifest.tasks.get(task) {
+            Some(entry) => {
+                Ok(entry.identity.has_declared && is_in_image(generation, task, &entry.chain)?)
+            }
+            None => Ok(false),
         }
     }
 
@@ -637,7 +751,12 @@ impl SnapshotStore {
                 report.is_drained = header.is_drained;
             }
             if identity.has_declared {
-                report.declared_entries = self.check_declared(task, checkpoint)?;
+                report.declared_entries = match is_in_image(&*place.generation, task, &entry.chain)?
+                {
+                    true => None,
+                    false => Some(self.check_declared(task, checkpoint)?),
+                };
+                report.is_in_image = report.declared_entries.is_none();
             }
             Ok(report)
         });
@@ -815,11 +934,21 @@ impl SnapshotStore {
         let manifest = self.manifest_of(checkpoint, written_at_ms);
         let key = manifest_key(checkpoint);
         let value = seal(&key, &manifest.encode()?);
-        let generation = &mut self.current.generation;
-        if let Err(error) = generation.put(&key, &value).and_then(|()| generation.flush()) {
+        // Before a checkpoint that cannot do without them.
+        let components = if self.has_components { Vec::new() } else { self.needed_components() };
+        let generation = &mut *self.current.generation;
+        let mut put = || -> Result<()> {
+            if put_components(&components, generation)? {
+                generation.flush()?;
+            }
+            generation.put(&key, &value)?;
+            generation.flush()
+        };
+        if let Err(error) = put() {
             // No head names it, so it is not there.
             return self.reopened(error);
         }
+        self.has_components = true;
         let mut head = self.head.clone();
         head.generation = self.current.number;
         let checksum = manifest_checksum(&manifest)?;
@@ -848,8 +977,18 @@ impl SnapshotStore {
         let manifest = self.manifest_of(checkpoint, written_at_ms);
         let mut generation = target.open(1, 0)?;
         let from = &*self.current.generation;
+        let merged = |task: usize| {
+            let (identity, chain) = (&manifest.tasks[task].identity, &manifest.tasks[task].chain);
+            let loaded = load_chain(from, task, chain)?;
+            let declared = match identity.has_declared && is_in_image(from, task, chain)? {
+                // A savepoint can be read anywhere, without the component.
+                true => Box::new(self.read_out(task, &loaded.memory)?.into_iter().map(Ok)),
+                false => declared_of(from, task, chain)?.live(),
+            };
+            Ok((merge(&loaded), Some(declared)))
+        };
         let (manifest, bytes) =
-            copy_merged(from, &manifest, self.is_compressing, &mut *generation)?;
+            write_merged(&merged, &manifest, self.is_compressing, &mut *generation)?;
         let checksum = manifest_checksum(&manifest)?;
         let head = Head {
             sequence: 1,
@@ -861,6 +1000,17 @@ impl SnapshotStore {
             target.write_head(copy, &head.encode()?)?;
         }
         Ok(bytes)
+    }
+
+    fn read_out(&self, task: usize, memory: &[MemorySnapshot]) -> Result<Vec<Entry>> {
+        let TaskIdentity { operator, index, .. } = &self.tasks[task];
+        let failed = |why: String| {
+            StorageError::store("read declared state out", format!("{operator}/{index}: {why}"))
+        };
+        let Some(read_out) = &self.read_out else {
+            return Err(failed("there is no component to do it".to_owned()));
+        };
+        read_out.read(task, memory).map_err(failed)
     }
 
     /// Forgets a completed checkpoint, gives back the space of what nothing stands on any more, and
@@ -977,11 +1127,12 @@ impl SnapshotStore {
             let from = other.unwrap_or(store);
             let merged = |task: usize| {
                 let share = &shares[task];
-                if let Some(entries) = &share.converted {
-                    let entries = entries.iter().cloned().map(Ok);
-                    return Ok((merge(&share.state), Box::new(entries) as Entries<'_>));
-                }
-                Ok((merge(&share.state), share.entries(from, checkpoint)?))
+                let declared = match &share.converted {
+                    _ if share.is_in_image => None,
+                    Some(entries) => Some(Box::new(entries.iter().cloned().map(Ok)) as Entries<'_>),
+                    None => Some(share.entries(from, checkpoint)?),
+                };
+                Ok((merge(&share.state), declared))
             };
             write_merged(&merged, &manifest, store.is_compressing, next)
         })
@@ -997,7 +1148,9 @@ impl SnapshotStore {
         // A generation without anything in it need not be listed.
         let number = numbers.last().copied().unwrap_or(0).max(self.current.number) + 1;
         let mut next = self.storage.open(number, 0)?;
-        let (manifest, bytes) = match fill(self, &mut *next) {
+        let components = self.needed_components();
+        let filled = put_components(&components, &mut *next).and_then(|_| fill(self, &mut *next));
+        let (manifest, bytes) = match filled {
             Ok(filled) => filled,
             Err(error) => {
                 drop(next);
@@ -1016,6 +1169,7 @@ impl SnapshotStore {
         head.generation = number;
         // What is in doubt is not removed: the next run sees which one the head names.
         self.commit_head(head, checkpoint)?;
+        self.has_components = true;
         self.full_bytes = bytes;
         self.increment_bytes = 0;
         self.chains = self.tasks.iter().map(|_| Chain::of(&[checkpoint])).collect();
@@ -1035,8 +1189,12 @@ impl SnapshotStore {
     pub fn declared(&self, task: usize, checkpoint: u64) -> Result<Entries<'_>> {
         let generation = &*self.place_of(checkpoint)?.generation;
         let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
-        let chain = manifest.tasks.get(task).map_or(&[][..], |entry| &entry.chain);
-        Ok(declared_of(generation, task, chain)?.live())
+        let Some(entry) = manifest.tasks.get(task) else { return Ok(Box::new(std::iter::empty())) };
+        if entry.identity.has_declared && is_in_image(generation, task, &entry.chain)? {
+            let why = "it is in the image of the task's memory alone";
+            return Err(StorageError::store("read declared state", why));
+        }
+        Ok(declared_of(generation, task, &entry.chain)?.live())
     }
 
     /// Reads a task's declared state and keeps nothing of it; gives the number of its entries.
@@ -1107,7 +1265,11 @@ fn copy_merged(
     let merged = |task: usize| {
         let chain = &manifest.tasks[task].chain;
         let snapshot = merge(&load_chain(from, task, chain)?);
-        Ok((snapshot, declared_of(from, task, chain)?.live()))
+        let declared = match is_in_image(from, task, chain)? {
+            true => None,
+            false => Some(declared_of(from, task, chain)?.live()),
+        };
+        Ok((snapshot, declared))
     };
     write_merged(&merged, manifest, is_compressing, next)
 }
@@ -1115,7 +1277,7 @@ fn copy_merged(
 /// Writes one full snapshot of every task, flushes, writes the manifest, flushes. The chains of
 /// `manifest` are not looked at: each becomes that snapshot.
 fn write_merged<'a>(
-    merged: &dyn Fn(usize) -> Result<(TaskSnapshot, Entries<'a>)>,
+    merged: &dyn Fn(usize) -> Result<(TaskSnapshot, Option<Entries<'a>>)>,
     manifest: &Manifest,
     is_compressing: bool,
     next: &mut dyn Generation,
@@ -1127,7 +1289,7 @@ fn write_merged<'a>(
         let identity = entry.identity.clone();
         let (snapshot, declared) = merged(task)?;
         let mut writer = PackWriter::new(next, task, checkpoint, is_compressing);
-        bytes += writer.snapshot(&snapshot, Some(declared))?;
+        bytes += writer.snapshot(&snapshot, declared)?;
         tasks.push(ManifestTask { identity, chain: vec![checkpoint], stats: entry.stats });
     }
     next.flush()?;
@@ -1179,6 +1341,7 @@ impl<'a> PackWriter<'a> {
             Some(memory) => self.memory(memory)?,
             None => 0,
         };
+        let holds_declared = declared.is_some();
         let declared_packs = declared.map_or(Ok(0), |run| self.declared(run))?;
         let in_flight_packs = self.in_flight(&snapshot.in_flight)?;
         let memory = snapshot.memory.as_ref();
@@ -1198,6 +1361,7 @@ impl<'a> PackWriter<'a> {
             memory_packs,
             declared_packs,
             is_declared_whole: snapshot.is_declared_whole,
+            holds_declared,
             in_flight_packs,
             is_compressed: self.is_compressing,
         };
@@ -1321,7 +1485,22 @@ fn read_pack(
     }
 }
 
-/// The declared state of a chain, as one run.
+/// Whether what a chain has of declared state is in the image of the memory alone: the newest snapshot
+/// that says anything about it has pages and no packs. Packs of earlier ones are older than the pages.
+fn is_in_image(generation: &dyn Generation, task: usize, chain: &[u64]) -> Result<bool> {
+    for id in chain.iter().rev() {
+        let header = read_header(generation, task, *id)?;
+        if header.holds_declared {
+            return Ok(false);
+        }
+        if !header.memories.is_empty() || !header.globals.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The declared state of a chain, as one run. It must not be in the image alone.
 fn declared_of<'a>(
     generation: &'a dyn Generation,
     task: usize,

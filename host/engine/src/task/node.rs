@@ -81,6 +81,8 @@ pub(crate) struct OperatorTask {
     pub(crate) dead_letter_output: u32,
     pub(crate) processed: Processed,
     pub(crate) guard: Option<Guard>,
+    /// Whether it has not handed over yet.
+    pub(crate) is_untried: bool,
     /// What was secured since the last checkpoint's snapshot.
     pub(crate) unsaved: Vec<MemorySnapshot>,
 }
@@ -428,10 +430,10 @@ impl OperatorTask {
         let Context { shared, local, .. } = context;
         if self.spec.snapshot.has_memory() {
             let lent = local.lend_image();
-            if lent.image.is_empty() {
-                return Ok(());
+            if !lent.image.is_empty() {
+                return instance.restore(&lent.image).await.map_err(restore_cause);
             }
-            return instance.restore(&lent.image).await.map_err(restore_cause);
+            // It is new, or comes from a checkpoint that holds declared state alone.
         }
         if !self.has_states || local.keyed.is_some() {
             return Ok(());
@@ -446,6 +448,11 @@ impl OperatorTask {
             instance.take_back(&changes, &[]).await.map_err(cause_of)?;
         }
         Ok(())
+    }
+
+    /// Whether checkpoints leave declared state in the image of the memory.
+    fn is_in_image(&self, local: &TaskLocal) -> bool {
+        self.spec.snapshot.has_memory() && local.keyed.is_none()
     }
 
     /// Fills the snapshot; a reason if the checkpoint has to be declined.
@@ -467,7 +474,19 @@ impl OperatorTask {
             return Ok(Some(error.to_string()));
         }
         // First, because handing over changes the memory that is snapshotted next.
-        if mode.has_declared() && has_states {
+        if mode.has_declared() && has_states && self.is_in_image(local) {
+            // It is read out of the image when it is needed. Whether it can be is known from the beginning,
+            // when there is little of it.
+            if std::mem::take(&mut self.is_untried) && self.restored_from == 0 {
+                let instance = self.instance()?;
+                let pieces = instance.hand_over(checkpoint.0, true, bytes_max).await;
+                let pieces = pieces.map_err(cause_of)?;
+                if let Some(own) = own_keys {
+                    pieces.iter().try_for_each(|it| own.check(it)).map_err(foreign_key)?;
+                }
+            }
+        } else if mode.has_declared() && has_states {
+            let instance = self.instance()?;
             let pieces = instance.hand_over(checkpoint.0, !tracks_changes, bytes_max).await;
             let pieces = pieces.map_err(cause_of)?;
             snapshot.is_declared_whole = !tracks_changes;
@@ -485,7 +504,7 @@ impl OperatorTask {
             });
         }
         if mode.has_memory() {
-            match instance.snapshot().await {
+            match self.instance()?.snapshot().await {
                 Ok(memory) => snapshot.memory = Some(self.complete_snapshot(memory)?),
                 // What was handed over counts as stored for the guest: it cannot be declined now.
                 Err(error @ SnapshotError::HandlesHeld { .. }) if snapshot.declared.is_some() => {
