@@ -3,10 +3,10 @@
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
 use cofferdam_core::job::Outcome;
-use cofferdam_engine::problem::Code;
+use cofferdam_engine::{problem::Code, restore::open_named};
 use cofferdam_tests::{
     guest,
-    job::{Ran, after_checkpoints, committed, run_manifest},
+    job::{Harness, Ran, after_checkpoints, after_records, committed, run_manifest},
 };
 
 const LINES: u64 = 30_000;
@@ -38,11 +38,12 @@ struct Version {
     component: &'static str,
     parallelism: u32,
     partition: &'static str,
+    snapshot: &'static str,
 }
 
 impl Version {
     fn write(&self, dir: &Path) -> std::path::PathBuf {
-        let Self { component, parallelism, partition } = self;
+        let Self { component, parallelism, partition, snapshot } = self;
         let component = guest::probe().with_file_name(component);
         let text = format!(
             r#"
@@ -61,7 +62,7 @@ rate = 40000
 [[operator]]
 name = "totals"
 component = {component:?}
-snapshot = "declared"
+snapshot = "{snapshot}"
 inputs = [{{ from = "in", partition = "{partition}" }}]
 [[sink]]
 name = "out"
@@ -88,7 +89,11 @@ inputs = ["totals"]
     }
 }
 
-const FIRST: Version = Version { component: "totals.wasm", parallelism: 2, partition: "hash" };
+const FIRST: Version =
+    Version { component: "totals.wasm", parallelism: 2, partition: "hash", snapshot: "declared" };
+
+/// Its checkpoints hold the memory; declared state is in that, and nowhere else.
+const IN_IMAGE: Version = Version { snapshot: "both", ..FIRST };
 
 #[test]
 fn state_follows_its_name_its_schema_and_its_keys_into_the_next_version() {
@@ -169,4 +174,91 @@ fn state_without_keys_is_refused_another_parallelism() {
     assert_eq!(problem.code, Code::StateWithoutKeys, "{problem}");
     let unkeyed = Version { partition: "rebalance", ..FIRST };
     assert_eq!(unkeyed.finished(dir.path()).outcome, Ok(Outcome::Finished));
+}
+
+/// No checkpoint has handed anything over: the component that wrote it reads it out of its memory.
+#[test]
+fn state_in_an_image_is_read_out_by_the_component_that_wrote_it() {
+    for parallelism in [2, 5, 1] {
+        let dir = tempfile::tempdir().expect("a directory");
+        IN_IMAGE.stopped(dir.path());
+        let (store, newest) = open_named(&dir.path().join("totals.cofferdam")).expect("opens");
+        let tasks = store.inspect(newest.checkpoint).expect("whole");
+        assert_eq!(tasks.iter().filter(|task| task.is_in_image).count(), 2);
+        drop(store);
+        let next = Version { component: "totals_next.wasm", parallelism, ..FIRST };
+        let again = Version { parallelism: 3, snapshot: "both", ..next };
+        let refused =
+            again.finished(dir.path()).outcome.expect_err("memory fits no other component");
+        assert_eq!(refused.code, Code::StateMismatch, "{refused}");
+        next.stopped(dir.path());
+        // What was not declared is given up by now, so its memory may be kept again.
+        let ran = again.finished(dir.path());
+        assert_eq!(ran.outcome, Ok(Outcome::Finished));
+        assert_eq!(ran.restored().len(), 1, "it has resumed");
+        assert!(committed(&dir.path().join("output")) == expected(), "at {parallelism}");
+    }
+}
+
+/// The newest checkpoint counts, also where an earlier one of the same tasks holds packs.
+#[test]
+fn packs_of_an_earlier_checkpoint_are_not_taken_for_the_state_of_a_later_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    FIRST.stopped(dir.path());
+    IN_IMAGE.stopped(dir.path());
+    let next = Version { component: "totals_next.wasm", parallelism: 3, ..FIRST };
+    assert_eq!(next.finished(dir.path()).outcome, Ok(Outcome::Finished));
+    assert!(committed(&dir.path().join("output")) == expected());
+}
+
+#[test]
+fn component_that_is_not_kept_any_more_is_named_and_nothing_is_lost() {
+    let dir = tempfile::tempdir().expect("a directory");
+    IN_IMAGE.stopped(dir.path());
+    let state = dir.path().join("totals.cofferdam");
+    let component = fs::read(guest::probe().with_file_name("totals.wasm")).expect("readable");
+    let is_pack = |path: &&std::path::PathBuf| path.ends_with("pack");
+    let pack = files_in(&state).keys().find(is_pack).cloned().expect("a pack");
+    let mut bytes = fs::read(&pack).expect("readable");
+    let begin = &component[..64];
+    let at = bytes.windows(64).position(|window| window == begin).expect("the component is kept");
+    bytes[at + component.len() / 2] ^= 1;
+    fs::write(&pack, &bytes).expect("written");
+    let before = files_in(&state);
+    let next = Version { component: "totals_next.wasm", parallelism: 3, ..FIRST };
+    let problem = next.finished(dir.path()).outcome.expect_err("nobody can read it out");
+    assert_eq!(problem.code, Code::StateMismatch, "{problem}");
+    assert!(problem.to_string().contains("the component"), "{problem}");
+    let of_state = |files: BTreeMap<std::path::PathBuf, Vec<u8>>| -> Vec<_> {
+        files.into_iter().filter(|(path, _)| !path.ends_with("JOB")).collect()
+    };
+    assert!(of_state(files_in(&state)) == of_state(before), "a refused run changes nothing");
+    assert_eq!(IN_IMAGE.finished(dir.path()).outcome, Ok(Outcome::Finished));
+    assert!(committed(&dir.path().join("output")) == expected());
+}
+
+/// A state key belongs to the key of a record: under another one it would be left behind.
+#[test]
+fn state_under_the_key_of_no_record_is_refused_at_once_or_when_it_is_read_out() {
+    let with = |at: u64, snapshot: &'static str| Harness {
+        config: format!("do = \"foreign-key\", at = {at}"),
+        rate: Some(100_000),
+        snapshot,
+        ..Harness::default()
+    };
+    for snapshot in ["declared", "both"] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let problem = with(0, snapshot).run_in(dir.path()).outcome.expect_err("it is refused");
+        assert_eq!(problem.code, Code::ForeignKey, "{problem}");
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let late = with(9_000, "both");
+    let manifest = late.write(dir.path());
+    let ran = run_manifest(&manifest, |job| after_records(job, 30_000, |job| job.stop()));
+    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
+    let rescaled = Harness { parallelism: 3, snapshot: "declared", ..late.clone() };
+    let problem = rescaled.run_in(dir.path()).outcome.expect_err("it cannot be shared out");
+    assert_eq!(problem.code, Code::StateMismatch, "{problem}");
+    assert!(problem.to_string().contains("nobody"), "{problem}");
+    assert_eq!(late.run_in(dir.path()).outcome, Ok(Outcome::Finished), "as it was, it finishes");
 }

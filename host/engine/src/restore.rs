@@ -515,10 +515,7 @@ fn read_out_task(
         let problem = Problem::new(Code::StateMismatch, message)
             .detail(what)
             .detail("it lies in the image of the task's memory, and the component that it ran reads it out")
-            .hint(
-                "resume with that component, the same parallelism and snapshot = \"both\", and take a \
-                 savepoint",
-            );
+            .hint("resume with that component, the same parallelism and snapshot = \"both\"");
         Failed::Problem(Box::new(problem))
     };
     let bytes = store.component(slot, manifest.checkpoint).map_err(|error| match error {

@@ -140,6 +140,9 @@ impl Probe {
             "reject" => return Err(Error::rejected("this record has a bad smell")),
             "fail" => return Err(Error::failed("the operator gives up")),
             "exit" => std::process::exit(3),
+            "foreign-key" => {
+                self.counts.set(&StateKey::new(b"nobody's"), 1);
+            }
             "println" => println!("record {}", self.seen),
             "eprintln" => eprintln!("record {}", self.seen),
             "grow" => self.ballast = vec![1; 32 << 20],
