@@ -6,7 +6,7 @@ use cofferdam_core::job::Outcome;
 use cofferdam_engine::{problem::Code, restore::open_named};
 use cofferdam_tests::{
     guest,
-    job::{Harness, Ran, after_checkpoints, after_records, committed, run_manifest},
+    job::{Harness, Ran, after_checkpoints, after_records, block_on, committed, run_manifest},
 };
 
 const LINES: u64 = 30_000;
@@ -261,4 +261,54 @@ fn state_under_the_key_of_no_record_is_refused_at_once_or_when_it_is_read_out() 
     assert_eq!(problem.code, Code::StateMismatch, "{problem}");
     assert!(problem.to_string().contains("nobody"), "{problem}");
     assert_eq!(late.run_in(dir.path()).outcome, Ok(Outcome::Finished), "as it was, it finishes");
+}
+
+/// Whoever looks from outside sees what the operator has: in packs, in an image, and in a savepoint.
+#[test]
+fn state_is_read_from_outside() {
+    let shown = |state: &Path, more: &[&str]| {
+        let mut command = std::process::Command::new(guest::program());
+        command.arg("state").arg(state).args(more);
+        let output = command.output().expect("the program runs");
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{words}");
+        let text = String::from_utf8(output.stdout).expect("text");
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    };
+    for version in [FIRST, IN_IMAGE] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let savepoint = dir.path().join("saved");
+        let target = savepoint.clone();
+        let ran = run_manifest(&version.write(dir.path()), |job| {
+            after_checkpoints(job, 5, move |job| {
+                block_on(job.stop_with_savepoint(target, false)).expect("written");
+            });
+        });
+        assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
+        let emitted = committed(&dir.path().join("output"));
+        let counted = |key: &str| {
+            let of_key = emitted.iter().filter(|line| line.split(' ').next() == Some(key));
+            of_key.count()
+        };
+        let all = shown(&savepoint, &["--operator", "totals", "--state", "count", "--json"]);
+        assert!(!all.is_empty(), "there is state");
+        for line in &all {
+            let entry: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            let key = entry["key"].as_str().expect("a key");
+            assert_eq!(entry["value"].as_u64(), Some(counted(key) as u64), "{line}");
+        }
+        let one = shown(&savepoint, &["--key", "k4"]);
+        assert!(one.contains(&format!("totals.count k4 = {}", counted("k4"))), "{one:?}");
+        let summary = shown(&savepoint, &[]);
+        let counts = summary.iter().find(|line| line.contains("totals.count:")).expect("listed");
+        assert!(counts.contains(&format!("{} entries", all.len())), "{counts}");
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    IN_IMAGE.stopped(dir.path());
+    let state = dir.path().join("totals.cofferdam");
+    let before = files_in(&state);
+    assert!(!shown(&state, &["--operator", "totals"]).is_empty(), "the image is read out");
+    assert_eq!(files_in(&state), before, "and nothing of it changes");
 }

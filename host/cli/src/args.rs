@@ -51,6 +51,12 @@ committed, and running the job again goes on from its newest checkpoint."
 cofferdam explain restarts --set restart-strategy.type=failure-rate --failures 0,100,61000"
     )]
     Explain(ExplainArguments),
+    /// Read declared state from a savepoint, or from the checkpoints of a job that is not running
+    #[command(
+        after_help = "Examples:\n  cofferdam state savepoints/savepoint-job-18f\n  cofferdam state savepoints/savepoint-job-18f --operator count --key the\n  cofferdam state job.cofferdam --operator count --state counts --json | jq .value\n\n\
+Without --operator, --state or --key it lists the states and how much is in them."
+    )]
+    State(StateArguments),
     /// Look into the checkpoints of a job that is not running, or into a savepoint
     #[command(
         after_help = "Examples:\n  cofferdam checkpoints list job.toml\n  cofferdam checkpoints inspect job.toml\n  cofferdam checkpoints verify savepoints/savepoint-job-18f"
@@ -322,6 +328,26 @@ pub(crate) struct RestartsArguments {
 fn setting(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
     Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StateArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArgument,
+    /// Which checkpoint [default: the newest]
+    #[arg(long)]
+    pub(crate) id: Option<u64>,
+    /// The state of this operator alone
+    #[arg(long, value_name = "NAME")]
+    pub(crate) operator: Option<String>,
+    /// The entries of this state alone
+    #[arg(long, value_name = "NAME")]
+    pub(crate) state: Option<String>,
+    /// The entries of this record key alone: text, or 0x and hexadecimal digits
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
 }
 
 #[derive(Debug, Args)]

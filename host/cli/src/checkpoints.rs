@@ -75,16 +75,16 @@ async fn kept_by_a_run(state_dir: &Path) -> Result<Option<Vec<KeptCheckpoint>>, 
     }
 }
 
-struct Opened {
-    dir: PathBuf,
-    store: SnapshotStore,
+pub(crate) struct Opened {
+    pub(crate) dir: PathBuf,
+    pub(crate) store: SnapshotStore,
     found: Found,
     /// Held as long as the store is open: a run must not begin meanwhile.
     _lock: Option<File>,
 }
 
 impl Opened {
-    fn new(job: &JobArgument) -> Result<Self, Problem> {
+    pub(crate) fn new(job: &JobArgument) -> Result<Self, Problem> {
         let Places { state_dir, checkpoints: dir } = places(job)?;
         let lock = lock(&state_dir)?;
         let opened = storage::open_at(&dir).and_then(SnapshotStore::open_existing);
@@ -102,7 +102,7 @@ impl Opened {
     }
 
     /// The checkpoint with this id, or the newest.
-    fn manifest(&self, id: Option<u64>) -> Result<&Manifest, Problem> {
+    pub(crate) fn manifest(&self, id: Option<u64>) -> Result<&Manifest, Problem> {
         let mut manifests = self.found.manifests.iter();
         let found = match id {
             Some(id) => manifests.find(|manifest| manifest.checkpoint == id),
@@ -122,7 +122,7 @@ impl Opened {
         Problem::new(Code::StoreDamaged, message).detail(error)
     }
 
-    fn warn(&self) {
+    pub(crate) fn warn(&self) {
         for damage in &self.found.damaged {
             say_aside!("warning: {damage}");
         }

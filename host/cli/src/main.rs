@@ -12,6 +12,7 @@ mod explain;
 mod new;
 mod run;
 mod socket;
+mod state;
 
 use std::{io::Write, process::ExitCode};
 
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Verb::Run(arguments) => with_runtime(run::run(arguments, is_json)),
         Verb::Explain(arguments) => explain::run(&arguments, is_json),
         Verb::Checkpoints { verb } => checkpoints::run(&verb, is_json),
+        Verb::State(arguments) => state::run(&arguments, is_json),
         Verb::History { job } => control::history(&job, is_json),
         Verb::Savepoint(arguments) => with_runtime(control::savepoint(&arguments, is_json)),
         Verb::Stop(arguments) => with_runtime(control::stop(&arguments, is_json)),

@@ -14,6 +14,7 @@ pub mod problem;
 pub mod progress;
 mod read_out;
 pub mod restore;
+pub mod schema;
 mod sink;
 mod source;
 pub mod spec;

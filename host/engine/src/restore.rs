@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use cofferdam_sandbox::{Component, Limits};
+use cofferdam_sandbox::{Component, Limits, Sandbox};
 
 use cofferdam_core::{
     graph::Partitioner,
@@ -31,7 +31,7 @@ use crate::{
     state_dir::JobRecord,
     storage::{
         self, StorageError,
-        declared::{Changes, Entry, OwnKeys, changes_of},
+        declared::{Changes, DeclaredKey, Entry, OwnKeys, changes_of},
         in_flight::{ChannelState, InFlight},
         manifest::{Manifest, StateIdentity, TaskIdentity},
         snapshot::{Found, LoadedTask, Share, SnapshotStore},
@@ -423,7 +423,8 @@ fn redistribute(
             } else if takes_memory {
                 is_in_image = true;
             } else {
-                let entries = read_out_task(tasks, manifest, store, *slot, &task)?;
+                let sandbox = tasks.components.values().next().map(Component::sandbox);
+                let entries = read_out_task(sandbox.as_ref(), manifest, store, *slot, &task)?;
                 read_outs.insert(*slot, Arc::new(entries));
             }
             if !takes_memory {
@@ -500,9 +501,45 @@ fn redistribute(
     Ok(shares)
 }
 
+/// Gives every entry of a task's declared state as of a checkpoint, in the order of its keys, until `each`
+/// says that it has seen enough. What lies in the image of the memory alone is read out of it.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn each_declared(
+    sandbox: &Sandbox,
+    store: &SnapshotStore,
+    manifest: &Manifest,
+    slot: usize,
+    mut each: impl FnMut(&DeclaredKey, &[u8]) -> bool,
+) -> Result<(), Problem> {
+    let checkpoint = manifest.checkpoint;
+    let damaged = |error: StorageError| {
+        let message = format!("checkpoint {checkpoint} in {} is damaged", store.location());
+        Problem::new(Code::StoreDamaged, message).detail(error)
+    };
+    let mut give = |(key, value): &Entry| value.as_ref().is_none_or(|value| each(key, value));
+    if store.is_in_image(slot, checkpoint).map_err(damaged)? {
+        let task = store.load(slot, checkpoint).map_err(damaged)?;
+        let entries = read_out_task(Some(sandbox), manifest, store, slot, &task);
+        let entries = entries.map_err(|failed| match failed {
+            Failed::Problem(problem) => *problem,
+            Failed::Storage(error) => damaged(error),
+        })?;
+        let _ = entries.iter().all(&mut give);
+        return Ok(());
+    }
+    for entry in store.declared(slot, checkpoint).map_err(damaged)? {
+        if !give(&entry.map_err(damaged)?) {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// Reads the declared state of a task of the checkpoint out of its memory, with the component that it ran.
 fn read_out_task(
-    tasks: &Tasks<'_>,
+    sandbox: Option<&Sandbox>,
     manifest: &Manifest,
     store: &SnapshotStore,
     slot: usize,
@@ -522,7 +559,7 @@ fn read_out_task(
         StorageError::Damaged { .. } => refused(error.to_string()),
         error => Failed::Storage(error),
     })?;
-    let Some(sandbox) = tasks.components.values().next().map(Component::sandbox) else {
+    let Some(sandbox) = sandbox else {
         return Err(refused("the job has no operator any more".to_owned()));
     };
     let component = sandbox.load(&bytes);

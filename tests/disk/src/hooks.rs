@@ -291,11 +291,11 @@ pub unsafe extern "C" fn writev(fd: c_int, buffers: *const iovec, count: c_int) 
             let mut bytes = Vec::new();
             // SAFETY: the kernel has read so many buffers from there just now.
             for buffer in unsafe { slice::from_raw_parts(buffers, count as usize) } {
-                // SAFETY: and the bytes of each; a buffer of none may have no address.
+                // A buffer of no bytes may have no address.
                 if 0 < buffer.iov_len {
-                    bytes.extend_from_slice(unsafe {
-                        slice::from_raw_parts(buffer.iov_base.cast(), buffer.iov_len)
-                    });
+                    let (base, len) = (buffer.iov_base.cast(), buffer.iov_len);
+                    // SAFETY: and the bytes of each.
+                    bytes.extend_from_slice(unsafe { slice::from_raw_parts(base, len) });
                 }
             }
             note_written(state, open, &bytes[..written as usize], fd, None);

@@ -1,0 +1,216 @@
+//! `cofferdam state`: declared state from outside, entry by entry.
+
+use std::io::{self, BufWriter, Write};
+
+use cofferdam_engine::{
+    job,
+    problem::{Code, Problem},
+    restore::each_declared,
+    schema::to_json,
+    storage::{
+        declared::DeclaredKey,
+        manifest::{Manifest, TaskIdentity},
+    },
+};
+use cofferdam_sandbox::Sandbox;
+use serde_json::{Value, json};
+
+use crate::{
+    args::StateArguments,
+    checkpoints::Opened,
+    report::{bytes, count},
+};
+
+pub(crate) fn run(arguments: &StateArguments, is_json: bool) -> Result<(), Problem> {
+    let opened = Opened::new(&arguments.job)?;
+    opened.warn();
+    let manifest = opened.manifest(arguments.id)?;
+    check_names(arguments, manifest)?;
+    let sandbox = job::sandbox(arguments.cache.dir())?;
+    let wants_entries =
+        arguments.operator.is_some() || arguments.state.is_some() || arguments.key.is_some();
+    match wants_entries {
+        true => entries(arguments, &opened, manifest, &sandbox, is_json),
+        false => summary(&opened, manifest, &sandbox, is_json),
+    }
+}
+
+fn unknown(message: String, known: Vec<&str>) -> Problem {
+    let hint = match known.is_empty() {
+        true => "no operator in this checkpoint has declared state".to_owned(),
+        false => format!("there are: {}", known.join(", ")),
+    };
+    Problem::new(Code::UnknownInput, message).hint(hint)
+}
+
+/// Refuses a name that nothing in the checkpoint has.
+fn check_names(arguments: &StateArguments, manifest: &Manifest) -> Result<(), Problem> {
+    let tasks = manifest.tasks.iter().map(|task| &task.identity);
+    let mut declared: Vec<&TaskIdentity> = tasks.filter(|task| task.has_declared).collect();
+    declared.dedup_by(|left, right| left.operator == right.operator);
+    if let Some(operator) = &arguments.operator
+        && !declared.iter().any(|task| task.operator == *operator)
+    {
+        let message =
+            format!("no operator \"{operator}\" with declared state is in the checkpoint");
+        return Err(unknown(message, declared.iter().map(|task| &*task.operator).collect()));
+    }
+    let is_asked = |task: &&TaskIdentity| {
+        arguments.operator.as_ref().is_none_or(|operator| *operator == task.operator)
+    };
+    let states: Vec<&str> = declared
+        .iter()
+        .copied()
+        .filter(is_asked)
+        .flat_map(|task| task.states.iter().map(|state| &*state.name))
+        .collect();
+    match &arguments.state {
+        Some(state) if !states.contains(&&**state) => {
+            Err(unknown(format!("no state \"{state}\" is in the checkpoint"), states))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The bytes of a key that was given as text.
+fn key_of(text: &str) -> Result<Vec<u8>, Problem> {
+    let Some(digits) = text.strip_prefix("0x") else { return Ok(text.as_bytes().to_vec()) };
+    let byte = |pair: &[u8]| {
+        let pair = std::str::from_utf8(pair).ok()?;
+        (pair.len() == 2).then(|| u8::from_str_radix(pair, 16).ok())?
+    };
+    digits.as_bytes().chunks(2).map(byte).collect::<Option<_>>().ok_or_else(|| {
+        Problem::new(Code::BadValue, format!("\"{text}\" is no key"))
+            .hint("behind 0x come pairs of hexadecimal digits")
+    })
+}
+
+/// Text where it is text that people can read, else hexadecimal digits behind `0x`.
+fn shown(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.starts_with("0x") && !text.chars().any(char::is_control) => {
+            text.to_owned()
+        }
+        _ => {
+            let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("0x{digits}")
+        }
+    }
+}
+
+/// The record key of an entry, and the namespace behind it.
+fn parts(key: &DeclaredKey) -> (&[u8], &[u8]) {
+    key.key.split_at(key.key.len().saturating_sub(key.namespace as usize))
+}
+
+fn entries(
+    arguments: &StateArguments,
+    opened: &Opened,
+    manifest: &Manifest,
+    sandbox: &Sandbox,
+    is_json: bool,
+) -> Result<(), Problem> {
+    let wanted = arguments.key.as_deref().map(key_of).transpose()?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    // Whoever reads may have seen enough.
+    let mut is_read = true;
+    for (slot, task) in manifest.tasks.iter().enumerate() {
+        let TaskIdentity { operator, states, has_declared, .. } = &task.identity;
+        let is_asked = arguments.operator.as_ref().is_none_or(|asked| asked == operator);
+        if !has_declared || !is_asked || !is_read {
+            continue;
+        }
+        each_declared(sandbox, &opened.store, manifest, slot, |key, value| {
+            let Some(state) = states.get(key.state as usize) else { return true };
+            let (record_key, namespace) = parts(key);
+            let is_asked = arguments.state.as_ref().is_none_or(|asked| *asked == state.name)
+                && wanted.as_ref().is_none_or(|wanted| wanted == record_key);
+            if !is_asked {
+                return true;
+            }
+            // What nobody can look into is shown as it lies there.
+            let value =
+                to_json(&state.schema, value).unwrap_or_else(|_| Value::String(shown(value)));
+            let written = match is_json {
+                true => writeln!(
+                    out,
+                    "{}",
+                    json!({
+                        "operator": operator,
+                        "state": state.name,
+                        "key": shown(record_key),
+                        "namespace": (!namespace.is_empty()).then(|| shown(namespace)),
+                        "value": value,
+                    })
+                ),
+                false => {
+                    let within = match namespace {
+                        [] => String::new(),
+                        namespace => format!(" [{}]", shown(namespace)),
+                    };
+                    let key = shown(record_key);
+                    writeln!(out, "{operator}.{} {key}{within} = {value}", state.name)
+                }
+            };
+            is_read = written.is_ok();
+            is_read
+        })?;
+    }
+    let _ = out.flush();
+    Ok(())
+}
+
+fn summary(
+    opened: &Opened,
+    manifest: &Manifest,
+    sandbox: &Sandbox,
+    is_json: bool,
+) -> Result<(), Problem> {
+    // By operator and state, in the order of the checkpoint.
+    let mut rows: Vec<(&str, &str, &str, u64, u64)> = Vec::new();
+    for (slot, task) in manifest.tasks.iter().enumerate() {
+        let TaskIdentity { operator, states, has_declared, .. } = &task.identity;
+        if !has_declared {
+            continue;
+        }
+        let first = match rows.iter().position(|row| row.0 == operator) {
+            Some(first) => first,
+            None => {
+                let row = states.iter().map(|it| (&**operator, &*it.name, &*it.schema, 0, 0));
+                rows.extend(row);
+                rows.len() - states.len()
+            }
+        };
+        each_declared(sandbox, &opened.store, manifest, slot, |key, value| {
+            if let Some(row) = rows.get_mut(first + key.state as usize) {
+                row.3 += 1;
+                row.4 += (key.key.len() + value.len()) as u64;
+            }
+            true
+        })?;
+    }
+    if !is_json {
+        say!("checkpoint {} in {}", manifest.checkpoint, opened.dir.display());
+        if rows.is_empty() {
+            say!("  no operator in it has declared state");
+        }
+    }
+    for (operator, state, schema, entries, size) in rows {
+        match is_json {
+            true => crate::report::line(&json!({
+                "checkpoint": manifest.checkpoint,
+                "operator": operator,
+                "state": state,
+                "schema": schema,
+                "entries": entries,
+                "bytes": size,
+            })),
+            false => say!(
+                "  {operator}.{state}: {} entries, {}, each a {schema}",
+                count(entries),
+                bytes(size)
+            ),
+        }
+    }
+    Ok(())
+}
