@@ -4,6 +4,7 @@ mod approximate;
 mod batch;
 mod checkpoints;
 mod dead_letter;
+mod disk;
 mod exactly_once;
 mod failover;
 mod objects;

@@ -42,6 +42,16 @@ enum Verb {
         /// How many
         histories: u64,
     },
+    /// Make this many calls of the disk fail beneath the program, one a run
+    Faults {
+        /// How many
+        faults: u64,
+    },
+    /// Cut the power of the disk this often: what was not synced is lost, or any part of it
+    Power {
+        /// How often
+        cuts: u64,
+    },
     /// Run a benchmark: call, recovery, checkpoint, failover, state or wordcount
     Bench {
         /// Which one
@@ -58,6 +68,8 @@ fn main() -> Result<()> {
         Verb::Seed { seed } => steps::simulate("SEED", seed),
         Verb::Crash { rounds } => steps::program("crash", rounds),
         Verb::World { histories } => steps::program("world", histories),
+        Verb::Faults { faults } => steps::program("faults", faults),
+        Verb::Power { cuts } => steps::program("power", cuts),
         Verb::Bench { name } => steps::bench(&name),
     }
 }
