@@ -210,7 +210,11 @@ fn kill_at_any_moment_loses_nothing_and_doubles_nothing() {
 /// Kills, stops, savepoints, forks, other parallelisms and paths, moved directories, readers, cut inputs.
 #[test]
 fn every_record_comes_once_whatever_the_history_of_the_job() {
-    let tally = world::run(6, 40, |_| {}).expect("every verdict as predicted");
-    assert_eq!(tally.worlds, 6);
+    let wanted = rounds("WORLDS", 40);
+    let tally = world::run(wanted, 40, |_| {}).expect("every verdict as predicted");
+    assert_eq!(tally.worlds, wanted);
+    for step in ["rescales", "upgrades", "renames", "other paths", "moved directories"] {
+        assert!(0 < tally.exact.get(step).copied().unwrap_or(0), "{step}: {:?}", tally.exact);
+    }
     assert!(10 <= tally.events.values().sum::<u64>(), "{:?}", tally.events);
 }

@@ -235,9 +235,12 @@ pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let target = to.join(entry.file_name());
-        match entry.file_type()?.is_dir() {
-            true => copy_dir(&entry.path(), &target)?,
-            false => fs::copy(entry.path(), target).map(|_| ())?,
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            copy_dir(&entry.path(), &target)?;
+        } else if kind.is_file() {
+            // A socket that a killed run has left is nothing to copy.
+            fs::copy(entry.path(), target)?;
         }
     }
     Ok(())

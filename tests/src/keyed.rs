@@ -10,12 +10,12 @@ use anyhow::{Result, ensure};
 
 const KEYS: u64 = 97;
 
-/// So many lines, each with a key and its number.
+/// So many lines, each with a key and its number. All are equally long: which of a key comes first is open.
 #[must_use]
 pub fn input(lines: u64) -> String {
     let mut text = String::new();
     for line in 0..lines {
-        let _ = writeln!(text, "k{} {line}", line * line % KEYS);
+        let _ = writeln!(text, "k{:02} {line:06}", line * line % KEYS);
     }
     text
 }
@@ -30,6 +30,22 @@ pub fn counted(text: &str) -> Vec<String> {
         let count = counts.entry(key).or_default();
         *count += 1;
         expected.push(format!("{key} {count} true"));
+    }
+    expected.sort_unstable();
+    expected
+}
+
+/// What a job of `totals` makes of the lines, sorted: each record of a key with its number and the bytes so
+/// far.
+#[must_use]
+pub fn totals(text: &str) -> Vec<String> {
+    let mut totals: BTreeMap<&str, (u64, usize)> = BTreeMap::new();
+    let mut expected: Vec<String> = Vec::new();
+    for line in text.lines() {
+        let key = line.split(' ').next().unwrap_or_default();
+        let (count, bytes) = totals.entry(key).or_default();
+        (*count, *bytes) = (*count + 1, *bytes + line.len());
+        expected.push(format!("{key} {count} {bytes}"));
     }
     expected.sort_unstable();
     expected

@@ -1,10 +1,11 @@
-//! A job in a world that misbehaves: random histories of kills, stops, savepoints, forks, rescaling, other
-//! paths, moved directories, readers that take what they have read, and inputs that are cut. Each step
-//! has a verdict that is known beforehand: the run succeeds, or it is refused with a code; and at the end
-//! every record is in the output once.
+//! A job in a world that misbehaves: random histories of kills, stops, savepoints, forks, rescaling, upgrades,
+//! renamed operators, other paths, moved directories, readers that take what they have read, inputs that
+//! are cut, grown or replaced, second jobs, flipped bits, lost files and failing disks. Each step has a
+//! verdict that is known beforehand: the run succeeds, or it is refused with a code and nothing changes;
+//! and at the end every record is in the output once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -14,13 +15,19 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cofferdam_core::random::Random;
 
-use crate::{guest, keyed};
+use crate::{
+    disk::{copy_dir, library},
+    guest, keyed,
+};
 
 const LINES: u64 = 40_000;
 const RATE: u64 = 40_000;
 const FINISHED: &str = "has finished; there is nothing to do";
 /// Runs of one history before it is let finish.
 const RUNS_MAX: u32 = 7;
+/// Codes of a state that is damaged: what is left of it cannot be resumed from.
+const DAMAGED: [&str; 9] =
+    ["C0017", "C0018", "C0019", "C0020", "C0021", "C0028", "C0029", "C0031", "C0034"];
 
 /// What the histories consisted of.
 #[derive(Debug, Default, Clone)]
@@ -29,14 +36,33 @@ pub struct Tally {
     pub worlds: u64,
     /// How often each thing happened.
     pub events: BTreeMap<&'static str, u64>,
+    /// In how many histories it was part of what ended with the right output.
+    pub exact: BTreeMap<&'static str, u64>,
+    /// How often each code was predicted and given.
+    pub refusals: BTreeMap<&'static str, u64>,
+}
+
+/// What a manifest says of the job.
+#[derive(Debug, Clone, Copy)]
+struct Setup {
+    parallelism: u64,
+    out: u64,
+    /// The second version of the operator.
+    is_next: bool,
+    snapshot: &'static str,
+    /// Of the operator, whose `uid` stays.
+    name: u64,
+    has_uid: bool,
 }
 
 struct World {
     /// Where everything lies; it may be moved.
     dir: PathBuf,
     homes: u32,
-    parallelism: u64,
-    out: u64,
+    setup: Setup,
+    /// What the newest checkpoint was written with; `None`: there is none, or nobody knows.
+    settled: Option<Setup>,
+    is_finished: bool,
     rolling: &'static str,
     backend: &'static str,
     /// Directories that were written to.
@@ -44,10 +70,14 @@ struct World {
     /// What a reader has taken.
     taken: Vec<String>,
     savepoints: u32,
-    /// Savepoints that nothing has begun from yet.
-    kept: Vec<String>,
+    /// Savepoints that nothing has begun from yet, with what they were written with.
+    kept: Vec<(String, Setup)>,
     /// The state directory of the branch that counts, and those of branches that were left.
     state: String,
+    /// What is in the input file.
+    input: String,
+    /// What has happened so far.
+    steps: BTreeSet<&'static str>,
     random: Random,
 }
 
@@ -59,7 +89,9 @@ pub fn run(worlds: u64, seed: u64, mut on_world: impl FnMut(&Tally)) -> Result<T
     let mut tally = Tally::default();
     for world in 0..worlds {
         let seed = seed + world;
-        let dir = tempfile::tempdir().context("a directory")?;
+        let mut dir = tempfile::tempdir().context("a directory")?;
+        // To look at what a history has left.
+        dir.disable_cleanup(std::env::var_os("KEEP").is_some());
         live(dir.path(), seed, &mut tally)
             .with_context(|| format!("SEED={seed} cargo xtask world 1"))?;
         tally.worlds += 1;
@@ -71,43 +103,70 @@ pub fn run(worlds: u64, seed: u64, mut on_world: impl FnMut(&Tally)) -> Result<T
 fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
     let mut random = Random::new(seed);
     let rollings = ["", "roll-size = \"20KiB\"\n", "roll-interval = \"200ms\"\n"];
-    let backends = ["hashmap", "sled"];
+    let backend = ["hashmap", "sled"][random.between(0, 1) as usize];
+    let snapshot = match backend {
+        "sled" => "declared",
+        _ => ["declared", "both"][random.between(0, 1) as usize],
+    };
+    let setup = Setup {
+        parallelism: random.between(1, 4),
+        out: 0,
+        is_next: false,
+        snapshot,
+        name: 0,
+        has_uid: true,
+    };
+    let text = keyed::input(LINES);
     let mut world = World {
         dir: home.join("home-0"),
         homes: 1,
-        parallelism: random.between(1, 4),
-        out: 0,
+        setup,
+        settled: None,
+        is_finished: false,
         rolling: rollings[random.between(0, 2) as usize],
-        backend: backends[random.between(0, 1) as usize],
+        backend,
         outs: 1,
         taken: Vec::new(),
         savepoints: 0,
         kept: Vec::new(),
         state: "state-0".to_owned(),
+        input: text.clone(),
+        steps: BTreeSet::new(),
         random,
     };
     fs::create_dir(&world.dir)?;
-    let text = keyed::input(LINES);
     fs::write(world.dir.join("in.txt"), &text)?;
     for _ in 0..RUNS_MAX {
-        if world.run_and_disturb(tally)? {
+        if world.is_finished || world.run_and_disturb(tally)? {
             break;
         }
         for _ in 0..world.random.between(0, 2) {
-            world.change(home, &text, tally)?;
+            if world.is_finished {
+                break;
+            }
+            world.change(home, tally).with_context(|| format!("after {:?}", world.steps))?;
         }
     }
-    let last = world.cofferdam(&["run", "job.toml", "--state-dir", &world.state.clone()])?;
-    ensure!(last.status.success(), "the last run: {}", said(&last));
-    let again = world.cofferdam(&["run", "job.toml", "--state-dir", &world.state.clone()])?;
-    ensure!(again.status.success() && said(&again).contains(FINISHED), "again: {}", said(&again));
+    let story = |world: &World| format!("after {:?}, {}", world.steps, world.backend);
+    let last = world.run_once()?;
+    ensure!(last.status.success(), "the last run: {}\n{}", said(&last), story(&world));
+    let again = world.run_once()?;
+    ensure!(
+        again.status.success() && said(&again).contains(FINISHED),
+        "again: {}\n{}",
+        said(&again),
+        story(&world)
+    );
     let mut found = std::mem::take(&mut world.taken);
     world.each_part(|path| {
         found.extend(lines(path)?);
         Ok(())
     })?;
     found.sort_unstable();
-    keyed::check(&found, &keyed::counted(&text))?;
+    keyed::check(&found, &keyed::totals(&text)).with_context(|| story(&world))?;
+    for step in world.steps {
+        *tally.exact.entry(step).or_default() += 1;
+    }
     Ok(())
 }
 
@@ -120,9 +179,14 @@ fn lines(path: &Path) -> Result<Vec<String>> {
 }
 
 impl World {
-    fn write_manifest(&self) -> Result<()> {
-        let Self { parallelism, out, rolling, backend, .. } = self;
-        let component = guest::probe();
+    fn write_manifest(&self, setup: &Setup) -> Result<()> {
+        let Self { rolling, backend, .. } = self;
+        let Setup { parallelism, out, is_next, snapshot, name, has_uid } = setup;
+        let component = guest::probe().with_file_name(match is_next {
+            true => "totals_next.wasm",
+            false => "totals.wasm",
+        });
+        let uid = if *has_uid { "uid = \"totals\"" } else { "" };
         let text = format!(
             r#"
 [job]
@@ -130,6 +194,7 @@ name = "world"
 parallelism = {parallelism}
 [execution.checkpointing]
 interval = "30ms"
+externalized-checkpoint-retention = "RETAIN_ON_CANCELLATION"
 [state.backend]
 type = "{backend}"
 [restart-strategy]
@@ -143,15 +208,16 @@ key = "^k[0-9]+"
 split-size = "16KiB"
 rate = {RATE}
 [[operator]]
-name = "count"
+name = "totals-{name}"
+{uid}
 component = {component:?}
-snapshot = "declared"
+snapshot = "{snapshot}"
 inputs = [{{ from = "in", partition = "hash" }}]
 [[sink]]
 name = "out"
 connector = "file"
 path = "out-{out}"
-{rolling}inputs = ["count"]
+{rolling}inputs = ["totals-{name}"]
 "#
         );
         fs::write(self.dir.join("job.toml"), text)?;
@@ -169,16 +235,47 @@ path = "out-{out}"
         command
     }
 
-    fn cofferdam(&self, arguments: &[&str]) -> Result<Output> {
-        self.write_manifest()?;
-        self.command(arguments).output().context("run cofferdam")
+    fn run_command(&self) -> Result<Command> {
+        self.write_manifest(&self.setup)?;
+        Ok(self.command(&["run", "job.toml", "--state-dir", &self.state.clone()]))
+    }
+
+    /// Runs the job as it is now until it ends by itself.
+    fn run_once(&mut self) -> Result<Output> {
+        let output = self.run_command()?.output().context("run cofferdam")?;
+        self.settle(&output);
+        Ok(output)
+    }
+
+    /// What a run has told of its state.
+    fn settle(&mut self, output: &Output) {
+        self.is_finished |= said(output).contains(" finished after ");
+        let words = said(output);
+        if words.contains("tasks, from checkpoint ") || words.contains(" INFO checkpoint ") {
+            self.settled = Some(self.setup);
+        } else if output.status.code().is_none() {
+            // It was killed at a moment that nobody knows.
+            self.settled = None;
+        }
+    }
+
+    fn did(&mut self, step: &'static str, tally: &mut Tally) {
+        self.steps.insert(step);
+        *tally.events.entry(step).or_default() += 1;
     }
 
     /// One run, which is disturbed at a random moment. True where it has finished.
     fn run_and_disturb(&mut self, tally: &mut Tally) -> Result<bool> {
-        self.write_manifest()?;
         let state = self.state.clone();
-        let child = self.command(&["run", "job.toml", "--state-dir", &state]).spawn()?;
+        let mut command = self.run_command()?;
+        let has_bad_disk = self.random.one_in(6);
+        if has_bad_disk {
+            let at = self.random.between(1, 1_500).to_string();
+            let mode = ["once", "reopen", "torn"][self.random.between(0, 2) as usize];
+            command.env("LD_PRELOAD", library()).env("DISK_ROOT", self.dir.canonicalize()?);
+            command.env("DISK_FAIL", at).env("DISK_MODE", mode);
+        }
+        let child = command.spawn()?;
         std::thread::sleep(Duration::from_millis(self.random.between(30, 900)));
         let what = self.random.between(0, 3);
         let mut savepoint = None;
@@ -205,32 +302,50 @@ path = "out-{out}"
         // It may have ended by itself.
         let _ = Command::new("kill").args([signal, &id]).stderr(Stdio::null()).status();
         let output = child.wait_with_output()?;
+        self.settle(&output);
         let is_killed = output.status.code().is_none();
-        ensure!(is_killed || output.status.success(), "a run: {}", said(&output));
+        let is_told = has_bad_disk && said(&output).contains("error[C");
+        ensure!(is_killed || output.status.success() || is_told, "a run: {}", said(&output));
         let name = match (what, is_killed) {
+            _ if has_bad_disk => "failing disks",
             (0, _) => "stops with a savepoint",
             (1, true) => "savepoints and kills",
             (_, true) => "kills",
             (_, false) => "stops",
         };
-        *tally.events.entry(name).or_default() += 1;
+        self.did(name, tally);
         if said(&output).contains(" finished after ") {
             return Ok(true);
         }
         match savepoint {
             Some(savepoint) if what == 0 => self.resume(&savepoint),
             Some(savepoint) => {
-                self.kept.push(savepoint);
+                self.kept.push((savepoint, self.setup));
                 self.fork(tally)
             }
+            // The stop of a bad disk may have written its savepoint and no answer.
+            None if has_bad_disk && what == 0 => self.resume_from_any(),
             None => self.fork(tally),
         }
+    }
+
+    /// Where the job was stopped with a savepoint that nobody was told of.
+    fn resume_from_any(&mut self) -> Result<bool> {
+        let name = format!("saved-{}", self.savepoints);
+        let record = fs::read_to_string(self.dir.join(&self.state).join("JOB")).unwrap_or_default();
+        if !record.contains("\"stopped\"") {
+            return Ok(false);
+        }
+        let made = fs::read_dir(self.dir.join(&name)).context("it was stopped with one")?;
+        let made = made.flatten().map(|it| it.file_name().to_string_lossy().into_owned());
+        let made = made.filter(|name| !name.starts_with('.')).min().context("a savepoint")?;
+        self.resume(&format!("{name}/{made}"))
     }
 
     /// From the savepoint of a stop, in the same state directory: killed, and the same command again, as a
     /// supervisor does it. Finishes.
     fn resume(&mut self, savepoint: &str) -> Result<bool> {
-        self.write_manifest()?;
+        self.write_manifest(&self.setup)?;
         let state = self.state.clone();
         let run = ["run", "job.toml", "--state-dir", &state, "--from", savepoint];
         let mut child = self.command(&run).spawn()?;
@@ -254,52 +369,99 @@ path = "out-{out}"
             return Ok(false);
         }
         let chosen = self.random.between(0, self.kept.len() as u64 - 1);
-        let savepoint = &self.kept[chosen as usize].clone();
+        let (savepoint, written_with) = self.kept[chosen as usize].clone();
+        if fits(&written_with, &self.setup, self.backend).is_some() {
+            return Ok(false);
+        }
         self.savepoints += 1;
         let state = format!("state-{}", self.savepoints);
-        let run = ["run", "job.toml", "--state-dir", &state, "--from", savepoint];
-        let digest = self.visible()?;
+        let run = ["run", "job.toml", "--state-dir", &state, "--from", &savepoint];
+        self.write_manifest(&self.setup)?;
+        let before = self.visible()?;
         // The reader may have taken what would have to be taken back.
-        let plain = self.cofferdam(&run)?;
+        let plain = self.command(&run).output()?;
         let words = said(&plain);
         if plain.status.success() {
-            *tally.events.entry("forks").or_default() += 1;
+            self.did("forks", tally);
             self.state = state;
             return Ok(true);
         }
         ensure!(words.contains("C0029"), "a fork: {words}");
-        ensure!(self.visible()? == digest, "a refused fork has changed the output");
-        *tally.events.entry("forks that are refused").or_default() += 1;
+        ensure!(self.visible()? == before, "a refused fork has changed the output");
+        *tally.refusals.entry("C0029").or_default() += 1;
+        self.did("forks that are refused", tally);
         if words.contains("--discard-output") && self.random.between(0, 1) == 0 {
             let mut discard = run.to_vec();
             discard.push("--discard-output");
-            let forked = self.cofferdam(&discard)?;
+            let forked = self.command(&discard).output()?;
             ensure!(forked.status.success(), "a fork that discards: {}", said(&forked));
-            *tally.events.entry("forks that discard").or_default() += 1;
+            self.did("forks that discard", tally);
             self.state = state;
             return Ok(true);
         }
         Ok(false)
     }
 
-    fn change(&mut self, home: &Path, text: &str, tally: &mut Tally) -> Result<()> {
-        let name = match self.random.between(0, 4) {
-            0 => {
-                self.parallelism = self.random.between(1, 5);
-                "other parallelisms"
+    /// A run that has to be refused with this code, and to change nothing.
+    fn is_refused(&mut self, setup: &Setup, code: &'static str, tally: &mut Tally) -> Result<()> {
+        self.write_manifest(setup)?;
+        let before = self.visible()?;
+        let output = self.command(&["run", "job.toml", "--state-dir", &self.state]).output()?;
+        let words = said(&output);
+        ensure!(words.contains(&format!("error[{code}]")), "{code} for {setup:?}: {words}");
+        ensure!(self.visible()? == before, "a refused run has changed the output");
+        *tally.refusals.entry(code).or_default() += 1;
+        Ok(())
+    }
+
+    /// Goes on with another setup; one that does not fit what was written is refused first.
+    fn go_on_with(
+        &mut self,
+        mut setup: Setup,
+        step: &'static str,
+        tally: &mut Tally,
+    ) -> Result<()> {
+        let Some(settled) = self.settled else {
+            // Nobody knows what is there: nothing but the path may change.
+            return Ok(());
+        };
+        if let Some(code) = fits(&settled, &setup, self.backend) {
+            self.is_refused(&setup, code, tally)?;
+            if self.backend == "sled" || setup.snapshot == "declared" {
+                return Ok(());
             }
-            1 => {
-                self.out = self.random.between(0, 2);
-                self.outs = self.outs.max(self.out + 1);
-                "other paths"
+            setup.snapshot = "declared";
+        }
+        // What fits now, and no more than one change away from what was written.
+        if fits(&settled, &setup, self.backend).is_none() {
+            self.setup = setup;
+            self.did(step, tally);
+        }
+        Ok(())
+    }
+
+    fn change(&mut self, home: &Path, tally: &mut Tally) -> Result<()> {
+        let setup = self.setup;
+        match self.random.between(0, 14) {
+            0 | 1 => {
+                let parallelism = self.random.between(1, 5);
+                let step = if parallelism == setup.parallelism { "runs" } else { "rescales" };
+                self.go_on_with(Setup { parallelism, ..setup }, step, tally)
             }
             2 => {
+                self.setup.out = self.random.between(0, 2);
+                self.outs = self.outs.max(self.setup.out + 1);
+                self.did("other paths", tally);
+                Ok(())
+            }
+            3 => {
                 let moved = home.join(format!("home-{}", self.homes));
                 fs::rename(&self.dir, &moved)?;
                 (self.dir, self.homes) = (moved, self.homes + 1);
-                "moved directories"
+                self.did("moved directories", tally);
+                Ok(())
             }
-            3 => {
+            4 => {
                 let mut taken = Vec::new();
                 self.each_part(|path| {
                     taken.extend(lines(path)?);
@@ -307,27 +469,129 @@ path = "out-{out}"
                     Ok(())
                 })?;
                 self.taken.extend(taken);
-                "readers"
+                self.did("readers", tally);
+                Ok(())
+            }
+            5 | 6 => {
+                let step = if setup.is_next { "runs" } else { "upgrades" };
+                self.go_on_with(Setup { is_next: true, ..setup }, step, tally)
+            }
+            7 if setup.is_next => match self.settled {
+                Some(settled) if settled.is_next => {
+                    let back = Setup { is_next: false, snapshot: "declared", ..settled };
+                    self.is_refused(&back, "C0020", tally)?;
+                    self.did("downgrades", tally);
+                    Ok(())
+                }
+                _ => Ok(()),
+            },
+            7 | 8 => {
+                let renamed = Setup { name: setup.name + 1, ..setup };
+                if let Some(settled) = self.settled {
+                    let other = Setup { name: settled.name + 1, has_uid: false, ..settled };
+                    self.is_refused(&other, "C0020", tally)?;
+                }
+                self.go_on_with(renamed, "renames", tally)
+            }
+            9 if self.backend == "hashmap" => {
+                let snapshot = if setup.snapshot == "both" { "declared" } else { "both" };
+                self.go_on_with(Setup { snapshot, ..setup }, "other snapshots", tally)
+            }
+            9 | 10 => self.damage(tally),
+            11 => self.second_job(tally),
+            _ => self.change_input(tally),
+        }
+    }
+
+    /// An input that is not what it was is refused; one that has grown is read as far as it went.
+    fn change_input(&mut self, tally: &mut Tally) -> Result<()> {
+        // Without a checkpoint the job has not read anything yet.
+        let Some(settled) = self.settled else { return Ok(()) };
+        let path = self.dir.join("in.txt");
+        let half = self.input.len() / 2;
+        let (changed, name) = match self.random.between(0, 2) {
+            0 => (self.input[..half].to_owned(), "inputs that are cut"),
+            1 => {
+                let other = self.input.replacen("k01 ", "k02 ", 1);
+                (other, "inputs that are replaced")
             }
             _ => {
-                // Without a checkpoint the job has not read anything yet.
-                if !self.cofferdam(&["checkpoints", "list", &self.state])?.status.success() {
-                    return Ok(());
-                }
-                let input = self.dir.join("in.txt");
-                fs::write(&input, &text[..text.len() / 2])?;
-                let run = ["run", "job.toml", "--state-dir", &self.state.clone()];
-                let refused = self.cofferdam(&run)?;
-                let words = said(&refused);
-                fs::write(&input, text)?;
-                if words.contains(FINISHED) {
-                    return Ok(());
-                }
-                ensure!(words.contains("C0027"), "half of the input: {words}");
-                "inputs that are cut"
+                self.input.push_str("k01 000000\nk02 000000\n");
+                fs::write(&path, &self.input)?;
+                self.did("inputs that grow", tally);
+                return Ok(());
             }
         };
-        *tally.events.entry(name).or_default() += 1;
+        fs::write(&path, changed)?;
+        let refused = self.is_refused(&settled, "C0027", tally);
+        fs::write(&path, &self.input)?;
+        refused?;
+        self.did(name, tally);
+        Ok(())
+    }
+
+    /// Another job that is to write where this one has written.
+    fn second_job(&mut self, tally: &mut Tally) -> Result<()> {
+        let mut is_seen = false;
+        let out = self.dir.join(format!("out-{}", self.setup.out));
+        for entry in fs::read_dir(out).into_iter().flatten().flatten() {
+            is_seen |= entry.file_name().to_string_lossy().starts_with("part-");
+        }
+        if !is_seen {
+            return Ok(());
+        }
+        let state = std::mem::replace(&mut self.state, "state-of-another".to_owned());
+        let setup = Setup { name: 0, ..self.setup };
+        let refused = self.is_refused(&setup, "C0017", tally);
+        self.state = state;
+        refused?;
+        self.did("second jobs", tally);
+        Ok(())
+    }
+
+    /// A bit of the state is flipped, or one of its files is lost: the run resumes from what is whole, or
+    /// it is refused and the state is put back from a copy.
+    fn damage(&mut self, tally: &mut Tally) -> Result<()> {
+        let state = self.dir.join(&self.state);
+        if self.settled.is_none() || !state.exists() {
+            return Ok(());
+        }
+        let copy = self.dir.join("copy-of-state");
+        copy_dir(&state, &copy)?;
+        let mut files = Vec::new();
+        files_in(&state, &mut files)?;
+        files.retain(|(path, bytes)| 0 < *bytes && !path.ends_with("LOCK"));
+        files.sort();
+        if files.is_empty() {
+            return Ok(());
+        }
+        let (path, bytes) = &files[self.random.between(0, files.len() as u64 - 1) as usize];
+        let is_lost = self.random.one_in(3);
+        if is_lost {
+            fs::remove_file(path)?;
+        } else {
+            let mut content = fs::read(path)?;
+            let at = self.random.between(0, bytes - 1) as usize;
+            content[at] ^= 1 << self.random.between(0, 7);
+            fs::write(path, content)?;
+        }
+        let child = self.run_command()?.spawn()?;
+        std::thread::sleep(Duration::from_millis(self.random.between(100, 500)));
+        let id = child.id().to_string();
+        let _ = Command::new("kill").args(["-INT", &id]).stderr(Stdio::null()).status();
+        let output = child.wait_with_output()?;
+        self.settle(&output);
+        let words = said(&output);
+        if !output.status.success() {
+            let code = DAMAGED.iter().find(|code| words.contains(&format!("error[{code}]")));
+            let code = code.with_context(|| format!("damaged {}: {words}", path.display()))?;
+            *tally.refusals.entry(code).or_default() += 1;
+            fs::remove_dir_all(&state)?;
+            fs::rename(&copy, &state)?;
+        } else {
+            fs::remove_dir_all(&copy)?;
+        }
+        self.did(if is_lost { "lost files" } else { "flipped bits" }, tally);
         Ok(())
     }
 
@@ -352,4 +616,33 @@ path = "out-{out}"
         }
         Ok(())
     }
+}
+
+/// With which code a setup is refused to take over what another one has written; `None`: it fits.
+fn fits(before: &Setup, now: &Setup, backend: &str) -> Option<&'static str> {
+    let is_downgrade = before.is_next && !now.is_next;
+    let is_other_version = before.is_next != now.is_next;
+    match backend {
+        _ if is_downgrade => Some("C0020"),
+        // What the host keeps is not converted.
+        "sled" if is_other_version => Some("C0032"),
+        "sled" => None,
+        _ if now.snapshot == "declared" || before.snapshot == "declared" => None,
+        // Memory is that of one component, and is not shared out.
+        _ if is_other_version || before.parallelism != now.parallelism => Some("C0020"),
+        _ => None,
+    }
+}
+
+fn files_in(dir: &Path, files: &mut Vec<(PathBuf, u64)>) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            files_in(&entry.path(), files)?;
+        } else if kind.is_file() {
+            files.push((entry.path(), entry.metadata()?.len()));
+        }
+    }
+    Ok(())
 }
