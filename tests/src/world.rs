@@ -140,7 +140,7 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
         if world.is_finished || world.run_and_disturb(tally)? {
             break;
         }
-        for _ in 0..world.random.between(0, 2) {
+        for _ in 0..world.random.between(1, 3) {
             if world.is_finished {
                 break;
             }
@@ -354,8 +354,13 @@ path = "out-{out}"
             child.kill()?;
         }
         let output = child.wait_with_output()?;
+        self.settle(&output);
         let is_killed = output.status.code().is_none();
         ensure!(is_killed || output.status.success(), "resumed: {}", said(&output));
+        // Without `--from` it resumes as well, once it has a checkpoint of its own.
+        if is_killed && self.settled.is_some() && self.random.one_in(2) {
+            return Ok(false);
+        }
         let run = self.command(&run).output()?;
         ensure!(run.status.success(), "the same command again: {}", said(&run));
         Ok(true)
