@@ -1,6 +1,7 @@
 //! Every test that needs more than one crate, in one binary.
 
 mod approximate;
+mod archive;
 mod batch;
 mod checkpoints;
 mod dead_letter;

@@ -1,6 +1,7 @@
 //! The harness of the tests: guests built on demand, a host that records, jobs that can be run to
 //! their end in this process or killed in another.
 
+pub mod archive;
 pub mod crash;
 pub mod disk;
 pub mod faults;

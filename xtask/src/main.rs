@@ -52,6 +52,8 @@ enum Verb {
         /// How often
         cuts: u64,
     },
+    /// Write what this version writes into `tests/archive`, once for each version of the format
+    Archive,
     /// Run a benchmark: call, recovery, checkpoint, failover, state or wordcount
     Bench {
         /// Which one
@@ -70,6 +72,7 @@ fn main() -> Result<()> {
         Verb::World { histories } => steps::program("world", histories),
         Verb::Faults { faults } => steps::program("faults", faults),
         Verb::Power { cuts } => steps::program("power", cuts),
+        Verb::Archive => steps::archive(),
         Verb::Bench { name } => steps::bench(&name),
     }
 }

@@ -106,11 +106,20 @@ pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
 
 /// A test that runs the program again and again.
 pub(crate) fn program(name: &str, rounds: u64) -> Result<()> {
+    run(tests_binary(name)?.arg("--").arg(rounds.to_string()))
+}
+
+/// Writes the archive of this version.
+pub(crate) fn archive() -> Result<()> {
+    run(&mut tests_binary("archive")?)
+}
+
+fn tests_binary(name: &str) -> Result<Command> {
     guests()?;
     run(cargo(".").args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]))?;
-    run(cargo(".")
-        .args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", name, "--"])
-        .arg(rounds.to_string()))
+    let mut command = cargo(".");
+    command.args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", name]);
+    Ok(command)
 }
 
 /// A benchmark, built for speed.
