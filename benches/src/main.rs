@@ -3,6 +3,7 @@
 mod call;
 mod checkpoint;
 mod failover;
+mod hotstate;
 mod recovery;
 mod state;
 mod support;
@@ -20,10 +21,11 @@ fn main() -> Result<()> {
         Some("recovery") => recovery::run(),
         Some("checkpoint") => checkpoint::run(),
         Some("failover") => failover::run(),
+        Some("hotstate") => hotstate::run(),
         Some("state") => state::run(),
         Some("wordcount") => wordcount::run(),
         other => bail!(
-            "which benchmark: call, recovery, checkpoint, failover, state or wordcount? (not {other:?})"
+            "which benchmark: call, recovery, checkpoint, failover, hotstate, state or wordcount? (not {other:?})"
         ),
     }
 }

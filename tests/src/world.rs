@@ -413,6 +413,11 @@ path = "out-{out}"
         let before = self.visible()?;
         let output = self.command(&["run", "job.toml", "--state-dir", &self.state]).output()?;
         let words = said(&output);
+        if words.contains(FINISHED) {
+            // It was killed when it had finished, and had not said so.
+            self.is_finished = true;
+            return Ok(());
+        }
         ensure!(words.contains(&format!("error[{code}]")), "{code} for {setup:?}: {words}");
         ensure!(self.visible()? == before, "a refused run has changed the output");
         *tally.refusals.entry(code).or_default() += 1;

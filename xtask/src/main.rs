@@ -54,7 +54,7 @@ enum Verb {
     },
     /// Write what this version writes into `tests/archive`, once for each version of the format
     Archive,
-    /// Run a benchmark: call, recovery, checkpoint, failover, state or wordcount
+    /// Run a benchmark: call, recovery, checkpoint, failover, hotstate, state or wordcount
     Bench {
         /// Which one
         name: String,
