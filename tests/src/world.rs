@@ -55,6 +55,16 @@ struct Setup {
     has_uid: bool,
 }
 
+/// A mistake in a manifest that is always refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mistake {
+    None,
+    /// A second sink writes to the same directory.
+    Twin,
+    /// Records come to declared state not by their key.
+    Unkeyed,
+}
+
 struct World {
     /// Where everything lies; it may be moved.
     dir: PathBuf,
@@ -65,6 +75,8 @@ struct World {
     is_finished: bool,
     rolling: &'static str,
     backend: &'static str,
+    /// An operator that is chained to the source, and follows event time.
+    has_relay: bool,
     /// Directories that were written to.
     outs: u64,
     /// What a reader has taken.
@@ -125,6 +137,7 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
         is_finished: false,
         rolling: rollings[random.between(0, 2) as usize],
         backend,
+        has_relay: random.one_in(2),
         outs: 1,
         taken: Vec::new(),
         savepoints: 0,
@@ -180,12 +193,35 @@ fn lines(path: &Path) -> Result<Vec<String>> {
 
 impl World {
     fn write_manifest(&self, setup: &Setup) -> Result<()> {
+        self.write_with(setup, Mistake::None)
+    }
+
+    fn write_with(&self, setup: &Setup, mistake: Mistake) -> Result<()> {
         let Self { rolling, backend, .. } = self;
         let Setup { parallelism, out, is_next, snapshot, name, has_uid } = setup;
         let component = guest::probe().with_file_name(match is_next {
             true => "totals_next.wasm",
             false => "totals.wasm",
         });
+        let relay = guest::probe().with_file_name("relay.wasm");
+        let (relay, from) = match self.has_relay {
+            true => (
+                format!(
+                    "[[operator]]\nname = \"relay\"\ncomponent = {relay:?}\nsnapshot = \"declared\"\n\
+                     inputs = [\"in\"]\n"
+                ),
+                "relay",
+            ),
+            false => (String::new(), "in"),
+        };
+        let partition = if mistake == Mistake::Unkeyed { "rebalance" } else { "hash" };
+        let twin = match mistake {
+            Mistake::Twin => format!(
+                "[[sink]]\nname = \"twin\"\nconnector = \"file\"\npath = \"./out-{out}\"\n\
+                 inputs = [\"totals-{name}\"]\n"
+            ),
+            _ => String::new(),
+        };
         let uid = if *has_uid { "uid = \"totals\"" } else { "" };
         let text = format!(
             r#"
@@ -205,15 +241,17 @@ name = "in"
 connector = "file"
 path = "in.txt"
 key = "^k[0-9]+"
+timestamp = "^k[0-9]+ ([0-9]+)"
+max-out-of-orderness = "1m"
 split-size = "16KiB"
 rate = {RATE}
-[[operator]]
+{relay}[[operator]]
 name = "totals-{name}"
 {uid}
 component = {component:?}
 snapshot = "{snapshot}"
-inputs = [{{ from = "in", partition = "hash" }}]
-[[sink]]
+inputs = [{{ from = "{from}", partition = "{partition}" }}]
+{twin}[[sink]]
 name = "out"
 connector = "file"
 path = "out-{out}"
@@ -409,7 +447,17 @@ path = "out-{out}"
 
     /// A run that has to be refused with this code, and to change nothing.
     fn is_refused(&mut self, setup: &Setup, code: &'static str, tally: &mut Tally) -> Result<()> {
-        self.write_manifest(setup)?;
+        self.is_refused_with(setup, Mistake::None, code, tally)
+    }
+
+    fn is_refused_with(
+        &mut self,
+        setup: &Setup,
+        mistake: Mistake,
+        code: &'static str,
+        tally: &mut Tally,
+    ) -> Result<()> {
+        self.write_with(setup, mistake)?;
         let before = self.visible()?;
         let output = self.command(&["run", "job.toml", "--state-dir", &self.state]).output()?;
         let words = said(&output);
@@ -452,7 +500,7 @@ path = "out-{out}"
 
     fn change(&mut self, home: &Path, tally: &mut Tally) -> Result<()> {
         let setup = self.setup;
-        match self.random.between(0, 14) {
+        match self.random.between(0, 17) {
             0 | 1 => {
                 let parallelism = self.random.between(1, 5);
                 let step = if parallelism == setup.parallelism { "runs" } else { "rescales" };
@@ -509,6 +557,19 @@ path = "out-{out}"
             }
             9 | 10 => self.damage(tally),
             11 => self.second_job(tally),
+            12 => {
+                self.is_refused_with(&setup, Mistake::Twin, "C0028", tally)?;
+                self.did("two sinks at one path", tally);
+                Ok(())
+            }
+            13 => {
+                let Some(settled) = self.settled else { return Ok(()) };
+                let unkeyed = Setup { parallelism: settled.parallelism % 5 + 1, ..settled };
+                self.is_refused_with(&unkeyed, Mistake::Unkeyed, "C0033", tally)?;
+                self.did("state without keys", tally);
+                Ok(())
+            }
+            14 => self.cut_while_read(tally),
             _ => self.change_input(tally),
         }
     }
@@ -537,6 +598,30 @@ path = "out-{out}"
         fs::write(&path, &self.input)?;
         refused?;
         self.did(name, tally);
+        Ok(())
+    }
+
+    /// Somebody truncates the input while it is read, as copytruncate does: the run fails, or had read
+    /// everything.
+    fn cut_while_read(&mut self, tally: &mut Tally) -> Result<()> {
+        let mut command = self.run_command()?;
+        let child = command.spawn()?;
+        std::thread::sleep(Duration::from_millis(self.random.between(30, 500)));
+        let path = self.dir.join("in.txt");
+        fs::File::options().write(true).open(&path)?.set_len(100)?;
+        let output = child.wait_with_output()?;
+        self.settle(&output);
+        fs::write(&path, &self.input)?;
+        let words = said(&output);
+        ensure!(
+            words.contains("error[C0027]") || self.is_finished || words.contains(FINISHED),
+            "truncated while it was read: {words}"
+        );
+        self.is_finished |= words.contains(FINISHED);
+        if words.contains("error[C0027]") {
+            *tally.refusals.entry("C0027").or_default() += 1;
+        }
+        self.did("inputs that are cut while they are read", tally);
         Ok(())
     }
 
