@@ -1,12 +1,21 @@
 //! Declared state in the hands of another version of its operator.
 
-use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
+use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path, sync::Arc};
 
 use cofferdam_core::job::Outcome;
-use cofferdam_engine::{problem::Code, restore::open_named};
+use cofferdam_engine::{
+    job::{CheckedJob, Job, JobOptions},
+    problem::Code,
+    restore::{RestoreFrom, open_named},
+    spec::JobSpec,
+};
 use cofferdam_tests::{
+    disk::copy_dir,
     guest,
-    job::{Harness, Ran, after_checkpoints, after_records, block_on, committed, run_manifest},
+    job::{
+        Harness, Ran, after_checkpoints, after_records, block_on, committed, run_manifest,
+        run_with, sandbox,
+    },
 };
 
 const LINES: u64 = 30_000;
@@ -311,4 +320,63 @@ fn state_is_read_from_outside() {
     let before = files_in(&state);
     assert!(!shown(&state, &["--operator", "totals"]).is_empty(), "the image is read out");
     assert_eq!(files_in(&state), before, "and nothing of it changes");
+}
+
+/// Makes a job ready, and lets it die before it runs: what it takes over is in its store by then.
+fn prepared_and_killed(manifest: &Path) {
+    block_on(async {
+        let spec = JobSpec::read(manifest).expect("a manifest");
+        let checked = CheckedJob::new(spec, sandbox()).await.expect("it is right");
+        drop(Job::prepare(checked, &JobOptions::default(), Arc::new(())).expect("it fits"));
+    });
+}
+
+/// What `snapshot = "memory"` has written holds declared state in the image, whatever comes after it.
+#[test]
+fn state_of_a_job_that_kept_memory_alone_is_not_taken_for_empty() {
+    let memory = Version { snapshot: "memory", ..FIRST };
+    let next = Version { component: "totals_next.wasm", parallelism: 3, ..FIRST };
+    for begins_with_packs in [false, true] {
+        let dir = tempfile::tempdir().expect("a directory");
+        if begins_with_packs {
+            FIRST.stopped(dir.path());
+            IN_IMAGE.stopped(dir.path());
+        }
+        memory.stopped(dir.path());
+        prepared_and_killed(&IN_IMAGE.write(dir.path()));
+        assert_eq!(next.finished(dir.path()).outcome, Ok(Outcome::Finished));
+        assert!(committed(&dir.path().join("output")) == expected(), "{begins_with_packs}");
+    }
+}
+
+/// A crash between the record of a job's end and the removal of its checkpoints leaves them behind.
+#[test]
+fn checkpoints_that_an_ended_job_has_left_are_neither_in_the_way_nor_removed_where_they_are_named()
+{
+    for (left, named) in [("first", "second"), ("second", "second"), ("second", "link")] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let targets = (first.clone(), second.clone());
+        let ran = run_manifest(&FIRST.write(dir.path()), |job| {
+            after_checkpoints(job, 3, move |job| {
+                block_on(job.savepoint(targets.0)).expect("written");
+                std::thread::sleep(std::time::Duration::from_millis(60));
+                block_on(job.stop_with_savepoint(targets.1, false)).expect("written");
+            });
+        });
+        assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
+        let state = dir.path().join("totals.cofferdam");
+        copy_dir(&dir.path().join(left), &state).expect("left behind");
+        std::os::unix::fs::symlink(&state, dir.path().join("link")).expect("linked");
+        let from = RestoreFrom {
+            dir: dir.path().join(named),
+            claim: false,
+            ignore_unclaimed_state: false,
+        };
+        let options = JobOptions { from: Some(from), ..JobOptions::default() };
+        let ran = run_with(&FIRST.write(dir.path()), &options, |_| {});
+        assert_eq!(ran.outcome, Ok(Outcome::Finished), "{left} is left, {named} is named");
+        assert_eq!(ran.restored().len(), 1, "it has resumed");
+        assert!(committed(&dir.path().join("output")) == expected(), "{left}, {named}");
+    }
 }

@@ -677,7 +677,11 @@ path = "out-{out}"
         let output = child.wait_with_output()?;
         self.settle(&output);
         let words = said(&output);
-        if !output.status.success() {
+        if output.status.code().is_none() {
+            // Interrupted before it could look at anything: nobody knows.
+            fs::remove_dir_all(&state)?;
+            fs::rename(&copy, &state)?;
+        } else if !output.status.success() {
             let code = DAMAGED.iter().find(|code| words.contains(&format!("error[{code}]")));
             let code = code.with_context(|| format!("damaged {}: {words}", path.display()))?;
             *tally.refusals.entry(code).or_default() += 1;

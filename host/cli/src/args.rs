@@ -136,7 +136,8 @@ pub(crate) struct CheckArguments {
     /// List every setting with its value and where it comes from
     #[arg(long)]
     pub(crate) effective: bool,
-    /// Check, too, whether a run could begin from this savepoint or state directory
+    /// Check, too, whether a run with another state directory could begin from this savepoint or state
+    /// directory
     #[arg(long, value_name = "DIR", conflicts_with = "effective")]
     pub(crate) from: Option<PathBuf>,
     /// Leave state behind whose operator is not in the manifest

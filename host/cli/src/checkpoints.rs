@@ -137,7 +137,10 @@ impl Opened {
             let id = manifest.checkpoint;
             let (mut bytes, mut bytes_of_components) = (0, 0);
             let mut read = (0..manifest.tasks.len()).map(|task| {
+                let has_declared = manifest.tasks[task].identity.has_declared;
                 match self.store.is_in_image(task, id)? {
+                    // Without its components a checkpoint of memory alone is whole.
+                    true if !has_declared => {}
                     true => bytes_of_components += self.store.component(task, id)?.len() as u64,
                     false => _ = self.store.check_declared(task, id)?,
                 }

@@ -76,8 +76,9 @@ fn check_names(arguments: &StateArguments, manifest: &Manifest) -> Result<(), Pr
 fn key_of(text: &str) -> Result<Vec<u8>, Problem> {
     let Some(digits) = text.strip_prefix("0x") else { return Ok(text.as_bytes().to_vec()) };
     let byte = |pair: &[u8]| {
-        let pair = std::str::from_utf8(pair).ok()?;
-        (pair.len() == 2).then(|| u8::from_str_radix(pair, 16).ok())?
+        let is_hex = pair.len() == 2 && pair.iter().all(u8::is_ascii_hexdigit);
+        let pair = std::str::from_utf8(pair).ok().filter(|_| is_hex)?;
+        u8::from_str_radix(pair, 16).ok()
     };
     digits.as_bytes().chunks(2).map(byte).collect::<Option<_>>().ok_or_else(|| {
         Problem::new(Code::BadValue, format!("\"{text}\" is no key"))
@@ -112,12 +113,11 @@ fn entries(
 ) -> Result<(), Problem> {
     let wanted = arguments.key.as_deref().map(key_of).transpose()?;
     let mut out = BufWriter::new(io::stdout().lock());
-    // Whoever reads may have seen enough.
-    let mut is_read = true;
+    let mut failed: Option<io::Error> = None;
     for (slot, task) in manifest.tasks.iter().enumerate() {
         let TaskIdentity { operator, states, has_declared, .. } = &task.identity;
         let is_asked = arguments.operator.as_ref().is_none_or(|asked| asked == operator);
-        if !has_declared || !is_asked || !is_read {
+        if !has_declared || !is_asked || failed.is_some() {
             continue;
         }
         each_declared(sandbox, &opened.store, manifest, slot, |key, value| {
@@ -152,12 +152,17 @@ fn entries(
                     writeln!(out, "{operator}.{} {key}{within} = {value}", state.name)
                 }
             };
-            is_read = written.is_ok();
-            is_read
+            failed = written.err();
+            failed.is_none()
         })?;
     }
-    let _ = out.flush();
-    Ok(())
+    match failed.map_or_else(|| out.flush(), Err) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Problem::new(Code::OutputUnwritable, "the entries cannot be written").detail(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn summary(

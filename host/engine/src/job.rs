@@ -781,9 +781,14 @@ impl Job {
         // A refused run leaves everything as it was: what is there is looked at before it is opened.
         let (looked, mut found) =
             open().and_then(SnapshotStore::look).map_err(|error| unusable(&error))?;
-        // What it is to begin from is not over, wherever it lies.
-        let named = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
-        let is_named = named.is_some() && named == restore::absolute(Path::new(&looked.location()));
+        // What it is to begin from is not over, whatever its place is called.
+        let from = options.from.as_ref().and_then(|from| restore::open_named(&from.dir).ok());
+        let is_named = from.is_some_and(|(_, from)| {
+            let is_it = |found: &Manifest| {
+                (&found.lineage, found.checkpoint) == (&from.lineage, from.checkpoint)
+            };
+            found.manifests.iter().any(is_it)
+        });
         let is_over = !is_named && before.is_over(&found);
         if is_over {
             found = Found::default();
@@ -1224,6 +1229,14 @@ fn own_keys(
     })
 }
 
+/// The limits of an operator's instances.
+pub(crate) fn limits_of(kind: &NodeKind) -> Limits {
+    match kind {
+        NodeKind::Operator(operator) => operator.limits.clone(),
+        NodeKind::Source(_) | NodeKind::Sink(_) => Limits::default(),
+    }
+}
+
 /// How the declared state of each task is read out of its memory.
 fn own_components(
     spec: &JobSpec,
@@ -1237,6 +1250,7 @@ fn own_components(
             component: operators.get(&task.operator)?.component.clone(),
             max_parallelism,
             own_keys: own_keys(&spec.graph, *task, is_keyed, max_parallelism),
+            limits: limits_of(&spec.node(task.operator).kind),
         })
     };
     OwnComponents { tasks: tasks.iter().zip(identities).map(own).collect() }

@@ -55,6 +55,7 @@ pub(crate) fn read_out(
     memory: &[MemorySnapshot],
     max_parallelism: u32,
     own_keys: Option<OwnKeys>,
+    limits: Limits,
 ) -> Result<Vec<Entry>, String> {
     let mut image = Image::new();
     for snapshot in memory {
@@ -63,8 +64,8 @@ pub(crate) fn read_out(
     if image.is_empty() {
         return Ok(Vec::new());
     }
-    let limits =
-        Limits { memory_bytes_max: image.size_bytes() + HEADROOM_BYTES, ..Limits::default() };
+    let memory_bytes_max = limits.memory_bytes_max.max(image.size_bytes() + HEADROOM_BYTES);
+    let limits = Limits { memory_bytes_max, ..limits };
     // Entries are smaller on their way than they are in memory, but for what the host counts of each.
     let bytes_max = 4 * image.size_bytes() + PAGE_BYTES as u64;
     let pieces = on_instance(component, limits, async |instance| {
@@ -101,6 +102,7 @@ pub(crate) struct OwnComponent {
     pub(crate) component: Component,
     pub(crate) max_parallelism: u32,
     pub(crate) own_keys: Option<OwnKeys>,
+    pub(crate) limits: Limits,
 }
 
 impl ReadOut for OwnComponents {
@@ -108,6 +110,7 @@ impl ReadOut for OwnComponents {
         let Some(Some(own)) = self.tasks.get(task) else {
             return Err("it has no component".to_owned());
         };
-        read_out(&own.component, memory, own.max_parallelism, own.own_keys)
+        let limits = own.limits.clone();
+        read_out(&own.component, memory, own.max_parallelism, own.own_keys, limits)
     }
 }

@@ -9,6 +9,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use cofferdam_sandbox::{Component, Limits, Sandbox};
@@ -24,6 +25,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     identity::Lineage,
+    job::limits_of,
     problem::{Code, Problem},
     read_out::{on_instance, read_out},
     sink, source,
@@ -103,7 +105,8 @@ pub(crate) fn choose(
         let is_descendant = match &other {
             Ok((_, manifest)) => {
                 let (timeline, checkpoint) = (manifest.lineage.timeline, manifest.checkpoint);
-                own.lineage.comes_from(timeline, checkpoint)
+                let is_the_same = own.lineage == manifest.lineage && own.checkpoint == checkpoint;
+                is_the_same || own.lineage.comes_from(timeline, checkpoint)
             }
             // It was claimed, and is gone.
             Err(_) => record.begun_from.as_deref() == absolute(&from.dir).as_deref(),
@@ -367,7 +370,9 @@ fn convert(
             shares[slot].entries(from, manifest.checkpoint)?.collect::<Result<_, _>>()?;
         let schemas: Vec<(u32, &str)> =
             schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
-        let pieces = on_instance(component, Limits::default(), async |instance| {
+        let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
+        let limits = node.map_or_else(Limits::default, |node| limits_of(&node.kind));
+        let pieces = on_instance(component, limits, async |instance| {
             for part in entries.chunks(CONVERTED_AT_ONCE) {
                 instance.take_back(&changes_of(part.iter()), &schemas).await?;
             }
@@ -424,7 +429,9 @@ fn redistribute(
                 is_in_image = true;
             } else {
                 let sandbox = tasks.components.values().next().map(Component::sandbox);
-                let entries = read_out_task(sandbox.as_ref(), manifest, store, *slot, &task)?;
+                let limits = limits_of(&node.kind);
+                let entries =
+                    read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, &task)?;
                 read_outs.insert(*slot, Arc::new(entries));
             }
             if !takes_memory {
@@ -521,7 +528,13 @@ pub fn each_declared(
     let mut give = |(key, value): &Entry| value.as_ref().is_none_or(|value| each(key, value));
     if store.is_in_image(slot, checkpoint).map_err(damaged)? {
         let task = store.load(slot, checkpoint).map_err(damaged)?;
-        let entries = read_out_task(Some(sandbox), manifest, store, slot, &task);
+        // Nobody waits for it.
+        let limits = Limits {
+            call_max: Duration::from_secs(600),
+            output_bytes_max: 2 << 30,
+            ..Limits::default()
+        };
+        let entries = read_out_task(Some(sandbox), limits, manifest, store, slot, &task);
         let entries = entries.map_err(|failed| match failed {
             Failed::Problem(problem) => *problem,
             Failed::Storage(error) => damaged(error),
@@ -540,6 +553,7 @@ pub fn each_declared(
 /// Reads the declared state of a task of the checkpoint out of its memory, with the component that it ran.
 fn read_out_task(
     sandbox: Option<&Sandbox>,
+    limits: Limits,
     manifest: &Manifest,
     store: &SnapshotStore,
     slot: usize,
@@ -570,7 +584,7 @@ fn read_out_task(
         parallelism: identity.parallelism,
         max_parallelism: identity.max_parallelism,
     });
-    read_out(&component, &task.memory, identity.max_parallelism, own_keys)
+    read_out(&component, &task.memory, identity.max_parallelism, own_keys, limits)
         .map_err(|what| refused(format!("the component {}: {what}", component.digest())))
 }
 

@@ -9,6 +9,8 @@ use serde_json::{Map, Number, Value};
 
 /// Deeper values are refused: they would take the stack.
 const DEPTH_MAX: usize = 128;
+/// And those of more parts: what has no bytes of its own can be without end.
+const PARTS_MAX: usize = 4 << 20;
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -28,7 +30,7 @@ pub fn to_json(schema: &str, bytes: &[u8]) -> Result<Value> {
             return Err("its schema is too deep".to_owned());
         }
     }
-    let mut reader = Reader { bytes, outer: Vec::new(), depth: 0 };
+    let mut reader = Reader { bytes, outer: Vec::new(), depth: 0, parts: 0 };
     let mut rest = schema;
     let value = reader.value(&mut rest)?;
     match (rest, reader.bytes) {
@@ -44,12 +46,16 @@ struct Reader<'a> {
     /// is named inside without them.
     outer: Vec<(&'a str, &'a str)>,
     depth: usize,
+    parts: usize,
 }
 
 impl<'a> Reader<'a> {
     /// Reads a value of the schema that the text begins with, and goes behind both.
     fn value(&mut self, schema: &mut &'a str) -> Result<Value> {
-        self.depth += 1;
+        (self.depth, self.parts) = (self.depth + 1, self.parts + 1);
+        if PARTS_MAX < self.parts {
+            return Err("it has too many parts".to_owned());
+        }
         if DEPTH_MAX < self.depth {
             return Err("it is too deep".to_owned());
         }
@@ -444,6 +450,9 @@ mod tests {
         assert!(to_json("[unit]", &[255, 255, 255, 255, 15]).is_err(), "items without bytes");
         assert!(to_json("bool", &[2]).is_err());
         assert!(to_json("enum E{A,B}", &[2]).is_err());
+        let units = format!("[({})]", "unit,".repeat(10_000));
+        let many = [&[0xff, 0xff, 0x03][..], &[0; 65_535]].concat();
+        assert!(to_json(&units, &many).is_err(), "too many parts");
         for deep in ["?", "[", "(", "{"] {
             assert!(to_json(&deep.repeat(100_000), &[1; 100_000]).is_err(), "too deep");
             let behind = format!("[{}]", deep.repeat(100_000));

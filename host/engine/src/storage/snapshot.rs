@@ -432,12 +432,13 @@ fn key_parts(key: &[u8]) -> Option<(usize, u64)> {
     Some((u32::from_be_bytes(*task) as usize, u64::from_be_bytes(*checkpoint)))
 }
 
-/// Puts the components that are not there; whether there were any.
+/// Puts the components that are not there, or not whole; whether there were any.
 fn put_components(components: &[Component], generation: &mut dyn Generation) -> Result<bool> {
     let mut has_put = false;
     for component in components {
         let key = component_key(&component.digest().0);
-        if generation.keys(&key)?.is_empty() {
+        let kept = generation.get(&key)?;
+        if !kept.is_some_and(|kept| unseal("a component", &key, &kept).is_ok()) {
             generation.put(&key, &seal(&key, component.bytes()))?;
             has_put = true;
         }
@@ -638,9 +639,7 @@ impl SnapshotStore {
         let generation = &*self.place_of(checkpoint)?.generation;
         let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
         match manifest.tasks.get(task) {
-            Some(entry) => {
-                Ok(entry.identity.has_declared && is_in_image(generation, task, &entry.chain)?)
-            }
+            Some(entry) => lies_in_image(generation, task, entry),
             None => Ok(false),
         }
     }
@@ -980,12 +979,15 @@ impl SnapshotStore {
         let merged = |task: usize| {
             let (identity, chain) = (&manifest.tasks[task].identity, &manifest.tasks[task].chain);
             let loaded = load_chain(from, task, chain)?;
-            let declared = match identity.has_declared && is_in_image(from, task, chain)? {
+            let declared: Option<Entries<'_>> = if !identity.has_declared {
+                None
+            } else if is_in_image(from, task, chain)? {
                 // A savepoint can be read anywhere, without the component.
-                true => Box::new(self.read_out(task, &loaded.memory)?.into_iter().map(Ok)),
-                false => declared_of(from, task, chain)?.live(),
+                Some(Box::new(self.read_out(task, &loaded.memory)?.into_iter().map(Ok)))
+            } else {
+                Some(declared_of(from, task, chain)?.live())
             };
-            Ok((merge(&loaded), Some(declared)))
+            Ok((merge(&loaded), declared))
         };
         let (manifest, bytes) =
             write_merged(&merged, &manifest, self.is_compressing, &mut *generation)?;
@@ -1128,7 +1130,9 @@ impl SnapshotStore {
             let merged = |task: usize| {
                 let share = &shares[task];
                 let declared = match &share.converted {
-                    _ if share.is_in_image => None,
+                    // Packs beside the pages of a task that hands nothing over would be older than they are
+                    // from its next checkpoint on.
+                    _ if share.is_in_image || !store.tasks[task].has_declared => None,
                     Some(entries) => Some(Box::new(entries.iter().cloned().map(Ok)) as Entries<'_>),
                     None => Some(share.entries(from, checkpoint)?),
                 };
@@ -1190,7 +1194,7 @@ impl SnapshotStore {
         let generation = &*self.place_of(checkpoint)?.generation;
         let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
         let Some(entry) = manifest.tasks.get(task) else { return Ok(Box::new(std::iter::empty())) };
-        if entry.identity.has_declared && is_in_image(generation, task, &entry.chain)? {
+        if lies_in_image(generation, task, entry)? {
             let why = "it is in the image of the task's memory alone";
             return Err(StorageError::store("read declared state", why));
         }
@@ -1263,9 +1267,9 @@ fn copy_merged(
     next: &mut dyn Generation,
 ) -> Result<(Manifest, u64)> {
     let merged = |task: usize| {
-        let chain = &manifest.tasks[task].chain;
+        let ManifestTask { identity, chain, .. } = &manifest.tasks[task];
         let snapshot = merge(&load_chain(from, task, chain)?);
-        let declared = match is_in_image(from, task, chain)? {
+        let declared = match !identity.has_declared || is_in_image(from, task, chain)? {
             true => None,
             false => Some(declared_of(from, task, chain)?.live()),
         };
@@ -1483,6 +1487,13 @@ fn read_pack(
             .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error)),
         false => Ok((framed, 8)),
     }
+}
+
+/// Whether a task has declared state, and that is in the image of its memory alone. Whether its checkpoints
+/// were to hold it does not matter: with `snapshot = "memory"` it is nowhere else.
+fn lies_in_image(generation: &dyn Generation, task: usize, entry: &ManifestTask) -> Result<bool> {
+    let has_own = !entry.identity.states.is_empty() && !entry.identity.has_host_state;
+    Ok(has_own && is_in_image(generation, task, &entry.chain)?)
 }
 
 /// Whether what a chain has of declared state is in the image of the memory alone: the newest snapshot
