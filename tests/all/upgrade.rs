@@ -48,11 +48,12 @@ struct Version {
     parallelism: u32,
     partition: &'static str,
     snapshot: &'static str,
+    backend: &'static str,
 }
 
 impl Version {
     fn write(&self, dir: &Path) -> std::path::PathBuf {
-        let Self { component, parallelism, partition, snapshot } = self;
+        let Self { component, parallelism, partition, snapshot, backend } = self;
         let component = guest::probe().with_file_name(component);
         let text = format!(
             r#"
@@ -61,6 +62,8 @@ name = "totals"
 parallelism = {parallelism}
 [execution.checkpointing]
 interval = "20ms"
+[state.backend]
+type = "{backend}"
 [[source]]
 name = "in"
 connector = "file"
@@ -98,18 +101,24 @@ inputs = ["totals"]
     }
 }
 
-const FIRST: Version =
-    Version { component: "totals.wasm", parallelism: 2, partition: "hash", snapshot: "declared" };
+const FIRST: Version = Version {
+    component: "totals.wasm",
+    parallelism: 2,
+    partition: "hash",
+    snapshot: "declared",
+    backend: "hashmap",
+};
 
 /// Its checkpoints hold the memory; declared state is in that, and nowhere else.
 const IN_IMAGE: Version = Version { snapshot: "both", ..FIRST };
 
 #[test]
 fn state_follows_its_name_its_schema_and_its_keys_into_the_next_version() {
-    for parallelism in [2, 5, 1] {
+    for (parallelism, backend) in [(2, "hashmap"), (5, "hashmap"), (1, "hashmap"), (3, "sled")] {
         let dir = tempfile::tempdir().expect("a directory");
-        FIRST.stopped(dir.path());
-        let next = Version { component: "totals_next.wasm", parallelism, ..FIRST };
+        let first = Version { backend, ..FIRST };
+        first.stopped(dir.path());
+        let next = Version { component: "totals_next.wasm", parallelism, ..first };
         let ran = next.finished(dir.path());
         assert_eq!(ran.outcome, Ok(Outcome::Finished));
         assert_eq!(ran.restored().len(), 1, "it has resumed");

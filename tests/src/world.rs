@@ -485,7 +485,7 @@ path = "out-{out}"
         };
         if let Some(code) = fits(&settled, &setup, self.backend) {
             self.is_refused(&setup, code, tally)?;
-            if self.backend == "sled" || setup.snapshot == "declared" {
+            if setup.snapshot == "declared" {
                 return Ok(());
             }
             setup.snapshot = "declared";
@@ -723,8 +723,6 @@ fn fits(before: &Setup, now: &Setup, backend: &str) -> Option<&'static str> {
     let is_other_version = before.is_next != now.is_next;
     match backend {
         _ if is_downgrade => Some("C0020"),
-        // What the host keeps is not converted.
-        "sled" if is_other_version => Some("C0032"),
         "sled" => None,
         _ if now.snapshot == "declared" || before.snapshot == "declared" => None,
         // Memory is that of one component, and is not shared out.

@@ -164,6 +164,7 @@ impl Opened {
                 },
             }
         }
+        damages.extend(self.store.flaws());
         if damages.is_empty() {
             return Ok(());
         }

@@ -366,26 +366,35 @@ fn convert(
         if schemas.is_empty() {
             continue;
         }
-        let entries: Vec<Entry> =
-            shares[slot].entries(from, manifest.checkpoint)?.collect::<Result<_, _>>()?;
         let schemas: Vec<(u32, &str)> =
             schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
         let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
         let limits = node.map_or_else(Limits::default, |node| limits_of(&node.kind));
-        let pieces = on_instance(component, limits, async |instance| {
-            for part in entries.chunks(CONVERTED_AT_ONCE) {
-                instance.take_back(&changes_of(part.iter()), &schemas).await?;
+        let mut entries = shares[slot].entries(from, manifest.checkpoint)?;
+        let mut pieces = Vec::new();
+        // An instance holds a part at a time: state that the host keeps may be larger than its memory.
+        loop {
+            let part: Vec<Entry> =
+                entries.by_ref().take(CONVERTED_BY_ONE).collect::<Result<_, _>>()?;
+            if part.is_empty() {
+                break;
             }
-            instance.hand_over(manifest.checkpoint, true, u64::MAX).await
-        });
-        let pieces = pieces.map_err(|what| {
-            let message =
-                format!("the declared state of \"{}\" cannot be converted", task.operator);
-            let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
-            Failed::Problem(Box::new(
-                problem.hint("keep the type, and give a state of another type another name"),
-            ))
-        })?;
+            let converted = on_instance(component, limits.clone(), async |instance| {
+                for part in part.chunks(CONVERTED_AT_ONCE) {
+                    instance.take_back(&changes_of(part.iter()), &schemas).await?;
+                }
+                instance.hand_over(manifest.checkpoint, true, u64::MAX).await
+            });
+            pieces.extend(converted.map_err(|what| {
+                let message =
+                    format!("the declared state of \"{}\" cannot be converted", task.operator);
+                let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
+                Failed::Problem(Box::new(
+                    problem.hint("keep the type, and give a state of another type another name"),
+                ))
+            })?);
+        }
+        drop(entries);
         let run = Changes::Guest(pieces);
         let converted = run.run(task.max_parallelism).collect::<Result<Vec<Entry>, _>>()?;
         shares[slot].converted = Some(converted);
@@ -395,6 +404,8 @@ fn convert(
 
 /// Entries that a guest takes in one call.
 const CONVERTED_AT_ONCE: usize = 4096;
+/// Entries that one instance converts.
+const CONVERTED_BY_ONE: usize = 16 * CONVERTED_AT_ONCE;
 
 /// Loads every old task, and shares its state out among the new ones. Declared state is only read
 /// through: it may be larger than the memory.
@@ -933,9 +944,6 @@ fn check_states(
             let what =
                 "serde does not tell what values of it look like, and the component is another";
             return Err(mismatch(what.to_owned()));
-        }
-        if task.has_host_state || known.has_host_state {
-            return Err(mismatch("state that the host keeps is not converted".to_owned()));
         }
         let Some(component) = tasks.components.get(name) else { continue };
         let answer = on_instance(component, Limits::default(), async |instance| {

@@ -250,4 +250,9 @@ pub trait Generation: Send {
 
     /// How far it reaches as of the last flush: ascends with each.
     fn end(&self) -> u64;
+
+    /// What of it is damaged, though all of it can still be read.
+    fn flaws(&self) -> Vec<String> {
+        Vec::new()
+    }
 }

@@ -555,6 +555,7 @@ fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
 /// A generation that is only looked at: nothing in its directory changes.
 struct ReadGeneration {
     entries: Entries,
+    flaws: Vec<String>,
     pack: Option<File>,
     pack_bytes: u64,
     end: u64,
@@ -567,9 +568,15 @@ impl ReadGeneration {
             return Err(StorageError::damaged("the generation", "it is not there"));
         }
         let mut replay = log::replay(&path.join(LOG)).map_err(failed)?;
+        let mut flaws = Vec::new();
         if replay.is_short_of(end)
             && let Ok(entries) = entries_of_copy(&path.join(INDEX))
         {
+            let log = path.join(LOG);
+            flaws.push(format!(
+                "{}: it ends early; the index beside it has the rest, and the next run makes it anew",
+                log.display()
+            ));
             replay.entries = instead_of(std::mem::take(&mut replay.entries), entries);
         }
         let pack = match File::open(path.join(PACK)) {
@@ -580,11 +587,15 @@ impl ReadGeneration {
         let pack_bytes = pack.as_ref().map_or(Ok(0), |file| file.metadata().map(|it| it.len()));
         let pack_bytes = pack_bytes.map_err(failed)?;
         let end = replay.end();
-        Ok(Self { entries: replay.entries, pack, pack_bytes, end })
+        Ok(Self { entries: replay.entries, flaws, pack, pack_bytes, end })
     }
 }
 
 impl Generation for ReadGeneration {
+    fn flaws(&self) -> Vec<String> {
+        self.flaws.clone()
+    }
+
     fn put(&mut self, _: &[u8], _: &[u8]) -> Result<()> {
         Err(StorageError::store("write", "the generation was opened for reading"))
     }
@@ -719,6 +730,7 @@ mod tests {
                 let storage = SledStorage::new(dir.path().to_owned());
                 let looked_at = storage.read(1, end).expect("read");
                 assert!(all(&*looked_at) == entries, "{file}, looked at");
+                assert_eq!(!looked_at.flaws().is_empty(), file == "log", "what counts is damaged");
                 let is_as_before = fs::read(dir.path().join(&generation).join(file));
                 assert!(is_as_before.expect("there") == bytes, "looking changes nothing");
                 let mut storage = storage;

@@ -438,7 +438,7 @@ fn put_components(components: &[Component], generation: &mut dyn Generation) -> 
     for component in components {
         let key = component_key(&component.digest().0);
         let kept = generation.get(&key)?;
-        if !kept.is_some_and(|kept| unseal("a component", &key, &kept).is_ok()) {
+        if kept.is_none_or(|kept| unseal("a component", &key, &kept).is_err()) {
             generation.put(&key, &seal(&key, component.bytes()))?;
             has_put = true;
         }
@@ -803,6 +803,12 @@ impl SnapshotStore {
     #[must_use]
     pub fn next_id(&self) -> u64 {
         self.highest_id + 1
+    }
+
+    /// What is damaged in the generations of its checkpoints, though everything can still be read.
+    #[must_use]
+    pub fn flaws(&self) -> Vec<String> {
+        self.places().flat_map(|place| place.generation.flaws()).collect()
     }
 
     /// Where the store is, for messages.
