@@ -53,6 +53,15 @@ struct Version {
 
 impl Version {
     fn write(&self, dir: &Path) -> std::path::PathBuf {
+        self.write_with_rate(dir, 100_000)
+    }
+
+    /// So slow that it is not at its end when it is stopped, however busy the machine is.
+    fn write_slow(&self, dir: &Path) -> std::path::PathBuf {
+        self.write_with_rate(dir, 10_000)
+    }
+
+    fn write_with_rate(&self, dir: &Path, rate: u32) -> std::path::PathBuf {
         let Self { component, parallelism, partition, snapshot, backend } = self;
         let component = guest::probe().with_file_name(component);
         let text = format!(
@@ -70,7 +79,7 @@ connector = "file"
 path = "in.txt"
 key = "^k[0-9]+"
 split-size = "16KiB"
-rate = 40000
+rate = {rate}
 [[operator]]
 name = "totals"
 component = {component:?}
@@ -90,7 +99,7 @@ inputs = ["totals"]
     }
 
     fn stopped(&self, dir: &Path) {
-        let ran = run_manifest(&self.write(dir), |job| {
+        let ran = run_manifest(&self.write_slow(dir), |job| {
             after_checkpoints(job, 5, |job| job.stop());
         });
         assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
@@ -299,7 +308,7 @@ fn state_is_read_from_outside() {
         let dir = tempfile::tempdir().expect("a directory");
         let savepoint = dir.path().join("saved");
         let target = savepoint.clone();
-        let ran = run_manifest(&version.write(dir.path()), |job| {
+        let ran = run_manifest(&version.write_slow(dir.path()), |job| {
             after_checkpoints(job, 5, move |job| {
                 block_on(job.stop_with_savepoint(target, false)).expect("written");
             });
@@ -366,7 +375,7 @@ fn checkpoints_that_an_ended_job_has_left_are_neither_in_the_way_nor_removed_whe
         let dir = tempfile::tempdir().expect("a directory");
         let (first, second) = (dir.path().join("first"), dir.path().join("second"));
         let targets = (first.clone(), second.clone());
-        let ran = run_manifest(&FIRST.write(dir.path()), |job| {
+        let ran = run_manifest(&FIRST.write_slow(dir.path()), |job| {
             after_checkpoints(job, 3, move |job| {
                 block_on(job.savepoint(targets.0)).expect("written");
                 std::thread::sleep(std::time::Duration::from_millis(60));
