@@ -15,6 +15,10 @@ use wasmparser::{
 
 type Result<T> = std::result::Result<T, wasmparser::BinaryReaderError>;
 
+/// The version of the order in which memories and globals of a component are numbered. A snapshot holds them
+/// by number, so one of another version says nothing to this one.
+pub const INVENTORY: u16 = 1;
+
 /// What an export of the accessor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {

@@ -49,6 +49,7 @@ pub use component::{Component, ComponentError, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
 pub use host::{Host, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
+pub use instrument::INVENTORY;
 pub use limits::{Limit, Limits};
 pub use memory::{
     image::{Image, MemoryDelta, MemorySnapshot},

@@ -14,7 +14,9 @@ use std::{
     time::Instant,
 };
 
-use cofferdam_sandbox::{Component, Digest, MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
+use cofferdam_sandbox::{
+    Component, Digest, INVENTORY, MemoryDelta, MemorySnapshot, memory::PAGE_BYTES,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -77,6 +79,8 @@ pub struct LoadedTask {
 struct Header {
     state: Vec<u8>,
     is_drained: bool,
+    /// See [`INVENTORY`].
+    inventory: u16,
     globals: Vec<i64>,
     monotonic_ns: u64,
     /// Size and changed pages of each memory.
@@ -1365,6 +1369,7 @@ impl<'a> PackWriter<'a> {
         let header = Header {
             state: snapshot.state.clone(),
             is_drained: snapshot.is_drained,
+            inventory: INVENTORY,
             globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
             monotonic_ns: memory.map_or(0, |memory| memory.monotonic_ns),
             memories: memory.map_or_else(Vec::new, sizes),
@@ -1558,6 +1563,10 @@ fn read_snapshot(
         Ok::<_, StorageError>((pack, start))
     };
     if !header.memories.is_empty() || !header.globals.is_empty() {
+        if header.inventory != INVENTORY {
+            let what = format!("the order of memories in {}", value_name(task, checkpoint));
+            return Err(StorageError::Format { what, found: header.inventory, known: INVENTORY });
+        }
         let mut memories: Vec<MemoryDelta> =
             header.memories.iter().map(|(size, _)| MemoryDelta::new(*size)).collect();
         for sequence in 0..header.memory_packs {
