@@ -30,7 +30,9 @@ fn expand(mut item: ItemStruct) -> syn::Result<proc_macro2::TokenStream> {
             let attribute = field.attrs.remove(place);
             let Some(ident) = field.ident.clone() else { continue };
             let (name, renamed_from) = state_name(&attribute, &ident.to_string())?;
-            states.push((name, renamed_from, ident));
+            let is_cfg = |attribute: &&syn::Attribute| attribute.path().is_ident("cfg");
+            let cfgs: Vec<syn::Attribute> = field.attrs.iter().filter(is_cfg).cloned().collect();
+            states.push((name, renamed_from, ident, cfgs));
         }
     }
     if !item.generics.params.is_empty() {
@@ -38,15 +40,18 @@ fn expand(mut item: ItemStruct) -> syn::Result<proc_macro2::TokenStream> {
         return Err(Error::new_spanned(&item.generics, message));
     }
     let name = &item.ident;
-    let named = states.iter().map(|(name, renamed_from, field)| {
+    let named = states.iter().map(|(name, renamed_from, field, cfgs)| {
         let renamed_from = match renamed_from {
             Some(before) => quote!(::core::option::Option::Some(#before)),
             None => quote!(::core::option::Option::None),
         };
-        quote!(::cofferdam_sdk::state::NamedState {
-            name: #name,
-            renamed_from: #renamed_from,
-            field: &mut self.#field,
+        // A field that is not compiled is no state.
+        quote!(#(#cfgs)* {
+            states.push(::cofferdam_sdk::state::NamedState {
+                name: #name,
+                renamed_from: #renamed_from,
+                field: &mut self.#field,
+            });
         })
     });
     let export = export(&item);
@@ -54,8 +59,11 @@ fn expand(mut item: ItemStruct) -> syn::Result<proc_macro2::TokenStream> {
         #item
 
         impl ::cofferdam_sdk::state::DeclaredState for #name {
+            #[allow(unused_mut, clippy::vec_init_then_push)]
             fn states(&mut self) -> ::std::vec::Vec<::cofferdam_sdk::state::NamedState<'_>> {
-                ::std::vec![#(#named),*]
+                let mut states = ::std::vec::Vec::new();
+                #(#named)*
+                states
             }
         }
 

@@ -18,6 +18,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
 use cofferdam_engine::problem::Problem;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{Arguments, Verb};
 
@@ -76,7 +77,11 @@ fn with_runtime<T>(future: impl Future<Output = Result<T, Problem>>) -> Result<T
         Problem::new(cofferdam_engine::problem::Code::CannotStart, "start the runtime")
             .detail(error)
     })?;
-    let result = runtime.block_on(future);
+    let result = runtime.block_on(async {
+        // A file that may not grow is an error of its write, and not the end of the process. SIGXFSZ.
+        let _too_large = signal(SignalKind::from_raw(25));
+        future.await
+    });
     // What still blocks then (a read of standard input, a slow disk) must not hold the exit up.
     runtime.shutdown_background();
     result

@@ -45,7 +45,7 @@ pub(crate) fn problem(problem: &Problem, is_json: bool) {
         "code": problem.code.number(),
         "message": problem.message,
         "details": problem.details,
-        "hint": problem.hint,
+        "hint": problem.advice(),
     }));
 }
 

@@ -19,7 +19,11 @@ use cofferdam_engine::{
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+    task::JoinHandle,
+};
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
 use crate::{
@@ -46,6 +50,8 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     for warning in &spec.warnings {
         tracing::warn!("{warning}");
     }
+    let (begins, begun) = oneshot::channel();
+    let interrupts = tokio::spawn(obey_interrupts(Signals::catch(), begun));
     let cache_dir = arguments.cache.dir();
     let sandbox = job::sandbox(cache_dir)?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
@@ -78,7 +84,8 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     let job = Job::prepare(checked, &options, Arc::new(Watcher { mode }))?;
 
     let view = View::new(&job, mode, &screen);
-    let interrupts = tokio::spawn(obey_interrupts(job.handle()));
+    // The task waits for it.
+    let _ = begins.send(job.handle());
     let requests = serve_requests(&job);
     let watching = tokio::spawn(view.clone().watch());
     let outcome = job.run().await;
@@ -115,24 +122,50 @@ fn seed() -> u64 {
     now.map_or(0, |since| since.as_nanos() as u64)
 }
 
-/// The first signal stops in good order, the second one at once.
-async fn obey_interrupts(job: JobHandle) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
-        signal(SignalKind::hangup()),
-    ) else {
-        tracing::warn!("signals cannot be caught: Ctrl-C ends at once");
-        return;
-    };
-    for is_second in [false, true] {
+/// The signals that end a run in good order.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Catches them from now on.
+    fn catch() -> Option<Self> {
+        let (Ok(interrupt), Ok(terminate), Ok(hangup)) = (
+            signal(SignalKind::interrupt()),
+            signal(SignalKind::terminate()),
+            signal(SignalKind::hangup()),
+        ) else {
+            tracing::warn!("signals cannot be caught: Ctrl-C ends at once");
+            return None;
+        };
+        Some(Self { interrupt, terminate, hangup })
+    }
+
+    async fn next(&mut self) {
         tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
             // The terminal is gone: nobody is left to ask twice.
-            _ = hangup.recv() => {}
+            _ = self.hangup.recv() => {}
         }
+    }
+}
+
+/// The first signal stops in good order, the second one at once; and one that comes before there is a job.
+async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobHandle>) {
+    let Some(mut signals) = signals else { return };
+    let job = tokio::select! {
+        job = begun => job,
+        () = signals.next() => {
+            tracing::info!("interrupted before the job has begun");
+            std::process::exit(130);
+        }
+    };
+    let Ok(job) = job else { return };
+    for is_second in [false, true] {
+        signals.next().await;
         if is_second {
             // Nothing is lost: what was acked is durable, and the next run goes on from it.
             std::process::exit(130);

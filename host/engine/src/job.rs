@@ -20,8 +20,8 @@ use cofferdam_core::{
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_sandbox::{
-    Component, ComponentError, Description, Format, Host, InstanceSetup, Level, Limits, Port,
-    Sandbox, SandboxError, SandboxOptions, StateDeclaration,
+    Component, ComponentError, Description, Format, GuestError, Host, InstanceSetup, Level, Limits,
+    Port, Sandbox, SandboxError, SandboxOptions, StateDeclaration,
 };
 use tokio::sync::mpsc;
 use twox_hash::XxHash3_64;
@@ -274,20 +274,29 @@ impl CheckedJob {
     /// What its components make of the manifest, and people should know before the state is written.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
-        let operators = self.operators.iter();
-        let unkeyed = operators.filter(|(id, operator)| {
-            !operator.description.states.is_empty() && !self.spec.is_keyed(**id)
-        });
-        unkeyed
-            .map(|(id, _)| {
-                format!(
+        let mut warnings = Vec::new();
+        for (id, operator) in &self.operators {
+            let (node, states) = (self.spec.node(*id), &operator.description.states);
+            if !states.is_empty() && !self.spec.is_keyed(*id) {
+                warnings.push(format!(
                     "operator \"{}\" has declared state, and its records do not come by their key \
                      (partition = \"hash\"): the state stays with its task, and the parallelism cannot be \
                      changed later",
-                    self.spec.node(*id).name
-                )
-            })
-            .collect()
+                    node.name
+                ));
+            }
+            if let NodeKind::Operator(spec) = &node.kind
+                && states.is_empty()
+                && !spec.snapshot.has_memory()
+            {
+                warnings.push(format!(
+                    "operator \"{}\" declares no state, and snapshot = \"declared\" keeps nothing else: what it \
+                     has in its memory is lost with every restart",
+                    node.name
+                ));
+            }
+        }
+        warnings
     }
 
     /// Whether a run can begin from a savepoint or a state directory, and what it would take over. The
@@ -426,9 +435,15 @@ async fn load(
 /// Where it traps or exceeds the default limits instead of answering.
 pub async fn describe(component: &Component, name: &str) -> Result<Description, Problem> {
     let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 0 };
-    let description = component.describe(setup).await.map_err(|error| {
-        Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is"))
-            .detail(error)
+    let description = component.describe(setup).await.map_err(|error| match error {
+        GuestError::Unavailable(_) => {
+            Problem::new(Code::CannotStart, format!("operator \"{name}\" cannot be instantiated"))
+                .detail(error)
+        }
+        error => {
+            Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is"))
+                .detail(error)
+        }
     })?;
     check_description(&description).map_err(|what| {
         let message = format!("operator \"{name}\" describes itself as nothing that can be");

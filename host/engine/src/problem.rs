@@ -155,6 +155,42 @@ impl From<&FailureCause> for Code {
     }
 }
 
+impl Problem {
+    /// What to do next: what helps against an error of the operating system, before anything else.
+    #[must_use]
+    pub fn advice(&self) -> Option<String> {
+        let texts = || self.details.iter().chain([&self.message]);
+        let Some(remedy) = texts().find_map(|text| remedy_of(text)) else {
+            return self.hint.clone();
+        };
+        // A job says what has become of its checkpoints; whoever has not begun has nothing to add.
+        let is_job = *"C0100" < *self.code.number();
+        match &self.hint {
+            Some(hint) if is_job => Some(format!("{remedy}; {hint}")),
+            _ => Some(remedy.to_owned()),
+        }
+    }
+}
+
+/// What helps against an error of the operating system that a text ends with, in the words of the standard
+/// library.
+fn remedy_of(text: &str) -> Option<&'static str> {
+    let (before, number) = text.rsplit_once("(os error ")?;
+    let (number, _) = number.split_once(')')?;
+    Some(match number.parse::<i32>().ok()? {
+        5 => "the disk or the way to it fails: look into the kernel's log",
+        11 if before.contains("thread") => "raise the limit of processes and threads (`ulimit -u`)",
+        12 => "free memory, or raise the limit of address space (`ulimit -v`)",
+        23 => "the machine has no file handles left: raise fs.file-max",
+        24 => "raise the limit of open files (`ulimit -n`)",
+        27 => "raise the limit of the size of a file (`ulimit -f`)",
+        28 => "make room on the disk",
+        30 => "the file system is read-only: mount it for writing, or choose another",
+        122 => "raise the quota of the disk, or make room",
+        _ => return None,
+    })
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "error[{}]: {}", self.code.number(), self.message)?;
@@ -164,8 +200,8 @@ impl fmt::Display for Problem {
                 write!(f, "\n  {label} {line}")?;
             }
         }
-        if let Some(hint) = &self.hint {
-            write!(f, "\n  hint: {hint}")?;
+        if let Some(advice) = self.advice() {
+            write!(f, "\n  hint: {advice}")?;
         }
         write!(f, "\n  see docs/errors.md#{}", self.code.number().to_lowercase())
     }
@@ -178,5 +214,29 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", with_sources(source)),
         None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_helps_against_what_the_operating_system_says() {
+        let problem = |code: Code, detail: &str| {
+            Problem::new(code, "it cannot be used").detail(detail).hint("choose another path")
+        };
+        let advice = |problem: Problem| problem.advice().expect("there is some");
+        let files = "make an index: Too many open files (os error 24)";
+        assert_eq!(
+            advice(problem(Code::StateUnusable, files)),
+            "raise the limit of open files (`ulimit -n`)"
+        );
+        let room =
+            problem(Code::Environment, "write a part: No space left on device (os error 28)");
+        assert_eq!(advice(room), "make room on the disk; choose another path");
+        let denied = "open it: Permission denied (os error 13)";
+        assert_eq!(advice(problem(Code::StateUnusable, denied)), "choose another path");
+        assert_eq!(advice(problem(Code::StateUnusable, "it is damaged")), "choose another path");
     }
 }

@@ -390,7 +390,8 @@ fn convert(
                     format!("the declared state of \"{}\" cannot be converted", task.operator);
                 let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
                 Failed::Problem(Box::new(
-                    problem.hint("keep the type, and give a state of another type another name"),
+                    problem.hint("keep the type, or let it grow: a new field has #[serde(default)], an integer may become wider; or give a \
+                  state of another type another name"),
                 ))
             })?);
         }
@@ -863,17 +864,22 @@ fn check_operator(
     }
     if !task.has_memory {
         let loses_memory = known.has_memory && !known.has_declared;
-        return match loses_memory {
+        return match loses_memory && !ignore_unclaimed_state {
             false => Ok(()),
             true => mismatch(
                 format!("the checkpoint of \"{name}\" holds linear memory and no declared state"),
-                "set snapshot = \"memory\" again, with the component that wrote it",
+                "set snapshot back, with the component that wrote it and its parallelism; or, if the operator \
+                 keeps nothing in its memory that counts, leave that behind with --from DIR \
+                 --ignore-unclaimed-state",
             ),
         };
     }
     let by_declared_state = match known.has_declared {
         true => "; or set snapshot = \"declared\" to go on from its declared state alone",
-        false => "",
+        false => {
+            "; or, if the operator keeps nothing in its memory that counts, set snapshot = \"declared\" and \
+             leave the memory behind with --from DIR --ignore-unclaimed-state"
+        }
     };
     // What it has not declared was given up when that was written.
     if !known.has_memory && known.has_declared && task.has_declared {
@@ -938,7 +944,8 @@ fn check_states(
                 .detail(format!("in the checkpoint: {}", before.schema))
                 .detail(format!("in the component:  {}", state.schema))
                 .detail(what)
-                .hint("keep the type, and give a state of another type another name")
+                .hint("keep the type, or let it grow: a new field has #[serde(default)], an integer may become wider; or give a \
+                  state of another type another name")
         };
         if !is_known {
             let what =

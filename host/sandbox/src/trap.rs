@@ -6,6 +6,7 @@ use crate::{
     StateError,
     bindings::cofferdam::operator::types::{ErrorClass, OperatorError},
     limits::Limit,
+    memory::NOT_RESERVED,
 };
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
@@ -96,6 +97,9 @@ impl GuestError {
         if let Some(exit) = error.downcast_ref::<wasmtime_wasi::I32Exit>() {
             let message = format!("the guest called exit({})", exit.0);
             return Self::Trap { message, backtrace: backtrace(error) };
+        }
+        if format!("{error:#}").contains(NOT_RESERVED) {
+            return Self::Unavailable(format!("{error:#}"));
         }
         if format!("{error:#}").contains(OUTPUT_EXHAUSTED) {
             return Self::Limit(Limit::Output { bytes_max: output_bytes_max });

@@ -24,6 +24,9 @@ use wasmtime::{LinearMemory, MemoryCreator, MemoryType};
 
 use self::track::Tracking;
 
+/// How the error begins where a memory cannot be made. The library that makes it passes on text alone.
+pub(crate) const NOT_RESERVED: &str = "reserve an address space";
+
 /// The unit in which memory is tracked, copied and stored.
 pub const PAGE_BYTES: usize = 4096;
 
@@ -202,7 +205,7 @@ unsafe impl MemoryCreator for Creator {
     ) -> Result<Box<dyn LinearMemory>, String> {
         let capacity = reserved_size_in_bytes.or(maximum).unwrap_or(minimum).max(minimum);
         let region = Region::reserve(minimum, capacity, guard_size_in_bytes, &self.tracking)
-            .map_err(|error| format!("reserve {capacity} bytes of address space: {error}"))?;
+            .map_err(|error| format!("{NOT_RESERVED} of {capacity} bytes: {error}"))?;
         let region = Arc::new(region);
         CREATED.with_borrow_mut(|created| {
             if let Some(created) = created {
