@@ -187,6 +187,11 @@ fn said(output: &Output) -> String {
     format!("{}\n{}", output.status, String::from_utf8_lossy(&output.stderr))
 }
 
+/// Whether a signal has ended it, if only before it had begun.
+fn is_killed(output: &Output) -> bool {
+    matches!(output.status.code(), None | Some(130))
+}
+
 fn lines(path: &Path) -> Result<Vec<String>> {
     Ok(fs::read_to_string(path)?.lines().map(str::to_owned).collect())
 }
@@ -291,8 +296,8 @@ path = "out-{out}"
         let words = said(output);
         if words.contains("tasks, from checkpoint ") || words.contains(" INFO checkpoint ") {
             self.settled = Some(self.setup);
-        } else if output.status.code().is_none() {
-            // It was killed at a moment that nobody knows.
+        } else if !output.status.success() {
+            // It was killed, or its disk has failed, at a moment that nobody knows.
             self.settled = None;
         }
     }
@@ -341,7 +346,7 @@ path = "out-{out}"
         let _ = Command::new("kill").args([signal, &id]).stderr(Stdio::null()).status();
         let output = child.wait_with_output()?;
         self.settle(&output);
-        let is_killed = output.status.code().is_none();
+        let is_killed = is_killed(&output);
         let is_told = has_bad_disk && said(&output).contains("error[C");
         ensure!(is_killed || output.status.success() || is_told, "a run: {}", said(&output));
         let name = match (what, is_killed) {
@@ -393,7 +398,7 @@ path = "out-{out}"
         }
         let output = child.wait_with_output()?;
         self.settle(&output);
-        let is_killed = output.status.code().is_none();
+        let is_killed = is_killed(&output);
         ensure!(is_killed || output.status.success(), "resumed: {}", said(&output));
         // Without `--from` it resumes as well, once it has a checkpoint of its own.
         if is_killed && self.settled.is_some() && self.random.one_in(2) {
@@ -677,7 +682,7 @@ path = "out-{out}"
         let output = child.wait_with_output()?;
         self.settle(&output);
         let words = said(&output);
-        if output.status.code().is_none() {
+        if is_killed(&output) {
             // Interrupted before it could look at anything: nobody knows.
             fs::remove_dir_all(&state)?;
             fs::rename(&copy, &state)?;
