@@ -73,6 +73,10 @@ struct World {
     /// What the newest checkpoint was written with; `None`: there is none, or nobody knows.
     settled: Option<Setup>,
     is_finished: bool,
+    /// Everything was moved since the last run.
+    is_moved: bool,
+    /// Where the last run has written.
+    ran_with_out: u64,
     rolling: &'static str,
     backend: &'static str,
     /// An operator that is chained to the source, and follows event time.
@@ -135,6 +139,8 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
         setup,
         settled: None,
         is_finished: false,
+        is_moved: false,
+        ran_with_out: 0,
         rolling: rollings[random.between(0, 2) as usize],
         backend,
         has_relay: random.one_in(2),
@@ -296,6 +302,7 @@ path = "out-{out}"
         let words = said(output);
         if words.contains("tasks, from checkpoint ") || words.contains(" INFO checkpoint ") {
             self.settled = Some(self.setup);
+            (self.is_moved, self.ran_with_out) = (false, self.setup.out);
         } else if !output.status.success() {
             // It was killed, or its disk has failed, at a moment that nobody knows.
             self.settled = None;
@@ -511,13 +518,18 @@ path = "out-{out}"
                 let step = if parallelism == setup.parallelism { "runs" } else { "rescales" };
                 self.go_on_with(Setup { parallelism, ..setup }, step, tally)
             }
+            // What is pending lies where it was written. Where that was moved as well, nobody finds it: the
+            // run is refused until it has been run once with the path that it had.
+            2 if self.is_moved => Ok(()),
             2 => {
                 self.setup.out = self.random.between(0, 2);
                 self.outs = self.outs.max(self.setup.out + 1);
                 self.did("other paths", tally);
                 Ok(())
             }
+            3 if self.ran_with_out != setup.out => Ok(()),
             3 => {
+                self.is_moved = true;
                 let moved = home.join(format!("home-{}", self.homes));
                 fs::rename(&self.dir, &moved)?;
                 (self.dir, self.homes) = (moved, self.homes + 1);

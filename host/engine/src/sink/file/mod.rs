@@ -233,7 +233,8 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
             first.dir.join(first.pending()).display()
         ))
         .hint(
-            "put them back; or, if a reader has taken them once they were committed, say so with \
+            "put them back; where the whole directory was moved, run the job once with the path that its \
+             sink had; or, if a reader has taken them once they were committed, say so with \
              --assume-committed",
         )),
         _ => Ok(kept),
