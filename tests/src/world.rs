@@ -23,6 +23,8 @@ use crate::{
 const LINES: u64 = 40_000;
 const RATE: u64 = 40_000;
 const FINISHED: &str = "has finished; there is nothing to do";
+/// Also where it is another one that would run now.
+const HAS_FINISHED: &str = "job \"world\" has finished";
 /// Runs of one history before it is let finish.
 const RUNS_MAX: u32 = 7;
 /// Codes of a state that is damaged: what is left of it cannot be resumed from.
@@ -73,6 +75,8 @@ struct World {
     /// What the newest checkpoint was written with; `None`: there is none, or nobody knows.
     settled: Option<Setup>,
     is_finished: bool,
+    /// What the last run that has begun ran with.
+    ran_with: Setup,
     /// Everything was moved since the last run.
     is_moved: bool,
     /// Where the last run has written.
@@ -139,6 +143,7 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
         setup,
         settled: None,
         is_finished: false,
+        ran_with: setup,
         is_moved: false,
         ran_with_out: 0,
         rolling: rollings[random.between(0, 2) as usize],
@@ -300,6 +305,13 @@ path = "out-{out}"
     fn settle(&mut self, output: &Output) {
         self.is_finished |= said(output).contains(" finished after ");
         let words = said(output);
+        if words.contains(" INFO attempt 0: ") {
+            self.ran_with = self.setup;
+        }
+        if words.contains(HAS_FINISHED) {
+            // It was killed when it had finished, and had not said so.
+            (self.is_finished, self.setup) = (true, self.ran_with);
+        }
         if words.contains("tasks, from checkpoint ") || words.contains(" INFO checkpoint ") {
             self.settled = Some(self.setup);
             (self.is_moved, self.ran_with_out) = (false, self.setup.out);
@@ -354,7 +366,7 @@ path = "out-{out}"
         let output = child.wait_with_output()?;
         self.settle(&output);
         let is_killed = is_killed(&output);
-        let is_told = has_bad_disk && said(&output).contains("error[C");
+        let is_told = (has_bad_disk && said(&output).contains("error[C")) || self.is_finished;
         ensure!(is_killed || output.status.success() || is_told, "a run: {}", said(&output));
         let name = match (what, is_killed) {
             _ if has_bad_disk => "failing disks",
@@ -364,7 +376,7 @@ path = "out-{out}"
             (_, false) => "stops",
         };
         self.did(name, tally);
-        if said(&output).contains(" finished after ") {
+        if self.is_finished {
             return Ok(true);
         }
         match savepoint {
@@ -473,9 +485,8 @@ path = "out-{out}"
         let before = self.visible()?;
         let output = self.command(&["run", "job.toml", "--state-dir", &self.state]).output()?;
         let words = said(&output);
-        if words.contains(FINISHED) {
-            // It was killed when it had finished, and had not said so.
-            self.is_finished = true;
+        if words.contains(HAS_FINISHED) {
+            self.settle(&output);
             return Ok(());
         }
         ensure!(words.contains(&format!("error[{code}]")), "{code} for {setup:?}: {words}");
@@ -497,7 +508,7 @@ path = "out-{out}"
         };
         if let Some(code) = fits(&settled, &setup, self.backend) {
             self.is_refused(&setup, code, tally)?;
-            if setup.snapshot == "declared" {
+            if setup.snapshot == "declared" || self.is_finished {
                 return Ok(());
             }
             setup.snapshot = "declared";
@@ -565,6 +576,9 @@ path = "out-{out}"
                 if let Some(settled) = self.settled {
                     let other = Setup { name: settled.name + 1, has_uid: false, ..settled };
                     self.is_refused(&other, "C0020", tally)?;
+                }
+                if self.is_finished {
+                    return Ok(());
                 }
                 self.go_on_with(renamed, "renames", tally)
             }
