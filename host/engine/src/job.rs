@@ -796,15 +796,7 @@ impl Job {
         // A refused run leaves everything as it was: what is there is looked at before it is opened.
         let (looked, mut found) =
             open().and_then(SnapshotStore::look).map_err(|error| unusable(&error))?;
-        // What it is to begin from is not over, whatever its place is called.
-        let from = options.from.as_ref().and_then(|from| restore::open_named(&from.dir).ok());
-        let is_named = from.is_some_and(|(_, from)| {
-            let is_it = |found: &Manifest| {
-                (&found.lineage, found.checkpoint) == (&from.lineage, from.checkpoint)
-            };
-            found.manifests.iter().any(is_it)
-        });
-        let is_over = !is_named && before.is_over(&found);
+        let is_over = before.is_over(&found, options.from.as_ref());
         if is_over {
             found = Found::default();
         }
@@ -1237,11 +1229,7 @@ fn own_keys(
     max_parallelism: u32,
 ) -> Option<OwnKeys> {
     let parallelism = graph.operator(task.operator).parallelism;
-    (is_keyed && 1 < parallelism).then_some(OwnKeys {
-        index: task.index,
-        parallelism,
-        max_parallelism,
-    })
+    OwnKeys { index: task.index, parallelism, max_parallelism }.if_any(is_keyed)
 }
 
 /// The limits of an operator's instances.
@@ -1378,11 +1366,16 @@ enum Before {
 
 impl Before {
     /// Whether the checkpoints that are there belong to a job that has ended. A crash may have left them
-    /// behind after its end was recorded.
-    fn is_over(&self, found: &Found) -> bool {
+    /// behind after its end was recorded. What the run is to begin from is not over, whatever its place is
+    /// called.
+    fn is_over(&self, found: &Found, from: Option<&RestoreFrom>) -> bool {
         let Self::Ended(job) = self else { return false };
         let is_its = |manifest: &Manifest| manifest.lineage.job == *job;
-        !found.is_headless && !found.manifests.is_empty() && found.manifests.iter().all(is_its)
+        if found.is_headless || found.manifests.is_empty() || !found.manifests.iter().all(is_its) {
+            return false;
+        }
+        let named = from.and_then(|from| restore::open_named(&from.dir).ok());
+        named.is_none_or(|(_, named)| !found.manifests.iter().any(|it| it.is_that_of(&named)))
     }
 }
 

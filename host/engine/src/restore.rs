@@ -105,8 +105,7 @@ pub(crate) fn choose(
         let is_descendant = match &other {
             Ok((_, manifest)) => {
                 let (timeline, checkpoint) = (manifest.lineage.timeline, manifest.checkpoint);
-                let is_the_same = own.lineage == manifest.lineage && own.checkpoint == checkpoint;
-                is_the_same || own.lineage.comes_from(timeline, checkpoint)
+                own.is_that_of(manifest) || own.lineage.comes_from(timeline, checkpoint)
             }
             // It was claimed, and is gone.
             Err(_) => record.begun_from.as_deref() == absolute(&from.dir).as_deref(),
@@ -389,10 +388,7 @@ fn convert(
                 let message =
                     format!("the declared state of \"{}\" cannot be converted", task.operator);
                 let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
-                Failed::Problem(Box::new(
-                    problem.hint("keep the type, or let it grow: a new field has #[serde(default)], an integer may become wider; or give a \
-                  state of another type another name"),
-                ))
+                Failed::Problem(Box::new(problem.hint(HOW_TO_GROW)))
             })?);
         }
         drop(entries);
@@ -402,6 +398,10 @@ fn convert(
     }
     Ok(())
 }
+
+/// What to do with a type that does not fit.
+const HOW_TO_GROW: &str = "keep the type, or let it grow: a new field has #[serde(default)], an integer may \
+                           become wider; or give a state of another type another name";
 
 /// Entries that a guest takes in one call.
 const CONVERTED_AT_ONCE: usize = 4096;
@@ -591,12 +591,9 @@ fn read_out_task(
     let component = sandbox.load(&bytes);
     let component = component
         .map_err(|error| refused(format!("this version refuses the component: {error}")))?;
-    let own_keys = (identity.is_keyed && 1 < identity.parallelism).then_some(OwnKeys {
-        index: identity.index,
-        parallelism: identity.parallelism,
-        max_parallelism: identity.max_parallelism,
-    });
-    read_out(&component, &task.memory, identity.max_parallelism, own_keys, limits)
+    let TaskIdentity { index, parallelism, max_parallelism, is_keyed, .. } = *identity;
+    let own_keys = OwnKeys { index, parallelism, max_parallelism }.if_any(is_keyed);
+    read_out(&component, &task.memory, max_parallelism, own_keys, limits)
         .map_err(|what| refused(format!("the component {}: {what}", component.digest())))
 }
 
@@ -944,8 +941,7 @@ fn check_states(
                 .detail(format!("in the checkpoint: {}", before.schema))
                 .detail(format!("in the component:  {}", state.schema))
                 .detail(what)
-                .hint("keep the type, or let it grow: a new field has #[serde(default)], an integer may become wider; or give a \
-                  state of another type another name")
+                .hint(HOW_TO_GROW)
         };
         if !is_known {
             let what =

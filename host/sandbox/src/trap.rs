@@ -98,10 +98,12 @@ impl GuestError {
             let message = format!("the guest called exit({})", exit.0);
             return Self::Trap { message, backtrace: backtrace(error) };
         }
-        if format!("{error:#}").contains(NOT_RESERVED) {
-            return Self::Unavailable(format!("{error:#}"));
+        let text = format!("{error:#}");
+        // A trap names functions as the guest has called them.
+        if text.contains(NOT_RESERVED) && error.downcast_ref::<Trap>().is_none() {
+            return Self::Unavailable(text);
         }
-        if format!("{error:#}").contains(OUTPUT_EXHAUSTED) {
+        if text.contains(OUTPUT_EXHAUSTED) {
             return Self::Limit(Limit::Output { bytes_max: output_bytes_max });
         }
         match error.downcast_ref::<Trap>() {

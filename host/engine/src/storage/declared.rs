@@ -109,6 +109,11 @@ pub(crate) struct OwnKeys {
 }
 
 impl OwnKeys {
+    /// What there is to check: nothing where records come otherwise than by their key, or all to one task.
+    pub(crate) fn if_any(self, is_keyed: bool) -> Option<Self> {
+        (is_keyed && 1 < self.parallelism).then_some(self)
+    }
+
     /// Makes sure that state lies under keys of records that come to this task: under any other one it
     /// would not be found again once the parallelism changes.
     pub(crate) fn check(&self, changes: &StateChanges) -> std::result::Result<(), String> {

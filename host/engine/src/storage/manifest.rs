@@ -111,6 +111,11 @@ impl StateIdentity {
 }
 
 impl Manifest {
+    /// Whether another one is of the same checkpoint, wherever it lies.
+    pub(crate) fn is_that_of(&self, other: &Self) -> bool {
+        self.lineage == other.lineage && self.checkpoint == other.checkpoint
+    }
+
     /// The bytes as they are stored.
     ///
     /// # Errors

@@ -474,23 +474,16 @@ impl OperatorTask {
             return Ok(Some(error.to_string()));
         }
         // First, because handing over changes the memory that is snapshotted next.
-        if mode.has_declared() && has_states && self.is_in_image(local) {
-            // It is read out of the image when it is needed. Whether it can be is known from the beginning,
-            // when there is little of it.
-            if std::mem::take(&mut self.is_untried) && self.restored_from == 0 {
-                let instance = self.instance()?;
-                let pieces = instance.hand_over(checkpoint.0, true, bytes_max).await;
-                let pieces = pieces.map_err(cause_of)?;
-                if let Some(own) = own_keys {
-                    pieces.iter().try_for_each(|it| own.check(it)).map_err(foreign_key)?;
-                }
-            }
-        } else if mode.has_declared() && has_states {
+        // What is in the image is read out of it when it is needed. Whether it can be is known from the
+        // beginning, when there is little of it.
+        let is_in_image = self.is_in_image(local);
+        let is_due =
+            !is_in_image || (std::mem::take(&mut self.is_untried) && self.restored_from == 0);
+        if mode.has_declared() && has_states && is_due {
             let instance = self.instance()?;
             let pieces = instance.hand_over(checkpoint.0, !tracks_changes, bytes_max).await;
             let pieces = pieces.map_err(cause_of)?;
-            snapshot.is_declared_whole = !tracks_changes;
-            snapshot.declared = Some(match &local.keyed {
+            let changes = match &local.keyed {
                 Some(keyed) => {
                     let layer = keyed.cut(checkpoint.0, &pieces);
                     Changes::Host(layer.map_err(|error| cause_of(error.into()))?)
@@ -501,7 +494,11 @@ impl OperatorTask {
                     }
                     Changes::Guest(pieces)
                 }
-            });
+            };
+            if !is_in_image {
+                snapshot.is_declared_whole = !tracks_changes;
+                snapshot.declared = Some(changes);
+            }
         }
         if mode.has_memory() {
             match self.instance()?.snapshot().await {
