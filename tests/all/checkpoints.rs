@@ -14,9 +14,12 @@ use cofferdam_engine::{
     restore::{RestoreFrom, open_named},
     storage::faulty::Faults,
 };
-use cofferdam_tests::job::{
-    Harness, Ran, after_records, block_on, check_counts, committed, golden, rounds, run_manifest,
-    run_with,
+use cofferdam_tests::{
+    disk::copy_dir,
+    job::{
+        Harness, Ran, after_records, block_on, check_counts, committed, golden, rounds,
+        run_manifest, run_with,
+    },
 };
 
 fn with_lines(lines: &str) -> Harness {
@@ -395,7 +398,7 @@ fn no_flipped_bit_gives_wrong_results() {
     let (mut told, mut random) = (0, Random::new(11));
     for round in 0..rounds {
         let copy = tempfile::tempdir().expect("a directory");
-        copy_dir(dir.path(), copy.path());
+        copy_dir(dir.path(), copy.path()).expect("copied");
         let files = files_under(&copy.path().join("probe.cofferdam"));
         // Every file as often as the others, however small.
         let (path, size) = &files[random.between(0, files.len() as u64 - 1) as usize];
@@ -435,17 +438,4 @@ fn files_under(dir: &Path) -> Vec<(PathBuf, u64)> {
     }
     found.sort();
     found
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("made");
-    for entry in fs::read_dir(from).expect("listed").flatten() {
-        let target = to.join(entry.file_name());
-        match entry.path().is_dir() {
-            true => copy_dir(&entry.path(), &target),
-            false => {
-                fs::copy(entry.path(), target).expect("copied");
-            }
-        }
-    }
 }

@@ -16,6 +16,7 @@ use cofferdam_tests::{
         Harness, Ran, after_checkpoints, after_records, block_on, committed, run_manifest,
         run_with, sandbox,
     },
+    keyed,
 };
 
 const LINES: u64 = 30_000;
@@ -61,9 +62,10 @@ impl Version {
         self.write_with_rate(dir, 10_000)
     }
 
-    fn write_with_rate(&self, dir: &Path, rate: u32) -> std::path::PathBuf {
+    fn write_with_rate(&self, dir: &Path, rate: u64) -> std::path::PathBuf {
         let Self { component, parallelism, partition, snapshot, backend } = self;
         let component = guest::probe().with_file_name(component);
+        let source = keyed::source(rate);
         let text = format!(
             r#"
 [job]
@@ -73,14 +75,7 @@ parallelism = {parallelism}
 interval = "20ms"
 [state.backend]
 type = "{backend}"
-[[source]]
-name = "in"
-connector = "file"
-path = "in.txt"
-key = "^k[0-9]+"
-split-size = "16KiB"
-rate = {rate}
-[[operator]]
+{source}[[operator]]
 name = "totals"
 component = {component:?}
 snapshot = "{snapshot}"

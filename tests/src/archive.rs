@@ -30,6 +30,7 @@ pub fn folder() -> PathBuf {
 }
 
 fn manifest(component: &str, parallelism: u32, snapshot: &str) -> String {
+    let source = keyed::source(RATE);
     format!(
         r#"[job]
 name = "archived"
@@ -38,14 +39,7 @@ parallelism = {parallelism}
 [execution.checkpointing]
 interval = "30ms"
 
-[[source]]
-name = "in"
-connector = "file"
-path = "in.txt"
-key = "^k[0-9]+"
-split-size = "16KiB"
-rate = {RATE}
-
+{source}
 [[operator]]
 name = "totals"
 component = "{component}"

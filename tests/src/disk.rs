@@ -65,7 +65,7 @@ impl DiskJob {
         let rolling = choose(&["", "roll-size = \"20KiB\"\n", "roll-interval = \"100ms\"\n"]);
         let parallelism = choose(&["1", "2"]);
         let config = choose(&["", "do = \"trap\", at = 2000, attempts = 2"]);
-        let component = guest::probe();
+        let (component, source) = (guest::probe(), keyed::source(RATE));
         let mut dir = tempfile::tempdir().context("a directory")?;
         // To look at what a test has left.
         dir.disable_cleanup(std::env::var_os("KEEP").is_some());
@@ -83,14 +83,7 @@ type = "{backend}"
 [restart-strategy]
 type = "fixed-delay"
 fixed-delay = {{ attempts = 3, delay = "0s" }}
-[[source]]
-name = "in"
-connector = "file"
-path = "in.txt"
-key = "^k[0-9]+"
-split-size = "16KiB"
-rate = {RATE}
-[[operator]]
+{source}[[operator]]
 name = "count"
 component = {component:?}
 snapshot = "{snapshot}"

@@ -20,6 +20,21 @@ pub fn input(lines: u64) -> String {
     text
 }
 
+/// The source that reads them from `in.txt`, so many a second; lines that follow belong to it.
+#[must_use]
+pub fn source(rate: u64) -> String {
+    format!(
+        r#"[[source]]
+name = "in"
+connector = "file"
+path = "in.txt"
+key = "^k[0-9]+"
+split-size = "16KiB"
+rate = {rate}
+"#
+    )
+}
+
 /// What the job makes of the lines, sorted: each record of a key with its number.
 #[must_use]
 pub fn counted(text: &str) -> Vec<String> {

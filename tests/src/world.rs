@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use cofferdam_core::random::Random;
 
 use crate::{
-    disk::{copy_dir, library},
+    disk::{copy_dir, library, said},
     guest, keyed,
 };
 
@@ -194,10 +194,6 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn said(output: &Output) -> String {
-    format!("{}\n{}", output.status, String::from_utf8_lossy(&output.stderr))
-}
-
 /// Whether a signal has ended it, if only before it had begun.
 fn is_killed(output: &Output) -> bool {
     matches!(output.status.code(), None | Some(130))
@@ -238,6 +234,7 @@ impl World {
             ),
             _ => String::new(),
         };
+        let source = keyed::source(RATE);
         let uid = if *has_uid { "uid = \"totals\"" } else { "" };
         let text = format!(
             r#"
@@ -252,15 +249,8 @@ type = "{backend}"
 [restart-strategy]
 type = "fixed-delay"
 fixed-delay = {{ attempts = 3, delay = "0s" }}
-[[source]]
-name = "in"
-connector = "file"
-path = "in.txt"
-key = "^k[0-9]+"
-timestamp = "^k[0-9]+ ([0-9]+)"
+{source}timestamp = "^k[0-9]+ ([0-9]+)"
 max-out-of-orderness = "1m"
-split-size = "16KiB"
-rate = {RATE}
 {relay}[[operator]]
 name = "totals-{name}"
 {uid}
