@@ -138,6 +138,8 @@ enum NodePlan {
         has_states: bool,
         /// See [`OperatorTask::tracks_changes`].
         tracks_changes: bool,
+        /// See [`OperatorTask::expects_snapshots`].
+        expects_snapshots: bool,
         /// See [`dead_letter_output`].
         dead_letter_output: u32,
         /// Records come by their key.
@@ -181,6 +183,7 @@ impl Plan {
                 spec,
                 has_states,
                 tracks_changes,
+                expects_snapshots,
                 dead_letter_output,
                 is_keyed,
             } => Work::Operator(Box::new(OperatorTask {
@@ -189,6 +192,7 @@ impl Plan {
                 spec: spec.clone(),
                 has_states: *has_states,
                 tracks_changes: *tracks_changes,
+                expects_snapshots: *expects_snapshots,
                 own_keys: own_keys(&self.graph, task, *is_keyed, spec.max_parallelism),
                 random_seed: self.random_seed(uid, task.index),
                 restored_from: 0,
@@ -1303,6 +1307,8 @@ fn prepare_nodes(
                         && (spec.state_backend != StateBackend::Hashmap
                             || (spec.checkpoint.interval_ms.is_some()
                                 && !operator.snapshot.has_memory())),
+                    expects_snapshots: operator.snapshot.has_memory()
+                        && spec.checkpoint.interval_ms.is_some(),
                     dead_letter_output: dead_letter_output(&checked.description),
                     is_keyed: spec.is_keyed(id),
                 },

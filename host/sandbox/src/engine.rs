@@ -13,7 +13,7 @@ use wasmtime::{Config, Engine, component::Linker};
 use crate::{
     cache::Cache,
     limits::TICK,
-    memory::{Creator, track::Tracking},
+    memory::{Creator, image, track::Tracking},
     validate,
     wasi::{self, State},
 };
@@ -140,7 +140,7 @@ fn engine_config(options: &SandboxOptions, tracking: Arc<Tracking>) -> Config {
     config
 }
 
-/// Advances the epoch every tick, until the engine is gone.
+/// Advances the epoch every tick, and makes buffers for snapshots, until the engine is gone.
 fn start_ticker(engine: &Engine) -> io::Result<()> {
     let engine = engine.weak();
     let ticker = std::thread::Builder::new().name("cofferdam-epoch".to_owned());
@@ -148,6 +148,7 @@ fn start_ticker(engine: &Engine) -> io::Result<()> {
         while let Some(engine) = engine.upgrade() {
             engine.increment_epoch();
             drop(engine);
+            image::prepare();
             std::thread::sleep(TICK);
         }
     })?;

@@ -359,9 +359,15 @@ impl Instance {
                 let written = baseline.written_pages(&tracking, region);
                 MemoryDelta::copy(region, &written.map_err(SnapshotError::Scan)?)
             };
+            region.is_copied();
             memories.push(delta);
         }
         Ok(MemorySnapshot { memories, globals, monotonic_ns: self.store.data().monotonic_ns() })
+    }
+
+    /// Snapshots will be taken of this instance: buffers for what its memory grows by are made beforehand.
+    pub fn expect_snapshots(&self) {
+        self.regions.iter().for_each(|region| region.expect_snapshots());
     }
 
     /// Puts a freshly opened instance into the state of an image. Takes microseconds, whatever the

@@ -70,6 +70,8 @@ pub(crate) struct OperatorTask {
     pub(crate) has_states: bool,
     /// Whether checkpoints ask for what has changed of declared state.
     pub(crate) tracks_changes: bool,
+    /// Whether its memory is copied for a checkpoint again and again.
+    pub(crate) expects_snapshots: bool,
     /// The keys of the records that come to it; `None` where they come otherwise, or all to one task.
     pub(crate) own_keys: Option<OwnKeys>,
     /// Of this task of this job; see [`Host::random`].
@@ -398,6 +400,9 @@ impl OperatorTask {
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
         let mut instance = self.component.instantiate(setup).await.map_err(cause_of)?;
+        if self.expects_snapshots {
+            instance.expect_snapshots();
+        }
         let config: Vec<(&str, &str)> =
             self.spec.config.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let context = OpenContext {

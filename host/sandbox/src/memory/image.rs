@@ -6,7 +6,15 @@
 //! page of that snapshot was written by the guest and is therefore its own copy already.
 #![allow(unsafe_code, reason = "copies pages out of guest memory that nobody is using")]
 
-use std::{collections::BTreeSet, fs::File, io, sync::Mutex};
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -16,11 +24,79 @@ use super::{PAGE_BYTES, Region, track::PageRange};
 const CHUNK_PAGES: usize = 256;
 const CHUNK_BYTES: usize = CHUNK_PAGES * PAGE_BYTES;
 
-/// Idle buffers kept for the next snapshot. A buffer from the operating system costs a page fault
-/// for every 4 KiB, three times what copying them costs.
-const IDLE_CHUNKS_MAX: usize = 128;
+/// Buffers for snapshots. One from the operating system costs a page fault for every 4 KiB, four times
+/// what copying them costs, and the guest waits for it: so they are used again, as many as were in use at
+/// once, and those that a first snapshot will need are made beforehand.
+#[derive(Debug)]
+struct Pool {
+    idle: Vec<Box<[u8]>>,
+    in_use: usize,
+    /// The most that were in use at once since none was.
+    peak: usize,
+    /// And the time before.
+    peak_before: usize,
+}
 
-static IDLE_CHUNKS: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+/// So many idle buffers are kept in any case.
+const IDLE_CHUNKS_MIN: usize = 128;
+/// No more are made beforehand.
+const PREPARED_BYTES_MAX: usize = 1 << 30;
+/// Or at once.
+const PREPARED_CHUNKS: usize = 4;
+
+static POOL: Mutex<Pool> = Mutex::new(Pool::new());
+
+/// Bytes of memories that no snapshot has copied yet.
+static EXPECTED_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+impl Pool {
+    const fn new() -> Self {
+        Self { idle: Vec::new(), in_use: 0, peak: 0, peak_before: 0 }
+    }
+
+    fn take(&mut self) -> Option<Box<[u8]>> {
+        self.in_use += 1;
+        self.peak = self.peak.max(self.in_use);
+        self.idle.pop()
+    }
+
+    /// Takes a buffer back; what is too many.
+    fn give_back(&mut self, buffer: Box<[u8]>) -> Vec<Box<[u8]>> {
+        self.idle.push(buffer);
+        self.in_use = self.in_use.saturating_sub(1);
+        let kept = IDLE_CHUNKS_MIN.max(self.peak).max(self.peak_before).max(expected_chunks());
+        if self.in_use == 0 {
+            self.peak_before = std::mem::take(&mut self.peak);
+        }
+        self.idle.split_off(kept.min(self.idle.len()))
+    }
+}
+
+fn pool() -> MutexGuard<'static, Pool> {
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn expected_chunks() -> usize {
+    EXPECTED_BYTES.load(Ordering::Relaxed).min(PREPARED_BYTES_MAX).div_ceil(CHUNK_BYTES)
+}
+
+/// Snapshots will copy so many bytes more, or fewer, than was known.
+pub(super) fn expect(more: usize, fewer: usize) {
+    EXPECTED_BYTES.fetch_add(more, Ordering::Relaxed);
+    EXPECTED_BYTES.fetch_sub(fewer, Ordering::Relaxed);
+}
+
+/// Makes some of the buffers that a first snapshot will need. To be called again and again.
+pub(crate) fn prepare() {
+    for _ in 0..PREPARED_CHUNKS {
+        if expected_chunks() <= pool().idle.len() {
+            return;
+        }
+        // Not of zeros: those would not be there until somebody writes to them.
+        let buffer = vec![1; CHUNK_BYTES].into_boxed_slice();
+        pool().idle.push(buffer);
+    }
+}
 
 /// A buffer of `CHUNK_BYTES` that goes back to the idle ones when it is dropped.
 #[derive(Debug)]
@@ -28,17 +104,15 @@ struct Chunk(Box<[u8]>);
 
 impl Chunk {
     fn take() -> Self {
-        let idle = IDLE_CHUNKS.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
+        let idle = pool().take();
         Self(idle.unwrap_or_else(|| vec![0; CHUNK_BYTES].into_boxed_slice()))
     }
 }
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        let mut idle = IDLE_CHUNKS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if idle.len() < IDLE_CHUNKS_MAX {
-            idle.push(std::mem::take(&mut self.0));
-        }
+        // What is too many is freed when the pool is no longer locked.
+        let _too_many = pool().give_back(std::mem::take(&mut self.0));
     }
 }
 
@@ -287,6 +361,19 @@ mod tests {
         let mut copied = vec![0; copy.size_bytes() as usize];
         copy.memories[0].file.read_exact_at(&mut copied, 0).expect("readable");
         assert!(copied == bytes, "a copy is not changed with what it was made of");
+    }
+
+    #[test]
+    fn as_many_buffers_are_kept_as_were_in_use_at_once() {
+        let mut pool = Pool::new();
+        let mut round = |count: usize| {
+            let taken: Vec<_> = (0..count).map(|_| pool.take().unwrap_or_default()).collect();
+            taken.into_iter().for_each(|buffer| drop(pool.give_back(buffer)));
+            pool.idle.len()
+        };
+        assert_eq!(round(3 * IDLE_CHUNKS_MIN), 3 * IDLE_CHUNKS_MIN);
+        assert_eq!(round(2), 3 * IDLE_CHUNKS_MIN, "the next may need them again");
+        assert_eq!(round(2), IDLE_CHUNKS_MIN, "but not for ever");
     }
 
     #[test]

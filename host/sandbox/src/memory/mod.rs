@@ -15,7 +15,7 @@ use std::{
     io, ptr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -39,6 +39,10 @@ pub(crate) struct Region {
     capacity_bytes: usize,
     /// What the guest can access now. Only ever grows.
     size_bytes: AtomicUsize,
+    /// Snapshots will be taken of it.
+    is_expected: AtomicBool,
+    /// By how much it has grown since the last one.
+    expected_bytes: AtomicUsize,
 }
 
 // SAFETY: `base` is a mapping owned by this value and unmapped only when it is dropped. Access to
@@ -66,6 +70,8 @@ impl Region {
             mapped_bytes,
             capacity_bytes: capacity,
             size_bytes: AtomicUsize::new(0),
+            is_expected: AtomicBool::new(false),
+            expected_bytes: AtomicUsize::new(0),
         };
         if 0 < capacity {
             tracking.register(region.base, capacity.next_multiple_of(page))?;
@@ -86,8 +92,22 @@ impl Region {
             // accessible cannot invalidate any reference.
             unsafe { mm::mprotect(self.at(old_size), new_size - old_size, flags)? };
             self.size_bytes.store(new_size, Ordering::Release);
+            if self.is_expected.load(Ordering::Relaxed) {
+                self.expected_bytes.fetch_add(new_size - old_size, Ordering::Relaxed);
+                image::expect(new_size - old_size, 0);
+            }
         }
         Ok(())
+    }
+
+    /// Snapshots will be taken: the buffers for what it grows by are made beforehand.
+    pub(crate) fn expect_snapshots(&self) {
+        self.is_expected.store(true, Ordering::Relaxed);
+    }
+
+    /// What it has grown by needs no more buffers than any other page.
+    pub(crate) fn is_copied(&self) {
+        image::expect(0, self.expected_bytes.swap(0, Ordering::Relaxed));
     }
 
     /// How much of the region is accessible.
@@ -142,6 +162,7 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        self.is_copied();
         // SAFETY: the mapping is this region's own, and the last owner is going away.
         let unmapped = unsafe { mm::munmap(self.at(0), self.mapped_bytes) };
         if let Err(error) = unmapped {
