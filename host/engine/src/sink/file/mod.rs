@@ -247,7 +247,7 @@ pub(crate) struct FileSink {
     rolling: Rolling,
     index: u32,
     writer: Id,
-    logs: Logs,
+    logs: Arc<Logs>,
     number: u64,
     /// What is durable and not committed, the open part not among it.
     parts: Vec<Part>,
@@ -280,9 +280,9 @@ impl FileSink {
             }
             None => State::default(),
         };
-        let writer = Id::new();
-        let logs = output.logs(index, writer);
-        let logs = logs.map_err(|error| failed(&output, "open the log of parts", &error))?;
+        let logs = output.logs(index);
+        let (logs, writer) =
+            logs.map_err(|error| failed(&output, "open the log of parts", &error))?;
         let mut sink = Self {
             output,
             line: spec.line,
@@ -573,7 +573,7 @@ impl Sink for FileSink {
         // They are this task's own, and nobody has committed them before.
         self.publish(&due, &CommittedNames::default())?;
         self.parts.retain(|part| checkpoint.0 < part.checkpoint);
-        Ok(())
+        self.logs.prepare().map_err(|error| self.failed("note a writer in the log", &error))
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,10 @@ const OWNER: &str = "owner.json";
 const LOG_BYTES_MAX: u64 = 1 << 20;
 /// And keeps so many.
 const LISTED_MAX: usize = 1_000;
+/// And so many writers from before these.
+const WRITERS_MAX: usize = 100;
+/// Writers that are noted at once.
+const SPARE_WRITERS: usize = 4;
 /// How many parts a message names.
 const NAMED_MAX: usize = 10;
 
@@ -176,6 +180,11 @@ impl Log {
     fn shorten(&mut self) -> io::Result<()> {
         let lines = lines_of(&self.path)?;
         let old = lines.len().saturating_sub(LISTED_MAX);
+        // The newest of them writes just now, perhaps since long.
+        let is_writer = |line: &&Line| matches!(line, Line::Writer { .. });
+        let writers = lines[..old].iter().filter(is_writer);
+        let dropped = writers.clone().count().saturating_sub(WRITERS_MAX);
+        let writers = writers.skip(dropped).cloned();
         let mut through: BTreeMap<Id, u64> = BTreeMap::new();
         for line in &lines[..old] {
             match line {
@@ -190,7 +199,7 @@ impl Log {
             .into_iter()
             .map(|(timeline, checkpoint)| Line::Through { timeline, checkpoint });
         let mut short = String::new();
-        for line in through.chain(lines[old..].iter().cloned()) {
+        for line in through.chain(writers).chain(lines[old..].iter().cloned()) {
             short.push_str(&serde_json::to_string(&line)?);
             short.push('\n');
         }
@@ -239,6 +248,8 @@ pub(crate) struct Output {
     before: Mutex<BTreeSet<PathBuf>>,
     /// The writers of this run.
     writers: Mutex<BTreeSet<Id>>,
+    /// The logs of each of its tasks that has begun.
+    logs: Mutex<BTreeMap<u32, Arc<Logs>>>,
     /// Held as long as the run writes: of this directory, and of those that parts of the restored state
     /// still lie in.
     locks: Vec<File>,
@@ -318,6 +329,7 @@ impl Output {
             is_own,
             before: Mutex::default(),
             writers: Mutex::default(),
+            logs: Mutex::default(),
             locks: vec![lock],
         };
         let names = names_in(&output.dir).map_err(unusable)?;
@@ -597,16 +609,24 @@ impl Output {
     }
 
     /// The logs of a task that begins to write.
-    pub(super) fn logs(&self, index: u32, writer: Id) -> io::Result<Logs> {
-        let name = format!("{}-{index}", self.sink);
+    pub(super) fn logs(&self, index: u32) -> io::Result<(Arc<Logs>, Id)> {
+        let mut all = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+        let logs = match all.get(&index) {
+            Some(logs) => logs.clone(),
+            None => {
+                let name = format!("{}-{index}", self.sink);
+                let logs = self.log_dirs().map(|dir| Log::open(&dir, &name));
+                let logs = logs.collect::<io::Result<_>>()?;
+                let noted = Mutex::new(Noted { logs, spares: Vec::new() });
+                let logs = Arc::new(Logs { timeline: self.context.lineage.timeline, noted });
+                all.insert(index, logs.clone());
+                logs
+            }
+        };
+        drop(all);
+        let writer = logs.writer()?;
         self.writers.lock().unwrap_or_else(PoisonError::into_inner).insert(writer);
-        let logs = self.log_dirs().map(|dir| Log::open(&dir, &name));
-        let mut logs: Vec<Log> = logs.collect::<io::Result<_>>()?;
-        let timeline = self.context.lineage.timeline;
-        for log in &mut logs {
-            log.append(&[Line::Writer { writer, timeline }])?;
-        }
-        Ok(Logs(Mutex::new(logs)))
+        Ok((logs, writer))
     }
 }
 
@@ -672,18 +692,61 @@ fn unseen_in(dir: &Path, name: &str, is_cut: bool) -> Option<PathBuf> {
     found.filter(|_| !dir.join(name).exists())
 }
 
-/// The logs of one task.
+/// The logs of one task, in all of its attempts.
 #[derive(Debug)]
-pub(super) struct Logs(Mutex<Vec<Log>>);
+pub(super) struct Logs {
+    timeline: Id,
+    noted: Mutex<Noted>,
+}
+
+#[derive(Debug)]
+struct Noted {
+    logs: Vec<Log>,
+    /// Writers that are in the logs, for attempts that are yet to begin: none of those waits for a disk.
+    spares: Vec<Id>,
+}
 
 impl Logs {
+    fn lock(&self) -> MutexGuard<'_, Noted> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A writer that nobody has been. It is in the logs: what it leaves behind is known as the job's own.
+    fn writer(&self) -> io::Result<Id> {
+        let mut noted = self.lock();
+        if let Some(writer) = noted.spares.pop() {
+            return Ok(writer);
+        }
+        noted.refill(self.timeline)?;
+        Ok(noted.spares.pop().unwrap_or_default())
+    }
+
+    /// Sees to it that the next attempt need not wait.
+    pub(super) fn prepare(&self) -> io::Result<()> {
+        let mut noted = self.lock();
+        if noted.spares.is_empty() { noted.refill(self.timeline) } else { Ok(()) }
+    }
+
     /// These parts become visible now. Durable before any of them is.
     pub(super) fn commit<'p>(
         &self,
         parts: impl Iterator<Item = &'p super::Part>,
     ) -> io::Result<()> {
         let lines: Vec<Line> = parts.map(line_of).collect();
-        let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        logs.iter_mut().try_for_each(|log| log.append(&lines))
+        self.lock().append(&lines)
+    }
+}
+
+impl Noted {
+    fn append(&mut self, lines: &[Line]) -> io::Result<()> {
+        self.logs.iter_mut().try_for_each(|log| log.append(lines))
+    }
+
+    fn refill(&mut self, timeline: Id) -> io::Result<()> {
+        let spares: Vec<Id> = (0..SPARE_WRITERS).map(|_| Id::new()).collect();
+        let line = |writer: &Id| Line::Writer { writer: *writer, timeline };
+        self.append(&spares.iter().map(line).collect::<Vec<_>>())?;
+        self.spares.extend(spares);
+        Ok(())
     }
 }

@@ -425,6 +425,55 @@ fn a_part_goes_on_over_checkpoints_until_it_is_long_enough() {
 }
 
 #[test]
+fn what_a_writer_leaves_is_known_as_its_own_however_long_it_has_written() {
+    let setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    let mut state = Vec::new();
+    for checkpoint in 1..5_000 {
+        // Nothing waits for a reader: only the log grows.
+        let part = Part {
+            dir: output.dir.clone(),
+            task: 0,
+            number: 9_000 + checkpoint,
+            writer: sink.writer,
+            timeline: setup.lineage.timeline,
+            checkpoint,
+            bytes: 0,
+            checksum: 0,
+            is_open: false,
+        };
+        sink.logs.commit([&part].into_iter()).expect("noted");
+        state = barrier(&mut sink, checkpoint, Purpose::Periodic);
+    }
+    write(&mut sink, "one");
+    barrier(&mut sink, 5_000, Purpose::Periodic);
+    assert_eq!(hidden_count(&setup.out()), 1);
+    // The process ends here.
+    drop((sink, output));
+    let output = setup.run(Some((4_999, &[&state]))).expect("goes on");
+    setup.open(&output, 0, Some(&state));
+    assert_eq!(hidden_count(&setup.out()), 0, "it was written after the checkpoint");
+}
+
+#[test]
+fn a_restart_writes_to_no_log_but_each_attempt_is_a_writer_of_its_own() {
+    let setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut writers = BTreeSet::new();
+    let mut sink = setup.open(&output, 0, None);
+    let log = || fs::read(setup.out().join(".cofferdam/out-0.log")).expect("there");
+    for round in 1..=10 {
+        assert!(writers.insert(sink.writer));
+        let before = log();
+        sink = setup.open(&output, 0, None);
+        assert!(log() == before || round % 4 == 0, "restart {round} has written");
+        let text = String::from_utf8(log()).expect("text");
+        assert!(text.contains(&sink.writer.to_string()), "and it is known");
+    }
+}
+
+#[test]
 fn a_short_log_remembers_up_to_where_parts_went() {
     let mut setup = Setup::new();
     let output = setup.run(None).expect("begins");
