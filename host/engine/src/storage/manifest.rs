@@ -9,7 +9,7 @@ use super::{Result, StorageError};
 use crate::identity::Lineage;
 
 /// The version of everything in a generation. Changes with any change of the format.
-pub const FORMAT: u16 = 5;
+pub const FORMAT: u16 = 6;
 
 const MAGIC: [u8; 4] = *b"CFDM";
 
@@ -135,6 +135,12 @@ impl Manifest {
     }
 }
 
+/// Whether this program reads what has this version. Format 5 is like format 6 without pages that are
+/// carried forward.
+pub(super) fn is_readable(version: u16) -> bool {
+    (5..=FORMAT).contains(&version)
+}
+
 /// What a record of its own kind begins with: four letters and the version.
 pub(super) fn beginning(magic: [u8; 4]) -> Vec<u8> {
     let mut bytes = magic.to_vec();
@@ -155,7 +161,7 @@ pub(super) fn behind_beginning<'b>(
         return Err(StorageError::damaged(name, "it ends before its version"));
     };
     match u16::from_le_bytes(*version) {
-        FORMAT => Ok(rest),
+        version if is_readable(version) => Ok(rest),
         found => Err(StorageError::Format { what: name.to_owned(), found, known: FORMAT }),
     }
 }
@@ -165,9 +171,17 @@ pub(super) fn behind_beginning<'b>(
 #[must_use]
 pub fn seal(key: &[u8], payload: &[u8]) -> Vec<u8> {
     let mut framed = Vec::with_capacity(8 + payload.len());
-    framed.extend_from_slice(&checksum(key, payload).to_le_bytes());
-    framed.extend_from_slice(payload);
+    seal_into(&mut framed, key, |framed| framed.extend_from_slice(payload));
     framed
+}
+
+/// The same in place: `fill` appends the payload to a buffer that is emptied first.
+pub(super) fn seal_into(framed: &mut Vec<u8>, key: &[u8], fill: impl FnOnce(&mut Vec<u8>)) {
+    framed.clear();
+    framed.extend_from_slice(&[0; 8]);
+    fill(framed);
+    let sum = checksum(key, &framed[8..]);
+    framed[..8].copy_from_slice(&sum.to_le_bytes());
 }
 
 /// Checks and takes off what `seal` put on.
@@ -241,7 +255,7 @@ mod tests {
             Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the manifest of checkpoint 9 has format 99, this program reads format 5"
+            "the manifest of checkpoint 9 has format 99, this program reads format 6"
         );
     }
 

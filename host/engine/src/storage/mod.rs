@@ -5,6 +5,7 @@
 //! store it writes to. A generation holds a full image of every task and the increments since; it
 //! is never repaired: it is replaced by a new one and removed as a directory.
 
+mod chain;
 pub mod declared;
 pub mod faulty;
 pub mod head;

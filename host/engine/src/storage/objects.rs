@@ -26,7 +26,10 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use twox_hash::XxHash3_64;
 
-use super::{FOR_ALL, Generation, Result, Storage, StorageError, make_dir, manifest::FORMAT};
+use super::{
+    FOR_ALL, Generation, Result, Storage, StorageError, make_dir,
+    manifest::{FORMAT, is_readable},
+};
 use crate::problem::with_sources;
 
 /// A segment is written when it has this many bytes, or at a flush.
@@ -393,7 +396,7 @@ impl ObjectGeneration {
             return Err(damaged("it does not end like a segment"));
         }
         let found = u16::from_le_bytes(*version);
-        if found != FORMAT {
+        if !is_readable(found) {
             return Err(StorageError::Format { what: path.to_string(), found, known: FORMAT });
         }
         let len = u64::from(u32::from_le_bytes(*len));

@@ -2,8 +2,9 @@
 //!
 //! A task's state is a chain: one full snapshot, then increments, each named by the checkpoint it
 //! was taken for, whether or not that checkpoint completed. A manifest lists the chain of every
-//! task; what no manifest lists does not exist. When the increments of a generation have outgrown
-//! its full images, [`SnapshotStore::compact`] merges every chain into a new generation.
+//! task; what no manifest lists does not exist. What later snapshots have replaced is given up as they
+//! are written (see [`super::chain`]); where that does not do, [`SnapshotStore::compact`] merges every
+//! chain into a new generation.
 //!
 //! **Invariant:** data, flush, manifest, flush, and only then is a checkpoint complete.
 
@@ -21,10 +22,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Generation, Result, Storage, StorageError,
+    chain::{Chain, Footprint, PackPages, Written, carried_with, checkpoint_of},
     declared::{Changes, DeclaredKey, Entries, Entry, Merge},
     head::{Head, Kept},
     in_flight::ChannelState,
-    manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, unseal},
+    manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, seal_into, unseal},
     memory::MemoryStorage,
 };
 use crate::{clock::micros, identity::Lineage};
@@ -33,8 +35,8 @@ use crate::{clock::micros, identity::Lineage};
 const PACK_PAGES: usize = 64;
 /// Bytes of declared state in one stored value.
 const PACK_BYTES: usize = 64 << 10;
-/// A generation is replaced when its increments are larger than this, and than half its images:
-/// with the new one beside it, the directory then stays within 2.5 times the size of the state.
+/// A generation is replaced when what does not count in it is larger than this, and than half of what
+/// does: with the new one beside it, the directory then stays within 2.5 times the size of the state.
 const COMPACT_BYTES_MIN: u64 = 4 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 const CHAIN_LENGTH_MAX: usize = 256;
@@ -94,106 +96,6 @@ struct Header {
     in_flight_packs: u32,
     /// Every pack is an LZ4 block behind its size.
     is_compressed: bool,
-}
-
-/// The snapshots that make up a task's state, oldest first. Knows which pages of them were written
-/// over since, as far as they were written by this process: a snapshot of which nothing counts any
-/// more is dead, and a checkpoint from then on does without it.
-#[derive(Debug, Default)]
-struct Chain {
-    links: Vec<Link>,
-    /// By memory and page: the snapshot that holds its newest version; 0: not known.
-    owners: Vec<Vec<u64>>,
-}
-
-#[derive(Debug)]
-struct Link {
-    id: u64,
-    bytes: u64,
-    /// Pages that no later snapshot has; `None` for a snapshot that is never given up.
-    live_pages: Option<u64>,
-    /// The checkpoint whose snapshot made it dead.
-    dead_since: Option<u64>,
-}
-
-impl Chain {
-    /// A chain that was read back: what its snapshots hold is not known.
-    fn of(ids: &[u64]) -> Self {
-        let link = |id: &u64| Link { id: *id, bytes: 0, live_pages: None, dead_since: None };
-        Self { links: ids.iter().map(link).collect(), owners: Vec::new() }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.links.is_empty()
-    }
-
-    fn len(&self) -> usize {
-        self.links.len()
-    }
-
-    fn ids(&self) -> impl Iterator<Item = u64> {
-        self.links.iter().map(|link| link.id)
-    }
-
-    /// The snapshots that a checkpoint consists of. Later ones may be there already.
-    fn as_of(&self, checkpoint: u64) -> Vec<u64> {
-        let counts = |link: &&Link| {
-            link.id <= checkpoint && link.dead_since.is_none_or(|since| checkpoint < since)
-        };
-        self.links.iter().filter(counts).map(|link| link.id).collect()
-    }
-
-    fn push(&mut self, id: u64, snapshot: &TaskSnapshot, bytes: u64) {
-        let is_first = self.links.is_empty();
-        let mut pages_written = 0;
-        for (memory, delta) in
-            snapshot.memory.iter().flat_map(|memory| &memory.memories).enumerate()
-        {
-            if self.owners.len() <= memory {
-                self.owners.resize_with(memory + 1, Vec::new);
-            }
-            for (page, _) in delta.pages() {
-                let owners = &mut self.owners[memory];
-                let page = page as usize;
-                if owners.len() <= page {
-                    owners.resize(page + 1, 0);
-                }
-                let before = std::mem::replace(&mut owners[page], id);
-                pages_written += 1;
-                if let Ok(place) = self.links.binary_search_by_key(&before, |link| link.id) {
-                    self.links[place].lose_page();
-                }
-            }
-        }
-        // Entries of declared state are not followed; a snapshot with some stays until compaction.
-        let has_declared = snapshot.declared.as_ref().is_some_and(|d| !d.is_empty());
-        let live_pages = (!has_declared && !is_first).then_some(pages_written);
-        let bytes = if is_first { 0 } else { bytes };
-        // A snapshot without any page of its own, or without any left, counts up to this one.
-        for link in self.links.iter_mut().filter(|link| link.live_pages == Some(0)) {
-            link.dead_since.get_or_insert(id);
-        }
-        self.links.push(Link { id, bytes, live_pages, dead_since: None });
-    }
-
-    /// Forgets dead snapshots that no checkpoint from this one on consists of. Gives their bytes.
-    fn drop_dead(&mut self, needed_from: u64) -> u64 {
-        let mut freed = 0;
-        self.links.retain(|link| {
-            let is_needed = link.dead_since.is_none_or(|since| needed_from < since);
-            freed += if is_needed { 0 } else { link.bytes };
-            is_needed
-        });
-        freed
-    }
-}
-
-impl Link {
-    fn lose_page(&mut self) {
-        if let Some(pages) = &mut self.live_pages {
-            *pages = pages.saturating_sub(1);
-        }
-    }
 }
 
 /// What a task begins with: state that was read, and whose declared state.
@@ -287,8 +189,6 @@ pub struct SnapshotStore {
     /// Snapshots that could not be written: the next write tries them first, or the chain would
     /// have a gap.
     unwritten: Vec<(usize, u64, Arc<TaskSnapshot>)>,
-    full_bytes: u64,
-    increment_bytes: u64,
     highest_id: u64,
     /// A restart has left snapshots behind that nothing stands on.
     has_leftovers: bool,
@@ -429,7 +329,7 @@ fn value_key(checkpoint: u64, task: usize, kind: u8, sequence: u32) -> Vec<u8> {
     key
 }
 
-/// The task and the checkpoint that the key of a snapshot's value names.
+/// The task and the snapshot that the key of a value names.
 fn key_parts(key: &[u8]) -> Option<(usize, u64)> {
     let (checkpoint, rest) = key.get(1..)?.split_first_chunk::<8>()?;
     let task = rest.first_chunk::<4>()?;
@@ -498,7 +398,8 @@ impl SnapshotStore {
         };
         let mut store = Self::of(storage, current, places, job, tasks, head);
         let keys = store.current.generation.keys(b"s")?;
-        let newest = keys.last().and_then(|key| key_parts(key)).map_or(0, |(_, id)| id);
+        let ids = keys.iter().filter_map(|key| key_parts(key)).map(|(_, id)| checkpoint_of(id));
+        let newest = ids.max().unwrap_or(0);
         store.highest_id = store.head.highest_id.max(newest);
         if !found.is_headless {
             let generation = store.current.number;
@@ -583,8 +484,6 @@ impl SnapshotStore {
             stats: BTreeMap::new(),
             is_compressing: false,
             unwritten: Vec::new(),
-            full_bytes: 0,
-            increment_bytes: 0,
             has_leftovers: false,
             components: BTreeMap::new(),
             has_components: false,
@@ -832,7 +731,8 @@ impl SnapshotStore {
             .transpose()?;
         for &task in tasks {
             let entry = manifest.as_ref().and_then(|manifest| manifest.tasks.get(task));
-            self.chains[task] = entry.map_or_else(Chain::default, |entry| Chain::of(&entry.chain));
+            let chain = &mut self.chains[task];
+            *chain = entry.map_or_else(Chain::default, |entry| chain.back_to(&entry.chain));
         }
         // Not now: the tasks are waiting to run.
         self.has_leftovers = true;
@@ -887,19 +787,18 @@ impl SnapshotStore {
         let pending = std::mem::take(&mut self.unwritten);
         let written = self.write_all(&pending);
         match written {
-            Ok(bytes) => {
-                for ((task, checkpoint, snapshot), bytes) in pending.iter().zip(&bytes) {
-                    let chain = &mut self.chains[*task];
-                    match chain.is_empty() {
-                        true => self.full_bytes += bytes,
-                        false => self.increment_bytes += bytes,
-                    }
-                    chain.push(*checkpoint, snapshot, *bytes);
+            Ok(written) => {
+                let mut all = Vec::with_capacity(pending.len());
+                for ((task, checkpoint, snapshot), parts) in pending.iter().zip(written) {
+                    let bytes = parts.iter().map(|(_, written)| written.bytes).sum();
                     let async_us = snapshot.taken_at.map_or(0, |at| micros(at.elapsed()));
-                    let stats = SnapshotStats { bytes: *bytes, async_us, ..snapshot.stats };
+                    let stats = SnapshotStats { bytes, async_us, ..snapshot.stats };
                     self.stats.insert((*checkpoint, *task), stats);
+                    let chain = &mut self.chains[*task];
+                    parts.into_iter().for_each(|(id, written)| chain.push(id, written));
+                    all.push(bytes);
                 }
-                Ok(bytes[first..].to_vec())
+                Ok(all[first..].to_vec())
             }
             Err(error) => {
                 self.unwritten = pending;
@@ -908,19 +807,77 @@ impl SnapshotStore {
         }
     }
 
-    fn write_all(&mut self, snapshots: &[(usize, u64, Arc<TaskSnapshot>)]) -> Result<Vec<u64>> {
+    /// Gives what was written for each: it, and before it what was carried forward.
+    fn write_all(
+        &mut self,
+        snapshots: &[(usize, u64, Arc<TaskSnapshot>)],
+    ) -> Result<Vec<Vec<(u64, Written)>>> {
         let highest = snapshots.iter().map(|(_, checkpoint, _)| *checkpoint).max().unwrap_or(0);
         self.highest_id = self.highest_id.max(highest);
-        let mut bytes = Vec::with_capacity(snapshots.len());
-        for (task, checkpoint, snapshot) in snapshots {
-            let groups = self.tasks[*task].max_parallelism;
-            let generation = &mut *self.current.generation;
-            let mut writer = PackWriter::new(generation, *task, *checkpoint, self.is_compressing);
-            let declared = snapshot.declared.as_ref().map(|changes| changes.run(groups));
-            bytes.push(writer.snapshot(snapshot, declared)?);
+        let mut all = Vec::with_capacity(snapshots.len());
+        for (at, (task, checkpoint, snapshot)) in snapshots.iter().enumerate() {
+            let mut parts = Vec::new();
+            // Where the chain ends is known only of the first of a task.
+            let is_next = snapshots[..at].iter().all(|(other, ..)| other != task);
+            if let Some(memory) = snapshot.memory.as_ref().filter(|_| is_next)
+                && let Some(carried) = self.carried(*task, memory)?
+            {
+                let carried = TaskSnapshot { memory: Some(carried), ..TaskSnapshot::default() };
+                parts.push(self.put_snapshot(*task, carried_with(*checkpoint), &carried)?);
+            }
+            parts.push(self.put_snapshot(*task, *checkpoint, snapshot)?);
+            all.push(parts);
         }
         self.current.generation.flush()?;
-        Ok(bytes)
+        Ok(all)
+    }
+
+    fn put_snapshot(
+        &mut self,
+        task: usize,
+        id: u64,
+        snapshot: &TaskSnapshot,
+    ) -> Result<(u64, Written)> {
+        let groups = self.tasks[task].max_parallelism;
+        let generation = &mut *self.current.generation;
+        let mut writer = PackWriter::new(generation, task, id, self.is_compressing);
+        let declared = snapshot.declared.as_ref().map(|changes| changes.run(groups));
+        Ok((id, writer.snapshot(snapshot, declared)?))
+    }
+
+    /// The pages that are to be carried forward with the next snapshot: see [`super::chain`].
+    fn carried(&self, task: usize, memory: &MemorySnapshot) -> Result<Option<MemorySnapshot>> {
+        let chain = &self.chains[task];
+        let packs: Vec<PackPages> = (0..)
+            .zip(&memory.memories)
+            .map(|(memory, delta)| (memory, delta.pages().map(|(page, _)| page).collect()))
+            .collect();
+        let sparse = chain.sparse_without(&packs);
+        if sparse.is_empty() {
+            return Ok(None);
+        }
+        let is_new: Vec<BTreeSet<u32>> =
+            packs.into_iter().map(|(_, pages)| pages.into_iter().collect()).collect();
+        let empty = |delta: &MemoryDelta| MemoryDelta::new(delta.size_bytes());
+        let mut carried: Vec<MemoryDelta> = memory.memories.iter().map(empty).collect();
+        let generation = &*self.current.generation;
+        for id in sparse {
+            let header = read_header(generation, task, id)?;
+            for pack in chain.live_packs(id) {
+                let of = (task, id);
+                let (pack, start) = read_pack(generation, of, &header, KIND_MEMORY, pack as u32)?;
+                each_page(&pack[start..], |memory, page, bytes| {
+                    let place = memory as usize;
+                    let is_due = chain.owner(memory, page) == id
+                        && is_new.get(place).is_some_and(|new| !new.contains(&page));
+                    if is_due && let Some(delta) = carried.get_mut(place) {
+                        delta.push(page, bytes);
+                    }
+                })
+                .ok_or_else(|| cut_short(of.0, of.1))?;
+            }
+        }
+        Ok(Some(MemorySnapshot { memories: carried, ..MemorySnapshot::default() }))
     }
 
     /// The state of every task as of a checkpoint that all of them have acked.
@@ -999,7 +956,7 @@ impl SnapshotStore {
             };
             Ok((merge(&loaded), declared))
         };
-        let (manifest, bytes) =
+        let (manifest, written) =
             write_merged(&merged, &manifest, self.is_compressing, &mut *generation)?;
         let checksum = manifest_checksum(&manifest)?;
         let head = Head {
@@ -1011,7 +968,7 @@ impl SnapshotStore {
         for copy in 0..2 {
             target.write_head(copy, &head.encode()?)?;
         }
-        Ok(bytes)
+        Ok(written.iter().map(|written| written.bytes).sum())
     }
 
     fn read_out(&self, task: usize, memory: &[MemorySnapshot]) -> Result<Vec<Entry>> {
@@ -1040,7 +997,12 @@ impl SnapshotStore {
         self.release(oldest_pending.map_or(newest, |pending| pending.min(newest)));
         self.delete_leftovers()?;
         let longest = self.chains.iter().map(Chain::len).max().unwrap_or(0);
-        let is_outgrown = COMPACT_BYTES_MIN.max(self.full_bytes / 2) < self.increment_bytes;
+        let all = self.chains.iter().map(Chain::footprint);
+        let Footprint { live, garbage } = all.fold(Footprint::default(), |sum, it| Footprint {
+            live: sum.live + it.live,
+            garbage: sum.garbage + it.garbage,
+        });
+        let is_outgrown = COMPACT_BYTES_MIN.max(live / 2) < garbage;
         // An older one that is pending stands on snapshots which the merged one would replace.
         let is_newest = oldest_pending.is_none_or(|pending| newest < pending);
         if is_newest && (is_outgrown || CHAIN_LENGTH_MAX < longest) {
@@ -1053,9 +1015,7 @@ impl SnapshotStore {
     /// with the next write.
     pub fn release(&mut self, needed_from: u64) {
         for chain in &mut self.chains {
-            let freed = chain.drop_dead(needed_from);
-            self.increment_bytes = self.increment_bytes.saturating_sub(freed);
-            self.has_leftovers |= 0 < freed;
+            self.has_leftovers |= chain.drop_dead(needed_from);
         }
     }
 
@@ -1152,11 +1112,11 @@ impl SnapshotStore {
         })
     }
 
-    /// Fills a new generation and goes on in it. `fill` gives the manifest that it wrote and its
-    /// bytes.
+    /// Fills a new generation and goes on in it. `fill` gives the manifest that it wrote, and what of
+    /// each task.
     fn begin_generation(
         &mut self,
-        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(Manifest, u64)>,
+        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(Manifest, Vec<Written>)>,
     ) -> Result<()> {
         let numbers = self.storage.generations()?;
         // A generation without anything in it need not be listed.
@@ -1164,7 +1124,7 @@ impl SnapshotStore {
         let mut next = self.storage.open(number, 0)?;
         let components = self.needed_components();
         let filled = put_components(&components, &mut *next).and_then(|_| fill(self, &mut *next));
-        let (manifest, bytes) = match filled {
+        let (manifest, written) = match filled {
             Ok(filled) => filled,
             Err(error) => {
                 drop(next);
@@ -1184,9 +1144,7 @@ impl SnapshotStore {
         // What is in doubt is not removed: the next run sees which one the head names.
         self.commit_head(head, checkpoint)?;
         self.has_components = true;
-        self.full_bytes = bytes;
-        self.increment_bytes = 0;
-        self.chains = self.tasks.iter().map(|_| Chain::of(&[checkpoint])).collect();
+        self.chains = written.into_iter().map(|it| Chain::begun_with(checkpoint, it)).collect();
         let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
         let old = std::mem::replace(&mut self.current, next);
         self.older.push(old);
@@ -1268,14 +1226,14 @@ fn renumbered<'a>(
     Ok(Box::new(renumbered.into_iter().map(Ok)))
 }
 
-/// Copies a checkpoint, every chain merged into one full snapshot. Gives its manifest and the bytes
-/// written.
+/// Copies a checkpoint, every chain merged into one full snapshot. Gives its manifest and what was
+/// written of each task.
 fn copy_merged(
     from: &dyn Generation,
     manifest: &Manifest,
     is_compressing: bool,
     next: &mut dyn Generation,
-) -> Result<(Manifest, u64)> {
+) -> Result<(Manifest, Vec<Written>)> {
     let merged = |task: usize| {
         let ManifestTask { identity, chain, .. } = &manifest.tasks[task];
         let snapshot = merge(&load_chain(from, task, chain)?);
@@ -1295,15 +1253,15 @@ fn write_merged<'a>(
     manifest: &Manifest,
     is_compressing: bool,
     next: &mut dyn Generation,
-) -> Result<(Manifest, u64)> {
+) -> Result<(Manifest, Vec<Written>)> {
     let checkpoint = manifest.checkpoint;
-    let mut bytes = 0;
+    let mut written = Vec::with_capacity(manifest.tasks.len());
     let mut tasks = Vec::with_capacity(manifest.tasks.len());
     for (task, entry) in manifest.tasks.iter().enumerate() {
         let identity = entry.identity.clone();
         let (snapshot, declared) = merged(task)?;
         let mut writer = PackWriter::new(next, task, checkpoint, is_compressing);
-        bytes += writer.snapshot(&snapshot, declared)?;
+        written.push(writer.snapshot(&snapshot, declared)?);
         tasks.push(ManifestTask { identity, chain: vec![checkpoint], stats: entry.stats });
     }
     next.flush()?;
@@ -1311,7 +1269,7 @@ fn write_merged<'a>(
     let key = manifest_key(checkpoint);
     next.put(&key, &seal(&key, &merged.encode()?))?;
     next.flush()?;
-    Ok((merged, bytes))
+    Ok((merged, written))
 }
 
 fn load_chain(generation: &dyn Generation, task: usize, chain: &[u64]) -> Result<LoadedTask> {
@@ -1337,6 +1295,8 @@ struct PackWriter<'a> {
     checkpoint: u64,
     is_compressing: bool,
     bytes: u64,
+    /// One value, with its checksum in front.
+    framed: Vec<u8>,
 }
 
 impl<'a> PackWriter<'a> {
@@ -1346,14 +1306,18 @@ impl<'a> PackWriter<'a> {
         checkpoint: u64,
         is_compressing: bool,
     ) -> Self {
-        Self { generation, task, checkpoint, is_compressing, bytes: 0 }
+        Self { generation, task, checkpoint, is_compressing, bytes: 0, framed: Vec::new() }
     }
 
-    /// Writes all of a snapshot, with this run of declared state; gives the bytes written.
-    fn snapshot(&mut self, snapshot: &TaskSnapshot, declared: Option<Entries<'_>>) -> Result<u64> {
-        let memory_packs = match &snapshot.memory {
+    /// Writes all of a snapshot, with this run of declared state.
+    fn snapshot(
+        &mut self,
+        snapshot: &TaskSnapshot,
+        declared: Option<Entries<'_>>,
+    ) -> Result<Written> {
+        let packs = match &snapshot.memory {
             Some(memory) => self.memory(memory)?,
-            None => 0,
+            None => Vec::new(),
         };
         let holds_declared = declared.is_some();
         let declared_packs = declared.map_or(Ok(0), |run| self.declared(run))?;
@@ -1373,7 +1337,7 @@ impl<'a> PackWriter<'a> {
             globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
             monotonic_ns: memory.map_or(0, |memory| memory.monotonic_ns),
             memories: memory.map_or_else(Vec::new, sizes),
-            memory_packs,
+            memory_packs: packs.len() as u32,
             declared_packs,
             is_declared_whole: snapshot.is_declared_whole,
             holds_declared,
@@ -1382,22 +1346,24 @@ impl<'a> PackWriter<'a> {
         };
         let payload = postcard::to_stdvec(&header)
             .map_err(|error| StorageError::store("encode a header", error))?;
-        self.put(KIND_HEADER, 0, &payload)?;
-        Ok(self.bytes)
+        self.put(KIND_HEADER, 0, |value| value.extend_from_slice(&payload))?;
+        let is_lasting = 0 < declared_packs || snapshot.is_declared_whole;
+        Ok(Written { bytes: self.bytes, packs, is_lasting })
     }
 
-    fn put(&mut self, kind: u8, sequence: u32, payload: &[u8]) -> Result<()> {
+    fn put(&mut self, kind: u8, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
         let key = value_key(self.checkpoint, self.task, kind, sequence);
-        let value = seal(&key, payload);
-        self.bytes += (key.len() + value.len()) as u64;
-        self.generation.put(&key, &value)
+        seal_into(&mut self.framed, &key, fill);
+        self.bytes += (key.len() + self.framed.len()) as u64;
+        self.generation.put(&key, &self.framed)
     }
 
     fn put_pack(&mut self, kind: u8, sequence: u32, payload: &[u8]) -> Result<()> {
-        match self.is_compressing {
-            true => self.put(kind, sequence, &lz4_flex::compress_prepend_size(payload)),
-            false => self.put(kind, sequence, payload),
-        }
+        let is_compressing = self.is_compressing;
+        self.put(kind, sequence, |value| match is_compressing {
+            true => value.extend_from_slice(&lz4_flex::compress_prepend_size(payload)),
+            false => value.extend_from_slice(payload),
+        })
     }
 
     /// A pack is what was on its way in one channel.
@@ -1410,22 +1376,31 @@ impl<'a> PackWriter<'a> {
         Ok(channels.len() as u32)
     }
 
-    /// A pack is the memory's number, a count, that many page numbers, and the pages.
-    fn memory(&mut self, snapshot: &MemorySnapshot) -> Result<u32> {
-        let mut sequence = 0;
+    /// A pack is the memory's number, a count, that many page numbers, and the pages. Gives the pages of
+    /// each.
+    fn memory(&mut self, snapshot: &MemorySnapshot) -> Result<Vec<PackPages>> {
+        let mut packs = Vec::new();
         for (memory, delta) in (0u32..).zip(&snapshot.memories) {
             let pages: Vec<(u32, &[u8])> = delta.pages().collect();
             for pack in pages.chunks(PACK_PAGES) {
-                let mut payload = Vec::with_capacity(8 + pack.len() * (4 + PAGE_BYTES));
-                payload.extend_from_slice(&memory.to_le_bytes());
-                payload.extend_from_slice(&(pack.len() as u32).to_le_bytes());
-                pack.iter().for_each(|(page, _)| payload.extend_from_slice(&page.to_le_bytes()));
-                pack.iter().for_each(|(_, bytes)| payload.extend_from_slice(bytes));
-                self.put_pack(KIND_MEMORY, sequence, &payload)?;
-                sequence += 1;
+                let fill = |value: &mut Vec<u8>| {
+                    value.extend_from_slice(&memory.to_le_bytes());
+                    value.extend_from_slice(&(pack.len() as u32).to_le_bytes());
+                    pack.iter().for_each(|(page, _)| value.extend_from_slice(&page.to_le_bytes()));
+                    pack.iter().for_each(|(_, bytes)| value.extend_from_slice(bytes));
+                };
+                let sequence = packs.len() as u32;
+                if self.is_compressing {
+                    let mut payload = Vec::new();
+                    fill(&mut payload);
+                    self.put_pack(KIND_MEMORY, sequence, &payload)?;
+                } else {
+                    self.put(KIND_MEMORY, sequence, fill)?;
+                }
+                packs.push((memory, pack.iter().map(|(page, _)| *page).collect()));
             }
         }
-        Ok(sequence)
+        Ok(packs)
     }
 
     /// A pack is a list of entries in the order of their keys; no value: removed.
@@ -1457,7 +1432,12 @@ impl<'a> PackWriter<'a> {
 }
 
 fn value_name(task: usize, checkpoint: u64) -> String {
+    let checkpoint = checkpoint_of(checkpoint);
     format!("the snapshot of task {task} for checkpoint {checkpoint}")
+}
+
+fn cut_short(task: usize, checkpoint: u64) -> StorageError {
+    StorageError::damaged(value_name(task, checkpoint), "a pack is cut short")
 }
 
 fn read_value(
@@ -1572,7 +1552,7 @@ fn read_snapshot(
         for sequence in 0..header.memory_packs {
             let (pack, start) = read(KIND_MEMORY, sequence)?;
             unpack_pages(&pack[start..], &mut memories)
-                .ok_or_else(|| damaged("a pack is cut short"))?;
+                .ok_or_else(|| cut_short(task, checkpoint))?;
         }
         let counts = memories.iter().map(|delta| delta.page_count() as u64);
         if !counts.eq(header.memories.iter().map(|(_, pages)| *pages)) {
@@ -1606,16 +1586,25 @@ fn decompress(block: &[u8]) -> std::result::Result<Vec<u8>, String> {
 }
 
 fn unpack_pages(payload: &[u8], memories: &mut [MemoryDelta]) -> Option<()> {
+    let mut is_known = true;
+    each_page(payload, |memory, page, bytes| match memories.get_mut(memory as usize) {
+        Some(delta) => delta.push(page, bytes),
+        None => is_known = false,
+    })?;
+    is_known.then_some(())
+}
+
+/// Gives each page of a pack with the number of its memory and its own; `None` where it is cut short.
+fn each_page<'a>(payload: &'a [u8], mut take: impl FnMut(u32, u32, &'a [u8])) -> Option<()> {
     let (memory, rest) = payload.split_first_chunk::<4>()?;
     let (count, rest) = rest.split_first_chunk::<4>()?;
-    let delta = memories.get_mut(u32::from_le_bytes(*memory) as usize)?;
     let count = u32::from_le_bytes(*count) as usize;
     let (numbers, pages) = rest.split_at_checked(count.checked_mul(4)?)?;
     if pages.len() != count.checked_mul(PAGE_BYTES)? {
         return None;
     }
     for (number, page) in numbers.as_chunks::<4>().0.iter().zip(pages.chunks_exact(PAGE_BYTES)) {
-        delta.push(u32::from_le_bytes(*number), page);
+        take(u32::from_le_bytes(*memory), u32::from_le_bytes(*number), page);
     }
     Some(())
 }
@@ -1739,6 +1728,117 @@ mod tests {
         store.complete(4, 0).expect("complete");
         assert_eq!(contents(&store, 4).0.get(&7), Some(&4));
         assert_eq!(contents(&store, 4).1, entries);
+    }
+
+    fn pages_of(store: &SnapshotStore, checkpoint: u64) -> BTreeMap<u32, u8> {
+        let loaded = store.load(0, checkpoint).expect("whole");
+        let merged = merge_memory(&loaded.memory).expect("pages");
+        merged.memories[0].pages().map(|(page, bytes)| (page, bytes[0])).collect()
+    }
+
+    fn pages(pages: &BTreeMap<u32, u8>) -> Arc<TaskSnapshot> {
+        let mut delta = MemoryDelta::new(4 << 20);
+        pages.iter().for_each(|(page, byte)| delta.push(*page, &[*byte; PAGE_BYTES]));
+        let memory = MemorySnapshot { memories: vec![delta], ..MemorySnapshot::default() };
+        Arc::new(TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() })
+    }
+
+    /// Pages that are in the current generation, whether or not they count.
+    fn stored_pages(store: &SnapshotStore) -> usize {
+        let generation = &store.current.generation;
+        let keys = generation.keys(b"s").expect("listed");
+        let values = keys.iter().map(|key| generation.get(key).expect("read").expect("there"));
+        values.map(|value| value.len() / PAGE_BYTES).sum()
+    }
+
+    #[test]
+    fn what_is_written_over_everywhere_is_written_once_and_goes() {
+        let mut store = open();
+        let hot = |byte: u8| pages(&(0..500).map(|page| (page, byte)).collect());
+        let mut first: BTreeMap<u32, u8> = (0..500).map(|page| (page, 0)).collect();
+        // Half of it is never written over.
+        let cold: BTreeMap<u32, u8> = (500..1000).map(|page| (page, 7)).collect();
+        first.extend(&cold);
+        store.write(vec![(0, 1, pages(&first))]).expect("written");
+        store.complete(1, 0).expect("complete");
+        let generation = store.current.number;
+        let mut twice = 0;
+        for id in 2..40 {
+            let bytes = store.write(vec![(0, id, hot(id as u8))]).expect("written")[0];
+            twice += usize::from(520 * PAGE_BYTES as u64 <= bytes);
+            store.complete(id, 0).expect("complete");
+            store.subsume(id - 1, id, None).expect("forgotten");
+            let mut expected: BTreeMap<u32, u8> = (0..500).map(|page| (page, id as u8)).collect();
+            expected.extend(&cold);
+            assert_eq!(pages_of(&store, id), expected);
+            assert!(stored_pages(&store) <= 2000, "{}", stored_pages(&store));
+        }
+        assert_eq!(twice, 1, "what is not written over is carried forward once");
+        assert_eq!(store.current.number, generation, "nothing was compacted");
+    }
+
+    #[test]
+    fn whatever_is_written_a_checkpoint_has_the_newest_of_every_page() {
+        let mut carried = 0;
+        for seed in 0..60 {
+            let mut random = cofferdam_core::random::Random::new(seed);
+            let mut below = move |end: u64| random.between(0, end.max(1) - 1);
+            let mut store = open();
+            let mut state = BTreeMap::new();
+            let mut complete: Vec<(u64, BTreeMap<u32, u8>)> = Vec::new();
+            let (size, kept) = (1 + below(599), 1 + below(3) as usize);
+            for step in 1..60u64 {
+                let id = store.next_id();
+                let count = [3, size / 10, size / 2, size][below(4) as usize];
+                let mut batch = Vec::new();
+                // Sometimes two checkpoints are written at once, and only the later one completes.
+                for id in id..=id + u64::from(below(6) == 0) {
+                    let start = below(size);
+                    let changed =
+                        (0..count).map(|at| (((start + at) % size) as u32, (step % 251) as u8));
+                    let changed: BTreeMap<u32, u8> = changed.collect();
+                    state.extend(&changed);
+                    batch.push((0, id, pages(&changed)));
+                }
+                let newest = batch.last().expect("one").1;
+                let changed = batch.iter().map(|(.., it)| {
+                    it.memory.as_ref().expect("pages").memories[0].page_count() as u64
+                });
+                let changed: u64 = changed.sum::<u64>() * PAGE_BYTES as u64;
+                let bytes: u64 = store.write(batch).expect("written").iter().sum();
+                carried += usize::from(changed + 16 * PAGE_BYTES as u64 <= bytes);
+                match below(8) {
+                    // It never completes.
+                    0 => {
+                        store.release(complete.last().map_or(newest + 1, |(id, _)| *id));
+                        continue;
+                    }
+                    1 if !complete.is_empty() => {
+                        let (id, before) = complete.last().expect("one").clone();
+                        if store.is_current(id) {
+                            store.begin_attempt(&[0], Some(id)).expect("begins");
+                            state = before;
+                        }
+                        continue;
+                    }
+                    _ => {}
+                }
+                store.complete(newest, 0).expect("complete");
+                complete.push((newest, state.clone()));
+                if kept < complete.len() {
+                    let (oldest, _) = complete.remove(0);
+                    store.subsume(oldest, newest, None).expect("forgotten");
+                }
+                for (id, state) in &complete {
+                    assert_eq!(pages_of(&store, *id), *state, "seed {seed}, checkpoint {id}");
+                }
+                if kept == 1 {
+                    let (stored, live) = (stored_pages(&store), state.len());
+                    assert!(stored <= 2 * live + 1200, "seed {seed}: {stored} for {live}");
+                }
+            }
+        }
+        assert!(50 < carried, "{carried}");
     }
 
     #[test]
