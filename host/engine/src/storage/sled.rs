@@ -14,6 +14,7 @@
 //! there: the files are opened again, as of that flush.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
     os::unix::fs::{DirBuilderExt, FileExt},
@@ -38,6 +39,9 @@ const PACKED_BYTES_MIN: usize = 2 << 10;
 
 /// The unit in which file systems give space back.
 const BLOCK_BYTES: u64 = 4096;
+
+/// So many blocks may wait for other values, or as many as have one.
+const FREE_BLOCKS_MIN: u64 = 1024;
 
 /// What the directories of generations begin with, and those of generations on their way out.
 const GENERATION: &str = "gen-";
@@ -240,11 +244,21 @@ pub(super) fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Resul
 }
 
 /// Large values, one after the other. What a crash left behind the last flush is never pointed at.
+///
+/// Where a value was that does not count any more another one is written, if it is as large: blocks that
+/// the file has cost a third of what new ones do. What is too much of that goes back to the file system.
 #[derive(Debug)]
 struct Pack {
     file: File,
     len: u64,
     is_dirty: bool,
+    /// From here on a value of a block and more has its blocks for itself.
+    own_from: u64,
+    /// Places for other values, by their number of blocks.
+    free: BTreeMap<u64, Vec<u64>>,
+    free_blocks: u64,
+    /// The blocks of values behind `own_from`.
+    used_blocks: u64,
 }
 
 /// Where a value lies in the pack.
@@ -316,26 +330,68 @@ impl Pack {
         let places = entries.values().filter_map(|kept| Place::of(kept));
         let end = places.map(Place::end).max().unwrap_or(0);
         let len = file.metadata()?.len().max(end);
-        Ok(Self { file, len, is_dirty: false })
+        let own_from = len.next_multiple_of(BLOCK_BYTES);
+        let (free, free_blocks, used_blocks) = (BTreeMap::new(), 0, 0);
+        Ok(Self { file, len, is_dirty: false, own_from, free, free_blocks, used_blocks })
     }
 
     fn append(&mut self, value: &[u8]) -> io::Result<Place> {
         let len = u32::try_from(value.len())
             .map_err(|_| io::Error::other("a value of more than 4 GiB"))?;
-        if BLOCK_BYTES <= u64::from(len) {
-            // So that its blocks are its own, and can be given back.
-            self.len = self.len.next_multiple_of(BLOCK_BYTES);
-        }
-        let place = Place { offset: self.len, len };
         self.is_dirty = true;
-        self.file.write_all_at(value, place.offset)?;
-        self.len += u64::from(len);
-        Ok(place)
+        if u64::from(len) < BLOCK_BYTES {
+            let place = Place { offset: self.len, len };
+            self.file.write_all_at(value, place.offset)?;
+            self.len += u64::from(len);
+            return Ok(place);
+        }
+        // Its blocks are its own, and can be given back.
+        let blocks = u64::from(len).div_ceil(BLOCK_BYTES);
+        let offset = match self.take_free(blocks) {
+            Some(offset) => offset,
+            None => {
+                let offset = self.len.next_multiple_of(BLOCK_BYTES);
+                self.len = offset + blocks * BLOCK_BYTES;
+                offset
+            }
+        };
+        self.used_blocks += blocks;
+        self.file.write_all_at(value, offset)?;
+        Ok(Place { offset, len })
+    }
+
+    fn take_free(&mut self, blocks: u64) -> Option<u64> {
+        let offset = self.free.get_mut(&blocks)?.pop()?;
+        self.free_blocks -= blocks;
+        Some(offset)
+    }
+
+    /// A value does not count any more, durably: another one may take its place.
+    fn give_back(&mut self, place: Place) {
+        if place.offset < self.own_from || u64::from(place.len) < BLOCK_BYTES {
+            return self.make_hole(place);
+        }
+        let blocks = u64::from(place.len).div_ceil(BLOCK_BYTES);
+        self.used_blocks = self.used_blocks.saturating_sub(blocks);
+        self.free.entry(blocks).or_default().push(place.offset);
+        self.free_blocks += blocks;
+        while self.used_blocks.max(FREE_BLOCKS_MIN) < self.free_blocks {
+            let Some(mut largest) = self.free.last_entry() else { break };
+            let blocks = *largest.key();
+            let offset = largest.get_mut().pop();
+            if largest.get().is_empty() {
+                largest.remove();
+            }
+            if let Some(offset) = offset {
+                self.free_blocks -= blocks;
+                self.make_hole(Place { offset, len: (blocks * BLOCK_BYTES) as u32 });
+            }
+        }
     }
 
     /// Makes a hole where a value was. Where the file system cannot, its space comes back with the
     /// generation.
-    fn give_back(&self, place: Place) {
+    fn make_hole(&self, place: Place) {
         let start = place.offset.next_multiple_of(BLOCK_BYTES);
         let end = place.end() / BLOCK_BYTES * BLOCK_BYTES;
         if start < end {
@@ -665,14 +721,51 @@ mod tests {
         let mut generation = open(dir.path());
         let pack = dir.path().join("gen-00000001").join(PACK);
         let blocks = || fs::metadata(&pack).expect("there").blocks() * 512;
-        generation.put(b"a", &[1; 1 << 20]).expect("put");
-        generation.put(b"b", &[2; 1 << 20]).expect("put");
+        for n in 0..12u8 {
+            generation.put(&[n], &[n; 1 << 20]).expect("put");
+        }
         generation.flush().expect("flush");
         let full = blocks();
-        generation.delete(b"a").expect("delete");
+        (1..12u8).for_each(|n| generation.delete(&[n]).expect("delete"));
+        assert_eq!(blocks(), full, "a crash may still ask for it");
         generation.flush().expect("flush");
-        assert!(blocks() + (1 << 20) <= full, "{full} bytes before, {} after", blocks());
-        assert_eq!(generation.get(b"b").expect("readable"), Some(vec![2; 1 << 20]));
+        assert!(blocks() + (7 << 20) <= full, "{full} bytes before, {} after", blocks());
+        assert_eq!(generation.get(&[0]).expect("readable"), Some(vec![0; 1 << 20]));
+    }
+
+    #[test]
+    fn a_value_takes_the_place_of_one_that_is_gone_durably_and_of_no_other() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut generation = open(dir.path());
+        let pack = dir.path().join("gen-00000001").join(PACK);
+        let len = || fs::metadata(&pack).expect("there").len();
+        let value = |n: u8, len: usize| vec![n; len - usize::from(n)];
+        for n in 0..50u8 {
+            generation.put(b"a", &value(n, 200_000)).expect("put");
+            generation.put(&[n], &value(n, 3_000)).expect("put");
+            generation.put(b"b", &value(n, 100_000)).expect("put");
+            if n % 2 == 0 {
+                // What is not flushed is there, and what it replaces is not given away.
+                let durable = SledStorage::new(dir.path().to_owned()).read(1, 0).expect("reads");
+                if let Some(a) = durable.get(b"a").expect("readable") {
+                    assert_eq!(a, value(n - 1, 200_000));
+                }
+                generation.flush().expect("flush");
+                generation.put(b"a", &value(n + 1, 200_000)).expect("put again");
+            }
+            generation.flush().expect("flush");
+            let kept = if n % 2 == 0 { n + 1 } else { n };
+            assert_eq!(generation.get(b"a").expect("readable"), Some(value(kept, 200_000)));
+            assert_eq!(generation.get(b"b").expect("readable"), Some(value(n, 100_000)));
+        }
+        assert!(len() < 50 * 4_096 + 1_200_000, "{} bytes", len());
+        drop(generation);
+        let mut generation = open(dir.path());
+        generation.put(b"c", &value(7, 200_000)).expect("put");
+        for n in 0..50u8 {
+            assert_eq!(generation.get(&[n]).expect("readable"), Some(value(n, 3_000)));
+        }
+        assert_eq!(generation.get(b"a").expect("readable"), Some(value(49, 200_000)));
     }
 
     #[test]
