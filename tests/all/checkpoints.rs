@@ -12,7 +12,7 @@ use cofferdam_engine::{
     job::JobOptions,
     progress::Progress,
     restore::{RestoreFrom, open_named},
-    storage::faulty::Faults,
+    storage::{Storage, faulty::Faults, sled::SledStorage},
 };
 use cofferdam_tests::{
     disk::copy_dir,
@@ -150,10 +150,18 @@ fn damage_newest_pages(state: &Path) {
         })
         .max()
         .expect("a generation");
+    let number = generation.file_name().and_then(|name| name.to_str());
+    let number = number.and_then(|name| name.rsplit('-').next()).expect("a number");
+    let storage = SledStorage::new(state.to_owned());
+    let stored = storage.read(number.parse().expect("a number"), 0).expect("readable");
+    // Snapshot, task, kind; kind 1 is a pack of pages. The highest bit says that they were carried forward.
+    let is_pages = |key: &Vec<u8>| key.len() == 18 && key[13] == 1 && key[1] < 128;
+    let newest = stored.keys(b"s").expect("listed").into_iter().rfind(is_pages).expect("pages");
+    let value = stored.get(&newest).expect("readable").expect("there");
     let pack = generation.join("pack");
     let mut bytes = fs::read(&pack).expect("readable");
-    let last = bytes.len() - 100;
-    bytes[last] ^= 1;
+    let at = bytes.windows(value.len()).position(|window| window == value).expect("it is there");
+    bytes[at + value.len() - 100] ^= 1;
     fs::write(&pack, bytes).expect("written");
 }
 

@@ -1,6 +1,7 @@
 //! A job in a world that misbehaves: random histories of kills, stops, savepoints, forks, rescaling, upgrades,
 //! renamed operators, other paths, moved directories, readers that take what they have read, inputs that
-//! are cut, grown or replaced, second jobs, flipped bits, lost files and failing disks. Each step has a
+//! are cut, grown or replaced, outputs that somebody moves away, second jobs, flipped bits, lost files,
+//! failing disks, clocks that jump and logs that nobody reads. Each step has a
 //! verdict that is known beforehand: the run succeeds, or it is refused with a code and nothing changes;
 //! and at the end every record is in the output once.
 
@@ -327,8 +328,22 @@ path = "out-{out}"
             command.env("LD_PRELOAD", library()).env("DISK_ROOT", self.dir.canonicalize()?);
             command.env("DISK_FAIL", at).env("DISK_MODE", mode);
         }
-        let child = command.spawn()?;
-        std::thread::sleep(Duration::from_millis(self.random.between(30, 900)));
+        if self.random.one_in(4) {
+            let seconds =
+                [-86_400 * 365, -3_600, 3_600, 86_400 * 365][self.random.between(0, 3) as usize];
+            let from = self.random.between(0, 40);
+            command.env("LD_PRELOAD", library()).env("DISK_CLOCK", format!("{seconds}@{from}"));
+            self.did("clocks that jump", tally);
+        }
+        let is_unread = self.random.one_in(4);
+        let mut child = command.spawn()?;
+        std::thread::sleep(Duration::from_millis(self.random.between(30, 450)));
+        if is_unread {
+            // What it says from now on nobody reads.
+            drop(child.stderr.take());
+            self.did("closed pipes", tally);
+        }
+        std::thread::sleep(Duration::from_millis(self.random.between(0, 450)));
         let what = self.random.between(0, 3);
         let mut savepoint = None;
         if what == 0 || what == 1 {
@@ -356,7 +371,8 @@ path = "out-{out}"
         let output = child.wait_with_output()?;
         self.settle(&output);
         let is_killed = is_killed(&output);
-        let is_told = (has_bad_disk && said(&output).contains("error[C")) || self.is_finished;
+        let is_told = is_unread || said(&output).contains("error[C");
+        let is_told = (has_bad_disk && is_told) || self.is_finished;
         ensure!(is_killed || output.status.success() || is_told, "a run: {}", said(&output));
         let name = match (what, is_killed) {
             _ if has_bad_disk => "failing disks",
@@ -513,7 +529,7 @@ path = "out-{out}"
 
     fn change(&mut self, home: &Path, tally: &mut Tally) -> Result<()> {
         let setup = self.setup;
-        match self.random.between(0, 17) {
+        match self.random.between(0, 18) {
             0 | 1 => {
                 let parallelism = self.random.between(1, 5);
                 let step = if parallelism == setup.parallelism { "runs" } else { "rescales" };
@@ -521,7 +537,16 @@ path = "out-{out}"
             }
             // What is pending lies where it was written. Where that was moved as well, nobody finds it: the
             // run is refused until it has been run once with the path that it had.
-            2 if self.is_moved => Ok(()),
+            2 if self.is_moved => {
+                let other = Setup { out: (self.ran_with_out + 1) % 3, ..setup };
+                self.outs = self.outs.max(other.out + 1);
+                let is_refused = self.is_refused_where_parts_wait(&other, tally)?;
+                self.did("other paths of what was moved", tally);
+                if !is_refused {
+                    self.setup = other;
+                }
+                Ok(())
+            }
             2 => {
                 self.setup.out = self.random.between(0, 2);
                 self.outs = self.outs.max(self.setup.out + 1);
@@ -591,6 +616,7 @@ path = "out-{out}"
                 Ok(())
             }
             14 => self.cut_while_read(tally),
+            15 => self.move_output_away(tally),
             _ => self.change_input(tally),
         }
     }
@@ -620,6 +646,60 @@ path = "out-{out}"
         refused?;
         self.did(name, tally);
         Ok(())
+    }
+
+    /// Somebody moves the output away: what was committed is with them, and what was not is missed.
+    fn move_output_away(&mut self, tally: &mut Tally) -> Result<()> {
+        let out = self.dir.join(format!("out-{}", self.ran_with_out));
+        if self.is_moved || !out.exists() || self.settled.is_none() {
+            return Ok(());
+        }
+        let away = self.dir.join("moved-away");
+        fs::rename(&out, &away)?;
+        let setup = Setup { out: self.ran_with_out, ..self.setup };
+        if self.is_refused_where_parts_wait(&setup, tally)? {
+            let _ = fs::remove_dir_all(&out);
+            fs::rename(&away, &out)?;
+        } else {
+            for entry in fs::read_dir(&away)?.flatten() {
+                if entry.file_name().to_string_lossy().starts_with("part-") {
+                    self.taken.extend(lines(&entry.path())?);
+                }
+            }
+            fs::remove_dir_all(&away)?;
+        }
+        self.did("outputs that are moved away", tally);
+        Ok(())
+    }
+
+    /// A run that is refused if parts are pending which it does not find, and else goes on until it is
+    /// stopped. True where it was refused.
+    fn is_refused_where_parts_wait(&mut self, setup: &Setup, tally: &mut Tally) -> Result<bool> {
+        self.write_manifest(setup)?;
+        let before = self.visible()?;
+        let child = self.command(&["run", "job.toml", "--state-dir", &self.state]).spawn()?;
+        std::thread::sleep(Duration::from_millis(self.random.between(100, 500)));
+        let id = child.id().to_string();
+        let _ = Command::new("kill").args(["-INT", &id]).stderr(Stdio::null()).status();
+        let output = child.wait_with_output()?;
+        let words = said(&output);
+        if words.contains("error[C0028]") {
+            ensure!(self.visible()? == before, "a refused run has changed the output");
+            *tally.refusals.entry("C0028").or_default() += 1;
+            return Ok(true);
+        }
+        if is_killed(&output) {
+            // Before it could look at anything.
+            return Ok(true);
+        }
+        let asked = std::mem::replace(&mut self.setup, *setup);
+        self.settle(&output);
+        self.setup = if self.is_finished { self.setup } else { asked };
+        ensure!(
+            output.status.success() || self.is_finished,
+            "without the directory that it wrote to: {words}"
+        );
+        Ok(false)
     }
 
     /// Somebody truncates the input while it is read, as copytruncate does: the run fails, or had read

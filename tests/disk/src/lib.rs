@@ -11,6 +11,7 @@
 //! | `DISK_MODE` | `once` (the default); `reopen`: all that is open stays broken; `gone`: everything fails from then on; `torn`: a write writes half before it fails, other calls as `once` |
 //! | `DISK_ERRNO` | the number of the error; 5 (EIO) by default |
 //! | `DISK_REPORT` | a file that gets a line for the call that was made to fail, and the number of calls at the end |
+//! | `DISK_CLOCK` | `SECONDS@CALL`: from that question for the time of day on, counted from 0, the answer is so much later, or earlier; needs no root |
 //! | `DISK_TRACE` | a file that gets every change, in the format of [`trace`] |
 //!
 //! Calls that are made to fail: open, read, write, sync, truncate, allocate, stat, rename, link, unlink and
@@ -18,6 +19,7 @@
 
 #![allow(unsafe_code)]
 
+mod clock;
 mod hooks;
 mod state;
 mod trace;

@@ -257,8 +257,8 @@ fn open_places(storage: &dyn Storage, head: &Head, found: &mut Found) -> Result<
                 }
             }
         };
-        match read_manifest(&*place.generation, &manifest_key(*checkpoint)) {
-            Ok(manifest) if manifest_checksum(&manifest)? == *checksum => {
+        match read_manifest_as_stored(&*place.generation, &manifest_key(*checkpoint)) {
+            Ok((manifest, found_checksum)) if found_checksum == *checksum => {
                 place.checkpoints.push(*checkpoint);
                 found.manifests.push(manifest);
             }
@@ -278,13 +278,14 @@ fn head_of_generations(storage: &dyn Storage, numbers: &[u64], found: &mut Found
     for &number in numbers {
         let manifests = storage.read(number, 0).and_then(|generation| {
             let keys = generation.keys(b"m")?;
-            Ok(keys.iter().map(|key| read_manifest(&*generation, key)).collect::<Vec<_>>())
+            let read = |key: &Vec<u8>| read_manifest_as_stored(&*generation, key);
+            Ok(keys.iter().map(read).collect::<Vec<_>>())
         });
         match manifests {
             Ok(manifests) => {
                 for manifest in manifests {
-                    match manifest.and_then(|it| Ok((manifest_checksum(&it)?, it.checkpoint))) {
-                        Ok((checksum, checkpoint)) => {
+                    match manifest {
+                        Ok((Manifest { checkpoint, .. }, checksum)) => {
                             head.checkpoints.retain(|kept| kept.checkpoint != checkpoint);
                             head.checkpoints.push(Kept {
                                 checkpoint,
@@ -1281,12 +1282,18 @@ fn load_chain(generation: &dyn Generation, task: usize, chain: &[u64]) -> Result
 }
 
 fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
+    read_manifest_as_stored(generation, key).map(|(manifest, _)| manifest)
+}
+
+/// A manifest, and the checksum of its bytes, which may be of an earlier format.
+fn read_manifest_as_stored(generation: &dyn Generation, key: &[u8]) -> Result<(Manifest, u64)> {
     let checkpoint = key.last_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
     let name = format!("the manifest of checkpoint {checkpoint}");
     let Some(framed) = generation.get(key)? else {
         return Err(StorageError::damaged(name, "it is not there"));
     };
-    Manifest::decode(&name, unseal(&name, key, &framed)?)
+    let bytes = unseal(&name, key, &framed)?;
+    Ok((Manifest::decode(&name, bytes)?, twox_hash::XxHash3_64::oneshot(bytes)))
 }
 
 struct PackWriter<'a> {
