@@ -335,12 +335,15 @@ path = "out-{out}"
             command.env("LD_PRELOAD", library()).env("DISK_CLOCK", format!("{seconds}@{from}"));
             self.did("clocks that jump", tally);
         }
-        let is_unread = self.random.one_in(4);
+        // Where it has written must be known for some of the steps.
+        let is_unread =
+            self.random.one_in(4) && !self.is_moved && self.ran_with_out == self.setup.out;
         let mut child = command.spawn()?;
         std::thread::sleep(Duration::from_millis(self.random.between(30, 450)));
         if is_unread {
             // What it says from now on nobody reads.
             drop(child.stderr.take());
+            self.ran_with = self.setup;
             self.did("closed pipes", tally);
         }
         std::thread::sleep(Duration::from_millis(self.random.between(0, 450)));
