@@ -5,6 +5,7 @@ pub mod archive;
 pub mod crash;
 pub mod disk;
 pub mod faults;
+pub mod flights;
 pub mod guest;
 pub mod host;
 pub mod job;

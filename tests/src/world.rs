@@ -343,7 +343,6 @@ path = "out-{out}"
         if is_unread {
             // What it says from now on nobody reads.
             drop(child.stderr.take());
-            self.ran_with = self.setup;
             self.did("closed pipes", tally);
         }
         std::thread::sleep(Duration::from_millis(self.random.between(0, 450)));
@@ -374,6 +373,16 @@ path = "out-{out}"
         let output = child.wait_with_output()?;
         self.settle(&output);
         let is_killed = is_killed(&output);
+        if is_unread {
+            self.settled = None;
+            if !has_bad_disk && !is_killed && !output.status.success() {
+                // An earlier one that nobody has read had finished.
+                let read = self.run_once()?;
+                ensure!(self.is_finished, "after a run that nobody has read: {}", said(&read));
+                return Ok(true);
+            }
+            self.ran_with = self.setup;
+        }
         let is_told = is_unread || said(&output).contains("error[C");
         let is_told = (has_bad_disk && is_told) || self.is_finished;
         ensure!(is_killed || output.status.success() || is_told, "a run: {}", said(&output));

@@ -52,6 +52,11 @@ enum Verb {
         /// How often
         cuts: u64,
     },
+    /// Eight jobs over the flights of a year (fetched from PyPI), rescaled, upgraded, killed and stopped
+    Flights {
+        /// One of them alone: counts, windows, join, sessions, combine, dedup, top or order
+        job: Option<String>,
+    },
     /// Write what this version writes into `tests/archive`, once for each version of the format
     Archive,
     /// Run a benchmark: call, recovery, checkpoint, failover, hotstate, state or wordcount
@@ -72,6 +77,7 @@ fn main() -> Result<()> {
         Verb::World { histories } => steps::program("world", histories),
         Verb::Faults { faults } => steps::program("faults", faults),
         Verb::Power { cuts } => steps::program("power", cuts),
+        Verb::Flights { job } => steps::flights(job.as_deref()),
         Verb::Archive => steps::archive(),
         Verb::Bench { name } => steps::bench(&name),
     }

@@ -109,6 +109,11 @@ pub(crate) fn program(name: &str, rounds: u64) -> Result<()> {
     run(tests_binary(name)?.arg("--").arg(rounds.to_string()))
 }
 
+/// The jobs over real data.
+pub(crate) fn flights(job: Option<&str>) -> Result<()> {
+    run(tests_binary("flights")?.arg("--").args(job))
+}
+
 /// Writes the archive of this version.
 pub(crate) fn archive() -> Result<()> {
     run(&mut tests_binary("archive")?)
