@@ -34,7 +34,8 @@ pub fn log(level: Level, message: &str) {
     eprintln!("{level:?}: {message}");
 }
 
-/// Adds to a counter of the task.
+/// Adds to a counter of the operator: that of all its tasks together is in the summary of `cofferdam run`,
+/// and with `--json` in each of its figures. What a restart repeats is counted again.
 pub fn add_to_counter(name: &str, delta: u64) {
     #[cfg(target_arch = "wasm32")]
     wit::metrics::add(name, delta);
@@ -42,7 +43,7 @@ pub fn add_to_counter(name: &str, delta: u64) {
     let _ = (name, delta);
 }
 
-/// Sets a gauge of the task.
+/// Sets a gauge of the operator, which is shown like a counter: of what its tasks set the latest counts.
 pub fn set_gauge(name: &str, value: f64) {
     #[cfg(target_arch = "wasm32")]
     wit::metrics::set(name, value);

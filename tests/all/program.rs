@@ -129,6 +129,24 @@ fn history_says_what_failed_and_what_was_done_about_it() {
 }
 
 #[test]
+fn what_guests_count_is_in_the_summary() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = r#"do = "count", at = 100"#.to_owned();
+    let harness = Harness { config, count: 20_000, parallelism: 2, ..Harness::default() };
+    let manifest = harness.write(dir.path());
+    let job = manifest.to_str().expect("text");
+    let summary = json(&call(&["--json", "run", job]));
+    let operator = &summary["operators"][1];
+    assert_eq!((&summary["event"], &operator["name"]), (&"summary".into(), &"count".into()));
+    assert_eq!(operator["records_in"], 20_000);
+    assert_eq!(operator["metrics"], serde_json::json!({ "reached": 2.0, "at": 100.0 }));
+    let dir = tempfile::tempdir().expect("a directory");
+    let told = call(&["run", harness.write(dir.path()).to_str().expect("text")]);
+    let told = String::from_utf8_lossy(&told.stderr);
+    assert!(told.contains("  count counted: at 100, reached 2\n"), "{told}");
+}
+
+#[test]
 fn settings_come_from_the_job_then_the_host_then_the_defaults() {
     let dir = tempfile::tempdir().expect("a directory");
     let manifest = Harness::default().write(dir.path());

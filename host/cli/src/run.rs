@@ -396,6 +396,7 @@ impl View {
                 "restarts": reading.restarts,
                 "records_lost": reading.records_lost,
                 "watermark": reading.watermark,
+                "operators": self.metrics.read_operators(),
             })),
             Mode::Live => {
                 let watermark = reading.watermark.filter(|at| *at != i64::MAX);
@@ -439,6 +440,7 @@ impl View {
                 "restarts": reading.restarts,
                 "records_lost": reading.records_lost,
                 "bad_records": reading.bad_records,
+                "operators": self.metrics.read_operators(),
             }));
             return;
         }
@@ -458,6 +460,13 @@ impl View {
             reading.checkpoints,
             reading.restarts,
         );
+        for operator in self.metrics.read_operators() {
+            if !operator.metrics.is_empty() {
+                let each = |(name, value): (&String, &f64)| format!("{name} {value}");
+                let metrics: Vec<String> = operator.metrics.iter().map(each).collect();
+                say_aside!("  {} counted: {}", operator.name, metrics.join(", "));
+            }
+        }
         if let Ok(Outcome::Stopped { is_last, has_savepoint: false, .. }) = outcome {
             match (checkpoint, is_last) {
                 (Some(id), true) => say_aside!("run it again and it goes on from checkpoint {id}"),

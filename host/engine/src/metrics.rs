@@ -98,7 +98,36 @@ pub struct Reading {
     pub watermark: Option<i64>,
 }
 
+/// A reading of one operator's counters.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct OperatorReading {
+    /// Its name in the manifest.
+    pub name: String,
+    /// Records taken from its inputs.
+    pub records_in: u64,
+    /// Records given to its outputs.
+    pub records_out: u64,
+    /// The newest watermark, in milliseconds, if there was one.
+    pub watermark: Option<i64>,
+    /// What its guests count and measure themselves, all tasks together.
+    pub metrics: BTreeMap<String, f64>,
+}
+
 impl Metrics {
+    /// Reads the counters of each operator, in the order of the job graph.
+    #[must_use]
+    pub fn read_operators(&self) -> Vec<OperatorReading> {
+        let read = |operator: &OperatorMetrics| OperatorReading {
+            name: operator.name.clone(),
+            records_in: operator.records_in.load(Ordering::Relaxed),
+            records_out: operator.records_out.load(Ordering::Relaxed),
+            watermark: Some(operator.watermark.load(Ordering::Relaxed))
+                .filter(|it| *it != i64::MIN),
+            metrics: operator.custom.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        };
+        self.operators.iter().map(read).collect()
+    }
+
     /// Reads the counters. Sources are the operators that take nothing, sinks those that give
     /// nothing.
     #[must_use]

@@ -143,6 +143,10 @@ impl Probe {
             "foreign-key" => {
                 self.counts.set(&StateKey::new(b"nobody's"), 1);
             }
+            "count" => {
+                host::add_to_counter("reached", 1);
+                host::set_gauge("at", self.seen as f64);
+            }
             "println" => println!("record {}", self.seen),
             "eprintln" => eprintln!("record {}", self.seen),
             "grow" => self.ballast = vec![1; 32 << 20],

@@ -197,7 +197,7 @@ impl LineNumbers {
 pub(super) struct Listing {
     pub(super) root: PathBuf,
     pattern: String,
-    /// What matches and is no regular file.
+    /// What matches and is neither a regular file nor a directory.
     others: Vec<PathBuf>,
     /// The sizes of the files, by name.
     pub(super) files: BTreeMap<String, u64>,
@@ -228,7 +228,10 @@ impl Listing {
             let metadata = std::fs::metadata(&path)
                 .map_err(|error| cannot(&format!("{}: {error}", path.display())))?;
             if !metadata.is_file() {
-                others.push(path);
+                // A pattern such as `logs/*` means the files.
+                if !metadata.is_dir() || rest.is_empty() {
+                    others.push(path);
+                }
                 continue;
             }
             let name = path.strip_prefix(&root).unwrap_or(&path);
@@ -246,15 +249,22 @@ impl Listing {
 
     /// Refuses to begin without anything to read.
     pub(super) fn check(&self, name: &str) -> Result<(), Problem> {
-        if !self.files.is_empty() {
+        // A pipe among files would be left out without a word.
+        if !self.files.is_empty() && self.others.is_empty() {
             return Ok(());
         }
-        let problem =
-            Problem::new(Code::SourceUnreadable, format!("source \"{name}\" has nothing to read"));
+        let problem = match self.files.is_empty() {
+            true => format!("source \"{name}\" has nothing to read"),
+            false => format!("source \"{name}\" cannot read all that its path names"),
+        };
+        let problem = Problem::new(Code::SourceUnreadable, problem);
         Err(match self.others.first() {
             Some(other) => problem
                 .detail(format!("{} is no regular file", other.display()))
                 .hint("a source needs files that it can read again from any position"),
+            None if self.pattern.ends_with("/-") => problem
+                .detail("standard input cannot be read again from a position")
+                .hint("write it to a file first"),
             None => problem
                 .detail(format!("no file matches {}", self.pattern))
                 .hint("relative paths begin at the manifest's directory"),

@@ -229,6 +229,25 @@ fn a_stranger_beside_the_directory_is_not_read() {
 }
 
 #[test]
+fn a_pipe_is_refused_whether_alone_or_among_files() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let pipe = dir.path().join("b.txt");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("runs mkfifo");
+    assert!(made.success());
+    std::fs::create_dir(dir.path().join("c.txt")).expect("a directory");
+    for (path, is_refused) in [("b.txt", true), ("*.txt", true), ("-", true), ("[ac].txt", false)] {
+        std::fs::write(dir.path().join("a.txt"), "one\n").expect("written");
+        let plan = FilePlan::new(
+            "s",
+            &FileSourceSpec { path: path.to_owned(), ..spec(LineFormat::Text) },
+            dir.path(),
+        );
+        let checked = plan.expect("listed").check_fresh();
+        assert_eq!(checked.is_err(), is_refused, "{path}: {checked:?}");
+    }
+}
+
+#[test]
 fn what_is_left_is_dealt_out_in_order() {
     let dir = tempfile::tempdir().expect("a directory");
     write(dir.path(), "a.txt", &numbers(0..20_000));
