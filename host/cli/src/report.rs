@@ -47,6 +47,7 @@ pub(crate) fn problem(problem: &Problem, is_json: bool) {
         "details": problem.details,
         "hint": problem.advice(),
     }));
+    problem.more.iter().for_each(|other| self::problem(other, is_json));
 }
 
 /// Prints one JSON object as a line.

@@ -257,17 +257,26 @@ impl CheckedJob {
     /// # Errors
     /// The first problem.
     pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
-        check_approximate(&spec)?;
-        check_outputs(&spec)?;
+        let all = |problems: Vec<Problem>| Problem::all(problems).map_or(Ok(()), Err);
+        let mut problems = Vec::new();
+        problems.extend(check_approximate(&spec).err());
+        problems.extend(check_outputs(&spec).err());
         let mut operators = BTreeMap::new();
         for (id, node) in (0..).map(OperatorId).zip(&spec.nodes) {
             if let NodeKind::Operator(operator) = &node.kind {
-                operators.insert(id, load(sandbox, &node.name, operator).await?);
+                match load(sandbox, &node.name, operator).await {
+                    Ok(loaded) => drop(operators.insert(id, loaded)),
+                    Err(problem) => problems.push(problem),
+                }
             }
         }
-        check_dead_letters(&spec, &operators)?;
-        check_snapshots(&spec, &operators)?;
-        let edges = resolve_edges(&spec, &operators)?;
+        all(problems)?;
+        let mut problems = Vec::new();
+        problems.extend(check_dead_letters(&spec, &operators).err());
+        problems.extend(check_snapshots(&spec, &operators).err());
+        let edges = resolve_edges(&spec, &operators).map_err(|problem| problems.push(problem));
+        all(problems)?;
+        let edges = edges.unwrap_or_default();
         let nodes = spec.graph.operators().map(|(_, operator)| operator.clone()).collect();
         spec.graph = JobGraph::new(nodes, edges).map_err(|error| {
             Problem::new(Code::HostBug, format!("a graph that was checked is wrong: {error:?}"))

@@ -99,12 +99,14 @@ pub struct Problem {
     pub details: Vec<String>,
     /// What to do next.
     pub hint: Option<String>,
+    /// What else is wrong, of its own.
+    pub more: Vec<Problem>,
 }
 
 impl Problem {
     /// A problem with nothing but its message.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), details: Vec::new(), hint: None }
+        Self { code, message: message.into(), details: Vec::new(), hint: None, more: Vec::new() }
     }
 
     /// Adds where it is, or why.
@@ -112,6 +114,14 @@ impl Problem {
     pub fn detail(mut self, detail: impl fmt::Display) -> Self {
         self.details.push(detail.to_string());
         self
+    }
+
+    /// Several problems as one: the first, with the others behind it.
+    pub(crate) fn all(problems: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let mut problems = problems.into_iter();
+        let mut first = problems.next()?;
+        first.more.extend(problems);
+        Some(first)
     }
 
     /// Adds what to do next.
@@ -203,7 +213,8 @@ impl fmt::Display for Problem {
         if let Some(advice) = self.advice() {
             write!(f, "\n  hint: {advice}")?;
         }
-        write!(f, "\n  see docs/errors.md#{}", self.code.number().to_lowercase())
+        write!(f, "\n  see docs/errors.md#{}", self.code.number().to_lowercase())?;
+        self.more.iter().try_for_each(|other| write!(f, "\n{other}"))
     }
 }
 

@@ -428,7 +428,7 @@ impl JobSpec {
     /// Reads the manifest at `path`.
     ///
     /// # Errors
-    /// The first problem.
+    /// All that is wrong: the first problem, with the others behind it.
     pub fn read(path: &Path) -> Result<Self> {
         Self::read_with(path, None)
     }
@@ -436,7 +436,7 @@ impl JobSpec {
     /// Reads the manifest at `path`; what it leaves out, the host's settings may say.
     ///
     /// # Errors
-    /// The first problem.
+    /// All that is wrong: the first problem, with the others behind it.
     pub fn read_with(path: &Path, host: Option<&HostSettings>) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             Problem::new(
@@ -452,7 +452,7 @@ impl JobSpec {
     /// Reads the text of a manifest; `path` says where relative paths begin.
     ///
     /// # Errors
-    /// The first problem.
+    /// All that is wrong: the first problem, with the others behind it.
     pub fn parse(path: &Path, text: &str, host: Option<&HostSettings>) -> Result<Self> {
         let mut source = Text::new(path, text);
         let host_start =
@@ -520,7 +520,8 @@ fn is_setting(key: &str) -> bool {
     key == "job.parallelism" || of.iter().any(|prefix| key.starts_with(prefix))
 }
 
-fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
+/// The job's name and parallelism.
+fn read_head(root: &Section<'_>) -> Result<(String, u32)> {
     let job = root
         .section("job")?
         .ok_or_else(|| root.missing("job", "a manifest begins with [job] and its name"))?;
@@ -531,18 +532,38 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     }
     let parallelism = parallelism(&job)?.unwrap_or(1);
     job.finish()?;
+    Ok((name.value, parallelism))
+}
 
-    let mut execution = read_execution(root, base_dir, &name.value)?;
+fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
+    let head = root.noted(read_head(root));
+    let (name, parallelism) = head.clone().unwrap_or_else(|| ("job".to_owned(), 1));
+    let execution = root.noted(read_execution(root, base_dir, &name));
+    let backlog_lag = root.noted(read_backlog_lag(root));
+    let mut warnings = Vec::new();
+    let state_backend = root.noted(read_state_backend(root, &mut warnings));
+    let nodes = read_nodes(root, base_dir, parallelism);
+    // For what is wrong in it: whether the job has checkpoints is known when its graph is.
+    let restart = root.noted(read_restart(root, true).and_then(|_| read_failover(root, true)));
+    if head.is_some() && execution.is_some() && backlog_lag.is_some() && restart.is_some() {
+        root.noted(root.finish());
+    }
+    root.mistakes()?;
+    let (Some(mut execution), Some(backlog_lag_ms), Some(state_backend), Some(nodes)) =
+        (execution, backlog_lag, state_backend, nodes)
+    else {
+        return Err(Problem::new(Code::HostBug, "a manifest without a mistake was not read"));
+    };
+
+    execution.warnings.append(&mut warnings);
     let mut warnings = execution.warnings;
-    let backlog_lag_ms = read_backlog_lag(root)?;
     if execution.checkpoint.backlog_interval_ms.is_some() && backlog_lag_ms.is_none() {
         let key = "execution.checkpointing.interval-during-backlog";
         warnings.push(format!(
             "`{key}` means nothing without `{BACKLOG_LAG}`: no source has a backlog"
         ));
     }
-    let state_backend = read_state_backend(root, &mut warnings)?;
-    let (graph, mut nodes) = read_graph(root, base_dir, parallelism, &execution.mode)?;
+    let (graph, mut nodes) = resolve(root, nodes, parallelism, &execution.mode)?;
     warn_of_doubles(&nodes, &mut warnings);
     let is_batch = graph.has_exchange(ExchangeType::has_partition);
     if is_batch && execution.checkpoint.interval_ms.take().is_some() {
@@ -563,9 +584,9 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
             }
         }
     }
-    root.finish()?;
+    root.mistakes()?;
     Ok(JobSpec {
-        name: name.value,
+        name,
         base_dir: base_dir.to_owned(),
         checkpoint: execution.checkpoint,
         is_exactly_once: execution.is_exactly_once,
@@ -603,6 +624,7 @@ pub fn restart_of(settings: &[(String, String)]) -> Result<RestartSpec> {
     let execution = read_execution(&root, Path::new(""), "job")?;
     let strategy = read_restart(&root, execution.checkpoint.interval_ms.is_some())?;
     root.finish()?;
+    root.mistakes()?;
     Ok(strategy)
 }
 
@@ -1172,32 +1194,34 @@ struct RawInput {
     exchange: Option<ExchangeType>,
 }
 
-fn read_graph(
-    root: &Section<'_>,
-    base_dir: &Path,
-    parallelism: u32,
-    mode: &RuntimeMode,
-) -> Result<(JobGraph, Vec<NodeSpec>)> {
+/// The nodes, or `None` where something is wrong with one.
+fn read_nodes(root: &Section<'_>, base_dir: &Path, parallelism: u32) -> Option<Vec<RawNode>> {
     let mut raw = Vec::new();
-    for section in root.sections("source")? {
-        raw.push(read_node(&section, None, |_| Ok(NodeKind::Source(read_source(&section)?)))?);
+    let sources = root.noted(root.sections("source"))?;
+    if sources.is_empty() {
+        raw.push(root.noted(Err(root.missing("source", "a job needs at least one [[source]]"))));
     }
-    for section in root.sections("operator")? {
-        let inputs = read_inputs(&section)?;
-        raw.push(read_node(&section, Some(inputs), |own| {
-            let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
-            Ok(NodeKind::Operator(Box::new(spec)))
-        })?);
+    for section in sources {
+        let node = read_node(&section, None, |_| Ok(NodeKind::Source(read_source(&section)?)));
+        raw.push(root.noted(node));
     }
-    for section in root.sections("sink")? {
-        let inputs = read_inputs(&section)?;
-        let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir)?));
-        raw.push(read_node(&section, Some(inputs), kind)?);
+    for section in root.noted(root.sections("operator"))? {
+        let node = read_inputs(&section).and_then(|inputs| {
+            read_node(&section, Some(inputs), |own| {
+                let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
+                Ok(NodeKind::Operator(Box::new(spec)))
+            })
+        });
+        raw.push(root.noted(node));
     }
-    if !raw.iter().any(|node| matches!(node.kind, NodeKind::Source(_))) {
-        return Err(root.missing("source", "a job needs at least one [[source]]"));
+    for section in root.noted(root.sections("sink"))? {
+        let node = read_inputs(&section).and_then(|inputs| {
+            let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir)?));
+            read_node(&section, Some(inputs), kind)
+        });
+        raw.push(root.noted(node));
     }
-    resolve(root, raw, parallelism, mode)
+    raw.into_iter().collect()
 }
 
 fn read_node(

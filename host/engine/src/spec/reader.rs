@@ -14,6 +14,8 @@ pub(crate) struct Text<'a> {
     files: Vec<File<'a>>,
     /// Every setting that was looked for, with the place where it was found.
     looked_for: RefCell<BTreeMap<String, Option<String>>>,
+    /// What is wrong, with the table and the key that it was found at.
+    mistakes: RefCell<Vec<(usize, String, Problem)>>,
 }
 
 #[derive(Debug)]
@@ -29,7 +31,7 @@ struct File<'a> {
 impl<'a> Text<'a> {
     pub(crate) fn new(path: &'a Path, text: &'a str) -> Self {
         let file = File { path, text, has_lines: true, start: 0 };
-        Self { files: vec![file], looked_for: RefCell::default() }
+        Self { files: vec![file], looked_for: RefCell::default(), mistakes: RefCell::default() }
     }
 
     /// Adds a file behind the others; gives where its spans begin.
@@ -47,6 +49,30 @@ impl<'a> Text<'a> {
 }
 
 impl Text<'_> {
+    /// What was read, if it could be: what is wrong with it is kept, and reading goes on.
+    fn noted<T>(&self, read: Result<T>) -> Option<T> {
+        match read {
+            Ok(read) => Some(read),
+            Err(problem) => {
+                // A key is not missed where its value was wrong.
+                if !problem.message.is_empty() {
+                    self.mistakes.borrow_mut().push((0, String::new(), problem));
+                }
+                None
+            }
+        }
+    }
+
+    /// All that is wrong so far, as one problem.
+    fn mistakes(&self) -> Result<()> {
+        let mistakes = self.mistakes.take();
+        Problem::all(mistakes.into_iter().map(|(.., problem)| problem)).map_or(Ok(()), Err)
+    }
+
+    fn has_mistake(&self, table: usize, key: &str) -> bool {
+        self.mistakes.borrow().iter().any(|(at, known, _)| *at == table && known == key)
+    }
+
     /// A problem at a place in the text.
     pub(crate) fn problem(
         &self,
@@ -179,8 +205,28 @@ impl<'a> Section<'a> {
         self.text.place(span)
     }
 
-    /// A problem with a key that is not there.
+    /// See [`Text::noted`].
+    pub(crate) fn noted<T>(&self, read: Result<T>) -> Option<T> {
+        self.text.noted(read)
+    }
+
+    /// See [`Text::mistakes`].
+    pub(crate) fn mistakes(&self) -> Result<()> {
+        self.text.mistakes()
+    }
+
+    /// Keeps what is wrong with a value; it counts as not there.
+    fn mistaken<T>(&self, key: &str, problem: Problem) -> Option<T> {
+        self.text.mistakes.borrow_mut().push((self.span.start, self.path_of(key), problem));
+        None
+    }
+
+    /// A problem with a key that is not there. It is an empty one if the key is, with a value that was
+    /// found to be wrong: that was said.
     pub(crate) fn missing(&self, key: &str, what: &str) -> Problem {
+        if self.text.has_mistake(self.span.start, &self.path_of(key)) {
+            return Problem::new(Code::MissingKey, String::new());
+        }
         let message = format!("`{}` is missing: {what}", self.path_of(key));
         self.text.problem(Code::MissingKey, &self.span, message)
     }
@@ -201,7 +247,9 @@ impl<'a> Section<'a> {
             Some((DeValue::String(value), span)) => {
                 Ok(Some(Located { value: value.to_string(), span }))
             }
-            Some((other, span)) => Err(self.wrong_type(key, &span, other, "a text")),
+            Some((other, span)) => {
+                Ok(self.mistaken(key, self.wrong_type(key, &span, other, "a text")))
+            }
         }
     }
 
@@ -209,7 +257,9 @@ impl<'a> Section<'a> {
         match self.get(key) {
             None => Ok(None),
             Some((DeValue::Boolean(value), span)) => Ok(Some(Located { value: *value, span })),
-            Some((other, span)) => Err(self.wrong_type(key, &span, other, "true or false")),
+            Some((other, span)) => {
+                Ok(self.mistaken(key, self.wrong_type(key, &span, other, "true or false")))
+            }
         }
     }
 
@@ -221,7 +271,7 @@ impl<'a> Section<'a> {
     ) -> Result<Option<Located<u64>>> {
         let Some((value, span)) = self.get(key) else { return Ok(None) };
         let DeValue::Integer(number) = value else {
-            return Err(self.wrong_type(key, &span, value, "a whole number"));
+            return Ok(self.mistaken(key, self.wrong_type(key, &span, value, "a whole number")));
         };
         let parsed = i128::from_str_radix(number.as_str(), number.radix()).ok();
         match parsed.and_then(|number| u64::try_from(number).ok()) {
@@ -229,7 +279,7 @@ impl<'a> Section<'a> {
             _ => {
                 let why =
                     format!("{} is not from {} to {}", number.as_str(), range.start(), range.end());
-                Err(self.bad_value(key, &span, why))
+                Ok(self.mistaken(key, self.bad_value(key, &span, why)))
             }
         }
     }
@@ -240,11 +290,16 @@ impl<'a> Section<'a> {
         let text = match value {
             DeValue::Integer(number) => number.as_str(),
             DeValue::Float(number) => number.as_str(),
-            other => return Err(self.wrong_type(key, &span, other, "a number")),
+            other => {
+                return Ok(self.mistaken(key, self.wrong_type(key, &span, other, "a number")));
+            }
         };
         match text.parse::<f64>() {
             Ok(value) if value.is_finite() => Ok(Some(Located { value, span })),
-            _ => Err(self.bad_value(key, &span, format!("{text} is not a finite number"))),
+            _ => {
+                let why = format!("{text} is not a finite number");
+                Ok(self.mistaken(key, self.bad_value(key, &span, why)))
+            }
         }
     }
 
@@ -274,10 +329,12 @@ impl<'a> Section<'a> {
             DeValue::Integer(number) => {
                 parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str()))
             }
-            other => return Err(self.wrong_type(key, &span, other, wanted)),
+            other => return Ok(self.mistaken(key, self.wrong_type(key, &span, other, wanted))),
         };
-        let value = parsed.map_err(|why| self.bad_value(key, &span, why))?;
-        Ok(Some(Located { value, span }))
+        Ok(match parsed {
+            Ok(value) => Some(Located { value, span }),
+            Err(why) => self.mistaken(key, self.bad_value(key, &span, why)),
+        })
     }
 
     /// One of some words; case does not matter, as in Flink's enums.
@@ -294,12 +351,13 @@ impl<'a> Section<'a> {
                 let problem = self.bad_value(
                     key,
                     &span,
-                    format!("\"{value}\" is none of {}", words.join(", ")),
+                    format!("\"{value}\" is not one of {}", words.join(", ")),
                 );
-                Err(match closest(&value, words) {
+                let problem = match closest(&value, words) {
                     Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
                     None => problem,
-                })
+                };
+                Ok(self.mistaken(key, problem))
             }
         }
     }
@@ -368,25 +426,26 @@ impl<'a> Section<'a> {
         Ok(flat)
     }
 
-    /// Reports the first key that nobody has asked for.
+    /// Reports every key that nobody has asked for.
     pub(crate) fn finish(&self) -> Result<()> {
         let asked = self.asked.borrow();
-        let unknown = self
-            .entries
-            .iter()
-            .filter(|(key, _)| !asked.contains(&key.as_str()))
-            .filter_map(|(key, entries)| Some((key, &entries.first()?.key_span)))
-            .min_by_key(|(_, span)| span.start);
-        let Some((key, span)) = unknown else { return Ok(()) };
-        let problem =
-            self.problem(Code::UnknownKey, span, format!("unknown key `{}`", self.path_of(key)));
+        let unknown = self.entries.iter().filter(|(key, _)| !asked.contains(&key.as_str()));
+        let unknown = unknown.filter_map(|(key, entries)| Some((key, &entries.first()?.key_span)));
+        let mut unknown: Vec<_> = unknown.collect();
+        unknown.sort_by_key(|(_, span)| span.start);
         let mut known = asked.clone();
         known.sort_unstable();
         known.dedup();
-        Err(match closest(key, known.iter().copied()) {
-            Some(meant) => problem.hint(format!("did you mean `{}`?", self.path_of(meant))),
-            None => problem.hint(format!("known here: {}", known.join(", "))),
-        })
+        for (key, span) in unknown {
+            let message = format!("unknown key `{}`", self.path_of(key));
+            let problem = self.problem(Code::UnknownKey, span, message);
+            let problem = match closest(key, known.iter().copied()) {
+                Some(meant) => problem.hint(format!("did you mean `{}`?", self.path_of(meant))),
+                None => problem.hint(format!("known here: {}", known.join(", "))),
+            };
+            self.mistaken::<()>(key, problem);
+        }
+        Ok(())
     }
 }
 
