@@ -41,7 +41,8 @@ pub trait Operator: DeclaredState + Default + 'static {
     fn process(&mut self, record: Record<'_, Self>, out: &mut Output<'_, Self>) -> Result<()>;
 
     /// Event time has reached `watermark`, in milliseconds: no record of it or earlier will come. It
-    /// ascends, and is `i64::MAX` at the end of the input.
+    /// ascends, and is `i64::MAX` at the end of the input: before you add to it, use
+    /// [`i64::saturating_add`].
     ///
     /// # Errors
     /// Ends the attempt.
@@ -60,11 +61,7 @@ pub trait Operator: DeclaredState + Default + 'static {
     /// The inputs, in the order of [`Record::input`]. By default one, called `in`.
     #[must_use]
     fn inputs() -> Vec<Port> {
-        vec![Port {
-            name: "in",
-            key: <Self::Key<'static> as Decode<'static>>::FORMAT,
-            value: <Self::In<'static> as Decode<'static>>::FORMAT,
-        }]
+        vec![Port::input::<Self::Key<'static>, Self::In<'static>>("in")]
     }
 
     /// The outputs, in the order of [`Output::emit_to`]. By default one, called `out`.
@@ -86,6 +83,57 @@ pub struct Port {
 }
 
 impl Port {
+    /// An input with records of these types. Of several, all have the types that the operator reads:
+    /// [`Record::input`] says which one a record has come from.
+    ///
+    /// ```
+    /// use cofferdam_sdk::prelude::*;
+    ///
+    /// /// Joins orders with their customers, by the key of both.
+    /// #[operator]
+    /// #[derive(Default)]
+    /// struct Join {
+    ///     #[state]
+    ///     customers: ValueState<String>,
+    ///     #[state]
+    ///     waiting: ValueState<Vec<String>>,
+    /// }
+    ///
+    /// impl Operator for Join {
+    ///     type Key<'a> = Text<'a>;
+    ///     type In<'a> = Text<'a>;
+    ///     type OutKey<'a> = Text<'a>;
+    ///     type Out<'a> = Text<'a>;
+    ///
+    ///     fn inputs() -> Vec<Port> {
+    ///         ["orders", "customers"].map(Port::input::<Text<'static>, Text<'static>>).to_vec()
+    ///     }
+    ///
+    ///     fn process(&mut self, record: Record<'_, Self>, out: &mut Output<'_, Self>) -> Result<()> {
+    ///         let is_order = record.input == 0;
+    ///         match self.customers.get(&record) {
+    ///             Some(customer) if is_order => {
+    ///                 out.emit(record.key, Text(&format!("{}: {customer}", record.value)));
+    ///             }
+    ///             _ if is_order => {
+    ///                 self.waiting.get_or_default(&record).push(record.value.to_string());
+    ///             }
+    ///             _ => {
+    ///                 for order in self.waiting.remove(&record).unwrap_or_default() {
+    ///                     out.emit(record.key, Text(&format!("{order}: {}", record.value)));
+    ///                 }
+    ///                 self.customers.set(&record, record.value.to_string());
+    ///             }
+    ///         }
+    ///         Ok(())
+    ///     }
+    /// }
+    /// ```
+    #[must_use]
+    pub fn input<K: Decode<'static>, V: Decode<'static>>(name: &'static str) -> Self {
+        Self { name, key: K::FORMAT, value: V::FORMAT }
+    }
+
     /// An output with records of these types.
     #[must_use]
     pub fn output<K: Encode, V: Encode>(name: &'static str) -> Self {

@@ -55,8 +55,7 @@ impl Operator for Planes {
     type Out<'a> = Text<'a>;
 
     fn inputs() -> Vec<Port> {
-        let port = |name| Port { name, key: Some(Format::Text), value: Some(Format::Text) };
-        vec![port("flights"), port("planes")]
+        ["flights", "planes"].map(Port::input::<Text<'static>, Text<'static>>).to_vec()
     }
 
     fn process(&mut self, record: Record<'_, Self>, out: &mut Output<'_, Self>) -> Result<()> {
