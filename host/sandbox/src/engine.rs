@@ -145,10 +145,12 @@ fn start_ticker(engine: &Engine) -> io::Result<()> {
     let engine = engine.weak();
     let ticker = std::thread::Builder::new().name("cofferdam-epoch".to_owned());
     ticker.spawn(move || {
+        let mut tick = 0;
         while let Some(engine) = engine.upgrade() {
             engine.increment_epoch();
             drop(engine);
-            image::prepare();
+            image::prepare(tick);
+            tick += 1;
             std::thread::sleep(TICK);
         }
     })?;

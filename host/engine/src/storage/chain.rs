@@ -49,6 +49,8 @@ pub(super) struct Chain {
     links: Vec<Link>,
     /// By memory and page: the snapshot that holds its newest version; 0: not known.
     owners: Vec<Vec<u64>>,
+    /// Of what is not known by page, so many bytes did not count when it was.
+    garbage_before: u64,
 }
 
 #[derive(Debug)]
@@ -56,8 +58,9 @@ struct Link {
     id: u64,
     /// All that was written of it; 0: not known.
     bytes: u64,
-    /// Nothing was there before it.
-    is_first: bool,
+    /// All of it counts for as long as nobody knows better: nothing was there before it, or what did not
+    /// count was reckoned.
+    is_base: bool,
     packs: Vec<PackPages>,
     /// Pages that no later snapshot has; `None`: not known, or it counts for as long as the chain does.
     live_pages: Option<u64>,
@@ -86,23 +89,24 @@ impl Chain {
         let unknown = |id: &u64| Link {
             id: *id,
             bytes: 0,
-            is_first: false,
+            is_base: false,
             packs: Vec::new(),
             live_pages: None,
             dead_since: None,
         };
-        Self { links: ids.iter().map(unknown).collect(), owners: Vec::new() }
+        Self { links: ids.iter().map(unknown).collect(), ..Self::default() }
     }
 
     /// The chain that ends with an earlier checkpoint. Pages that were written since count again, so of
-    /// none it is known any more where it counts.
+    /// none it is known any more where it counts; but how much there is is.
     pub(super) fn back_to(&self, ids: &[u64]) -> Self {
         let mut chain = Self::of(ids);
         for link in &mut chain.links {
             if let Some(known) = self.links.iter().find(|known| known.id == link.id) {
-                (link.bytes, link.is_first) = (known.bytes, known.is_first);
+                (link.bytes, link.is_base) = (known.bytes, true);
             }
         }
+        chain.garbage_before = self.footprint().garbage;
         chain
     }
 
@@ -143,8 +147,8 @@ impl Chain {
         for link in self.links.iter_mut().filter(|link| link.live_pages == Some(0)) {
             link.dead_since.get_or_insert(checkpoint_of(id));
         }
-        let is_first = self.links.is_empty();
-        let mut link = Link { id, bytes, is_first, packs, live_pages: None, dead_since: None };
+        let is_base = self.links.is_empty();
+        let mut link = Link { id, bytes, is_base, packs, live_pages: None, dead_since: None };
         link.live_pages = (!is_lasting).then(|| link.pages());
         self.links.push(link);
     }
@@ -228,13 +232,18 @@ impl Chain {
         let mut footprint = Footprint::default();
         for link in &self.links {
             let live = match link.live_pages {
+                // Without pages it is what is not made of pages: a position, records in flight.
+                Some(0) if link.packs.is_empty() && link.dead_since.is_none() => link.bytes,
                 Some(live) if !begins_unknown => link.bytes / link.pages().max(1) * live,
-                None if link.is_first => link.bytes,
+                None if link.is_base => link.bytes,
                 _ => 0,
             };
             footprint.live += live.min(link.bytes);
             footprint.garbage += link.bytes - live.min(link.bytes);
         }
+        let garbage_before = self.garbage_before.min(footprint.live);
+        footprint.live -= garbage_before;
+        footprint.garbage += garbage_before;
         footprint
     }
 }

@@ -14,7 +14,7 @@
 //! there: the files are opened again, as of that flush.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     os::unix::fs::{DirBuilderExt, FileExt},
@@ -243,22 +243,66 @@ pub(super) fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Resul
     }
 }
 
-/// Large values, one after the other. What a crash left behind the last flush is never pointed at.
+/// Large values, each in blocks of its own. What a crash left behind the last flush is never pointed at.
 ///
-/// Where a value was that does not count any more another one is written, if it is as large: blocks that
-/// the file has cost a third of what new ones do. What is too much of that goes back to the file system.
+/// Where a value was that does not count any more another one is written, if there is room: blocks that
+/// the file has cost a third of what new ones do. What is too much of that goes back to the file system,
+/// and only the place is remembered.
 #[derive(Debug)]
 struct Pack {
     file: File,
     len: u64,
     is_dirty: bool,
-    /// From here on a value of a block and more has its blocks for itself.
-    own_from: u64,
-    /// Places for other values, by their number of blocks.
-    free: BTreeMap<u64, Vec<u64>>,
-    free_blocks: u64,
-    /// The blocks of values behind `own_from`.
+    /// Places with blocks.
+    free: Extents,
+    /// Places without.
+    holes: Extents,
     used_blocks: u64,
+    /// Blocks that several values touch: earlier formats did not give each its own.
+    shared: BTreeSet<u64>,
+}
+
+/// Blocks that no value has: how many there are, by the first of them. No two touch each other.
+#[derive(Debug, Default)]
+struct Extents {
+    by_first: BTreeMap<u64, u64>,
+    blocks: u64,
+}
+
+impl Extents {
+    fn insert(&mut self, mut first: u64, mut count: u64) {
+        if count == 0 {
+            return;
+        }
+        self.blocks += count;
+        if let Some((&before, &blocks)) = self.by_first.range(..first).next_back()
+            && before + blocks == first
+        {
+            self.by_first.remove(&before);
+            (first, count) = (before, blocks + count);
+        }
+        if let Some(blocks) = self.by_first.remove(&(first + count)) {
+            count += blocks;
+        }
+        self.by_first.insert(first, count);
+    }
+
+    /// The first place with so many blocks.
+    fn take(&mut self, count: u64) -> Option<u64> {
+        let (&first, &blocks) = self.by_first.iter().find(|(_, blocks)| count <= **blocks)?;
+        self.by_first.remove(&first);
+        if count < blocks {
+            self.by_first.insert(first + count, blocks - count);
+        }
+        self.blocks -= count;
+        Some(first)
+    }
+
+    fn take_last(&mut self) -> Option<(u64, u64)> {
+        let (first, blocks) = self.by_first.pop_last()?;
+        self.blocks -= blocks;
+        Some((first, blocks))
+    }
 }
 
 /// Where a value lies in the pack.
@@ -292,6 +336,13 @@ impl Place {
 
     fn end(self) -> u64 {
         self.offset.saturating_add(u64::from(self.len))
+    }
+
+    /// The first block that it touches, and how many. Of an earlier format it may share the outer ones
+    /// with its neighbours.
+    fn blocks(self) -> (u64, u64) {
+        let first = self.offset / BLOCK_BYTES;
+        (first, self.end().div_ceil(BLOCK_BYTES) - first)
     }
 }
 
@@ -328,78 +379,84 @@ impl Pack {
         // Nothing may take the place of a value that counts, whatever the file has lost: giving it
         // back would take another's.
         let places = entries.values().filter_map(|kept| Place::of(kept));
-        let end = places.map(Place::end).max().unwrap_or(0);
-        let len = file.metadata()?.len().max(end);
-        let own_from = len.next_multiple_of(BLOCK_BYTES);
-        let (free, free_blocks, used_blocks) = (BTreeMap::new(), 0, 0);
-        Ok(Self { file, len, is_dirty: false, own_from, free, free_blocks, used_blocks })
+        let mut used: Vec<(u64, u64)> = places.map(Place::blocks).collect();
+        used.sort_unstable();
+        let mut pack = Self {
+            file,
+            len: 0,
+            is_dirty: false,
+            free: Extents::default(),
+            holes: Extents::default(),
+            used_blocks: 0,
+            shared: BTreeSet::new(),
+        };
+        // What lies between was given up, or written by a flush that has failed.
+        let mut end = 0;
+        for (first, blocks) in used {
+            pack.make_hole(end, first.saturating_sub(end));
+            pack.used_blocks += blocks;
+            if first < end {
+                pack.shared.insert(first);
+            }
+            end = end.max(first.saturating_add(blocks));
+        }
+        pack.len = end.saturating_mul(BLOCK_BYTES);
+        if pack.len < pack.file.metadata()?.len() {
+            pack.file.set_len(pack.len)?;
+        }
+        Ok(pack)
     }
 
     fn append(&mut self, value: &[u8]) -> io::Result<Place> {
         let len = u32::try_from(value.len())
             .map_err(|_| io::Error::other("a value of more than 4 GiB"))?;
-        self.is_dirty = true;
-        if u64::from(len) < BLOCK_BYTES {
-            let place = Place { offset: self.len, len };
-            self.file.write_all_at(value, place.offset)?;
-            self.len += u64::from(len);
-            return Ok(place);
-        }
-        // Its blocks are its own, and can be given back.
         let blocks = u64::from(len).div_ceil(BLOCK_BYTES);
-        let offset = match self.take_free(blocks) {
-            Some(offset) => offset,
-            None => {
-                let offset = self.len.next_multiple_of(BLOCK_BYTES);
-                self.len = offset + blocks * BLOCK_BYTES;
-                offset
-            }
-        };
+        let first = self.free.take(blocks).or_else(|| self.holes.take(blocks));
+        let first = first.unwrap_or_else(|| {
+            let first = self.len / BLOCK_BYTES;
+            self.len += blocks * BLOCK_BYTES;
+            first
+        });
         self.used_blocks += blocks;
+        self.is_dirty = true;
+        let offset = first * BLOCK_BYTES;
         self.file.write_all_at(value, offset)?;
         Ok(Place { offset, len })
     }
 
-    fn take_free(&mut self, blocks: u64) -> Option<u64> {
-        let offset = self.free.get_mut(&blocks)?.pop()?;
-        self.free_blocks -= blocks;
-        Some(offset)
-    }
-
     /// A value does not count any more, durably: another one may take its place.
     fn give_back(&mut self, place: Place) {
-        if place.offset < self.own_from || u64::from(place.len) < BLOCK_BYTES {
-            return self.make_hole(place);
-        }
-        let blocks = u64::from(place.len).div_ceil(BLOCK_BYTES);
+        let (mut first, mut blocks) = place.blocks();
         self.used_blocks = self.used_blocks.saturating_sub(blocks);
-        self.free.entry(blocks).or_default().push(place.offset);
-        self.free_blocks += blocks;
-        while self.used_blocks.max(FREE_BLOCKS_MIN) < self.free_blocks {
-            let Some(mut largest) = self.free.last_entry() else { break };
-            let blocks = *largest.key();
-            let offset = largest.get_mut().pop();
-            if largest.get().is_empty() {
-                largest.remove();
-            }
-            if let Some(offset) = offset {
-                self.free_blocks -= blocks;
-                self.make_hole(Place { offset, len: (blocks * BLOCK_BYTES) as u32 });
-            }
+        if self.shared.contains(&first) {
+            (first, blocks) = (first + 1, blocks - 1);
+        }
+        if 0 < blocks && self.shared.contains(&(first + blocks - 1)) {
+            blocks -= 1;
+        }
+        self.free.insert(first, blocks);
+        while self.used_blocks.max(FREE_BLOCKS_MIN) < self.free.blocks
+            && let Some((first, blocks)) = self.free.take_last()
+        {
+            let too_many = self.free.blocks + blocks - self.used_blocks.max(FREE_BLOCKS_MIN);
+            let kept = blocks.saturating_sub(too_many);
+            self.free.insert(first, kept);
+            self.make_hole(first + kept, blocks - kept);
         }
     }
 
-    /// Makes a hole where a value was. Where the file system cannot, its space comes back with the
+    /// Gives blocks back to the file system. Where that cannot, their space comes back with the
     /// generation.
-    fn make_hole(&self, place: Place) {
-        let start = place.offset.next_multiple_of(BLOCK_BYTES);
-        let end = place.end() / BLOCK_BYTES * BLOCK_BYTES;
-        if start < end {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            if let Err(error) = rustix::fs::fallocate(&self.file, flags, start, end - start) {
-                tracing::debug!(%error, "give blocks of a pack file back");
-            }
+    fn make_hole(&mut self, first: u64, blocks: u64) {
+        if blocks == 0 {
+            return;
         }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let (start, len) = (first * BLOCK_BYTES, blocks * BLOCK_BYTES);
+        if let Err(error) = rustix::fs::fallocate(&self.file, flags, start, len) {
+            tracing::debug!(%error, "give blocks of a pack file back");
+        }
+        self.holes.insert(first, blocks);
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -766,6 +823,77 @@ mod tests {
             assert_eq!(generation.get(&[n]).expect("readable"), Some(value(n, 3_000)));
         }
         assert_eq!(generation.get(b"a").expect("readable"), Some(value(49, 200_000)));
+    }
+
+    #[test]
+    fn blocks_are_given_away_once_and_come_together_again() {
+        let mut random = cofferdam_core::random::Random::new(3);
+        let mut extents = Extents::default();
+        extents.insert(0, 1000);
+        let mut taken: Vec<(u64, u64)> = Vec::new();
+        for _ in 0..5_000 {
+            if random.one_in(2) {
+                let count = random.between(1, 40);
+                if let Some(first) = extents.take(count) {
+                    assert!(first + count <= 1000);
+                    assert!(taken.iter().all(|(at, n)| at + n <= first || first + count <= *at));
+                    taken.push((first, count));
+                }
+            } else if !taken.is_empty() {
+                let place = random.between(0, taken.len() as u64 - 1) as usize;
+                let (first, count) = taken.swap_remove(place);
+                extents.insert(first, count);
+            }
+            let used: u64 = taken.iter().map(|(_, count)| count).sum();
+            assert_eq!(extents.blocks + used, 1000);
+        }
+        taken.into_iter().for_each(|(first, count)| extents.insert(first, count));
+        assert_eq!(extents.by_first, BTreeMap::from([(0, 1000)]));
+    }
+
+    #[test]
+    fn values_that_share_a_block_do_not_lose_it_with_one_of_them() {
+        let dir = tempfile::tempdir().expect("dir");
+        let file = dir.path().join("pack");
+        // As format 5 wrote them: the second begins in the last block of the first.
+        let places = [
+            Place { offset: 0, len: 10_000 },
+            Place { offset: 10_000, len: 3_000 },
+            Place { offset: 16_384, len: 8_192 },
+        ];
+        fs::write(&file, vec![7; 24_576]).expect("written");
+        let entries = places.iter().enumerate();
+        let entries = entries.map(|(n, place)| (vec![n as u8], place.encode().to_vec())).collect();
+        let mut pack = Pack::open(&file, &entries).expect("opens");
+        pack.give_back(places[0]);
+        for _ in 0..4 {
+            pack.append(&[1; 5_000]).expect("written");
+        }
+        for place in &places[1..] {
+            let value = read_place(&pack.file, pack.len, *place).expect("read").expect("there");
+            assert!(value.iter().all(|byte| *byte == 7), "{place:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_opened_again_is_no_larger_than_what_is_in_it() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("dir");
+        let pack = dir.path().join("gen-00000001").join(PACK);
+        for n in 0..20u8 {
+            let mut generation = open(dir.path());
+            for part in 0..10u8 {
+                generation.put(&[part], &vec![n; 300_000 - 3_000 * usize::from(n)]).expect("put");
+            }
+            generation.flush().expect("flush");
+            // Never flushed, as after an error.
+            generation.put(b"lost", &[1; 1 << 20]).expect("put");
+        }
+        let generation = open(dir.path());
+        let metadata = fs::metadata(&pack).expect("there");
+        assert!(metadata.blocks() * 512 < 4 << 20, "{} bytes", metadata.blocks() * 512);
+        assert!(metadata.len() < 8 << 20, "{} bytes", metadata.len());
+        assert_eq!(generation.get(&[3]).expect("readable").map(|it| it[0]), Some(19));
     }
 
     #[test]

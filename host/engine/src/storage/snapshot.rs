@@ -741,7 +741,7 @@ impl SnapshotStore {
     }
 
     /// Snapshots that neither a kept checkpoint nor a running task stands on belong to checkpoints
-    /// that will never complete, or to ones that are not kept.
+    /// that will never complete, or to ones that are not kept; as do manifests that the head does not name.
     fn delete_leftovers(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.has_leftovers) {
             return Ok(());
@@ -758,6 +758,13 @@ impl SnapshotStore {
         }
         for key in self.current.generation.keys(b"s")? {
             if key_parts(&key).is_none_or(|parts| !reachable.contains(&parts)) {
+                self.current.generation.delete(&key)?;
+            }
+        }
+        let kept: BTreeSet<Vec<u8>> =
+            self.current.checkpoints.iter().map(|id| manifest_key(*id)).collect();
+        for key in self.current.generation.keys(b"m")? {
+            if !kept.contains(&key) {
                 self.current.generation.delete(&key)?;
             }
         }
@@ -778,15 +785,11 @@ impl SnapshotStore {
     /// # Errors
     /// The store's. The snapshots are tried again with the next ones.
     pub fn write(&mut self, snapshots: Vec<(usize, u64, Arc<TaskSnapshot>)>) -> Result<Vec<u64>> {
-        if let Err(error) = self.delete_leftovers() {
-            tracing::debug!(%error, "what is left over stays until the next write");
-            self.has_leftovers = true;
-            self.current.generation.reopen()?;
-        }
+        // Before anything can fail: an increment that is lost is a gap in its chain.
         let first = self.unwritten.len();
         self.unwritten.extend(snapshots);
         let pending = std::mem::take(&mut self.unwritten);
-        let written = self.write_all(&pending);
+        let written = self.tidied().and_then(|()| self.write_all(&pending));
         match written {
             Ok(written) => {
                 let mut all = Vec::with_capacity(pending.len());
@@ -808,6 +811,17 @@ impl SnapshotStore {
         }
     }
 
+    /// Opens the generation again if an error has closed it, and deletes what is left over, if that can be.
+    fn tidied(&mut self) -> Result<()> {
+        self.current.generation.reopen()?;
+        if let Err(error) = self.delete_leftovers() {
+            tracing::debug!(%error, "what is left over stays until the next write");
+            self.has_leftovers = true;
+            self.current.generation.reopen()?;
+        }
+        Ok(())
+    }
+
     /// Gives what was written for each: it, and before it what was carried forward.
     fn write_all(
         &mut self,
@@ -820,9 +834,14 @@ impl SnapshotStore {
             let mut parts = Vec::new();
             // Where the chain ends is known only of the first of a task.
             let is_next = snapshots[..at].iter().all(|(other, ..)| other != task);
-            if let Some(memory) = snapshot.memory.as_ref().filter(|_| is_next)
-                && let Some(carried) = self.carried(*task, memory)?
-            {
+            let memory = snapshot.memory.as_ref().filter(|_| is_next);
+            let carried = memory.map_or(Ok(None), |memory| self.carried(*task, memory));
+            // What is written now is whole whether or not something older can be read.
+            let carried = carried.unwrap_or_else(|error| {
+                tracing::warn!(%error, "what a checkpoint stands on cannot be read");
+                None
+            });
+            if let Some(carried) = carried {
                 let carried = TaskSnapshot { memory: Some(carried), ..TaskSnapshot::default() };
                 parts.push(self.put_snapshot(*task, carried_with(*checkpoint), &carried)?);
             }
@@ -1846,6 +1865,100 @@ mod tests {
             }
         }
         assert!(50 < carried, "{carried}");
+    }
+
+    /// The batch was forgotten whose write found the store closed, and the next one had a gap before it.
+    #[test]
+    fn no_snapshot_is_lost_while_the_store_cannot_be_opened() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let storage = crate::storage::sled::SledStorage::new(dir.path().to_owned());
+        let opened = SnapshotStore::open(Box::new(storage), "job", vec![identity()]);
+        let mut store = opened.expect("opens").0;
+        let page = |page: u32, byte: u8| pages(&BTreeMap::from([(page, byte)]));
+        let all = pages(&BTreeMap::from([(0, 1), (1, 1), (2, 1)]));
+        store.write(vec![(0, 1, all)]).expect("written");
+        store.complete(1, 0).expect("complete");
+        store.write(vec![(0, 2, page(0, 2))]).expect("written");
+        store.write(vec![(0, 3, page(0, 3))]).expect("written");
+        let (there, away) = (dir.path().join("gen-00000001"), dir.path().join("away"));
+        std::fs::rename(&there, &away).expect("moved");
+        // What no log takes: an error closes the files.
+        store.current.generation.put(&vec![0; 70_000], b"").expect_err("too long a key");
+        store.write(vec![(0, 4, page(0, 4))]).expect_err("it is not there");
+        // 2 expires, and what 3 has replaced goes with the next write.
+        store.release(3);
+        assert!(store.has_leftovers);
+        store.write(vec![(0, 5, page(1, 5))]).expect_err("it is still not there");
+        std::fs::rename(&away, &there).expect("moved back");
+        store.write(vec![(0, 6, page(2, 6))]).expect("written");
+        store.complete(6, 0).expect("complete");
+        assert_eq!(pages_of(&store, 6), BTreeMap::from([(0, 4), (1, 5), (2, 6)]));
+    }
+
+    #[test]
+    fn what_a_pending_checkpoint_stands_on_stays_though_a_later_one_has_replaced_it() {
+        let mut store = open();
+        let all = |byte: u8| pages(&(0..300).map(|page| (page, byte)).collect());
+        for id in 1..=2u8 {
+            store.write(vec![(0, u64::from(id), all(id))]).expect("written");
+        }
+        store.complete(2, 0).expect("complete");
+        store.subsume(1, 2, None).expect("forgotten");
+        let few = pages(&BTreeMap::from([(5, 3)]));
+        store.write(vec![(0, 3, few)]).expect("written");
+        for id in 4..=6u8 {
+            store.write(vec![(0, u64::from(id), all(id))]).expect("written");
+            // 3 is pending still.
+            store.release(2);
+        }
+        store.complete(3, 0).expect("complete");
+        let expected = (0..300).map(|page| (page, if page == 5 { 3 } else { 2 })).collect();
+        assert_eq!(pages_of(&store, 3), expected);
+        store.complete(6, 0).expect("complete");
+        store.subsume(2, 6, None).expect("forgotten");
+        store.subsume(3, 6, None).expect("forgotten");
+        assert_eq!(pages_of(&store, 6), (0..300).map(|page| (page, 6)).collect());
+        assert!(stored_pages(&store) <= 310, "{}", stored_pages(&store));
+    }
+
+    #[test]
+    fn nothing_is_left_of_checkpoints_that_are_not_kept() {
+        let mut store = open();
+        let position =
+            |len: usize| Arc::new(TaskSnapshot { state: vec![1; len], ..TaskSnapshot::default() });
+        for id in 1..50u64 {
+            store.write(vec![(0, id, position(5 << 20))]).expect("written");
+            store.complete(id, 0).expect("complete");
+            if 1 < id {
+                store.subsume(id - 1, id, None).expect("forgotten");
+            }
+        }
+        assert_eq!(store.current.number, 1, "there was nothing to compact");
+        let generation = &store.current.generation;
+        assert_eq!(generation.keys(b"m").expect("listed").len(), 1);
+        assert!(generation.keys(b"s").expect("listed").len() <= 2);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_carried_and_ends_no_checkpoint() {
+        let mut store = open();
+        let all = |byte: u8| pages(&(0..500).map(|page| (page, byte)).collect());
+        store.write(vec![(0, 1, all(0))]).expect("written");
+        store.complete(1, 0).expect("complete");
+        for key in store.current.generation.keys(&snapshot_prefix(1)).expect("listed") {
+            let mut value = store.current.generation.get(&key).expect("read").expect("there");
+            value[20] ^= 1;
+            store.current.generation.put(&key, &value).expect("put");
+        }
+        let most = |byte: u8| pages(&(0..400).map(|page| (page, byte)).collect());
+        for id in 2..6u8 {
+            store.write(vec![(0, u64::from(id), most(id))]).expect("written");
+            store.complete(u64::from(id), 0).expect("complete");
+            assert!(store.load(0, u64::from(id)).is_err(), "it stands on what is damaged");
+        }
+        store.write(vec![(0, 6, all(6))]).expect("written");
+        store.complete(6, 0).expect("complete");
+        assert_eq!(pages_of(&store, 6), (0..500).map(|page| (page, 6)).collect());
     }
 
     #[test]

@@ -161,6 +161,10 @@ impl Node {
                 if let Some(checkpoint) = checkpoint {
                     operator.restore(&context, self.slot, checkpoint, &mut instance).await?;
                 }
+                // Of what it has from a restored image only what it changes is copied.
+                if operator.expects_snapshots {
+                    instance.expect_snapshots();
+                }
                 operator.instance = Some(instance);
                 let suspects = self.local.suspects();
                 if 0 < suspects {
@@ -400,9 +404,6 @@ impl OperatorTask {
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
         let mut instance = self.component.instantiate(setup).await.map_err(cause_of)?;
-        if self.expects_snapshots {
-            instance.expect_snapshots();
-        }
         let config: Vec<(&str, &str)> =
             self.spec.config.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let context = OpenContext {

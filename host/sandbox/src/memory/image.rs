@@ -35,6 +35,8 @@ struct Pool {
     peak: usize,
     /// And the time before.
     peak_before: usize,
+    /// Whether any was taken since [`Pool::age`] asked last.
+    is_used: bool,
 }
 
 /// So many idle buffers are kept in any case.
@@ -43,6 +45,8 @@ const IDLE_CHUNKS_MIN: usize = 128;
 const PREPARED_BYTES_MAX: usize = 1 << 30;
 /// Or at once.
 const PREPARED_CHUNKS: usize = 4;
+/// What nobody has needed for so many ticks, a minute, is given back.
+const AGE_TICKS: u64 = 6_000;
 
 static POOL: Mutex<Pool> = Mutex::new(Pool::new());
 
@@ -51,10 +55,11 @@ static EXPECTED_BYTES: AtomicUsize = AtomicUsize::new(0);
 
 impl Pool {
     const fn new() -> Self {
-        Self { idle: Vec::new(), in_use: 0, peak: 0, peak_before: 0 }
+        Self { idle: Vec::new(), in_use: 0, peak: 0, peak_before: 0, is_used: false }
     }
 
     fn take(&mut self) -> Option<Box<[u8]>> {
+        self.is_used = true;
         self.in_use += 1;
         self.peak = self.peak.max(self.in_use);
         self.idle.pop()
@@ -64,11 +69,25 @@ impl Pool {
     fn give_back(&mut self, buffer: Box<[u8]>) -> Vec<Box<[u8]>> {
         self.idle.push(buffer);
         self.in_use = self.in_use.saturating_sub(1);
-        let kept = IDLE_CHUNKS_MIN.max(self.peak).max(self.peak_before).max(expected_chunks());
+        let too_many = self.too_many();
         if self.in_use == 0 {
             self.peak_before = std::mem::take(&mut self.peak);
         }
+        too_many
+    }
+
+    fn too_many(&mut self) -> Vec<Box<[u8]>> {
+        let kept = IDLE_CHUNKS_MIN.max(self.peak).max(self.peak_before).max(expected_chunks());
         self.idle.split_off(kept.min(self.idle.len()))
+    }
+
+    /// What was needed at once is not needed any more if none was since this was asked last; gives what
+    /// is too many then.
+    fn age(&mut self) -> Vec<Box<[u8]>> {
+        if !std::mem::take(&mut self.is_used) && self.in_use == 0 {
+            (self.peak, self.peak_before) = (0, 0);
+        }
+        self.too_many()
     }
 }
 
@@ -86,8 +105,12 @@ pub(super) fn expect(more: usize, fewer: usize) {
     EXPECTED_BYTES.fetch_sub(fewer, Ordering::Relaxed);
 }
 
-/// Makes some of the buffers that a first snapshot will need. To be called again and again.
-pub(crate) fn prepare() {
+/// Makes some of the buffers that a first snapshot will need, and gives back those that nobody has needed
+/// for long. To be called at every tick, which are counted from 0.
+pub(crate) fn prepare(tick: u64) {
+    if tick % AGE_TICKS == AGE_TICKS - 1 {
+        let _too_many = pool().age();
+    }
     for _ in 0..PREPARED_CHUNKS {
         if expected_chunks() <= pool().idle.len() {
             return;
@@ -374,6 +397,9 @@ mod tests {
         assert_eq!(round(3 * IDLE_CHUNKS_MIN), 3 * IDLE_CHUNKS_MIN);
         assert_eq!(round(2), 3 * IDLE_CHUNKS_MIN, "the next may need them again");
         assert_eq!(round(2), IDLE_CHUNKS_MIN, "but not for ever");
+        assert_eq!(round(3 * IDLE_CHUNKS_MIN), 3 * IDLE_CHUNKS_MIN);
+        assert!(pool.age().is_empty(), "they were used");
+        assert_eq!(pool.age().len(), 2 * IDLE_CHUNKS_MIN, "and not since");
     }
 
     #[test]

@@ -151,6 +151,8 @@ struct Log {
     path: PathBuf,
     file: File,
     bytes: u64,
+    /// After an error nobody knows which file that is: it is opened again before the next line.
+    is_broken: bool,
 }
 
 impl Log {
@@ -160,10 +162,21 @@ impl Log {
         let file = File::options().create(true).append(true).open(&path)?;
         let bytes = file.metadata()?.len();
         sync_dir(dir)?;
-        Ok(Self { path, file, bytes })
+        Ok(Self { path, file, bytes, is_broken: false })
     }
 
     fn append(&mut self, lines: &[Line]) -> io::Result<()> {
+        if self.is_broken {
+            self.file = File::options().create(true).append(true).open(&self.path)?;
+            self.bytes = self.file.metadata()?.len();
+        }
+        self.is_broken = true;
+        self.append_lines(lines)?;
+        self.is_broken = false;
+        Ok(())
+    }
+
+    fn append_lines(&mut self, lines: &[Line]) -> io::Result<()> {
         let mut text = String::new();
         // A line of a write that failed half-way must not run into the next one.
         text.push('\n');
@@ -734,6 +747,14 @@ impl Logs {
     ) -> io::Result<()> {
         let lines: Vec<Line> = parts.map(line_of).collect();
         self.lock().append(&lines)
+    }
+}
+
+#[cfg(test)]
+impl Logs {
+    /// As after an error.
+    pub(super) fn fail(&self) {
+        self.lock().logs.iter_mut().for_each(|log| log.is_broken = true);
     }
 }
 

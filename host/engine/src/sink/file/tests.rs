@@ -430,7 +430,7 @@ fn what_a_writer_leaves_is_known_as_its_own_however_long_it_has_written() {
     let output = setup.run(None).expect("begins");
     let mut sink = setup.open(&output, 0, None);
     let mut state = Vec::new();
-    for checkpoint in 1..5_000 {
+    for checkpoint in 1..2_000 {
         // Nothing waits for a reader: only the log grows.
         let part = Part {
             dir: output.dir.clone(),
@@ -443,17 +443,34 @@ fn what_a_writer_leaves_is_known_as_its_own_however_long_it_has_written() {
             checksum: 0,
             is_open: false,
         };
-        sink.logs.commit([&part].into_iter()).expect("noted");
+        sink.logs.commit([&part; 8].into_iter()).expect("noted");
         state = barrier(&mut sink, checkpoint, Purpose::Periodic);
     }
     write(&mut sink, "one");
-    barrier(&mut sink, 5_000, Purpose::Periodic);
+    barrier(&mut sink, 2_000, Purpose::Periodic);
     assert_eq!(hidden_count(&setup.out()), 1);
     // The process ends here.
     drop((sink, output));
-    let output = setup.run(Some((4_999, &[&state]))).expect("goes on");
+    let output = setup.run(Some((1_999, &[&state]))).expect("goes on");
     setup.open(&output, 0, Some(&state));
     assert_eq!(hidden_count(&setup.out()), 0, "it was written after the checkpoint");
+}
+
+#[test]
+fn a_log_that_has_failed_is_opened_again() {
+    let setup = Setup::new();
+    let output = setup.run(None).expect("begins");
+    let mut sink = setup.open(&output, 0, None);
+    write(&mut sink, "one");
+    barrier(&mut sink, 1, Purpose::Periodic);
+    let log = setup.out().join(".cofferdam/out-0.log");
+    sink.logs.fail();
+    // As where a log is shortened, and cannot be opened after it was renamed.
+    let lines = fs::read(&log).expect("there");
+    fs::remove_file(&log).expect("removed");
+    fs::write(&log, lines).expect("written");
+    sink.commit(CheckpointId(1)).expect("committed");
+    assert!(fs::read_to_string(&log).expect("there").contains("part-0-00000001"));
 }
 
 #[test]
