@@ -701,7 +701,8 @@ path = "out-{out}"
             return Ok(true);
         }
         if is_killed(&output) {
-            // Before it could look at anything.
+            // Before it had begun; what it has made of the state nobody knows.
+            self.settled = None;
             return Ok(true);
         }
         let asked = std::mem::replace(&mut self.setup, *setup);
