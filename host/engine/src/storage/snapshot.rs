@@ -38,6 +38,8 @@ const PACK_BYTES: usize = 64 << 10;
 /// A generation is replaced when what does not count in it is larger than this, and than half of what
 /// does: with the new one beside it, the directory then stays within 2.5 times the size of the state.
 const COMPACT_BYTES_MIN: u64 = 4 << 20;
+/// Snapshots that could not be written are made one where they are larger than this.
+const FOLD_BYTES_MIN: u64 = 64 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 const CHAIN_LENGTH_MAX: usize = 256;
 
@@ -51,7 +53,7 @@ pub struct TaskSnapshot {
     /// The pages that changed.
     pub memory: Option<MemorySnapshot>,
     /// The entries of declared state that changed. `None`: it is in the memory alone, where there is any.
-    pub declared: Option<Changes>,
+    pub declared: Option<Arc<Changes>>,
     /// They are all there are: those of earlier snapshots count no more.
     pub is_declared_whole: bool,
     /// Records that the barrier has overtaken: always whole.
@@ -805,7 +807,7 @@ impl SnapshotStore {
                 Ok(all[first..].to_vec())
             }
             Err(error) => {
-                self.unwritten = pending;
+                self.unwritten = folded(pending);
                 self.reopened(error)
             }
         }
@@ -1224,6 +1226,50 @@ impl SnapshotStore {
         }
         self.storage.remove_heads()
     }
+}
+
+/// Snapshots that could not be written, those of one task as one where they take up much: a disk may fail
+/// for long. Their checkpoints have been given up, so that what is between them is asked for no more.
+fn folded(pending: Vec<(usize, u64, Arc<TaskSnapshot>)>) -> Vec<(usize, u64, Arc<TaskSnapshot>)> {
+    let bytes = |it: &(usize, u64, Arc<TaskSnapshot>)| {
+        it.2.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes)
+    };
+    if pending.iter().map(bytes).sum::<u64>() <= FOLD_BYTES_MIN {
+        return pending;
+    }
+    let mut folded: Vec<(usize, u64, Arc<TaskSnapshot>)> = Vec::new();
+    for (task, id, newer) in pending {
+        let has_pages =
+            |it: &(usize, u64, Arc<TaskSnapshot>)| it.0 == task && it.2.memory.is_some();
+        let Some(place) = folded.iter().position(has_pages) else {
+            folded.push((task, id, newer));
+            continue;
+        };
+        let older = folded[place].2.clone();
+        let memory = match (&older.memory, &newer.memory) {
+            (Some(older), Some(newer)) => MemorySnapshot::merged(older, newer),
+            _ => {
+                folded.push((task, id, newer));
+                continue;
+            }
+        };
+        let without = |snapshot: &TaskSnapshot, memory| TaskSnapshot {
+            state: snapshot.state.clone(),
+            is_drained: snapshot.is_drained,
+            memory,
+            declared: snapshot.declared.clone(),
+            is_declared_whole: snapshot.is_declared_whole,
+            in_flight: snapshot.in_flight.clone(),
+            stats: snapshot.stats,
+            taken_at: snapshot.taken_at,
+        };
+        match older.declared.is_some() && !newer.is_declared_whole {
+            true => folded[place].2 = Arc::new(without(&older, None)),
+            false => drop(folded.remove(place)),
+        }
+        folded.push((task, id, Arc::new(without(&newer, Some(memory)))));
+    }
+    folded
 }
 
 /// Entries under the numbers that their states have now, in the order of their keys.
@@ -1705,7 +1751,7 @@ mod tests {
                 globals: vec![5],
                 monotonic_ns: 1,
             }),
-            declared: Some(Changes::Guest(vec![changes_of(entries.iter())])),
+            declared: Some(Arc::new(Changes::Guest(vec![changes_of(entries.iter())]))),
             ..TaskSnapshot::default()
         })
     }
@@ -1919,6 +1965,56 @@ mod tests {
         store.subsume(3, 6, None).expect("forgotten");
         assert_eq!(pages_of(&store, 6), (0..300).map(|page| (page, 6)).collect());
         assert!(stored_pages(&store) <= 310, "{}", stored_pages(&store));
+    }
+
+    #[test]
+    fn what_cannot_be_written_for_long_takes_no_more_memory_than_the_state() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let storage = crate::storage::sled::SledStorage::new(dir.path().to_owned());
+        let opened = SnapshotStore::open(Box::new(storage), "job", vec![identity(); 2]);
+        let mut store = opened.expect("opens").0;
+        let both = |pages: &[(u32, u8)], entries: &[(&str, Option<u8>)]| {
+            let snapshot = snapshot(pages, entries);
+            [(0, snapshot.clone()), (1, snapshot)]
+        };
+        let write = |store: &mut SnapshotStore, id: u64, of: [(usize, Arc<TaskSnapshot>); 2]| {
+            store.write(of.map(|(task, snapshot)| (task, id, snapshot)).to_vec())
+        };
+        write(&mut store, 1, both(&[(9_999, 1)], &[("a", Some(1))])).expect("written");
+        store.complete(1, 0).expect("complete");
+        let (there, away) = (dir.path().join("gen-00000001"), dir.path().join("away"));
+        std::fs::rename(&there, &away).expect("moved");
+        store.current.generation.put(&vec![0; 70_000], b"").expect_err("too long a key");
+        let many =
+            |id: u64| -> Vec<(u32, u8)> { (0..3_000).map(|page| (page, id as u8)).collect() };
+        for id in 2..12u64 {
+            let key = format!("k{id}");
+            let snapshots = both(&many(id), &[(&key, Some(id as u8)), ("a", Some(id as u8))]);
+            write(&mut store, id, snapshots).expect_err("it is not there");
+        }
+        let waiting = store.unwritten.iter().filter_map(|(.., it)| it.memory.as_ref());
+        let waiting: u64 = waiting.map(MemorySnapshot::changed_bytes).sum();
+        assert!(waiting <= FOLD_BYTES_MIN + (48 << 20), "{waiting} bytes");
+        std::fs::rename(&away, &there).expect("moved back");
+        write(&mut store, 12, both(&[(5, 12)], &[])).expect("written");
+        store.complete(12, 0).expect("complete");
+        for task in 0..2 {
+            let loaded = store.load(task, 12).expect("whole");
+            let merged = merge_memory(&loaded.memory).expect("pages");
+            let pages: BTreeMap<u32, u8> =
+                merged.memories[0].pages().map(|(page, bytes)| (page, bytes[0])).collect();
+            let mut expected: BTreeMap<u32, u8> = many(11).into_iter().collect();
+            expected.extend([(5, 12), (9_999, 1)]);
+            assert!(pages == expected);
+            let entries = store.declared(task, 12).expect("whole").map(|entry| {
+                let (key, value) = entry.expect("whole");
+                (String::from_utf8_lossy(&key.key).into_owned(), value.expect("there")[0])
+            });
+            let mut expected: BTreeMap<String, u8> =
+                (2..12).map(|id: u8| (format!("k{id}"), id)).collect();
+            expected.insert("a".to_owned(), 11);
+            assert_eq!(entries.collect::<BTreeMap<_, _>>(), expected);
+        }
     }
 
     #[test]

@@ -503,7 +503,7 @@ impl OperatorTask {
             };
             if !is_in_image {
                 snapshot.is_declared_whole = !tracks_changes;
-                snapshot.declared = Some(changes);
+                snapshot.declared = Some(Arc::new(changes));
             }
         }
         if mode.has_memory() {
