@@ -791,8 +791,8 @@ path = "out-{out}"
         let output = child.wait_with_output()?;
         self.settle(&output);
         let words = said(&output);
-        if is_killed(&output) {
-            // Interrupted before it could look at anything: nobody knows.
+        if is_killed(&output) || words.contains(HAS_FINISHED) {
+            // Interrupted before it could look at anything, or there was nothing to do: nobody knows.
             fs::remove_dir_all(&state)?;
             fs::rename(&copy, &state)?;
         } else if !output.status.success() {
