@@ -861,17 +861,20 @@ mod tests {
             Place { offset: 10_000, len: 3_000 },
             Place { offset: 16_384, len: 8_192 },
         ];
-        fs::write(&file, vec![7; 24_576]).expect("written");
-        let entries = places.iter().enumerate();
-        let entries = entries.map(|(n, place)| (vec![n as u8], place.encode().to_vec())).collect();
-        let mut pack = Pack::open(&file, &entries).expect("opens");
-        pack.give_back(places[0]);
-        for _ in 0..4 {
-            pack.append(&[1; 5_000]).expect("written");
-        }
-        for place in &places[1..] {
-            let value = read_place(&pack.file, pack.len, *place).expect("read").expect("there");
-            assert!(value.iter().all(|byte| *byte == 7), "{place:?}");
+        for gone in places {
+            fs::write(&file, vec![7; 24_576]).expect("written");
+            let entries = places.iter().enumerate();
+            let entries =
+                entries.map(|(n, place)| (vec![n as u8], place.encode().to_vec())).collect();
+            let mut pack = Pack::open(&file, &entries).expect("opens");
+            pack.give_back(gone);
+            for len in [1_000, 5_000, 5_000, 10_000] {
+                pack.append(&vec![1; len]).expect("written");
+            }
+            for place in places.iter().filter(|place| **place != gone) {
+                let value = read_place(&pack.file, pack.len, *place).expect("read").expect("there");
+                assert!(value.iter().all(|byte| *byte == 7), "{place:?} without {gone:?}");
+            }
         }
     }
 
