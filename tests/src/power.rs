@@ -66,7 +66,7 @@ fn record_and_cut(
             break;
         }
         let mut image = first.cut(random);
-        put(job, &image)?;
+        put(&job.disk(), &image)?;
         tally.cuts += 1;
         tally.lossy += u64::from(image.has_lost);
         // A second one while the first is recovered from.
@@ -80,7 +80,7 @@ fn record_and_cut(
             let complete = next.complete.max(before);
             let words = format!("{}, then {}", image.words, next.words);
             image = Image { complete, words, ..next };
-            put(job, &image)?;
+            put(&job.disk(), &image)?;
             tally.cuts += 1;
             tally.lossy += u64::from(image.has_lost);
         }
@@ -137,6 +137,24 @@ fn recorded(job: &DiskJob, trace: &str, before: Disk, random: &mut Random) -> Re
     let records = parse(&fs::read(&trace).context("the trace")?, &job.disk())?;
     ensure!(records.iter().any(|it| matches!(it, Record::Said(_))), "nothing was recorded");
     Ok(Recorded { before, records })
+}
+
+/// A directory before a run that is recorded.
+pub(crate) struct Before(Disk);
+
+impl Before {
+    /// Everything that is in it now.
+    pub(crate) fn of(dir: &Path) -> Result<Self> {
+        Disk::read(dir).map(Self)
+    }
+
+    /// Makes the directory what a power cut at a random moment of the run has left.
+    pub(crate) fn cut(self, dir: &Path, trace: &Path, random: &mut Random) -> Result<String> {
+        let records = parse(&fs::read(trace).context("the trace")?, &dir.canonicalize()?)?;
+        let image = Recorded { before: self.0, records }.cut(random);
+        put(dir, &image)?;
+        Ok(image.words)
+    }
 }
 
 /// Something that has happened to the disk. Paths are relative to it.
@@ -530,13 +548,12 @@ impl Change {
     }
 }
 
-/// Replaces what is on the disk of a job.
-fn put(job: &DiskJob, image: &Image) -> Result<()> {
-    let root = job.disk();
-    fs::remove_dir_all(&root)?;
-    fs::create_dir(&root)?;
+/// Replaces what is in a directory.
+fn put(root: &Path, image: &Image) -> Result<()> {
+    fs::remove_dir_all(root)?;
+    fs::create_dir(root)?;
     let mut made = BTreeMap::new();
-    put_dir(image, 0, &root, &mut made, &mut BTreeSet::new())
+    put_dir(image, 0, root, &mut made, &mut BTreeSet::new())
 }
 
 fn put_dir(

@@ -1,7 +1,7 @@
 //! A job in a world that misbehaves: random histories of kills, stops, savepoints, forks, rescaling, upgrades,
 //! renamed operators, other paths, moved directories, readers that take what they have read, inputs that
 //! are cut, grown or replaced, outputs that somebody moves away, second jobs, flipped bits, lost files,
-//! failing disks, clocks that jump and logs that nobody reads. Each step has a
+//! failing disks, power cuts, clocks that jump and logs that nobody reads. Each step has a
 //! verdict that is known beforehand: the run succeeds, or it is refused with a code and nothing changes;
 //! and at the end every record is in the output once.
 
@@ -19,6 +19,7 @@ use cofferdam_core::random::Random;
 use crate::{
     disk::{copy_dir, library, said},
     guest, keyed,
+    power::Before,
 };
 
 const LINES: u64 = 40_000;
@@ -541,7 +542,7 @@ path = "out-{out}"
 
     fn change(&mut self, home: &Path, tally: &mut Tally) -> Result<()> {
         let setup = self.setup;
-        match self.random.between(0, 18) {
+        match self.random.between(0, 19) {
             0 | 1 => {
                 let parallelism = self.random.between(1, 5);
                 let step = if parallelism == setup.parallelism { "runs" } else { "rescales" };
@@ -629,6 +630,7 @@ path = "out-{out}"
             }
             14 => self.cut_while_read(tally),
             15 => self.move_output_away(tally),
+            16 => self.cut_the_power(home, tally),
             _ => self.change_input(tally),
         }
     }
@@ -657,6 +659,33 @@ path = "out-{out}"
         fs::write(&path, &self.input)?;
         refused?;
         self.did(name, tally);
+        Ok(())
+    }
+
+    /// The power fails in the middle of a run: of what was not synced any part is lost.
+    fn cut_the_power(&mut self, home: &Path, tally: &mut Tally) -> Result<()> {
+        // Where it has written must be known for some of the steps.
+        if self.is_moved || self.ran_with_out != self.setup.out {
+            return Ok(());
+        }
+        // The socket of a run that was killed is no file.
+        let _ = fs::remove_dir_all(self.dir.join(&self.state).join("control"));
+        let mut command = self.run_command()?;
+        let (before, trace) = (Before::of(&self.dir)?, home.join("trace"));
+        let _ = fs::remove_file(&trace);
+        command.env("LD_PRELOAD", library()).env("DISK_ROOT", self.dir.canonicalize()?);
+        command.env("DISK_TRACE", &trace);
+        let mut child = command.spawn()?;
+        std::thread::sleep(Duration::from_millis(self.random.between(50, 700)));
+        let _ = child.kill();
+        let output = child.wait_with_output()?;
+        if said(&output).contains(HAS_FINISHED) {
+            self.settle(&output);
+            return Ok(());
+        }
+        before.cut(&self.dir, &trace, &mut self.random)?;
+        (self.settled, self.ran_with) = (None, self.setup);
+        self.did("power cuts", tally);
         Ok(())
     }
 
