@@ -362,8 +362,10 @@ impl Disk {
     }
 
     fn change(&mut self, inode: u64, change: Change) -> Result<()> {
-        let file = *self.inodes.get(&inode).context("a file that was made before")?;
-        self.files[file].pending.push(change);
+        // A file that never had a name leaves nothing behind.
+        if let Some(file) = self.inodes.get(&inode) {
+            self.files[*file].pending.push(change);
+        }
         Ok(())
     }
 
@@ -384,9 +386,10 @@ impl Disk {
                 self.change(*inode, Change::Punch(*at as usize, *length as usize))?;
             }
             Record::Sync(inode) => {
-                let file = *self.inodes.get(inode).context("a file that was made before")?;
-                let File { synced, pending } = &mut self.files[file];
-                pending.drain(..).for_each(|change| change.apply(synced));
+                if let Some(file) = self.inodes.get(inode) {
+                    let File { synced, pending } = &mut self.files[*file];
+                    pending.drain(..).for_each(|change| change.apply(synced));
+                }
             }
             Record::SyncDir(path) => {
                 let dir = self.dir(path)?;

@@ -501,7 +501,7 @@ path = "out-{out}"
         tally: &mut Tally,
     ) -> Result<()> {
         self.write_with(setup, mistake)?;
-        let before = self.visible()?;
+        let before = self.everything()?;
         let output = self.command(&["run", "job.toml", "--state-dir", &self.state]).output()?;
         let words = said(&output);
         if words.contains(HAS_FINISHED) {
@@ -509,7 +509,11 @@ path = "out-{out}"
             return Ok(());
         }
         ensure!(words.contains(&format!("error[{code}]")), "{code} for {setup:?}: {words}");
-        ensure!(self.visible()? == before, "a refused run has changed the output");
+        let after = self.everything()?;
+        let changed = before.iter().filter(|(path, content)| after.get(*path) != Some(content));
+        let added = after.iter().filter(|(path, _)| !before.contains_key(*path));
+        let changed: Vec<_> = changed.chain(added).map(|(path, _)| path).collect();
+        ensure!(changed.is_empty(), "a refused run ({code}) has changed {changed:?}");
         *tally.refusals.entry(code).or_default() += 1;
         Ok(())
     }
@@ -835,6 +839,20 @@ path = "out-{out}"
         }
         self.did(if is_lost { "lost files" } else { "flipped bits" }, tally);
         Ok(())
+    }
+
+    /// What is in each file of state and output, as a hash. Locks are none of it.
+    fn everything(&self) -> Result<BTreeMap<PathBuf, u64>> {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut files = Vec::new();
+        files_in(&self.dir, &mut files)?;
+        let mut everything = BTreeMap::new();
+        for (path, _) in files.into_iter().filter(|(path, _)| !path.ends_with("LOCK")) {
+            let mut hasher = DefaultHasher::new();
+            fs::read(&path)?.hash(&mut hasher);
+            everything.insert(path, hasher.finish());
+        }
+        Ok(everything)
     }
 
     fn visible(&self) -> Result<Vec<PathBuf>> {

@@ -813,25 +813,17 @@ impl Job {
         if is_over {
             found = Found::default();
         }
-        if let Some(dir) = &state_dir
-            && matches!(before, Before::Nothing)
-        {
-            record.write(dir).map_err(|error| unusable(&error))?;
-        }
-        let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
-            .map_err(|error| unusable(&error))?;
-        let partitions =
-            partitions(&spec, state_dir.as_deref()).map_err(|error| unusable(&error))?;
-        let targets = restore::Tasks {
+        let mut targets = restore::Tasks {
             spec: &spec,
             identities: &identities,
-            locals: &locals,
+            locals: &BTreeMap::new(),
             sources: &sources_of(&spec, &nodes),
             components: &components_of(&spec, &operators),
         };
         let chosen = restore::choose(&targets, &looked, &found, options.from.as_ref(), &record)?;
         let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
-        if partitions.is_some() && chosen.checkpoint().is_some() && is_half_way() {
+        let has_partitions = spec.graph.has_exchange(ExchangeType::has_partition);
+        if has_partitions && chosen.checkpoint().is_some() && is_half_way() {
             let message = "the checkpoint is of a job half-way, and this one runs region by region";
             return Err(Problem::new(Code::StateMismatch, message)
                 .detail("what its sources had still to read would be lost")
@@ -848,6 +840,17 @@ impl Job {
             observer.observe(Progress::Warning { message: message.clone() });
         }
         drop(looked);
+        // Before an output is said to be this job's.
+        if let Some(dir) = &state_dir
+            && matches!(before, Before::Nothing)
+        {
+            record.write(dir).map_err(|error| unusable(&error))?;
+        }
+        let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
+            .map_err(|error| unusable(&error))?;
+        let partitions =
+            partitions(&spec, state_dir.as_deref()).map_err(|error| unusable(&error))?;
+        targets.locals = &locals;
         let storage = open().map_err(|error| unusable(&error))?;
         let storage = match is_over {
             true => {
