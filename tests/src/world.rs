@@ -469,7 +469,7 @@ path = "out-{out}"
         let words = said(&plain);
         if plain.status.success() {
             self.did("forks", tally);
-            self.state = state;
+            (self.state, self.ran_with) = (state, self.setup);
             return Ok(true);
         }
         ensure!(words.contains("C0029"), "a fork: {words}");
@@ -482,7 +482,7 @@ path = "out-{out}"
             let forked = self.command(&discard).output()?;
             ensure!(forked.status.success(), "a fork that discards: {}", said(&forked));
             self.did("forks that discard", tally);
-            self.state = state;
+            (self.state, self.ran_with) = (state, self.setup);
             return Ok(true);
         }
         Ok(false)
