@@ -255,7 +255,7 @@ impl CheckedJob {
     /// Loads every component and compares both ends of every edge.
     ///
     /// # Errors
-    /// The first problem.
+    /// All that is wrong: the first problem, with the others behind it.
     pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
         let all = |problems: Vec<Problem>| Problem::all(problems).map_or(Ok(()), Err);
         let mut problems = Vec::new();

@@ -525,13 +525,13 @@ fn read_head(root: &Section<'_>) -> Result<(String, u32)> {
     let job = root
         .section("job")?
         .ok_or_else(|| root.missing("job", "a manifest begins with [job] and its name"))?;
-    let name = job.text("name")?.ok_or_else(|| job.missing("name", "give the job a name"))?;
+    let name = job.text("name").ok_or_else(|| job.missing("name", "give the job a name"))?;
     if !is_name(&name.value) {
         let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
         return Err(job.bad_value("name", &name.span, why));
     }
-    let parallelism = parallelism(&job)?.unwrap_or(1);
-    job.finish()?;
+    let parallelism = parallelism(&job).unwrap_or(1);
+    job.finish();
     Ok((name.value, parallelism))
 }
 
@@ -546,7 +546,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     // For what is wrong in it: whether the job has checkpoints is known when its graph is.
     let restart = root.noted(read_restart(root, true).and_then(|_| read_failover(root, true)));
     if head.is_some() && execution.is_some() && backlog_lag.is_some() && restart.is_some() {
-        root.noted(root.finish());
+        root.finish();
     }
     root.mistakes()?;
     let (Some(mut execution), Some(backlog_lag_ms), Some(state_backend), Some(nodes)) =
@@ -621,11 +621,14 @@ pub fn restart_of(settings: &[(String, String)]) -> Result<RestartSpec> {
     let table = parse_toml(&source, &text, 0)?;
     let layers = vec![Layer { table: &table, start: 0 }];
     let root = Section::new(&source, String::new(), 0..0, layers);
-    let execution = read_execution(&root, Path::new(""), "job")?;
-    let strategy = read_restart(&root, execution.checkpoint.interval_ms.is_some())?;
-    root.finish()?;
+    let read = read_execution(&root, Path::new(""), "job")
+        .and_then(|it| read_restart(&root, it.checkpoint.interval_ms.is_some()));
+    let strategy = root.noted(read);
+    if strategy.is_some() {
+        root.finish();
+    }
     root.mistakes()?;
-    Ok(strategy)
+    strategy.ok_or_else(|| Problem::new(Code::HostBug, "settings without a mistake were not read"))
 }
 
 /// A setting as a line of TOML. Flink's older spelling of the strategy's name is taken, too.
@@ -646,9 +649,9 @@ fn is_name(text: &str) -> bool {
         && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter))
 }
 
-fn parallelism(section: &Section<'_>) -> Result<Option<u32>> {
-    let read = section.integer("parallelism", 1..=PARALLELISM_MAX)?;
-    Ok(read.map(|number| u32::try_from(number.value).unwrap_or(1)))
+fn parallelism(section: &Section<'_>) -> Option<u32> {
+    let read = section.integer("parallelism", 1..=PARALLELISM_MAX);
+    read.map(|number| u32::try_from(number.value).unwrap_or(1))
 }
 
 /// What `[execution]` says.
@@ -730,7 +733,7 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         ("AUTOMATIC", ModeName::Automatic),
     ];
     let modes = modes.map(|(name, mode)| (name, (name, mode)));
-    if let Some(mode) = section.choice("runtime-mode", &modes)? {
+    if let Some(mode) = section.choice("runtime-mode", &modes) {
         (execution.mode.name, execution.mode.mode) = mode.value;
     }
     let shuffles = [
@@ -744,19 +747,19 @@ fn read_execution(root: &Section<'_>, base_dir: &Path, job: &str) -> Result<Exec
         ("BATCH_FORCED", ShuffleMode::Execution(ExecutionMode::BatchForced)),
     ];
     let shuffles = shuffles.map(|(name, shuffle)| (name, (name, shuffle)));
-    if let Some(shuffle) = section.choice("batch-shuffle-mode", &shuffles)? {
+    if let Some(shuffle) = section.choice("batch-shuffle-mode", &shuffles) {
         (execution.mode.batch_name, execution.mode.batch) = shuffle.value;
     }
     if let Some(checkpointing) = section.section("checkpointing")? {
         read_checkpointing(&checkpointing, base_dir, default_dir, job, &mut execution)?;
-        checkpointing.finish()?;
+        checkpointing.finish();
     }
     if let Some(recovery) = section.section("state-recovery")? {
-        let is_approximate = recovery.boolean("approximate-local-recovery")?;
+        let is_approximate = recovery.boolean("approximate-local-recovery");
         execution.mode.is_approximate = is_approximate.is_some_and(|it| it.value);
-        recovery.finish()?;
+        recovery.finish();
     }
-    section.finish()?;
+    section.finish();
     Ok(execution)
 }
 
@@ -769,7 +772,7 @@ fn read_checkpointing(
 ) -> Result<()> {
     let settings = &mut execution.checkpoint;
     // Flink: an interval below 10 ms counts as none.
-    if let Some(Located { value, span }) = section.duration_ms("interval")? {
+    if let Some(Located { value, span }) = section.duration_ms("interval") {
         settings.interval_ms = Some(value).filter(|ms| INTERVAL_MS_MIN <= *ms);
         if (1..INTERVAL_MS_MIN).contains(&value) {
             execution.warnings.push(format!(
@@ -779,52 +782,51 @@ fn read_checkpointing(
             ));
         }
     }
-    if let Some(Located { value, span }) = section.duration_ms("interval-during-backlog")? {
+    if let Some(Located { value, span }) = section.duration_ms("interval-during-backlog") {
         if value != 0 && settings.interval_ms.is_none_or(|interval| value < interval) {
             let why = "it must be 0, for no checkpoints, or at least the interval";
             return Err(section.bad_value("interval-during-backlog", &span, why));
         }
         settings.backlog_interval_ms = Some(value);
     }
-    if let Some(pause) = section.duration_ms("min-pause")? {
+    if let Some(pause) = section.duration_ms("min-pause") {
         settings.min_pause_ms = pause.value.min(PAUSE_MS_MAX);
     }
-    if let Some(timeout) = section.duration_ms("timeout")? {
+    if let Some(timeout) = section.duration_ms("timeout") {
         if timeout.value < INTERVAL_MS_MIN {
             return Err(section.bad_value("timeout", &timeout.span, "it must be at least 10 ms"));
         }
         settings.timeout_ms = timeout.value;
     }
     let number = |key| section.integer(key, 0..=u64::from(FLINK_INT_MAX));
-    if let Some(Located { value, .. }) = number("tolerable-failed-checkpoints")? {
+    if let Some(Located { value, .. }) = number("tolerable-failed-checkpoints") {
         let count = u32::try_from(value).unwrap_or(FLINK_INT_MAX);
         // Flink: its largest number stands for any.
         settings.tolerable_failures = (count != FLINK_INT_MAX).then_some(count);
     }
     let at_least_one = |key| section.integer(key, 1..=u64::from(FLINK_INT_MAX));
-    if let Some(Located { value, .. }) = at_least_one("max-concurrent-checkpoints")? {
+    if let Some(Located { value, .. }) = at_least_one("max-concurrent-checkpoints") {
         settings.concurrent_max = usize::try_from(value).unwrap_or(usize::MAX);
     }
-    if let Some(Located { value, .. }) = at_least_one("num-retained")? {
+    if let Some(Located { value, .. }) = at_least_one("num-retained") {
         settings.retained_max = usize::try_from(value).unwrap_or(usize::MAX);
     }
-    if let Some(mode) =
-        section.choice("mode", &[("EXACTLY_ONCE", true), ("AT_LEAST_ONCE", false)])?
+    if let Some(mode) = section.choice("mode", &[("EXACTLY_ONCE", true), ("AT_LEAST_ONCE", false)])
     {
         execution.is_exactly_once = mode.value;
     }
-    if let Some(compression) = section.boolean("snapshot-compression")? {
+    if let Some(compression) = section.boolean("snapshot-compression") {
         execution.is_compressing = compression.value;
     }
     read_unaligned(section, execution)?;
     let policies =
         [Retention::NeverRetain, Retention::RetainOnFailure, Retention::RetainOnCancellation];
     let policies = policies.map(|policy| (policy.name(), policy));
-    if let Some(policy) = section.choice("externalized-checkpoint-retention", &policies)? {
+    if let Some(policy) = section.choice("externalized-checkpoint-retention", &policies) {
         execution.retention = policy.value;
     }
     warn_meaningless(section, "execution.checkpointing.", &mut execution.warnings);
-    let savepoint_dir = section.text("savepoint-dir")?;
+    let savepoint_dir = section.text("savepoint-dir");
     savepoint_dir.iter().try_for_each(|dir| check_scheme(section, "savepoint-dir", dir))?;
     execution.savepoint_dir = match savepoint_dir {
         Some(dir) if is_url(Path::new(&dir.value)) && !dir.value.starts_with("file") => {
@@ -855,8 +857,8 @@ fn read_storage(
     use StorageName::{Memory, Objects, Sled};
     let names =
         [("sled", Sled), ("memory", Memory), ("jobmanager", Memory), ("filesystem", Objects)];
-    let name = section.choice("storage", &names)?;
-    let dir = section.text("dir")?;
+    let name = section.choice("storage", &names);
+    let dir = section.text("dir");
     dir.iter().try_for_each(|dir| check_scheme(section, "dir", dir))?;
     let is_remote = dir
         .as_ref()
@@ -942,13 +944,13 @@ fn warn_meaningless(section: &Section<'_>, prefix: &str, warnings: &mut Vec<Stri
 
 /// Flink: an unaligned checkpoint needs EXACTLY_ONCE, and that no other is pending beside it.
 fn read_unaligned(section: &Section<'_>, execution: &mut Execution) -> Result<()> {
-    let timeout = section.duration_ms("aligned-checkpoint-timeout")?.map_or(0, |it| it.value);
+    let timeout = section.duration_ms("aligned-checkpoint-timeout").map_or(0, |it| it.value);
     execution.aligned_timeout_ms = timeout;
     let Some(unaligned) = section.section("unaligned")? else { return Ok(()) };
-    let is_enabled = unaligned.boolean("enabled")?;
+    let is_enabled = unaligned.boolean("enabled");
     let prefix = "execution.checkpointing.unaligned.";
     warn_meaningless(&unaligned, prefix, &mut execution.warnings);
-    unaligned.finish()?;
+    unaligned.finish();
     let Some(Located { span, .. }) = is_enabled.filter(|enabled| enabled.value) else {
         return Ok(());
     };
@@ -977,9 +979,9 @@ fn read_backlog_lag(root: &Section<'_>) -> Result<Option<u64>> {
     let Some(pipeline) = root.section("pipeline")? else { return Ok(None) };
     let backlog = pipeline.section("backlog")?;
     let lag = backlog.as_ref().map(|section| section.duration_ms("watermark-lag-threshold"));
-    backlog.iter().try_for_each(Section::finish)?;
-    pipeline.finish()?;
-    Ok(lag.transpose()?.flatten().map(|lag| lag.value))
+    backlog.iter().for_each(Section::finish);
+    pipeline.finish();
+    Ok(lag.flatten().map(|lag| lag.value))
 }
 
 /// Below this a cache or buffer would hold next to nothing.
@@ -989,7 +991,7 @@ const BACKEND_BYTES_MIN: u64 = 4 << 10;
 fn read_state_backend(root: &Section<'_>, warnings: &mut Vec<String>) -> Result<StateBackend> {
     let Some(state) = root.section("state")? else { return Ok(StateBackend::Hashmap) };
     let Some(section) = state.section("backend")? else {
-        state.finish()?;
+        state.finish();
         return Ok(StateBackend::Hashmap);
     };
     let names = [
@@ -998,7 +1000,7 @@ fn read_state_backend(root: &Section<'_>, warnings: &mut Vec<String>) -> Result<
         ("rocksdb", Some("rocksdb")),
         ("forst", Some("forst")),
     ];
-    let name = section.choice("type", &names)?.and_then(|name| name.value);
+    let name = section.choice("type", &names).and_then(|name| name.value);
     let mut backend = SledBackend::default();
     if let Some(sled) = section.section("sled")? {
         let sizes = [
@@ -1007,7 +1009,7 @@ fn read_state_backend(root: &Section<'_>, warnings: &mut Vec<String>) -> Result<
             ("guest-cache", &mut backend.guest_cache_bytes),
         ];
         for (key, bytes) in sizes {
-            match sled.bytes(key)? {
+            match sled.bytes(key) {
                 Some(Located { value, .. }) if BACKEND_BYTES_MIN <= value => *bytes = value,
                 Some(Located { span, .. }) => {
                     return Err(sled.bad_value(key, &span, "it must be at least 4 KiB"));
@@ -1015,10 +1017,10 @@ fn read_state_backend(root: &Section<'_>, warnings: &mut Vec<String>) -> Result<
                 None => {}
             }
         }
-        sled.finish()?;
+        sled.finish();
     }
-    section.finish()?;
-    state.finish()?;
+    section.finish();
+    state.finish();
     let Some(name) = name else { return Ok(StateBackend::Hashmap) };
     if name != "sled" {
         warnings.push(format!("`state.backend.type` = \"{name}\" is taken for \"sled\", the state on disk that there is here"));
@@ -1043,7 +1045,7 @@ fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartSpec
     let Some(section) = root.section("restart-strategy")? else {
         return Ok(RestartSpec { strategy: default, is_merging_failures: false });
     };
-    let merging = section.boolean("merge-failures")?;
+    let merging = section.boolean("merge-failures");
     let names = [
         ("none", Never),
         ("off", Never),
@@ -1055,12 +1057,12 @@ fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartSpec
         ("exponential-delay", Exponential),
         ("exponentialdelay", Exponential),
     ];
-    let chosen = section.choice("type", &names)?.map(|choice| choice.value);
+    let chosen = section.choice("type", &names).map(|choice| choice.value);
     // Sections of strategies that are not chosen are read all the same: a mistake in them is one.
     let fixed_delay = read_fixed_delay(&section)?;
     let failure_rate = read_failure_rate(&section)?;
     let exponential = read_exponential(&section)?;
-    section.finish()?;
+    section.finish();
     let strategy = match chosen {
         None => default,
         Some(Never) => RestartStrategy::None,
@@ -1075,13 +1077,13 @@ fn read_restart(root: &Section<'_>, is_checkpointed: bool) -> Result<RestartSpec
 fn read_fixed_delay(strategies: &Section<'_>) -> Result<RestartStrategy> {
     let (mut attempts, mut delay_ms) = (1, 1_000);
     if let Some(section) = strategies.section("fixed-delay")? {
-        if let Some(number) = section.integer("attempts", 0..=u64::MAX)? {
+        if let Some(number) = section.integer("attempts", 0..=u64::MAX) {
             attempts = number.value;
         }
-        if let Some(delay) = section.duration_ms("delay")? {
+        if let Some(delay) = section.duration_ms("delay") {
             delay_ms = delay.value;
         }
-        section.finish()?;
+        section.finish();
     }
     Ok(RestartStrategy::FixedDelay { attempts, delay_ms })
 }
@@ -1089,12 +1091,11 @@ fn read_fixed_delay(strategies: &Section<'_>) -> Result<RestartStrategy> {
 fn read_failure_rate(strategies: &Section<'_>) -> Result<RestartStrategy> {
     let (mut failures_per_interval_max, mut interval_ms, mut delay_ms) = (1, 60_000, 1_000);
     if let Some(section) = strategies.section("failure-rate")? {
-        if let Some(number) =
-            section.integer("max-failures-per-interval", 1..=u64::from(u32::MAX))?
+        if let Some(number) = section.integer("max-failures-per-interval", 1..=u64::from(u32::MAX))
         {
             failures_per_interval_max = u32::try_from(number.value).unwrap_or(u32::MAX);
         }
-        if let Some(interval) = section.duration_ms("failure-rate-interval")? {
+        if let Some(interval) = section.duration_ms("failure-rate-interval") {
             if interval.value == 0 {
                 return Err(section.bad_value(
                     "failure-rate-interval",
@@ -1104,10 +1105,10 @@ fn read_failure_rate(strategies: &Section<'_>) -> Result<RestartStrategy> {
             }
             interval_ms = interval.value;
         }
-        if let Some(delay) = section.duration_ms("delay")? {
+        if let Some(delay) = section.duration_ms("delay") {
             delay_ms = delay.value;
         }
-        section.finish()?;
+        section.finish();
     }
     Ok(RestartStrategy::FailureRate { failures_per_interval_max, interval_ms, delay_ms })
 }
@@ -1116,7 +1117,7 @@ fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
     let mut settings = ExponentialDelay::default();
     let Some(section) = strategies.section("exponential-delay")? else { return Ok(settings) };
     let positive = |key: &'static str, into: &mut u64| -> Result<()> {
-        if let Some(duration) = section.duration_ms(key)? {
+        if let Some(duration) = section.duration_ms(key) {
             if duration.value == 0 {
                 return Err(section.bad_value(key, &duration.span, "it must be at least 1 ms"));
             }
@@ -1127,7 +1128,7 @@ fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
     positive("initial-backoff", &mut settings.initial_backoff_ms)?;
     positive("max-backoff", &mut settings.backoff_ms_max)?;
     positive("reset-backoff-threshold", &mut settings.reset_threshold_ms)?;
-    if let Some(number) = section.number("backoff-multiplier")? {
+    if let Some(number) = section.number("backoff-multiplier") {
         if number.value <= 1.0 {
             return Err(section.bad_value(
                 "backoff-multiplier",
@@ -1137,19 +1138,19 @@ fn read_exponential(strategies: &Section<'_>) -> Result<ExponentialDelay> {
         }
         settings.backoff_multiplier = number.value;
     }
-    if let Some(number) = section.number("jitter-factor")? {
+    if let Some(number) = section.number("jitter-factor") {
         if !(0.0..=1.0).contains(&number.value) {
             return Err(section.bad_value("jitter-factor", &number.span, "it must be from 0 to 1"));
         }
         settings.jitter_factor = number.value;
     }
-    if let Some(number) = section.integer("attempts-before-reset-backoff", 1..=u64::MAX)? {
+    if let Some(number) = section.integer("attempts-before-reset-backoff", 1..=u64::MAX) {
         settings.attempts_max = Some(number.value);
     }
     if settings.backoff_ms_max < settings.initial_backoff_ms {
         return Err(section.bad_value("max-backoff", &section.span, "it is below initial-backoff"));
     }
-    section.finish()?;
+    section.finish();
     Ok(settings)
 }
 
@@ -1162,10 +1163,10 @@ fn read_failover(
     if let Some(section) = jobmanager.section("execution")? {
         let strategies = [FailoverStrategy::Region, FailoverStrategy::Full];
         let strategies = strategies.map(|strategy| (strategy.name(), strategy));
-        if let Some(chosen) = section.choice("failover-strategy", &strategies)? {
+        if let Some(chosen) = section.choice("failover-strategy", &strategies) {
             strategy = chosen.value;
         }
-        let bound = section.integer("failover-escalation", 1..=u64::from(FLINK_INT_MAX))?;
+        let bound = section.integer("failover-escalation", 1..=u64::from(FLINK_INT_MAX));
         if let Some(Located { value, span }) = bound {
             if !is_checkpointed {
                 let why = "it counts from checkpoint to checkpoint: set an interval for them";
@@ -1173,9 +1174,9 @@ fn read_failover(
             }
             escalates_after = u32::try_from(value).ok();
         }
-        section.finish()?;
+        section.finish();
     }
-    jobmanager.finish()?;
+    jobmanager.finish();
     Ok((strategy, escalates_after))
 }
 
@@ -1230,21 +1231,21 @@ fn read_node(
     kind: impl FnOnce(Option<u32>) -> Result<NodeKind>,
 ) -> Result<RawNode> {
     let name = section
-        .text("name")?
+        .text("name")
         .ok_or_else(|| section.missing("name", "other nodes refer to it by name"))?;
     if !is_name(&name.value) {
         let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
         return Err(section.bad_value("name", &name.span, why));
     }
-    let uid = section.text("uid")?;
+    let uid = section.text("uid");
     if let Some(Located { value, span }) = &uid
         && (value.is_empty() || 200 < value.len())
     {
         return Err(section.bad_value("uid", span, "it has from 1 to 200 bytes"));
     }
-    let parallelism = parallelism(section)?;
+    let parallelism = parallelism(section);
     let kind = kind(parallelism)?;
-    section.finish()?;
+    section.finish();
     Ok(RawNode { name, uid, parallelism, kind, inputs: inputs.unwrap_or_default() })
 }
 
@@ -1275,13 +1276,13 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
             DeValue::Table(table) => {
                 let input = section.nested("inputs", span, table);
                 let from = input
-                    .text("from")?
+                    .text("from")
                     .ok_or_else(|| input.missing("from", "name the node it comes from"))?;
                 let partitioner =
-                    input.choice("partition", PARTITIONERS)?.map(|choice| choice.value);
+                    input.choice("partition", PARTITIONERS).map(|choice| choice.value);
                 let exchanges = ExchangeType::ALL.map(|exchange| (exchange.name(), exchange));
-                let exchange = input.choice("exchange", &exchanges)?.map(|choice| choice.value);
-                input.finish()?;
+                let exchange = input.choice("exchange", &exchanges).map(|choice| choice.value);
+                input.finish();
                 RawInput { from, partitioner, exchange }
             }
             _ => {
@@ -1478,7 +1479,7 @@ enum Connector {
 }
 
 fn connector(section: &Section<'_>, choices: &[(&str, Connector)]) -> Result<Connector> {
-    let read = section.choice("connector", choices)?;
+    let read = section.choice("connector", choices);
     let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
     read.map(|choice| choice.value)
         .ok_or_else(|| section.missing("connector", &format!("choose one of {}", words.join(", "))))
@@ -1494,17 +1495,17 @@ fn read_source(section: &Section<'_>) -> Result<SourceSpec> {
 
 fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     let path = section
-        .text("path")?
+        .text("path")
         .ok_or_else(|| section.missing("path", "a file or a glob such as \"input/*.txt\""))?;
     if let Err(error) = glob::Pattern::new(&path.value) {
         return Err(section.bad_value("path", &path.span, format!("not a glob: {error}")));
     }
     let formats =
         [("text", LineFormat::Text), ("json", LineFormat::Json), ("csv", LineFormat::Csv)];
-    let format = section.choice("format", &formats)?;
+    let format = section.choice("format", &formats);
     let format = format.map_or(LineFormat::Text, |choice| choice.value);
-    let header = section.boolean("header")?;
-    let delimiter = section.text("delimiter")?;
+    let header = section.boolean("header");
+    let delimiter = section.text("delimiter");
     if format != LineFormat::Csv {
         let other = header.as_ref().map(|it| ("header", &it.span));
         let other = other.or(delimiter.as_ref().map(|it| ("delimiter", &it.span)));
@@ -1525,7 +1526,7 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     };
     let field = |key: &'static str| read_field(section, key, format, has_header);
     let (key, timestamp) = (field("key")?, field("timestamp")?);
-    let timestamp_format = section.text("timestamp-format")?;
+    let timestamp_format = section.text("timestamp-format");
     if let (Some(located), None) = (&timestamp_format, &timestamp) {
         let why = "it says how `timestamp` is written, and there is none";
         return Err(section.bad_value("timestamp-format", &located.span, why));
@@ -1534,15 +1535,15 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
         Some(located) => read_time_format(section, located)?,
         None => TimeFormat::Millis,
     };
-    let out_of_orderness = section.duration_ms("max-out-of-orderness")?;
-    let idle_timeout = section.duration_ms("idle-timeout")?;
+    let out_of_orderness = section.duration_ms("max-out-of-orderness");
+    let idle_timeout = section.duration_ms("idle-timeout");
     let policies = [
         ("fail", OnBadRecord::Fail),
         ("skip", OnBadRecord::Skip),
         (DEAD_LETTER, OnBadRecord::DeadLetter),
     ];
-    let on_bad_record = section.choice("on-bad-record", &policies)?;
-    let record_bytes_max = match section.bytes("max-record-size")? {
+    let on_bad_record = section.choice("on-bad-record", &policies);
+    let record_bytes_max = match section.bytes("max-record-size") {
         Some(Located { value, .. }) if (1..=RECORD_BYTES_MAX).contains(&value) => value,
         Some(Located { span, .. }) => {
             let why = "it must be from 1 byte to 256 MiB";
@@ -1550,7 +1551,7 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
         }
         None => RECORD_BYTES_DEFAULT,
     };
-    let split_bytes = match section.bytes("split-size")? {
+    let split_bytes = match section.bytes("split-size") {
         Some(Located { value, .. }) if 4096 <= value => value,
         Some(Located { span, .. }) => {
             return Err(section.bad_value("split-size", &span, "it must be at least 4 KiB"));
@@ -1582,7 +1583,7 @@ fn read_field(
     format: LineFormat,
     has_header: bool,
 ) -> Result<Option<String>> {
-    let Some(Located { value, span }) = section.text(key)? else { return Ok(None) };
+    let Some(Located { value, span }) = section.text(key) else { return Ok(None) };
     let is_number = value.parse::<usize>().is_ok_and(|number| 0 < number);
     let why = match format {
         LineFormat::Json if !value.starts_with('/') => {
@@ -1628,7 +1629,7 @@ fn read_time_format(section: &Section<'_>, located: Located<String>) -> Result<T
 
 /// Records a second.
 fn read_rate(section: &Section<'_>) -> Result<Option<f64>> {
-    match section.number("rate")? {
+    match section.number("rate") {
         Some(Located { value, span }) if value <= 0.0 => {
             Err(section.bad_value("rate", &span, "it must be above 0 records a second"))
         }
@@ -1637,9 +1638,9 @@ fn read_rate(section: &Section<'_>) -> Result<Option<f64>> {
 }
 
 fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
-    let is_words = section.choice("content", &[("words", true), ("sequence", false)])?;
-    let vocabulary = section.integer("vocabulary", 1..=10_000_000)?;
-    let exponent = section.number("exponent")?;
+    let is_words = section.choice("content", &[("words", true), ("sequence", false)]);
+    let vocabulary = section.integer("vocabulary", 1..=10_000_000);
+    let exponent = section.number("exponent");
     if let Some(Located { value, span }) = &exponent
         && !(0.0..=10.0).contains(value)
     {
@@ -1653,16 +1654,16 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
             exponent: exponent.map_or(1.0, |number| number.value),
         },
     };
-    let count = section.integer("count", 0..=u64::MAX)?.map(|number| number.value);
+    let count = section.integer("count", 0..=u64::MAX).map(|number| number.value);
     let rate = read_rate(section)?;
-    let seed = section.integer("seed", 0..=u64::MAX)?.map_or(0, |number| number.value);
-    let has_timestamps = section.boolean("timestamps")?.is_some_and(|it| it.value);
+    let seed = section.integer("seed", 0..=u64::MAX).map_or(0, |number| number.value);
+    let has_timestamps = section.boolean("timestamps").is_some_and(|it| it.value);
     Ok(GeneratorSpec { content, count, rate, seed, has_timestamps })
 }
 
 fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Result<OperatorSpec> {
     let component = section
-        .text("component")?
+        .text("component")
         .ok_or_else(|| section.missing("component", "the .wasm file to run"))?;
     let config = section.free("config")?;
     let limits = match section.section("limits")? {
@@ -1676,8 +1677,8 @@ fn read_operator(section: &Section<'_>, base_dir: &Path, parallelism: u32) -> Re
             ("declared", SnapshotMode::Declared),
             ("both", SnapshotMode::Both),
         ],
-    )?;
-    let max_parallelism = match section.integer("max-parallelism", 1..=PARALLELISM_MAX)? {
+    );
+    let max_parallelism = match section.integer("max-parallelism", 1..=PARALLELISM_MAX) {
         Some(number) if number.value < u64::from(parallelism) => {
             let why = format!("it is below the parallelism, {parallelism}");
             return Err(section.bad_value("max-parallelism", &number.span, why));
@@ -1701,8 +1702,8 @@ const TRAPS_DEFAULT: u32 = 3;
 
 fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {
     let policies = [("fail", false), (DEAD_LETTER, true)];
-    let policy = section.choice("on-trap", &policies)?;
-    let traps = section.integer("dead-letter-after", 2..=1_000)?;
+    let policy = section.choice("on-trap", &policies);
+    let traps = section.integer("dead-letter-after", 2..=1_000);
     if !policy.is_some_and(|policy| policy.value) {
         return match traps {
             Some(traps) => {
@@ -1717,34 +1718,34 @@ fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {
 
 fn read_limits(section: &Section<'_>) -> Result<Limits> {
     let mut limits = Limits::default();
-    if let Some(memory) = section.bytes("memory")? {
+    if let Some(memory) = section.bytes("memory") {
         if 4 << 30 < memory.value {
             return Err(section.bad_value("memory", &memory.span, "a component has at most 4 GiB"));
         }
         limits.memory_bytes_max = memory.value;
     }
-    if let Some(call) = section.duration_ms("call")? {
+    if let Some(call) = section.duration_ms("call") {
         limits.call_max = Duration::from_millis(call.value);
     }
-    if let Some(output) = section.bytes("output")? {
+    if let Some(output) = section.bytes("output") {
         limits.output_bytes_max = output.value;
     }
-    if let Some(handles) = section.integer("handles", 0..=1_000_000)? {
+    if let Some(handles) = section.integer("handles", 0..=1_000_000) {
         limits.handles_max = u32::try_from(handles.value).unwrap_or(u32::MAX);
     }
-    if let Some(elements) = section.integer("table-elements", 0..=10_000_000)? {
+    if let Some(elements) = section.integer("table-elements", 0..=10_000_000) {
         limits.table_elements_max = elements.value;
     }
-    if let Some(state) = section.bytes("state")? {
+    if let Some(state) = section.bytes("state") {
         limits.state_bytes_max = state.value;
     }
-    if let Some(partition) = section.bytes("partition")? {
+    if let Some(partition) = section.bytes("partition") {
         limits.partition_bytes_max = partition.value;
     }
-    if let Some(log) = section.bytes("log")? {
+    if let Some(log) = section.bytes("log") {
         limits.log_bytes_per_second_max = log.value;
     }
-    section.finish()?;
+    section.finish();
     Ok(limits)
 }
 
@@ -1754,24 +1755,24 @@ fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
     let connector = connector(section, &choices)?;
     let line = || -> Result<LineContent> {
         let choices = [("value", LineContent::Value), ("key-value", LineContent::KeyValue)];
-        Ok(section.choice("line", &choices)?.map_or(LineContent::Value, |choice| choice.value))
+        Ok(section.choice("line", &choices).map_or(LineContent::Value, |choice| choice.value))
     };
     match connector {
         Connector::Discard => Ok(SinkSpec::Discard),
         Connector::Stdout => Ok(SinkSpec::Stdout { line: line()? }),
         _ => {
             let path = section
-                .text("path")?
+                .text("path")
                 .ok_or_else(|| section.missing("path", "the directory for the parts"))?;
             let choices = [("fail", IfExists::Fail), ("replace", IfExists::Replace)];
-            let if_exists = section.choice("if-exists", &choices)?;
-            let size = match section.bytes("roll-size")? {
+            let if_exists = section.choice("if-exists", &choices);
+            let size = match section.bytes("roll-size") {
                 Some(Located { value: 0, span }) => {
                     return Err(section.bad_value("roll-size", &span, "it must be above 0"));
                 }
                 size => size.map(|size| size.value),
             };
-            let interval = section.duration_ms("roll-interval")?;
+            let interval = section.duration_ms("roll-interval");
             let interval = interval.map(|interval| Duration::from_millis(interval.value));
             Ok(SinkSpec::File(FileSinkSpec {
                 path: base_dir.join(path.value),

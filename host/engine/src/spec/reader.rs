@@ -241,24 +241,18 @@ impl<'a> Section<'a> {
         self.text.problem(code, span, message)
     }
 
-    pub(crate) fn text(&self, key: &'static str) -> Result<Option<Located<String>>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some((DeValue::String(value), span)) => {
-                Ok(Some(Located { value: value.to_string(), span }))
-            }
-            Some((other, span)) => {
-                Ok(self.mistaken(key, self.wrong_type(key, &span, other, "a text")))
-            }
+    pub(crate) fn text(&self, key: &'static str) -> Option<Located<String>> {
+        match self.get(key)? {
+            (DeValue::String(value), span) => Some(Located { value: value.to_string(), span }),
+            (other, span) => self.mistaken(key, self.wrong_type(key, &span, other, "a text")),
         }
     }
 
-    pub(crate) fn boolean(&self, key: &'static str) -> Result<Option<Located<bool>>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some((DeValue::Boolean(value), span)) => Ok(Some(Located { value: *value, span })),
-            Some((other, span)) => {
-                Ok(self.mistaken(key, self.wrong_type(key, &span, other, "true or false")))
+    pub(crate) fn boolean(&self, key: &'static str) -> Option<Located<bool>> {
+        match self.get(key)? {
+            (DeValue::Boolean(value), span) => Some(Located { value: *value, span }),
+            (other, span) => {
+                self.mistaken(key, self.wrong_type(key, &span, other, "true or false"))
             }
         }
     }
@@ -268,42 +262,40 @@ impl<'a> Section<'a> {
         &self,
         key: &'static str,
         range: std::ops::RangeInclusive<u64>,
-    ) -> Result<Option<Located<u64>>> {
-        let Some((value, span)) = self.get(key) else { return Ok(None) };
+    ) -> Option<Located<u64>> {
+        let (value, span) = self.get(key)?;
         let DeValue::Integer(number) = value else {
-            return Ok(self.mistaken(key, self.wrong_type(key, &span, value, "a whole number")));
+            return self.mistaken(key, self.wrong_type(key, &span, value, "a whole number"));
         };
         let parsed = i128::from_str_radix(number.as_str(), number.radix()).ok();
         match parsed.and_then(|number| u64::try_from(number).ok()) {
-            Some(value) if range.contains(&value) => Ok(Some(Located { value, span })),
+            Some(value) if range.contains(&value) => Some(Located { value, span }),
             _ => {
                 let why =
                     format!("{} is not from {} to {}", number.as_str(), range.start(), range.end());
-                Ok(self.mistaken(key, self.bad_value(key, &span, why)))
+                self.mistaken(key, self.bad_value(key, &span, why))
             }
         }
     }
 
     /// A number, whole or not.
-    pub(crate) fn number(&self, key: &'static str) -> Result<Option<Located<f64>>> {
-        let Some((value, span)) = self.get(key) else { return Ok(None) };
+    pub(crate) fn number(&self, key: &'static str) -> Option<Located<f64>> {
+        let (value, span) = self.get(key)?;
         let text = match value {
             DeValue::Integer(number) => number.as_str(),
             DeValue::Float(number) => number.as_str(),
-            other => {
-                return Ok(self.mistaken(key, self.wrong_type(key, &span, other, "a number")));
-            }
+            other => return self.mistaken(key, self.wrong_type(key, &span, other, "a number")),
         };
         match text.parse::<f64>() {
-            Ok(value) if value.is_finite() => Ok(Some(Located { value, span })),
+            Ok(value) if value.is_finite() => Some(Located { value, span }),
             _ => {
                 let why = format!("{text} is not a finite number");
-                Ok(self.mistaken(key, self.bad_value(key, &span, why)))
+                self.mistaken(key, self.bad_value(key, &span, why))
             }
         }
     }
 
-    pub(crate) fn duration_ms(&self, key: &'static str) -> Result<Option<Located<u64>>> {
+    pub(crate) fn duration_ms(&self, key: &'static str) -> Option<Located<u64>> {
         self.quantity(
             key,
             "a duration such as \"1s\" or \"500ms\"",
@@ -311,7 +303,7 @@ impl<'a> Section<'a> {
         )
     }
 
-    pub(crate) fn bytes(&self, key: &'static str) -> Result<Option<Located<u64>>> {
+    pub(crate) fn bytes(&self, key: &'static str) -> Option<Located<u64>> {
         self.quantity(key, "a size such as \"64MiB\"", super::value::parse_bytes)
     }
 
@@ -320,8 +312,8 @@ impl<'a> Section<'a> {
         key: &'static str,
         wanted: &str,
         parse: impl Fn(&str) -> std::result::Result<u64, String>,
-    ) -> Result<Option<Located<u64>>> {
-        let Some((value, span)) = self.get(key) else { return Ok(None) };
+    ) -> Option<Located<u64>> {
+        let (value, span) = self.get(key)?;
         let parsed = match value {
             DeValue::String(text) => {
                 parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}"))
@@ -329,12 +321,12 @@ impl<'a> Section<'a> {
             DeValue::Integer(number) => {
                 parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str()))
             }
-            other => return Ok(self.mistaken(key, self.wrong_type(key, &span, other, wanted))),
+            other => return self.mistaken(key, self.wrong_type(key, &span, other, wanted)),
         };
-        Ok(match parsed {
+        match parsed {
             Ok(value) => Some(Located { value, span }),
             Err(why) => self.mistaken(key, self.bad_value(key, &span, why)),
-        })
+        }
     }
 
     /// One of some words; case does not matter, as in Flink's enums.
@@ -342,24 +334,21 @@ impl<'a> Section<'a> {
         &self,
         key: &'static str,
         choices: &[(&str, T)],
-    ) -> Result<Option<Located<T>>> {
-        let Some(Located { value, span }) = self.text(key)? else { return Ok(None) };
-        match choices.iter().find(|(word, _)| word.eq_ignore_ascii_case(&value)) {
-            Some((_, choice)) => Ok(Some(Located { value: *choice, span })),
-            None => {
-                let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
-                let problem = self.bad_value(
-                    key,
-                    &span,
-                    format!("\"{value}\" is not one of {}", words.join(", ")),
-                );
-                let problem = match closest(&value, words) {
-                    Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
-                    None => problem,
-                };
-                Ok(self.mistaken(key, problem))
-            }
+    ) -> Option<Located<T>> {
+        let Located { value, span } = self.text(key)?;
+        if let Some((_, choice)) =
+            choices.iter().find(|(word, _)| word.eq_ignore_ascii_case(&value))
+        {
+            return Some(Located { value: *choice, span });
         }
+        let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+        let why = format!("\"{value}\" is not one of {}", words.join(", "));
+        let problem = self.bad_value(key, &span, why);
+        let problem = match closest(&value, words) {
+            Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
+            None => problem,
+        };
+        self.mistaken(key, problem)
     }
 
     /// A table within this one.
@@ -427,7 +416,7 @@ impl<'a> Section<'a> {
     }
 
     /// Reports every key that nobody has asked for.
-    pub(crate) fn finish(&self) -> Result<()> {
+    pub(crate) fn finish(&self) {
         let asked = self.asked.borrow();
         let unknown = self.entries.iter().filter(|(key, _)| !asked.contains(&key.as_str()));
         let unknown = unknown.filter_map(|(key, entries)| Some((key, &entries.first()?.key_span)));
@@ -445,7 +434,6 @@ impl<'a> Section<'a> {
             };
             self.mistaken::<()>(key, problem);
         }
-        Ok(())
     }
 }
 
