@@ -64,6 +64,25 @@ pub struct TaskSnapshot {
     pub taken_at: Option<Instant>,
 }
 
+impl TaskSnapshot {
+    /// The same with other pages.
+    fn with_memory(&self, memory: Option<MemorySnapshot>) -> Self {
+        Self {
+            state: self.state.clone(),
+            is_drained: self.is_drained,
+            memory,
+            declared: self.declared.clone(),
+            is_declared_whole: self.is_declared_whole,
+            in_flight: self.in_flight.clone(),
+            stats: self.stats,
+            taken_at: self.taken_at,
+        }
+    }
+}
+
+/// A snapshot that is to be written: its task, and the checkpoint that it is for.
+type Unwritten = (usize, u64, Arc<TaskSnapshot>);
+
 /// A task's state, read back; its declared state is read by [`SnapshotStore::declared`].
 #[derive(Debug, Default)]
 pub struct LoadedTask {
@@ -190,7 +209,7 @@ pub struct SnapshotStore {
     is_compressing: bool,
     /// Snapshots that could not be written: the next write tries them first, or the chain would
     /// have a gap.
-    unwritten: Vec<(usize, u64, Arc<TaskSnapshot>)>,
+    unwritten: Vec<Unwritten>,
     highest_id: u64,
     /// A restart has left snapshots behind that nothing stands on.
     has_leftovers: bool,
@@ -825,10 +844,7 @@ impl SnapshotStore {
     }
 
     /// Gives what was written for each: it, and before it what was carried forward.
-    fn write_all(
-        &mut self,
-        snapshots: &[(usize, u64, Arc<TaskSnapshot>)],
-    ) -> Result<Vec<Vec<(u64, Written)>>> {
+    fn write_all(&mut self, snapshots: &[Unwritten]) -> Result<Vec<Vec<(u64, Written)>>> {
         let highest = snapshots.iter().map(|(_, checkpoint, _)| *checkpoint).max().unwrap_or(0);
         self.highest_id = self.highest_id.max(highest);
         let mut all = Vec::with_capacity(snapshots.len());
@@ -1230,44 +1246,28 @@ impl SnapshotStore {
 
 /// Snapshots that could not be written, those of one task as one where they take up much: a disk may fail
 /// for long. Their checkpoints have been given up, so that what is between them is asked for no more.
-fn folded(pending: Vec<(usize, u64, Arc<TaskSnapshot>)>) -> Vec<(usize, u64, Arc<TaskSnapshot>)> {
-    let bytes = |it: &(usize, u64, Arc<TaskSnapshot>)| {
-        it.2.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes)
+fn folded(pending: Vec<Unwritten>) -> Vec<Unwritten> {
+    let pages = |(.., snapshot): &Unwritten| {
+        snapshot.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes)
     };
-    if pending.iter().map(bytes).sum::<u64>() <= FOLD_BYTES_MIN {
+    if pending.iter().map(pages).sum::<u64>() <= FOLD_BYTES_MIN {
         return pending;
     }
-    let mut folded: Vec<(usize, u64, Arc<TaskSnapshot>)> = Vec::new();
-    for (task, id, newer) in pending {
-        let has_pages =
-            |it: &(usize, u64, Arc<TaskSnapshot>)| it.0 == task && it.2.memory.is_some();
-        let Some(place) = folded.iter().position(has_pages) else {
-            folded.push((task, id, newer));
-            continue;
-        };
-        let older = folded[place].2.clone();
-        let memory = match (&older.memory, &newer.memory) {
-            (Some(older), Some(newer)) => MemorySnapshot::merged(older, newer),
-            _ => {
-                folded.push((task, id, newer));
-                continue;
+    let mut folded: Vec<Unwritten> = Vec::new();
+    for (task, id, mut newer) in pending {
+        let before = folded.iter().position(|(of, _, it)| *of == task && it.memory.is_some());
+        if let Some(place) = before
+            && let older = folded[place].2.clone()
+            && let (Some(old), Some(new)) = (&older.memory, &newer.memory)
+        {
+            newer = Arc::new(newer.with_memory(Some(MemorySnapshot::merged(old, new))));
+            // What it says of declared state stands beside the pages.
+            match older.declared.is_some() && !newer.is_declared_whole {
+                true => folded[place].2 = Arc::new(older.with_memory(None)),
+                false => drop(folded.remove(place)),
             }
-        };
-        let without = |snapshot: &TaskSnapshot, memory| TaskSnapshot {
-            state: snapshot.state.clone(),
-            is_drained: snapshot.is_drained,
-            memory,
-            declared: snapshot.declared.clone(),
-            is_declared_whole: snapshot.is_declared_whole,
-            in_flight: snapshot.in_flight.clone(),
-            stats: snapshot.stats,
-            taken_at: snapshot.taken_at,
-        };
-        match older.declared.is_some() && !newer.is_declared_whole {
-            true => folded[place].2 = Arc::new(without(&older, None)),
-            false => drop(folded.remove(place)),
         }
-        folded.push((task, id, Arc::new(without(&newer, Some(memory)))));
+        folded.push((task, id, newer));
     }
     folded
 }
@@ -1430,12 +1430,14 @@ impl<'a> PackWriter<'a> {
         self.generation.put(&key, &self.framed)
     }
 
-    fn put_pack(&mut self, kind: u8, sequence: u32, payload: &[u8]) -> Result<()> {
-        let is_compressing = self.is_compressing;
-        self.put(kind, sequence, |value| match is_compressing {
-            true => value.extend_from_slice(&lz4_flex::compress_prepend_size(payload)),
-            false => value.extend_from_slice(payload),
-        })
+    fn put_pack(&mut self, kind: u8, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
+        if !self.is_compressing {
+            return self.put(kind, sequence, fill);
+        }
+        let mut payload = Vec::new();
+        fill(&mut payload);
+        let packed = lz4_flex::compress_prepend_size(&payload);
+        self.put(kind, sequence, |value| value.extend_from_slice(&packed))
     }
 
     /// A pack is what was on its way in one channel.
@@ -1443,7 +1445,7 @@ impl<'a> PackWriter<'a> {
         for (sequence, channel) in (0..).zip(channels) {
             let payload = postcard::to_stdvec(channel)
                 .map_err(|error| StorageError::store("encode records in flight", error))?;
-            self.put_pack(KIND_IN_FLIGHT, sequence, &payload)?;
+            self.put_pack(KIND_IN_FLIGHT, sequence, |value| value.extend_from_slice(&payload))?;
         }
         Ok(channels.len() as u32)
     }
@@ -1455,20 +1457,12 @@ impl<'a> PackWriter<'a> {
         for (memory, delta) in (0u32..).zip(&snapshot.memories) {
             let pages: Vec<(u32, &[u8])> = delta.pages().collect();
             for pack in pages.chunks(PACK_PAGES) {
-                let fill = |value: &mut Vec<u8>| {
+                self.put_pack(KIND_MEMORY, packs.len() as u32, |value| {
                     value.extend_from_slice(&memory.to_le_bytes());
                     value.extend_from_slice(&(pack.len() as u32).to_le_bytes());
                     pack.iter().for_each(|(page, _)| value.extend_from_slice(&page.to_le_bytes()));
                     pack.iter().for_each(|(_, bytes)| value.extend_from_slice(bytes));
-                };
-                let sequence = packs.len() as u32;
-                if self.is_compressing {
-                    let mut payload = Vec::new();
-                    fill(&mut payload);
-                    self.put_pack(KIND_MEMORY, sequence, &payload)?;
-                } else {
-                    self.put(KIND_MEMORY, sequence, fill)?;
-                }
+                })?;
                 packs.push((memory, pack.iter().map(|(page, _)| *page).collect()));
             }
         }
@@ -1499,7 +1493,7 @@ impl<'a> PackWriter<'a> {
     fn declared_pack(&mut self, sequence: u32, pack: &[Entry]) -> Result<()> {
         let payload = postcard::to_stdvec(pack)
             .map_err(|error| StorageError::store("encode declared state", error))?;
-        self.put_pack(KIND_DECLARED, sequence, &payload)
+        self.put_pack(KIND_DECLARED, sequence, |value| value.extend_from_slice(&payload))
     }
 }
 
