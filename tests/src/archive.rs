@@ -5,7 +5,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Output},
     time::{Duration, Instant},
 };
 
@@ -55,13 +55,6 @@ inputs = ["totals"]
     )
 }
 
-fn command(dir: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(guest::program());
-    command.current_dir(dir).args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
-    command.stderr(Stdio::piped());
-    command
-}
-
 /// The component, without the paths of the machine that builds it.
 fn component(target: &Path) -> Result<PathBuf> {
     let home =
@@ -97,7 +90,7 @@ pub fn write() -> Result<PathBuf> {
         fs::write(dir.join("in.txt"), keyed::input(LINES))?;
         fs::write(dir.join("job.toml"), manifest("totals.wasm", 2, "both"))?;
         fs::copy(&component, dir.join("totals.wasm"))?;
-        let mut run = command(&dir, &["run", "job.toml", "--state-dir", "state"]).spawn()?;
+        let mut run = guest::command(&dir, &["run", "job.toml", "--state-dir", "state"]).spawn()?;
         let began = Instant::now();
         while committed(&dir.join("out")).len() < LINES as usize / 3 {
             ensure!(began.elapsed() < Duration::from_secs(30), "{kind}: nothing is committed");
@@ -106,7 +99,7 @@ pub fn write() -> Result<PathBuf> {
         if kind == "killed" {
             run.kill()?;
         } else {
-            let stopped = command(&dir, &["stop", "state", "-p", "saved"]).output()?;
+            let stopped = guest::command(&dir, &["stop", "state", "-p", "saved"]).output()?;
             ensure!(stopped.status.success(), "stop: {}", said(&stopped));
         }
         run.wait()?;
@@ -140,7 +133,7 @@ pub fn check(version: &Path) -> Result<()> {
                 arguments.extend(["--from", savepoint]);
             }
             let story = format!("{}, {kind}, {component}", version.display());
-            let ran: Output = command(&dir, &arguments).output()?;
+            let ran: Output = guest::command(&dir, &arguments).output()?;
             ensure!(ran.status.success(), "{story}: {}", said(&ran));
             ensure!(
                 said(&ran).contains("from checkpoint"),

@@ -121,9 +121,8 @@ path = "disk/out"
     /// A command of the program in the directory of the job.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(guest::program());
-        command.current_dir(self.dir.path()).args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut command = guest::command(self.dir.path(), arguments);
+        command.stdout(Stdio::piped());
         command
     }
 
@@ -131,8 +130,7 @@ path = "disk/out"
     #[must_use]
     pub fn run(&self) -> Command {
         let mut command = self.command(&["run", "job.toml", "--state-dir", "disk/state"]);
-        let cache = guest::root().join("target/tests-cache");
-        command.arg("--cache-dir").arg(cache).args(["--no-progress", "--log", "info"]);
+        command.args(["--no-progress", "--log", "info"]);
         command
     }
 

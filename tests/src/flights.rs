@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -363,17 +363,18 @@ timestamp-format = "rfc3339"
         let mut savepoint: Option<String> = None;
         for leg in legs {
             fs::write(dir.path().join("job.toml"), self.manifest(job, leg))?;
-            let mut run = command(dir.path(), &["run", "job.toml", "--no-progress"])
+            let mut run = guest::command(dir.path(), &["run", "job.toml", "--no-progress"])
                 .args(savepoint.take().iter().flat_map(|from| ["--from", from]))
                 .spawn()?;
             if leg.end != End::Finish {
                 std::thread::sleep(Duration::from_millis(random.between(700, 1_300)));
             }
             if leg.end == End::Kill {
-                let _ = Command::new("kill").args(["-KILL", &run.id().to_string()]).status();
+                guest::signal(&run, "KILL");
             }
             if leg.end == End::Stop {
-                let ask = || command(dir.path(), &["stop", "job.toml", "-p", "saved"]).output();
+                let ask =
+                    || guest::command(dir.path(), &["stop", "job.toml", "-p", "saved"]).output();
                 let mut stop = ask()?;
                 // On a busy machine it has not begun yet.
                 while said(&stop).contains("error[C0026]") && run.try_wait()?.is_none() {
@@ -432,16 +433,6 @@ pub fn run(only: Option<&str>, mut on_run: impl FnMut(&str, usize)) -> Result<us
     }
     ensure!(0 < count, "no job is called that: {JOBS:?}");
     Ok(count)
-}
-
-fn command(dir: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(guest::program());
-    command.current_dir(dir).args(arguments);
-    if arguments[0] == "run" {
-        command.arg("--cache-dir").arg(guest::root().join("target/tests-cache"));
-    }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    command
 }
 
 /// One line of the package's file.

@@ -41,6 +41,25 @@ pub fn example(name: &str) -> PathBuf {
     built(&root().join("examples"), &BUILT).join(format!("{name}.wasm"))
 }
 
+/// A command of the program in a directory; what it says to people is piped. A run takes compiled code from
+/// the cache of the tests.
+#[must_use]
+pub fn command(dir: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command.current_dir(dir).args(arguments);
+    if arguments[0] == "run" {
+        command.arg("--cache-dir").arg(root().join("target/tests-cache"));
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+/// Sends a signal such as `INT`. The process may have ended before.
+pub fn signal(process: &Child, name: &str) {
+    let (name, id) = (format!("-{name}"), process.id().to_string());
+    let _ = Command::new("kill").args([name, id]).stderr(Stdio::null()).status();
+}
+
 /// The program, as the sources say it is.
 ///
 /// # Panics

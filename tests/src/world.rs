@@ -271,13 +271,10 @@ path = "out-{out}"
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(guest::program());
-        command.current_dir(&self.dir).args(arguments);
+        let mut command = guest::command(&self.dir, arguments);
         if arguments[0] == "run" {
-            let cache = guest::root().join("target/tests-cache");
-            command.arg("--cache-dir").arg(cache).args(["--no-progress", "--log", "info"]);
+            command.args(["--no-progress", "--log", "info"]);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
     }
 
@@ -291,6 +288,14 @@ path = "out-{out}"
         let output = self.run_command()?.output().context("run cofferdam")?;
         self.settle(&output);
         Ok(output)
+    }
+
+    /// A run that is stopped after a while.
+    fn interrupted(&mut self, mut run: Command) -> Result<Output> {
+        let child = run.spawn()?;
+        std::thread::sleep(Duration::from_millis(self.random.between(100, 500)));
+        guest::signal(&child, "INT");
+        Ok(child.wait_with_output()?)
     }
 
     /// What a run has told of its state.
@@ -364,13 +369,7 @@ path = "out-{out}"
                 savepoint = made.map(|it| format!("{name}/{}", it.file_name().to_string_lossy()));
             }
         }
-        let signal = match what {
-            1 | 2 => "-KILL",
-            _ => "-INT",
-        };
-        let id = child.id().to_string();
-        // It may have ended by itself.
-        let _ = Command::new("kill").args([signal, &id]).stderr(Stdio::null()).status();
+        guest::signal(&child, if what == 1 || what == 2 { "KILL" } else { "INT" });
         let output = child.wait_with_output()?;
         self.settle(&output);
         let is_killed = is_killed(&output);
@@ -722,11 +721,8 @@ path = "out-{out}"
     fn is_refused_where_parts_wait(&mut self, setup: &Setup, tally: &mut Tally) -> Result<bool> {
         self.write_manifest(setup)?;
         let before = self.visible()?;
-        let child = self.command(&["run", "job.toml", "--state-dir", &self.state]).spawn()?;
-        std::thread::sleep(Duration::from_millis(self.random.between(100, 500)));
-        let id = child.id().to_string();
-        let _ = Command::new("kill").args(["-INT", &id]).stderr(Stdio::null()).status();
-        let output = child.wait_with_output()?;
+        let output =
+            self.interrupted(self.command(&["run", "job.toml", "--state-dir", &self.state]))?;
         let words = said(&output);
         if words.contains("error[C0028]") {
             ensure!(self.visible()? == before, "a refused run has changed the output");
@@ -817,11 +813,7 @@ path = "out-{out}"
             content[at] ^= 1 << self.random.between(0, 7);
             fs::write(path, content)?;
         }
-        let child = self.run_command()?.spawn()?;
-        std::thread::sleep(Duration::from_millis(self.random.between(100, 500)));
-        let id = child.id().to_string();
-        let _ = Command::new("kill").args(["-INT", &id]).stderr(Stdio::null()).status();
-        let output = child.wait_with_output()?;
+        let output = self.interrupted(self.run_command()?)?;
         self.settle(&output);
         let words = said(&output);
         if is_killed(&output) || words.contains(HAS_FINISHED) {
