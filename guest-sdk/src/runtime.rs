@@ -7,7 +7,7 @@ use crate::{
         OperatorError, Processed, Rejection, StateChanges, StateDeclaration,
     },
     output::Ports,
-    state::{Changes, NamedState, StateKey},
+    state::{Changes, NamedState, StateKey, encoding},
 };
 
 /// One task: the operator and its outputs.
@@ -147,10 +147,12 @@ impl<O: Operator> Task<O> {
         let mut changes = empty_changes();
         for (number, state) in (0..).zip(&mut states).skip(self.handing) {
             self.handing = number as usize;
+            encoding::of_state(Some(state.name));
             if !state.field.hand_over(&mut Changes { state: number, columns: &mut changes }) {
                 return HandedOver { changes, is_last: false };
             }
         }
+        encoding::of_state(None);
         HandedOver { changes, is_last: true }
     }
 
@@ -264,6 +266,10 @@ fn take_standard_handles() {
         let _ = stream.write(&[]);
     }
     std::panic::set_hook(Box::new(|panic| {
-        crate::bindings::cofferdam::operator::logging::panicked(&panic.to_string());
+        let message = match encoding::words() {
+            Some(value) => format!("{panic}\nwhile it encoded {value}"),
+            None => panic.to_string(),
+        };
+        crate::bindings::cofferdam::operator::logging::panicked(&message);
     }));
 }

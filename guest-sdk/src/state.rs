@@ -662,6 +662,54 @@ impl<V: Serialize + DeserializeOwned> StateField for ValueState<V> {
     }
 }
 
+/// What is being encoded, so that a panic can name it: its message alone says where in the code it was.
+#[cfg_attr(
+    not(target_arch = "wasm32"),
+    allow(dead_code, reason = "only the panic hook of a component asks for it")
+)]
+pub(crate) mod encoding {
+    use std::cell::Cell;
+
+    /// How much of a key is kept.
+    const KEY_BYTES: usize = 32;
+
+    #[derive(Clone, Copy)]
+    struct Key {
+        bytes: [u8; KEY_BYTES],
+        len: usize,
+    }
+
+    std::thread_local! {
+        static STATE: Cell<Option<&'static str>> = const { Cell::new(None) };
+        static KEY: Cell<Option<Key>> = const { Cell::new(None) };
+    }
+
+    /// The state that the next values are of, by its name.
+    pub(crate) fn of_state(name: Option<&'static str>) {
+        STATE.set(name);
+    }
+
+    #[inline]
+    pub(super) fn begin(key: &[u8]) {
+        let mut bytes = [0; KEY_BYTES];
+        let len = key.len().min(KEY_BYTES);
+        bytes[..len].copy_from_slice(&key[..len]);
+        KEY.set(Some(Key { bytes, len }));
+    }
+
+    #[inline]
+    pub(super) fn end() {
+        KEY.set(None);
+    }
+
+    /// Names the value, if one is being encoded.
+    pub(crate) fn words() -> Option<String> {
+        let Key { bytes, len } = KEY.get()?;
+        let state = STATE.get().map(|name| format!(" of state \"{name}\"")).unwrap_or_default();
+        Some(format!("the value{state} under the key `{}`", bytes[..len].escape_ascii()))
+    }
+}
+
 /// Where changes are written during a hand-over.
 pub struct Changes<'a> {
     pub(crate) state: u32,
@@ -688,7 +736,9 @@ impl Changes<'_> {
         append(&mut columns.keys, key.namespace);
         columns.key_ends.push(columns.keys.len() as u32);
         if let Some(value) = value {
+            encoding::begin(key.key);
             crate::Encode::encode(value, &mut columns.values);
+            encoding::end();
         }
         columns.value_ends.push(columns.values.len() as u32);
         columns.removed.push(value.is_none());
@@ -905,6 +955,31 @@ mod tests {
         assert_eq!(host::state(0, &[5], 0), None);
         let held = state.entries.iter().filter(|entry| !entry.is_free);
         assert_eq!(held.count(), 89, "what was removed takes no room");
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_encoded_is_named() {
+        #[derive(serde::Deserialize)]
+        struct Picky(u32);
+        impl Serialize for Picky {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                assert_ne!(self.0, 7, "seven is not for writing down");
+                serializer.serialize_u32(self.0)
+            }
+        }
+        let mut state = ValueState::<Picky>::default();
+        state.set(b"six".as_slice(), Picky(6));
+        state.set(b"seven".as_slice(), Picky(7));
+        state.begin_hand_over(true);
+        encoding::of_state(Some("counts"));
+        let mut columns = empty_changes();
+        let mut changes = Changes { state: 0, columns: &mut columns };
+        let handed_over = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            state.hand_over(&mut changes);
+        }));
+        handed_over.expect_err("it panics");
+        let words = encoding::words().expect("it was encoding");
+        assert_eq!(words, "the value of state \"counts\" under the key `seven`");
     }
 
     #[test]
