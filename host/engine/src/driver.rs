@@ -40,6 +40,7 @@ use crate::{
     job::Plan,
     metrics::Metrics,
     progress::{Observer, Progress},
+    rehearsal::Rehearsal,
     storage::{
         manifest::SnapshotStats,
         snapshot::TaskSnapshot,
@@ -180,6 +181,13 @@ pub(crate) struct Driver {
     given_up: Option<CheckpointId>,
     outcome: Option<Outcome>,
     desk: Arc<Desk>,
+    rehearsal: Arc<Rehearsal>,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.rehearsal.end();
+    }
 }
 
 struct RunningWorker {
@@ -194,7 +202,7 @@ struct RunningWorker {
 
 impl Driver {
     pub(crate) fn new(
-        plan: Plan,
+        mut plan: Plan,
         core: Job,
         storage: StorageHandle,
         report: &WriterReport,
@@ -202,6 +210,8 @@ impl Driver {
         metrics: Arc<Metrics>,
         desk: Arc<Desk>,
     ) -> Self {
+        let untried = std::mem::take(&mut plan.untried);
+        let rehearsal = Rehearsal::new(untried, report.events.clone(), report.observer.clone());
         let shared = Shared {
             events: report.events.clone(),
             storage,
@@ -222,6 +232,7 @@ impl Driver {
             given_up: None,
             outcome: None,
             desk,
+            rehearsal: Arc::new(rehearsal),
         }
     }
 
@@ -387,6 +398,7 @@ impl Driver {
             in_flight_bytes: stats.in_flight_bytes,
         });
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
+        let rehearsal = self.rehearsal.clone();
         tokio::task::spawn_blocking(move || {
             for local in locals {
                 if let Err(error) = local.lock().settle(checkpoint.0) {
@@ -398,6 +410,7 @@ impl Driver {
                     tracing::warn!(%error, "bring the declared state forward: it is tried again");
                 }
             }
+            rehearsal.run();
         });
     }
 

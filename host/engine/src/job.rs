@@ -37,6 +37,7 @@ use crate::{
     problem::{Code, Problem},
     progress::{Observer, Progress},
     read_out::{OwnComponent, OwnComponents},
+    rehearsal::Untried,
     restore::{self, Restorable, RestoreFrom},
     sink::{self, Conflicts, Output, OutputContext},
     source::{self, Prepared},
@@ -126,6 +127,8 @@ pub(crate) struct Plan {
     pub(crate) partitions: Option<Arc<Partitions>>,
     /// What this process keeps of each task between its attempts.
     pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
+    /// The tasks whose declared state is to be read out for a trial.
+    pub(crate) untried: Vec<Untried>,
 }
 
 enum NodePlan {
@@ -200,7 +203,6 @@ impl Plan {
                 dead_letter_output: *dead_letter_output,
                 processed: Processed::default(),
                 guard: None,
-                is_untried: true,
                 unsaved: Vec::new(),
             })),
         };
@@ -867,10 +869,10 @@ impl Job {
         let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
             .map_err(|error| unusable(&error))?;
         store.compress(spec.is_compressing);
-        store.set_components(
-            operators.values().map(|operator| operator.component.clone()).collect(),
-            Arc::new(own_components(&spec, &operators, &tasks, &identities)),
-        );
+        let own = own_components(&spec, &operators, &tasks, &identities);
+        let untried = untried(&spec, &identities, &chosen, &locals, &own);
+        let components = operators.values().map(|operator| operator.component.clone());
+        store.set_components(components.collect(), Arc::new(own));
         let resume = restore::adopt(&targets, &mut store, &chosen)?;
         begin_outputs(&spec, &outputs)?;
         for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
@@ -913,6 +915,7 @@ impl Job {
                 links: Links::default(),
                 partitions,
                 locals,
+                untried,
             },
             spec,
             store,
@@ -1273,6 +1276,25 @@ fn own_components(
         })
     };
     OwnComponents { tasks: tasks.iter().zip(identities).map(own).collect() }
+}
+
+/// The tasks whose declared state will lie in an image that nobody has tried to read yet: those that resume
+/// from one were tried when it was new.
+fn untried(
+    spec: &JobSpec,
+    identities: &[TaskIdentity],
+    chosen: &restore::Chosen,
+    locals: &BTreeMap<TaskId, Arc<TaskLocal>>,
+    own: &OwnComponents,
+) -> Vec<Untried> {
+    let tasks = identities.iter().zip(&chosen.shares).zip(locals).zip(&own.tasks);
+    let untried = tasks.filter_map(|(((identity, share), (task, local)), own)| {
+        let is_in_image = identity.has_declared && identity.has_memory && !identity.has_host_state;
+        (is_in_image && share.state.memory.is_empty()).then_some(())?;
+        let (task, local) = (spec.graph.task_name(*task), local.clone());
+        Some(Untried { task, local, own: own.clone()? })
+    });
+    untried.collect()
 }
 
 /// The sources by name.

@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod problem;
 pub mod progress;
 mod read_out;
+mod rehearsal;
 pub mod restore;
 pub mod schema;
 mod sink;

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use cofferdam_sandbox::{
     Component, GuestError, Image, Instance, InstanceSetup, Limits, MemorySnapshot, RestoreError,
-    memory::PAGE_BYTES,
+    StateChanges, memory::PAGE_BYTES,
 };
 
 use crate::{
     job::QuietHost,
     storage::{
-        declared::{Changes, Entry, OwnKeys},
+        declared::OwnKeys,
+        run::{Run, RunBuilder},
         snapshot::ReadOut,
     },
 };
@@ -27,7 +28,7 @@ pub(crate) fn on_instance<T: Send>(
     component: &Component,
     limits: Limits,
     ask: impl AsyncFnOnce(&mut Instance) -> Result<T, GuestError> + Send,
-) -> Result<T, String> {
+) -> Result<T, GuestError> {
     let setup = InstanceSetup { host: Arc::new(QuietHost), limits, seed: 0 };
     // On a thread of its own: this one may be an executor's.
     let answer = std::thread::scope(|scope| {
@@ -39,56 +40,96 @@ pub(crate) fn on_instance<T: Send>(
         });
         asked.join()
     });
-    match answer {
-        Ok(answer) => answer.map_err(|error: GuestError| error.to_string()),
-        Err(_) => Err("the question to the component panicked".to_owned()),
-    }
+    answer.unwrap_or_else(|_| {
+        Err(GuestError::Host("the question to the component panicked".to_owned()))
+    })
 }
 
-/// The declared state in an image of a component's memory, in the order of its keys.
+/// Snapshots of a memory, one after the other, as an image; each goes when it is in there.
 ///
 /// # Errors
-/// What the component makes of it; where it has state under a key that is not `own_keys`'; where it
-/// hands an entry over twice.
-pub(crate) fn read_out(
-    component: &Component,
-    memory: &[MemorySnapshot],
-    max_parallelism: u32,
-    own_keys: Option<OwnKeys>,
-    limits: Limits,
-) -> Result<Vec<Entry>, String> {
+/// Where there is no memory left.
+pub(crate) fn image_of(memory: impl IntoIterator<Item = MemorySnapshot>) -> std::io::Result<Image> {
     let mut image = Image::new();
-    for snapshot in memory {
-        image.apply(snapshot).map_err(|error| format!("make the image of the memory: {error}"))?;
-    }
-    if image.is_empty() {
-        return Ok(Vec::new());
-    }
-    let memory_bytes_max = limits.memory_bytes_max.max(image.size_bytes() + HEADROOM_BYTES);
-    let limits = Limits { memory_bytes_max, ..limits };
-    // Entries are smaller on their way than they are in memory, but for what the host counts of each.
-    let bytes_max = 4 * image.size_bytes() + PAGE_BYTES as u64;
-    let pieces = on_instance(component, limits, async |instance| {
-        let restored = instance.restore(&image).await;
-        restored.map_err(|error| match error {
-            RestoreError::Guest(error) => error,
-            error => GuestError::Host(format!("put the component on the image: {error}")),
+    memory.into_iter().try_for_each(|snapshot| image.apply(&snapshot))?;
+    Ok(image)
+}
+
+/// Whose memory an image is of.
+#[derive(Clone)]
+pub(crate) struct OwnComponent {
+    pub(crate) component: Component,
+    pub(crate) max_parallelism: u32,
+    pub(crate) own_keys: Option<OwnKeys>,
+    pub(crate) limits: Limits,
+}
+
+impl OwnComponent {
+    /// The declared state in an image of the component's memory.
+    ///
+    /// # Errors
+    /// What the component makes of it; where it has state under a key that is not `own_keys`'; where it
+    /// hands an entry over twice.
+    pub(crate) fn read_out(&self, image: &Image) -> Result<Run, GuestError> {
+        let (mut builder, mut handed_over) = (RunBuilder::new(self.max_parallelism), 0);
+        self.each_piece(image, |piece| {
+            handed_over += piece.states.len();
+            builder.push(piece).map_err(|error| GuestError::Host(error.to_string()))
         })?;
-        instance.hand_over(0, true, bytes_max).await
-    })?;
-    if let Some(own) = own_keys {
-        pieces.iter().try_for_each(|piece| own.check(piece))?;
-    }
-    let handed_over: usize = pieces.iter().map(|piece| piece.states.len()).sum();
-    let changes = Changes::Guest(pieces);
-    let entries: Result<Vec<Entry>, _> = changes.run(max_parallelism).collect();
-    let entries = entries.map_err(|error| error.to_string())?;
-    match entries.len() == handed_over {
-        true => Ok(entries),
-        false => Err(format!(
+        let run = builder.finish().map_err(|error| GuestError::Host(error.to_string()))?;
+        if run.len() == handed_over {
+            return Ok(run);
+        }
+        let message = format!(
             "it has handed over {handed_over} entries, and only {} of them have keys of their own",
-            entries.len()
-        )),
+            run.len()
+        );
+        Err(GuestError::Trap { message, backtrace: Vec::new() })
+    }
+
+    /// Hands the declared state in an image over and keeps nothing of it, to know that it can be; until
+    /// `go_on` says no.
+    ///
+    /// # Errors
+    /// See [`read_out`](Self::read_out).
+    pub(crate) fn rehearse(
+        &self,
+        image: &Image,
+        go_on: impl Fn() -> bool + Sync,
+    ) -> Result<(), GuestError> {
+        self.each_piece(image, |_| match go_on() {
+            true => Ok(()),
+            false => Err(GuestError::Unavailable("the job has ended".to_owned())),
+        })
+    }
+
+    fn each_piece(
+        &self,
+        image: &Image,
+        mut take: impl FnMut(StateChanges) -> Result<(), GuestError> + Send,
+    ) -> Result<(), GuestError> {
+        if image.is_empty() {
+            return Ok(());
+        }
+        let memory_bytes_max =
+            self.limits.memory_bytes_max.max(image.size_bytes() + HEADROOM_BYTES);
+        let limits = Limits { memory_bytes_max, ..self.limits.clone() };
+        // Entries are smaller on their way than they are in memory, but for what the host counts of each.
+        let bytes_max = 4 * image.size_bytes() + PAGE_BYTES as u64;
+        on_instance(&self.component, limits, async |instance| {
+            let restored = instance.restore(image).await;
+            restored.map_err(|error| match error {
+                RestoreError::Guest(error) => error,
+                error => GuestError::Host(format!("put the component on the image: {error}")),
+            })?;
+            let take = |piece: StateChanges| {
+                if let Some(own) = &self.own_keys {
+                    own.check(&piece).map_err(GuestError::ForeignKey)?;
+                }
+                take(piece)
+            };
+            instance.hand_over_to(0, true, bytes_max, take).await
+        })
     }
 }
 
@@ -97,20 +138,11 @@ pub(crate) struct OwnComponents {
     pub(crate) tasks: Vec<Option<OwnComponent>>,
 }
 
-/// The component of a task.
-pub(crate) struct OwnComponent {
-    pub(crate) component: Component,
-    pub(crate) max_parallelism: u32,
-    pub(crate) own_keys: Option<OwnKeys>,
-    pub(crate) limits: Limits,
-}
-
 impl ReadOut for OwnComponents {
-    fn read(&self, task: usize, memory: &[MemorySnapshot]) -> Result<Vec<Entry>, String> {
-        let Some(Some(own)) = self.tasks.get(task) else {
-            return Err("it has no component".to_owned());
-        };
-        let limits = own.limits.clone();
-        read_out(&own.component, memory, own.max_parallelism, own.own_keys, limits)
+    fn read(&self, task: usize, image: &Image) -> Result<Run, String> {
+        match self.tasks.get(task) {
+            Some(Some(own)) => own.read_out(image).map_err(|error| error.to_string()),
+            _ => Err("it has no component".to_owned()),
+        }
     }
 }

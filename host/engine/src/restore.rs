@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use cofferdam_sandbox::{Component, Limits, Sandbox};
+use cofferdam_sandbox::{Component, GuestError, Limits, MemorySnapshot, Sandbox};
 
 use cofferdam_core::{
     graph::Partitioner,
@@ -27,15 +27,16 @@ use crate::{
     identity::Lineage,
     job::limits_of,
     problem::{Code, Problem},
-    read_out::{on_instance, read_out},
+    read_out::{OwnComponent, image_of, on_instance},
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     state_dir::JobRecord,
     storage::{
         self, StorageError,
-        declared::{Changes, DeclaredKey, Entry, OwnKeys, changes_of},
+        declared::{DeclaredKey, Entries, Entry, OwnKeys, changes_of},
         in_flight::{ChannelState, InFlight},
         manifest::{Manifest, StateIdentity, TaskIdentity},
+        run::{Run, RunBuilder},
         snapshot::{Found, LoadedTask, Share, SnapshotStore},
     },
     task::local::TaskLocal,
@@ -370,7 +371,7 @@ fn convert(
         let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
         let limits = node.map_or_else(Limits::default, |node| limits_of(&node.kind));
         let mut entries = shares[slot].entries(from, manifest.checkpoint)?;
-        let mut pieces = Vec::new();
+        let mut builder = RunBuilder::new(task.max_parallelism);
         // An instance holds a part at a time: state that the host keeps may be larger than its memory.
         loop {
             let part: Vec<Entry> =
@@ -382,19 +383,20 @@ fn convert(
                 for part in part.chunks(CONVERTED_AT_ONCE) {
                     instance.take_back(&changes_of(part.iter()), &schemas).await?;
                 }
-                instance.hand_over(manifest.checkpoint, true, u64::MAX).await
+                let take = |piece| {
+                    builder.push(piece).map_err(|error| GuestError::Host(error.to_string()))
+                };
+                instance.hand_over_to(manifest.checkpoint, true, u64::MAX, take).await
             });
-            pieces.extend(converted.map_err(|what| {
+            converted.map_err(|what| {
                 let message =
                     format!("the declared state of \"{}\" cannot be converted", task.operator);
                 let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
                 Failed::Problem(Box::new(problem.hint(HOW_TO_GROW)))
-            })?);
+            })?;
         }
         drop(entries);
-        let run = Changes::Guest(pieces);
-        let converted = run.run(task.max_parallelism).collect::<Result<Vec<Entry>, _>>()?;
-        shares[slot].converted = Some(converted);
+        shares[slot].converted = Some(builder.finish()?);
     }
     Ok(())
 }
@@ -442,9 +444,9 @@ fn redistribute(
             } else {
                 let sandbox = tasks.components.values().next().map(Component::sandbox);
                 let limits = limits_of(&node.kind);
-                let entries =
-                    read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, &task)?;
-                read_outs.insert(*slot, Arc::new(entries));
+                let memory = std::mem::take(&mut task.memory);
+                let run = read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, memory)?;
+                read_outs.insert(*slot, Arc::new(run));
             }
             if !takes_memory {
                 task.memory.clear();
@@ -520,7 +522,7 @@ fn redistribute(
     Ok(shares)
 }
 
-/// Gives every entry of a task's declared state as of a checkpoint, in the order of its keys, until `each`
+/// Gives every entry of a task's declared state as of a checkpoint, in the order of its keys, until `give`
 /// says that it has seen enough. What lies in the image of the memory alone is read out of it.
 ///
 /// # Errors
@@ -530,14 +532,22 @@ pub fn each_declared(
     store: &SnapshotStore,
     manifest: &Manifest,
     slot: usize,
-    mut each: impl FnMut(&DeclaredKey, &[u8]) -> bool,
+    mut give: impl FnMut(&DeclaredKey, &[u8]) -> bool,
 ) -> Result<(), Problem> {
     let checkpoint = manifest.checkpoint;
     let damaged = |error: StorageError| {
         let message = format!("checkpoint {checkpoint} in {} is damaged", store.location());
         Problem::new(Code::StoreDamaged, message).detail(error)
     };
-    let mut give = |(key, value): &Entry| value.as_ref().is_none_or(|value| each(key, value));
+    let mut each = |entries: Entries<'_>| {
+        for entry in entries {
+            let (key, value) = entry.map_err(damaged)?;
+            if value.is_some_and(|value| !give(&key, &value)) {
+                break;
+            }
+        }
+        Ok(())
+    };
     if store.is_in_image(slot, checkpoint).map_err(damaged)? {
         let task = store.load(slot, checkpoint).map_err(damaged)?;
         // Nobody waits for it.
@@ -546,20 +556,14 @@ pub fn each_declared(
             output_bytes_max: 2 << 30,
             ..Limits::default()
         };
-        let entries = read_out_task(Some(sandbox), limits, manifest, store, slot, &task);
-        let entries = entries.map_err(|failed| match failed {
+        let run = read_out_task(Some(sandbox), limits, manifest, store, slot, task.memory);
+        let run = run.map_err(|failed| match failed {
             Failed::Problem(problem) => *problem,
             Failed::Storage(error) => damaged(error),
         })?;
-        let _ = entries.iter().all(&mut give);
-        return Ok(());
+        return each(run.into_entries());
     }
-    for entry in store.declared(slot, checkpoint).map_err(damaged)? {
-        if !give(&entry.map_err(damaged)?) {
-            break;
-        }
-    }
-    Ok(())
+    each(store.declared(slot, checkpoint).map_err(damaged)?)
 }
 
 /// Reads the declared state of a task of the checkpoint out of its memory, with the component that it ran.
@@ -569,8 +573,8 @@ fn read_out_task(
     manifest: &Manifest,
     store: &SnapshotStore,
     slot: usize,
-    task: &LoadedTask,
-) -> Result<Vec<Entry>, Failed> {
+    memory: Vec<MemorySnapshot>,
+) -> Result<Run, Failed> {
     let identity = &manifest.tasks[slot].identity;
     let refused = |what: String| {
         let TaskIdentity { operator, index, .. } = identity;
@@ -593,8 +597,11 @@ fn read_out_task(
         .map_err(|error| refused(format!("this version refuses the component: {error}")))?;
     let TaskIdentity { index, parallelism, max_parallelism, is_keyed, .. } = *identity;
     let own_keys = OwnKeys { index, parallelism, max_parallelism }.if_any(is_keyed);
-    read_out(&component, &task.memory, max_parallelism, own_keys, limits)
-        .map_err(|what| refused(format!("the component {}: {what}", component.digest())))
+    let image = image_of(memory)
+        .map_err(|error| StorageError::store("make the image of a memory", error))?;
+    let own = OwnComponent { component, max_parallelism, own_keys, limits };
+    own.read_out(&image)
+        .map_err(|error| refused(format!("the component {}: {error}", own.component.digest())))
 }
 
 /// Parts that no sink commits any more would be lost.
@@ -954,7 +961,8 @@ fn check_states(
         });
         match answer {
             Ok(Ok(())) => {}
-            Ok(Err(what)) | Err(what) => return Err(mismatch(what)),
+            Ok(Err(what)) => return Err(mismatch(what)),
+            Err(error) => return Err(mismatch(error.to_string())),
         }
     }
     let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };

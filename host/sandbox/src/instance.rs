@@ -270,7 +270,27 @@ impl Instance {
         full: bool,
         bytes_max: u64,
     ) -> Result<Vec<StateChanges>, GuestError> {
-        let (mut pieces, mut bytes, mut continued) = (Vec::new(), 0, false);
+        let mut pieces = Vec::new();
+        let take = |piece| {
+            pieces.push(piece);
+            Ok(())
+        };
+        self.hand_over_to(id, full, bytes_max, take).await?;
+        Ok(pieces)
+    }
+
+    /// The same, to somebody who takes each piece as it comes.
+    ///
+    /// # Errors
+    /// See [`hand_over`](Self::hand_over), and that of `take`, which ends it.
+    pub async fn hand_over_to(
+        &mut self,
+        id: u64,
+        full: bool,
+        bytes_max: u64,
+        mut take: impl FnMut(StateChanges) -> Result<(), GuestError>,
+    ) -> Result<(), GuestError> {
+        let (mut bytes, mut continued) = (0, false);
         loop {
             let request = CheckpointRequest { id, full, continued };
             let HandedOver { changes, is_last } = call!(self, call_checkpoint(request))??;
@@ -285,10 +305,10 @@ impl Instance {
                 return Err(GuestError::Limit(Limit::State { wanted_bytes: bytes, bytes_max }));
             }
             if !changes.states.is_empty() {
-                pieces.push(changes);
+                take(changes)?;
             }
             if is_last {
-                return Ok(pieces);
+                return Ok(());
             }
             continued = true;
         }

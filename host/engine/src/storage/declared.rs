@@ -8,6 +8,7 @@
 use std::{
     cmp::{Ordering, Reverse},
     collections::BinaryHeap,
+    ops::Range,
     sync::Arc,
 };
 
@@ -42,8 +43,41 @@ impl DeclaredKey {
 /// A key with its value; no value: the entry was removed.
 pub type Entry = (DeclaredKey, Option<Vec<u8>>);
 
+/// What an entry takes up, in bytes, where it is written.
+pub(crate) fn entry_bytes((key, value): &Entry) -> usize {
+    key.key.len() + value.as_ref().map_or(0, Vec::len) + 16
+}
+
 /// Entries with ascending keys.
 pub type Entries<'a> = Box<dyn Iterator<Item = Result<Entry>> + 'a>;
+
+/// Those of some key groups alone, where they are given.
+pub(crate) fn within(entries: Entries<'_>, key_groups: Option<Range<u32>>) -> Entries<'_> {
+    let Some(Range { start, end }) = key_groups else { return entries };
+    let group = |entry: &Result<Entry>| entry.as_ref().ok().map(|(key, _)| key.key_group);
+    let is_before = move |entry: &Result<Entry>| group(entry).is_some_and(|it| it < start);
+    let is_in = move |entry: &Result<Entry>| group(entry).is_none_or(|it| it < end);
+    Box::new(entries.skip_while(is_before).take_while(is_in))
+}
+
+/// The first entries, up to the end of the key group in which they reach `bytes_min`; and the group of the
+/// next one, if there are more.
+pub(crate) fn first_part(
+    entries: Entries<'_>,
+    bytes_min: usize,
+) -> Result<(Vec<Entry>, Option<u32>)> {
+    let (mut part, mut bytes) = (Vec::<Entry>::new(), 0);
+    for entry in entries {
+        let entry = entry?;
+        let group = entry.0.key_group;
+        if bytes_min <= bytes && part.last().is_some_and(|(last, _)| last.key_group != group) {
+            return Ok((part, Some(group)));
+        }
+        bytes += entry_bytes(&entry);
+        part.push(entry);
+    }
+    Ok((part, None))
+}
 
 /// The entries that have changed between two barriers.
 #[derive(Debug)]

@@ -15,6 +15,7 @@ mod log;
 pub mod manifest;
 pub mod memory;
 pub mod objects;
+pub mod run;
 pub(crate) mod savepoint;
 pub mod sled;
 pub mod snapshot;

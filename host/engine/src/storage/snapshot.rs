@@ -9,25 +9,26 @@
 //! **Invariant:** data, flush, manifest, flush, and only then is a checkpoint complete.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Range,
     sync::Arc,
     time::Instant,
 };
 
 use cofferdam_sandbox::{
-    Component, Digest, INVENTORY, MemoryDelta, MemorySnapshot, memory::PAGE_BYTES,
+    Component, Digest, INVENTORY, Image, MemoryDelta, MemorySnapshot, memory::PAGE_BYTES,
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     Generation, Result, Storage, StorageError,
     chain::{Chain, Footprint, PackPages, Written, carried_with, checkpoint_of},
-    declared::{Changes, DeclaredKey, Entries, Entry, Merge},
+    declared::{Changes, Entries, Entry, Merge, entry_bytes, within},
     head::{Head, Kept},
     in_flight::ChannelState,
     manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, seal_into, unseal},
     memory::MemoryStorage,
+    run::Run,
 };
 use crate::{clock::micros, identity::Lineage};
 
@@ -132,25 +133,21 @@ pub struct Share {
     /// as they were.
     pub states: Vec<Option<u32>>,
     /// The declared state itself, where it had to be converted to the schemas of now.
-    pub converted: Option<Vec<Entry>>,
+    pub converted: Option<Run>,
     /// The declared state of tasks whose checkpoint holds it in the image of their memory alone: it was read
-    /// out of that. In the order of its keys.
-    pub read_out: BTreeMap<usize, Arc<Vec<Entry>>>,
+    /// out of that.
+    pub read_out: BTreeMap<usize, Arc<Run>>,
     /// It takes over the image, with the declared state that is in it and nowhere else.
     pub is_in_image: bool,
 }
 
 /// Reads declared state out of the memory that it lies in.
 pub trait ReadOut: Send + Sync {
-    /// The declared state of a task, in the order of its keys, from snapshots of its memory.
+    /// The declared state of a task in an image of its memory.
     ///
     /// # Errors
     /// What the component makes of it.
-    fn read(
-        &self,
-        task: usize,
-        memory: &[MemorySnapshot],
-    ) -> std::result::Result<Vec<Entry>, String>;
+    fn read(&self, task: usize, image: &Image) -> std::result::Result<Run, String>;
 }
 
 impl Share {
@@ -163,18 +160,12 @@ impl Share {
         from: &'a SnapshotStore,
         checkpoint: u64,
     ) -> Result<Entries<'a>> {
-        let owns = |key: &DeclaredKey| {
-            self.key_groups.as_ref().is_none_or(|groups| groups.contains(&key.key_group))
-        };
+        let groups = self.key_groups.as_ref();
         let runs = self.declared_from.iter().map(|old| match self.read_out.get(old) {
-            Some(entries) => {
-                Ok(Box::new(entries.iter().map(|entry| Ok(entry.clone()))) as Entries<'_>)
-            }
-            None => from.declared(*old, checkpoint),
+            Some(run) => Ok(run.entries(groups)),
+            None => from.declared_within(*old, checkpoint, groups.cloned()),
         });
-        let declared = Merge::of(runs.collect::<Result<_>>()?).live();
-        let owned = declared.filter(move |it| it.as_ref().map_or(true, |(key, _)| owns(key)));
-        renumbered(owned, &self.states)
+        renumbered(Merge::of(runs.collect::<Result<_>>()?).live(), &self.states)
     }
 }
 
@@ -988,9 +979,9 @@ impl SnapshotStore {
                 None
             } else if is_in_image(from, task, chain)? {
                 // A savepoint can be read anywhere, without the component.
-                Some(Box::new(self.read_out(task, &loaded.memory)?.into_iter().map(Ok)))
+                Some(self.read_out(task, &loaded.memory)?.into_entries())
             } else {
-                Some(declared_of(from, task, chain)?.live())
+                Some(declared_of(from, task, chain, None)?.live())
             };
             Ok((merge(&loaded), declared))
         };
@@ -1009,7 +1000,7 @@ impl SnapshotStore {
         Ok(written.iter().map(|written| written.bytes).sum())
     }
 
-    fn read_out(&self, task: usize, memory: &[MemorySnapshot]) -> Result<Vec<Entry>> {
+    fn read_out(&self, task: usize, memory: &[MemorySnapshot]) -> Result<Run> {
         let TaskIdentity { operator, index, .. } = &self.tasks[task];
         let failed = |why: String| {
             StorageError::store("read declared state out", format!("{operator}/{index}: {why}"))
@@ -1017,7 +1008,10 @@ impl SnapshotStore {
         let Some(read_out) = &self.read_out else {
             return Err(failed("there is no component to do it".to_owned()));
         };
-        read_out.read(task, memory).map_err(failed)
+        let mut image = Image::new();
+        let mut made = memory.iter().map(|snapshot| image.apply(snapshot));
+        made.try_for_each(|it| it).map_err(|error| failed(error.to_string()))?;
+        read_out.read(task, &image).map_err(failed)
     }
 
     /// Forgets a completed checkpoint, gives back the space of what nothing stands on any more, and
@@ -1141,7 +1135,7 @@ impl SnapshotStore {
                     // Packs beside the pages of a task that hands nothing over would be older than they are
                     // from its next checkpoint on.
                     _ if share.is_in_image || !store.tasks[task].has_declared => None,
-                    Some(entries) => Some(Box::new(entries.iter().cloned().map(Ok)) as Entries<'_>),
+                    Some(run) => Some(run.entries(None)),
                     None => Some(share.entries(from, checkpoint)?),
                 };
                 Ok((merge(&share.state), declared))
@@ -1197,6 +1191,20 @@ impl SnapshotStore {
     /// # Errors
     /// Where its manifest is missing or damaged; an entry is an error where a part of it is.
     pub fn declared(&self, task: usize, checkpoint: u64) -> Result<Entries<'_>> {
+        self.declared_within(task, checkpoint, None)
+    }
+
+    /// The same of some key groups alone, where they are given. What lies before and behind them is not
+    /// read.
+    ///
+    /// # Errors
+    /// See [`declared`](Self::declared).
+    pub fn declared_within(
+        &self,
+        task: usize,
+        checkpoint: u64,
+        key_groups: Option<Range<u32>>,
+    ) -> Result<Entries<'_>> {
         let generation = &*self.place_of(checkpoint)?.generation;
         let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
         let Some(entry) = manifest.tasks.get(task) else { return Ok(Box::new(std::iter::empty())) };
@@ -1204,7 +1212,7 @@ impl SnapshotStore {
             let why = "it is in the image of the task's memory alone";
             return Err(StorageError::store("read declared state", why));
         }
-        Ok(declared_of(generation, task, &entry.chain)?.live())
+        Ok(declared_of(generation, task, &entry.chain, key_groups)?.live())
     }
 
     /// Reads a task's declared state and keeps nothing of it; gives the number of its entries.
@@ -1281,15 +1289,27 @@ fn renumbered<'a>(
     if states.is_empty() || is_as_before {
         return Ok(Box::new(entries));
     }
-    let mut renumbered = Vec::new();
-    for entry in entries {
-        let (mut key, value) = entry?;
-        let Some(Some(state)) = states.get(key.state as usize) else { continue };
-        key.state = *state;
-        renumbered.push((key, value));
-    }
-    renumbered.sort_by(|(left, _), (right, _)| left.cmp(right));
-    Ok(Box::new(renumbered.into_iter().map(Ok)))
+    let mut entries = entries.peekable();
+    // Numbers come behind key groups in the order of keys: each group is sorted by itself.
+    let mut group = VecDeque::new();
+    Ok(Box::new(std::iter::from_fn(move || {
+        while group.is_empty() {
+            let first = match entries.next()? {
+                Ok(first) => first,
+                Err(error) => return Some(Err(error)),
+            };
+            let number = first.0.key_group;
+            let is_same =
+                |it: &Result<Entry>| it.as_ref().is_ok_and(|(key, _)| key.key_group == number);
+            let others = std::iter::from_fn(|| entries.next_if(is_same)).filter_map(Result::ok);
+            group.extend(std::iter::once(first).chain(others).filter_map(|(mut key, value)| {
+                key.state = (*states.get(key.state as usize)?)?;
+                Some((key, value))
+            }));
+            group.make_contiguous().sort_by(|(left, _), (right, _)| left.cmp(right));
+        }
+        group.pop_front().map(Ok)
+    })))
 }
 
 /// Copies a checkpoint, every chain merged into one full snapshot. Gives its manifest and what was
@@ -1305,7 +1325,7 @@ fn copy_merged(
         let snapshot = merge(&load_chain(from, task, chain)?);
         let declared = match !identity.has_declared || is_in_image(from, task, chain)? {
             true => None,
-            false => Some(declared_of(from, task, chain)?.live()),
+            false => Some(declared_of(from, task, chain, None)?.live()),
         };
         Ok((snapshot, declared))
     };
@@ -1474,9 +1494,9 @@ impl<'a> PackWriter<'a> {
         let (mut sequence, mut bytes) = (0, 0);
         let mut pack: Vec<Entry> = Vec::new();
         for entry in run {
-            let (key, value) = entry?;
-            bytes += key.key.len() + value.as_ref().map_or(0, Vec::len) + 16;
-            pack.push((key, value));
+            let entry = entry?;
+            bytes += entry_bytes(&entry);
+            pack.push(entry);
             if PACK_BYTES <= bytes {
                 self.declared_pack(sequence, &pack)?;
                 (sequence, bytes) = (sequence + 1, 0);
@@ -1568,29 +1588,54 @@ fn is_in_image(generation: &dyn Generation, task: usize, chain: &[u64]) -> Resul
     Ok(false)
 }
 
-/// The declared state of a chain, as one run. It must not be in the image alone.
+/// The declared state of a chain, as one run; that of some key groups alone, where they are given. It must
+/// not be in the image alone.
 fn declared_of<'a>(
     generation: &'a dyn Generation,
     task: usize,
     chain: &[u64],
+    key_groups: Option<Range<u32>>,
 ) -> Result<Merge<'a>> {
     let headers = chain.iter().map(|id| Ok((*id, read_header(generation, task, *id)?)));
     let headers: Vec<(u64, Header)> = headers.collect::<Result<_>>()?;
     let first = headers.iter().rposition(|(_, header)| header.is_declared_whole).unwrap_or(0);
     let run = |(checkpoint, header): (u64, Header)| {
-        let of = (task, checkpoint);
-        let packs = (0..header.declared_packs).map(move |sequence| {
+        let (of, count) = ((task, checkpoint), header.declared_packs);
+        let read = move |sequence| {
             let (pack, start) = read_pack(generation, of, &header, KIND_DECLARED, sequence)?;
             postcard::from_bytes::<Vec<Entry>>(&pack[start..])
                 .map_err(|error| StorageError::damaged(value_name(of.0, of.1), error))
-        });
-        let entries = packs.flat_map(|pack| match pack {
+        };
+        let first = match &key_groups {
+            Some(groups) => first_pack(count, groups.start, &read)?,
+            None => 0,
+        };
+        let entries = (first..count).flat_map(move |sequence| match read(sequence) {
             Ok(entries) => Box::new(entries.into_iter().map(Ok)) as Entries<'static>,
             Err(error) => Box::new(std::iter::once(Err(error))),
         });
-        Box::new(entries) as Entries<'a>
+        Ok(within(Box::new(entries), key_groups.clone()))
     };
-    Ok(Merge::of(headers.into_iter().skip(first).map(run).collect()))
+    Ok(Merge::of(headers.into_iter().skip(first).map(run).collect::<Result<_>>()?))
+}
+
+/// The first pack of a run that may hold entries of a key group.
+fn first_pack(
+    count: u32,
+    key_group: u32,
+    read: &impl Fn(u32) -> Result<Vec<Entry>>,
+) -> Result<u32> {
+    let (mut low, mut high) = (0, if key_group == 0 { 0 } else { count });
+    while low < high {
+        let middle = low.midpoint(high);
+        let first = read(middle)?;
+        match first.first().is_some_and(|(key, _)| key.key_group < key_group) {
+            true => low = middle + 1,
+            false => high = middle,
+        }
+    }
+    // The pack before the first that begins with it may end with it.
+    Ok(low.saturating_sub(1))
 }
 
 fn read_snapshot(
@@ -1702,7 +1747,10 @@ fn merge(loaded: &LoadedTask) -> TaskSnapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{declared::changes_of, in_flight::InFlight};
+    use crate::storage::{
+        declared::{DeclaredKey, changes_of, first_part},
+        in_flight::InFlight,
+    };
 
     fn identity() -> TaskIdentity {
         TaskIdentity {
@@ -1794,6 +1842,79 @@ mod tests {
         store.complete(4, 0).expect("complete");
         assert_eq!(contents(&store, 4).0.get(&7), Some(&4));
         assert_eq!(contents(&store, 4).1, entries);
+    }
+
+    #[test]
+    fn key_groups_are_read_without_what_lies_around_them() {
+        let mut store = open();
+        for checkpoint in 1..=3_u8 {
+            let keys: Vec<String> = (0..9_000_u32)
+                .filter(|at| at % 3 <= u32::from(checkpoint))
+                .map(|at| format!("key {at}"))
+                .collect();
+            let value = |at: usize| (at % 7 != usize::from(checkpoint)).then_some(checkpoint);
+            let entries: Vec<_> =
+                keys.iter().enumerate().map(|(at, key)| (key.as_str(), value(at))).collect();
+            let id = u64::from(checkpoint);
+            store.write(vec![(0, id, snapshot(&[], &entries))]).expect("written");
+            store.complete(id, 0).expect("complete");
+        }
+        let read = |groups: Option<Range<u32>>| -> Vec<Entry> {
+            store.declared_within(0, 3, groups).and_then(Iterator::collect).expect("whole")
+        };
+        let all = read(None);
+        assert!(7_000 < all.len());
+        for groups in [0..128, 0..1, 5..6, 31..64, 100..u32::MAX, 127..128, 60..60] {
+            let owned = all.iter().filter(|(key, _)| groups.contains(&key.key_group));
+            assert!(owned.eq(&read(Some(groups.clone()))), "{groups:?}");
+        }
+        // Of the packs of each snapshot those that are behind the first group are not even looked for.
+        let packs = |groups: Range<u32>| {
+            let read = |sequence: u32| {
+                assert!(sequence < 64);
+                Ok(vec![(
+                    DeclaredKey { key_group: 2 * sequence, state: 0, namespace: 0, key: vec![] },
+                    None,
+                )])
+            };
+            first_pack(64, groups.start, &read).expect("readable")
+        };
+        assert_eq!(
+            [packs(0..1), packs(1..2), packs(2..3), packs(80..90), packs(127..128)],
+            [0, 0, 0, 39, 63]
+        );
+        let mut entries = store.declared(0, 3).expect("whole");
+        let (first, next) = first_part(Box::new(entries.by_ref()), 4_000).expect("whole");
+        let next = next.expect("there is more");
+        let (rest, end) = store
+            .declared_within(0, 3, Some(next..u32::MAX))
+            .and_then(|rest| first_part(rest, usize::MAX))
+            .expect("whole");
+        assert_eq!(end, None);
+        assert!(first.into_iter().chain(rest).eq(all), "parts make up the whole");
+    }
+
+    /// The numbers of states come behind the key group, and before the key.
+    #[test]
+    fn entries_with_other_numbers_are_in_order_again() {
+        let entry = |state: u32, group: u32, key: u8| {
+            (DeclaredKey { key_group: group, state, namespace: 0, key: vec![key] }, Some(vec![key]))
+        };
+        let mut entries: Vec<Entry> = (0..300).map(|at| entry(at % 3, at / 60, at as u8)).collect();
+        entries.sort();
+        let states = [Some(2), None, Some(0)];
+        let run = entries.iter().cloned().map(Ok);
+        let renumbered: Vec<Entry> =
+            renumbered(run, &states).and_then(Iterator::collect).expect("no error");
+        let mut expected: Vec<Entry> = entries
+            .into_iter()
+            .filter_map(|(mut key, value)| {
+                key.state = states[key.state as usize]?;
+                Some((key, value))
+            })
+            .collect();
+        expected.sort();
+        assert!(renumbered == expected);
     }
 
     fn pages_of(store: &SnapshotStore, checkpoint: u64) -> BTreeMap<u32, u8> {

@@ -3,6 +3,7 @@
 //! Snapshots that arrive while it is busy are written together and cost one flush.
 
 use std::{
+    ops::Range,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
@@ -129,14 +130,17 @@ impl StorageHandle {
         lock(&self.store).load(slot, checkpoint).map_err(cause_of)
     }
 
-    /// Reads a task's declared state, entry by entry. Blocks, and the writer waits meanwhile.
+    /// Reads a task's declared state, entry by entry; that of some key groups alone, where they are given.
+    /// Blocks, and the writer waits meanwhile.
     pub(crate) fn read_declared<T>(
         &self,
         slot: usize,
         checkpoint: u64,
+        key_groups: Option<Range<u32>>,
         read: impl FnOnce(Entries<'_>) -> super::Result<T>,
     ) -> Result<T, FailureCause> {
-        lock(&self.store).declared(slot, checkpoint).and_then(read).map_err(cause_of)
+        let store = lock(&self.store);
+        store.declared_within(slot, checkpoint, key_groups).and_then(read).map_err(cause_of)
     }
 
     fn send(&self, command: Command) {

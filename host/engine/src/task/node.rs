@@ -34,7 +34,7 @@ use crate::{
     source::{self, Source},
     spec::{OperatorSpec, SinkSpec},
     storage::{
-        declared::{self, Changes, Entry, OwnKeys},
+        declared::{self, Changes, OwnKeys},
         keyed::KeyedState,
         snapshot::TaskSnapshot,
         writer::cause_of as storage_cause,
@@ -45,6 +45,8 @@ type Result<T> = std::result::Result<T, FailureCause>;
 
 /// Entries of declared state that a guest takes back in one call.
 const RESTORE_ENTRIES_MAX: usize = 4096;
+/// How much of it is in the host's memory at once.
+const RESTORE_BYTES: usize = 16 << 20;
 
 /// Where records of an output go.
 #[derive(Debug, Clone, Copy)]
@@ -83,8 +85,6 @@ pub(crate) struct OperatorTask {
     pub(crate) dead_letter_output: u32,
     pub(crate) processed: Processed,
     pub(crate) guard: Option<Guard>,
-    /// Whether it has not handed over yet.
-    pub(crate) is_untried: bool,
     /// What was secured since the last checkpoint's snapshot.
     pub(crate) unsaved: Vec<MemorySnapshot>,
 }
@@ -203,7 +203,7 @@ impl Node {
             let load = |entries: declared::Entries<'_>| keyed.load(turn, checkpoint, entries);
             match checkpoint {
                 0 => load(Box::new(std::iter::empty())).map_err(storage_cause),
-                _ => shared.storage.read_declared(slot, checkpoint, load),
+                _ => shared.storage.read_declared(slot, checkpoint, None, load),
             }
         })
         .await
@@ -444,14 +444,21 @@ impl OperatorTask {
         if !self.has_states || local.keyed.is_some() {
             return Ok(());
         }
-        let shared = Arc::clone(shared);
-        let entries: Vec<Entry> = blocking(move || {
-            shared.storage.read_declared(slot, checkpoint, |entries| entries.collect())
-        })
-        .await?;
-        for part in entries.chunks(RESTORE_ENTRIES_MAX) {
-            let changes = declared::changes_of(part.iter());
-            instance.take_back(&changes, &[]).await.map_err(cause_of)?;
+        // A part at a time: all of it need not fit into the memory beside the guest's.
+        let mut next_group = Some(0);
+        while let Some(group) = next_group {
+            let shared = Arc::clone(shared);
+            let read = move || {
+                let part =
+                    |entries: declared::Entries<'_>| declared::first_part(entries, RESTORE_BYTES);
+                shared.storage.read_declared(slot, checkpoint, Some(group..u32::MAX), part)
+            };
+            let (entries, next) = blocking(read).await?;
+            for part in entries.chunks(RESTORE_ENTRIES_MAX) {
+                let changes = declared::changes_of(part.iter());
+                instance.take_back(&changes, &[]).await.map_err(cause_of)?;
+            }
+            next_group = next;
         }
         Ok(())
     }
@@ -480,12 +487,8 @@ impl OperatorTask {
             return Ok(Some(error.to_string()));
         }
         // First, because handing over changes the memory that is snapshotted next.
-        // What is in the image is read out of it when it is needed. Whether it can be is known from the
-        // beginning, when there is little of it.
-        let is_in_image = self.is_in_image(local);
-        let is_due =
-            !is_in_image || (std::mem::take(&mut self.is_untried) && self.restored_from == 0);
-        if mode.has_declared() && has_states && is_due {
+        // What is in the image is read out of it when it is needed.
+        if mode.has_declared() && has_states && !self.is_in_image(local) {
             let instance = self.instance()?;
             let pieces = instance.hand_over(checkpoint.0, !tracks_changes, bytes_max).await;
             let pieces = pieces.map_err(cause_of)?;
@@ -501,10 +504,8 @@ impl OperatorTask {
                     Changes::Guest(pieces)
                 }
             };
-            if !is_in_image {
-                snapshot.is_declared_whole = !tracks_changes;
-                snapshot.declared = Some(Arc::new(changes));
-            }
+            snapshot.is_declared_whole = !tracks_changes;
+            snapshot.declared = Some(Arc::new(changes));
         }
         if mode.has_memory() {
             match self.instance()?.snapshot().await {
