@@ -44,12 +44,14 @@ fn expected() -> Vec<String> {
     emitted
 }
 
+#[derive(Clone, Copy)]
 struct Version {
     component: &'static str,
     parallelism: u32,
     partition: &'static str,
     snapshot: &'static str,
     backend: &'static str,
+    config: &'static str,
 }
 
 impl Version {
@@ -63,7 +65,7 @@ impl Version {
     }
 
     fn write_with_rate(&self, dir: &Path, rate: u64) -> std::path::PathBuf {
-        let Self { component, parallelism, partition, snapshot, backend } = self;
+        let Self { component, parallelism, partition, snapshot, backend, config } = self;
         let component = guest::probe().with_file_name(component);
         let source = keyed::source(rate);
         let text = format!(
@@ -79,6 +81,7 @@ type = "{backend}"
 name = "totals"
 component = {component:?}
 snapshot = "{snapshot}"
+config = {{ {config} }}
 inputs = [{{ from = "in", partition = "{partition}" }}]
 [[sink]]
 name = "out"
@@ -111,6 +114,7 @@ const FIRST: Version = Version {
     partition: "hash",
     snapshot: "declared",
     backend: "hashmap",
+    config: "",
 };
 
 /// Its checkpoints hold the memory; declared state is in that, and nowhere else.
@@ -283,6 +287,57 @@ fn state_under_the_key_of_no_record_is_refused_at_once_or_when_it_is_read_out() 
     assert_eq!(problem.code, Code::StateMismatch, "{problem}");
     assert!(problem.to_string().contains("nobody"), "{problem}");
     assert_eq!(late.run_in(dir.path()).outcome, Ok(Outcome::Finished), "as it was, it finishes");
+}
+
+/// What cannot be written down lies in the memory for long before anybody asks for it.
+#[test]
+fn state_that_cannot_be_read_out_is_named_from_the_beginning() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = "unwritable = \"k4\"";
+    let odd = Version { component: "totals_odd.wasm", config, ..IN_IMAGE };
+    let target = dir.path().join("saved");
+    let ran = run_manifest(&odd.write_slow(dir.path()), move |job| {
+        after_checkpoints(job, 5, move |job| {
+            let refused = block_on(job.savepoint(target)).expect_err("it cannot be read out");
+            assert!(refused.contains("state \"bytes\" under the key `k4`"), "{refused}");
+            job.stop();
+        });
+    });
+    assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
+    assert_eq!(ran.restarted(), Vec::<Vec<String>>::new(), "the job itself is not held up");
+    let warned = ran.warnings();
+    let is_it =
+        |it: &&String| it.contains("totals/") && it.contains("\"bytes\" under the key `k4`");
+    assert_eq!(warned.iter().filter(is_it).count(), 1, "{warned:?}");
+    let rescaled = Version { parallelism: 3, snapshot: "declared", ..odd };
+    let problem = rescaled.finished(dir.path()).outcome.expect_err("it cannot be shared out");
+    assert_eq!(problem.code, Code::StateMismatch, "{problem}");
+    for named in ["totals/", "component", "state \"bytes\"", "`k4`"] {
+        assert!(problem.to_string().contains(named), "{problem}");
+    }
+    assert_eq!(odd.finished(dir.path()).outcome, Ok(Outcome::Finished), "as it was, it finishes");
+    assert!(committed(&dir.path().join("output")) == expected());
+}
+
+/// What a type does not tell of itself, the same component knows, and no other.
+#[test]
+fn state_that_nobody_can_look_into_stays_with_the_component_that_wrote_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let odd = Version { component: "totals_odd.wasm", ..FIRST };
+    odd.stopped(dir.path());
+    // A section that says nothing makes another component of it.
+    let mut bytes = fs::read(guest::probe().with_file_name(odd.component)).expect("readable");
+    bytes.extend_from_slice(b"\0\x02\x01x");
+    let other = dir.path().join("other.wasm");
+    fs::write(&other, bytes).expect("written");
+    let component = other.to_str().expect("a name").to_owned().leak();
+    let problem = Version { component, ..odd }.finished(dir.path()).outcome.expect_err("refused");
+    assert_eq!(problem.code, Code::SchemaMismatch, "{problem}");
+    assert!(problem.to_string().contains("state \"count\""), "{problem}");
+    let ran = Version { parallelism: 3, ..odd }.finished(dir.path());
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    assert_eq!(ran.restored().len(), 1, "it has resumed");
+    assert!(committed(&dir.path().join("output")) == expected());
 }
 
 /// Whoever looks from outside sees what the operator has: in packs, in an image, and in a savepoint.

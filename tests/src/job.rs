@@ -129,6 +129,16 @@ impl Ran {
         };
         self.progress.iter().filter_map(of).collect()
     }
+
+    /// Its warnings.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let of = |progress: &Progress| match progress {
+            Progress::Warning { message } => Some(message.clone()),
+            _ => None,
+        };
+        self.progress.iter().filter_map(of).collect()
+    }
 }
 
 #[derive(Default)]
