@@ -6,6 +6,7 @@ use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
     job::{CheckedJob, Job, JobOptions},
     problem::Code,
+    progress::Progress,
     restore::{RestoreFrom, open_named},
     spec::JobSpec,
 };
@@ -96,11 +97,12 @@ inputs = ["totals"]
         manifest
     }
 
-    fn stopped(&self, dir: &Path) {
+    fn stopped(&self, dir: &Path) -> Ran {
         let ran = run_manifest(&self.write_slow(dir), |job| {
             after_checkpoints(job, 5, |job| job.stop());
         });
         assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
+        ran
     }
 
     fn finished(&self, dir: &Path) -> Ran {
@@ -163,6 +165,118 @@ fn what_does_not_fit_is_refused_at_check_already() {
     assert_eq!(files_in(&state), before, "a check changes nothing");
 }
 
+/// What a run from a savepoint is refused for, a check is refused for, with the same code: by its state
+/// directory, and by output that was committed since. Where it is not, the run begins.
+#[test]
+fn a_check_is_refused_what_a_run_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let saved = dir.path().join("saved");
+    let target = saved.clone();
+    let manifest = FIRST.write_slow(dir.path());
+    let program = |verb: &str, more: &[&str]| {
+        let mut command = guest::command(dir.path(), &[verb, "job.toml", "--from", "saved"]);
+        let output = command.args(more).output().expect("the program runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (during, asked) = std::sync::mpsc::channel();
+    let (done, end) = std::sync::mpsc::channel();
+    // What is not built yet would take longer than the job.
+    let _ = guest::program();
+    std::thread::scope(|scope| {
+        let program = &program;
+        scope.spawn(move || {
+            let _ = run_manifest(&manifest, |job| {
+                after_checkpoints(job, 5, move |job| {
+                    block_on(job.savepoint(target)).expect("written");
+                    during.send(()).expect("somebody waits");
+                    end.recv().expect("somebody says so");
+                    job.stop();
+                });
+            });
+        });
+        asked.recv().expect("the savepoint is written");
+        let (code, words) = program("check", &[]);
+        done.send(()).expect("the job runs");
+        assert_eq!(code, Some(0), "{words}");
+        assert!(words.contains("a run uses the state directory"), "{words}");
+    });
+    let before = files_in(dir.path());
+    let cases: [(&[&str], &str); 2] = [(&[], "C0020"), (&["--state-dir", "other"], "C0029")];
+    for (more, refusal) in cases {
+        let checked = program("check", more);
+        assert!(files_in(dir.path()) == before, "a check changes nothing");
+        for (code, words) in [checked, program("run", more)] {
+            assert_eq!(code, Some(2), "{words}");
+            assert!(words.contains(refusal), "{more:?}: {words}");
+        }
+        let _ = fs::remove_dir_all(dir.path().join("other"));
+    }
+    let more = ["--state-dir", "other", "--discard-output"];
+    let (code, words) = program("check", &more);
+    assert_eq!(code, Some(0), "{words}");
+    assert!(files_in(dir.path()) == before, "a check changes nothing");
+    FIRST.write(dir.path());
+    let (code, words) = program("run", &more);
+    assert_eq!(code, Some(0), "{words}");
+    assert!(committed(&dir.path().join("output")) == expected());
+}
+
+/// A part that is still written to when its sink goes would never be seen: refused, whatever is said of the
+/// state; and a sink that takes it over commits it.
+#[test]
+fn parts_of_a_sink_that_is_no_more_are_not_left_behind() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let manifest = FIRST.write_slow(dir.path());
+    let file = "name = \"out\"\nconnector = \"file\"\npath = \"output\"\nroll-size = \"1GiB\"\n";
+    let with_sink = |sink: &str| {
+        FIRST.write(dir.path());
+        let text = fs::read_to_string(&manifest).expect("written");
+        let before = &text[..text.find("[[sink]]").expect("a sink")];
+        let text = format!("{before}[[sink]]\n{sink}inputs = [\"totals\"]\n");
+        fs::write(&manifest, text).expect("written");
+    };
+    FIRST.write_slow(dir.path());
+    let text = fs::read_to_string(&manifest).expect("written");
+    let rolling = text.replace("path = \"output\"\n", "path = \"output\"\nroll-size = \"1GiB\"\n");
+    fs::write(&manifest, rolling).expect("written");
+    // One that is stopped ends its parts.
+    let mut killed = guest::start(&["run"], &manifest, std::process::Stdio::null());
+    let has_one = || open_named(&dir.path().join("totals.cofferdam")).is_ok();
+    while !has_one() {
+        assert_eq!(killed.try_wait().expect("a child"), None, "it runs");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    killed.kill().expect("it runs");
+    killed.wait().expect("a child");
+    let before = files_in(&dir.path().join("output"));
+    let pending = |path: &&std::path::PathBuf| path.extension().is_some_and(|it| it == "pending");
+    assert_eq!(before.keys().filter(pending).count(), 2);
+    let run = |more: &[&str]| {
+        let mut command = guest::command(dir.path(), &["run", "job.toml"]);
+        let output = command.args(more).output().expect("the program runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let elsewhere =
+        ["--from", "totals.cofferdam", "--state-dir", "other", "--ignore-unclaimed-state"];
+    let cases: [(&str, &[&str]); 3] = [
+        ("name = \"out\"\nconnector = \"discard\"\n", &[]),
+        ("name = \"none\"\nconnector = \"discard\"\n", &elsewhere),
+        ("name = \"new\"\nconnector = \"file\"\npath = \"new\"\n", &elsewhere),
+    ];
+    for (sink, more) in cases {
+        with_sink(sink);
+        let (code, words) = run(more);
+        assert_eq!(code, Some(2), "{words}");
+        assert!(words.contains("C0028") && words.contains("is no more"), "{sink}: {words}");
+        assert!(words.contains("uid = \"out\""), "{words}");
+        assert!(files_in(&dir.path().join("output")) == before, "a refused run changes nothing");
+    }
+    with_sink(&file.replace("\"out\"", "\"new\"\nuid = \"out\""));
+    let (code, words) = run(&[]);
+    assert_eq!(code, Some(0), "{words}");
+    assert!(committed(&dir.path().join("output")) == expected());
+}
+
 /// Every file with its content.
 fn files_in(dir: &Path) -> BTreeMap<std::path::PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
@@ -217,7 +331,16 @@ fn state_in_an_image_is_read_out_by_the_component_that_wrote_it() {
         let refused =
             again.finished(dir.path()).outcome.expect_err("memory fits no other component");
         assert_eq!(refused.code, Code::StateMismatch, "{refused}");
-        next.stopped(dir.path());
+        let ran = next.stopped(dir.path());
+        let steps = ran.progress.iter().filter_map(|progress| match progress {
+            Progress::Restoring { step, .. } => Some(step.to_string()),
+            _ => None,
+        });
+        let steps: Vec<String> = steps.collect();
+        let read = steps.iter().filter(|step| step.contains("out of")).count();
+        let converted = steps.iter().filter(|step| step.contains("converting")).count();
+        assert_eq!((read, converted), (2, parallelism as usize), "{steps:?}");
+        assert!(steps.last().is_some_and(|step| step.contains("writing")), "{steps:?}");
         // What was not declared is given up by now, so its memory may be kept again.
         let ran = again.finished(dir.path());
         assert_eq!(ran.outcome, Ok(Outcome::Finished));

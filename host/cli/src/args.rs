@@ -136,13 +136,21 @@ pub(crate) struct CheckArguments {
     /// List every setting with its value and where it comes from
     #[arg(long)]
     pub(crate) effective: bool,
-    /// Check, too, whether a run with another state directory could begin from this savepoint or state
-    /// directory
+    /// Check, too, whether a run could begin from this savepoint or state directory
     #[arg(long, value_name = "DIR", conflicts_with = "effective")]
     pub(crate) from: Option<PathBuf>,
+    /// The state directory of that run [default: as the manifest says, or JOB.cofferdam beside it]
+    #[arg(long, value_name = "DIR", requires = "from")]
+    pub(crate) state_dir: Option<PathBuf>,
     /// Leave state behind whose operator is not in the manifest
     #[arg(long, requires = "from")]
     pub(crate) ignore_unclaimed_state: bool,
+    /// Remove committed output that is newer than the state that the job resumes from
+    #[arg(long, requires = "from")]
+    pub(crate) discard_output: bool,
+    /// Take output that is neither pending nor committed for taken by a reader, not for lost
+    #[arg(long, requires = "from")]
+    pub(crate) assume_committed: bool,
     #[command(flatten)]
     pub(crate) host: HostArguments,
     #[command(flatten)]

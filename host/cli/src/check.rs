@@ -1,8 +1,10 @@
 //! `cofferdam check`: everything that can be known about a job before it runs.
 
 use cofferdam_engine::{
-    job::{self, CheckedJob},
+    Conflicts,
+    job::{self, CheckedJob, JobOptions},
     problem::Problem,
+    progress::{Observer, Progress},
     restore::{Restorable, RestoreFrom, Takeover},
     spec::{JobSpec, NodeKind, partitioner_name},
 };
@@ -26,7 +28,16 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
         claim: false,
         ignore_unclaimed_state: arguments.ignore_unclaimed_state,
     });
-    let restorable = from.as_ref().map(|from| checked.check_from(from)).transpose()?;
+    let options = JobOptions {
+        state_dir: arguments.state_dir,
+        from,
+        conflicts: Conflicts {
+            discard_output: arguments.discard_output,
+            assume_committed: arguments.assume_committed,
+        },
+        ..JobOptions::default()
+    };
+    let restorable = checked.check_from(&options, &Aside { is_shown: !is_json })?;
     let warnings = restorable.iter().flat_map(|restorable| &restorable.warnings);
     warnings.for_each(|warning| say_aside!("warning: {warning}"));
     if is_json {
@@ -37,7 +48,7 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
         report::line(&line);
     } else {
         people(&checked);
-        if let (Some(from), Some(restorable)) = (from, restorable) {
+        if let (Some(from), Some(restorable)) = (options.from, restorable) {
             say!(
                 "  a run could begin from checkpoint {} of {}",
                 restorable.checkpoint,
@@ -49,6 +60,21 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
         }
     }
     Ok(())
+}
+
+/// Says what takes long, to people.
+struct Aside {
+    is_shown: bool,
+}
+
+impl Observer for Aside {
+    fn observe(&self, progress: Progress) {
+        if let Progress::Restoring { checkpoint, step } = progress
+            && self.is_shown
+        {
+            say_aside!("checkpoint {checkpoint}: {step}");
+        }
+    }
 }
 
 fn words(takeover: Takeover) -> String {

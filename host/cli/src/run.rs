@@ -273,6 +273,9 @@ impl Observer for Watcher {
                     Mode::Json | Mode::Log => tracing::info!("{text}"),
                 }
             }
+            Progress::Restoring { checkpoint, step } => {
+                tracing::info!("checkpoint {checkpoint}: {step}");
+            }
             Progress::CheckpointFailed { checkpoint, reason, .. } => {
                 tracing::warn!("checkpoint {checkpoint} given up: {reason}");
             }

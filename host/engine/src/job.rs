@@ -39,7 +39,7 @@ use crate::{
     read_out::{OwnComponent, OwnComponents},
     rehearsal::Untried,
     restore::{self, Restorable, RestoreFrom},
-    sink::{self, Conflicts, Output, OutputContext},
+    sink::{self, Claim, Conflicts, Output, OutputContext},
     source::{self, Prepared},
     spec::{
         DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OnBadRecord, OperatorSpec, SinkSpec,
@@ -314,12 +314,18 @@ impl CheckedJob {
         warnings
     }
 
-    /// Whether a run can begin from a savepoint or a state directory, and what it would take over. The
-    /// output is not looked at, and nothing changes.
+    /// Whether a run can begin from the savepoint or state directory that `options` name, and what it would
+    /// take over; `None` where they name none. Changes nothing. While a run uses the state directory, that and the output are left out: both
+    /// will be others when it has ended.
     ///
     /// # Errors
     /// What `cofferdam run --from` would be refused for.
-    pub fn check_from(&self, from: &RestoreFrom) -> Result<Restorable, Problem> {
+    pub fn check_from(
+        &self,
+        options: &JobOptions,
+        observer: &dyn Observer,
+    ) -> Result<Option<Restorable>, Problem> {
+        let Some(from) = &options.from else { return Ok(None) };
         let tasks = self.spec.graph.tasks();
         let identity = |task: &TaskId| identity(&self.spec, &self.operators, *task);
         let identities: Vec<TaskIdentity> = tasks.iter().map(identity).collect();
@@ -330,8 +336,28 @@ impl CheckedJob {
             locals: &BTreeMap::new(),
             sources: &sources_of(&self.spec, &nodes),
             components: &components_of(&self.spec, &self.operators),
+            observer,
         };
-        restore::check_from(&tasks, from)
+        let state_dir = options.state_dir.as_deref().or(self.spec.storage.state_dir());
+        if state_dir.map_or(Ok(false), state_dir::is_in_use)? {
+            let mut restorable = restore::check_from(&tasks, from)?;
+            restorable.warnings.push(
+                "a run uses the state directory: what is in it then, and what the output allows, is \
+                 known when that has ended"
+                    .to_owned(),
+            );
+            return Ok(Some(restorable));
+        }
+        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
+        let storage: Box<dyn Storage> = match state_dir {
+            Some(dir) if !dir.exists() => Box::new(MemoryStorage::default()),
+            _ => storage_at(&self.spec.storage, state_dir).map_err(|error| unusable(&error))?,
+        };
+        let digest = digest_of(&identities, &self.spec);
+        let Resumption { chosen, .. } = look(&tasks, storage, state_dir, options, &digest)?;
+        claim_outputs(&self.spec, &identities, &chosen, state_dir, options, Claim::Ask)?;
+        let restorable = |manifest| restore::restorable(&tasks, manifest, chosen.warnings.clone());
+        Ok(chosen.manifest.as_ref().map(restorable))
     }
 
     /// Each operator's name with what its component says it is.
@@ -806,38 +832,24 @@ impl Job {
         let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir.as_deref(), error);
         let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
         let digest = digest_of(&identities, &spec);
-        let (mut record, before) = read_record(&spec, state_dir.as_deref(), options, &digest)?;
         let open = || open_storage(&spec.storage, state_dir.as_deref());
-        // A refused run leaves everything as it was: what is there is looked at before it is opened.
-        let (looked, mut found) =
-            open().and_then(SnapshotStore::look).map_err(|error| unusable(&error))?;
-        let is_over = before.is_over(&found, options.from.as_ref());
-        if is_over {
-            found = Found::default();
-        }
         let mut targets = restore::Tasks {
             spec: &spec,
             identities: &identities,
             locals: &BTreeMap::new(),
             sources: &sources_of(&spec, &nodes),
             components: &components_of(&spec, &operators),
+            observer: &*observer,
         };
-        let chosen = restore::choose(&targets, &looked, &found, options.from.as_ref(), &record)?;
-        let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
-        let has_partitions = spec.graph.has_exchange(ExchangeType::has_partition);
-        if has_partitions && chosen.checkpoint().is_some() && is_half_way() {
-            let message = "the checkpoint is of a job half-way, and this one runs region by region";
-            return Err(Problem::new(Code::StateMismatch, message)
-                .detail("what its sources had still to read would be lost")
-                .hint(
-                    "make its exchanges pipelined again, or begin anew with another --state-dir",
-                ));
-        }
-        if chosen.checkpoint().is_none() {
-            targets.sources.values().try_for_each(Prepared::check_fresh)?;
-        }
+        // A refused run leaves everything as it was: what is there is looked at before it is opened.
+        let storage = storage_at(&spec.storage, state_dir.as_deref());
+        let storage = storage.map_err(|error| unusable(&error))?;
+        let resumption = look(&targets, storage, state_dir.as_deref(), options, &digest)?;
+        let Resumption { mut record, before, is_over, looked, chosen } = resumption;
         // Everything that may be refused is refused by now, or here.
-        let outputs = claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options)?;
+        let taken = Claim::Take;
+        let outputs =
+            claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options, taken)?;
         for message in &chosen.warnings {
             observer.observe(Progress::Warning { message: message.clone() });
         }
@@ -1363,19 +1375,27 @@ pub(crate) fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Disp
         )
 }
 
-fn open_storage(
+/// The storage of a job, to look into it.
+fn storage_at(
     spec: &StorageSpec,
     state_dir: Option<&Path>,
 ) -> Result<Box<dyn Storage>, StorageError> {
     match (spec, state_dir) {
         (StorageSpec::Objects { location, .. }, _) => Ok(Box::new(ObjectStorage::new(location)?)),
-        (_, Some(dir)) => {
-            let storage = SledStorage::new(dir.to_owned());
-            storage.finish_removals()?;
-            Ok(Box::new(storage))
-        }
+        (_, Some(dir)) => Ok(Box::new(SledStorage::new(dir.to_owned()))),
         (_, None) => Ok(Box::new(MemoryStorage::default())),
     }
+}
+
+/// The same, to write to it: what an earlier run was still removing goes.
+fn open_storage(
+    spec: &StorageSpec,
+    state_dir: Option<&Path>,
+) -> Result<Box<dyn Storage>, StorageError> {
+    if let (StorageSpec::Sled(_) | StorageSpec::Memory, Some(dir)) = (spec, state_dir) {
+        SledStorage::new(dir.to_owned()).finish_removals()?;
+    }
+    storage_at(spec, state_dir)
 }
 
 fn remove_claimed(place: &Path) -> Result<(), StorageError> {
@@ -1417,6 +1437,47 @@ impl Before {
         let named = from.and_then(|from| restore::open_named(&from.dir).ok());
         named.is_none_or(|(_, named)| !found.manifests.iter().any(|it| it.is_that_of(&named)))
     }
+}
+
+/// What a run would go on from.
+struct Resumption {
+    record: JobRecord,
+    before: Before,
+    /// What is in the store is of a job that has ended.
+    is_over: bool,
+    /// The store that was looked into.
+    looked: SnapshotStore,
+    chosen: restore::Chosen,
+}
+
+/// Finds out what a run would go on from, or why it is refused. Changes nothing.
+fn look(
+    tasks: &restore::Tasks<'_>,
+    storage: Box<dyn Storage>,
+    state_dir: Option<&Path>,
+    options: &JobOptions,
+    digest: &str,
+) -> Result<Resumption, Problem> {
+    let (record, before) = read_record(tasks.spec, state_dir, options, digest)?;
+    let (looked, mut found) =
+        SnapshotStore::look(storage).map_err(|error| unusable_state(state_dir, &error))?;
+    let is_over = before.is_over(&found, options.from.as_ref());
+    if is_over {
+        found = Found::default();
+    }
+    let chosen = restore::choose(tasks, &looked, &found, options.from.as_ref(), &record)?;
+    let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
+    let has_partitions = tasks.spec.graph.has_exchange(ExchangeType::has_partition);
+    if has_partitions && chosen.checkpoint().is_some() && is_half_way() {
+        let message = "the checkpoint is of a job half-way, and this one runs region by region";
+        return Err(Problem::new(Code::StateMismatch, message)
+            .detail("what its sources had still to read would be lost")
+            .hint("make its exchanges pipelined again, or begin anew with another --state-dir"));
+    }
+    if chosen.checkpoint().is_none() {
+        tasks.sources.values().try_for_each(Prepared::check_fresh)?;
+    }
+    Ok(Resumption { record, before, is_over, looked, chosen })
 }
 
 /// The record of the job in a state directory. One that has ended does not begin by itself.
@@ -1479,13 +1540,14 @@ struct ClaimedOutput {
     kept: BTreeSet<String>,
 }
 
-/// Takes the directories of all file sinks. Refuses before anything in them has changed.
+/// Takes the directories of all file sinks, or asks for them. Refuses before anything in them has changed.
 fn claim_outputs(
     spec: &JobSpec,
     identities: &[TaskIdentity],
     chosen: &restore::Chosen,
     state_dir: Option<&Path>,
     options: &JobOptions,
+    claim: Claim,
 ) -> Result<BTreeMap<String, ClaimedOutput>, Problem> {
     let mut claimed: BTreeMap<PathBuf, &str> = BTreeMap::new();
     let mut found = Vec::new();
@@ -1510,7 +1572,7 @@ fn claim_outputs(
                 .detail(sink.path.display())
                 .hint("give each a directory of its own"));
         }
-        let output = Output::claim(&node.name, &sink.path, sink.if_exists, context)?;
+        let output = Output::claim(&node.name, &sink.path, sink.if_exists, context, claim)?;
         let kept = sink::check_states(&output, &states)?;
         claimed.insert(output.dir().to_owned(), &node.name);
         found.push((node.name.clone(), output, kept));
@@ -1518,7 +1580,7 @@ fn claim_outputs(
     let claimed: BTreeSet<PathBuf> = claimed.into_keys().collect();
     let mut outputs = BTreeMap::new();
     for (name, mut output, kept) in found {
-        kept.elsewhere.iter().try_for_each(|dir| output.claim_before(dir, &claimed))?;
+        kept.elsewhere.iter().try_for_each(|dir| output.claim_before(dir, &claimed, claim))?;
         let output = Arc::new(output);
         outputs.insert(name, ClaimedOutput { output, kept: kept.names });
     }

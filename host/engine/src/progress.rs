@@ -19,6 +19,14 @@ pub enum Progress {
         /// How many there are.
         tasks: usize,
     },
+    /// Before tasks are started: a part of restoring a checkpoint that may take long.
+    Restoring {
+        /// Which.
+        checkpoint: u64,
+        /// What begins.
+        #[serde(flatten)]
+        step: RestoreStep,
+    },
     /// A checkpoint is complete.
     CheckpointCompleted {
         /// Which.
@@ -116,6 +124,43 @@ pub enum Progress {
         /// What.
         message: String,
     },
+}
+
+/// A part of restoring a checkpoint that does not fit the job as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "step", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum RestoreStep {
+    /// Declared state is read out of the image of a task's memory.
+    ReadOut {
+        /// The task, `operator/index`.
+        task: String,
+        /// The size of its memory.
+        bytes: u64,
+    },
+    /// Declared state is converted to the schemas of now.
+    Convert {
+        /// The task that takes it over, `operator/index`.
+        task: String,
+    },
+    /// The state of all tasks is written as they are now.
+    Write {
+        /// How many there are.
+        tasks: usize,
+    },
+}
+
+impl std::fmt::Display for RestoreStep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ReadOut { task, bytes } => {
+                let mib = bytes.div_ceil(1 << 20);
+                write!(f, "reading the declared state of {task} out of {mib} MiB of memory")
+            }
+            Self::Convert { task } => write!(f, "converting the declared state of {task}"),
+            Self::Write { tasks } => write!(f, "writing the state of {tasks} tasks"),
+        }
+    }
 }
 
 impl Progress {

@@ -27,6 +27,7 @@ use crate::{
     identity::Lineage,
     job::limits_of,
     problem::{Code, Problem},
+    progress::{Observer, Progress, RestoreStep},
     read_out::{OwnComponent, image_of, on_instance},
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
@@ -61,6 +62,14 @@ pub(crate) struct Tasks<'a> {
     pub(crate) locals: &'a BTreeMap<TaskId, Arc<TaskLocal>>,
     pub(crate) sources: &'a BTreeMap<String, source::Prepared>,
     pub(crate) components: &'a BTreeMap<String, Component>,
+    /// Whoever waits is told of what takes long.
+    pub(crate) observer: &'a dyn Observer,
+}
+
+impl Tasks<'_> {
+    fn tell(&self, checkpoint: u64, step: RestoreStep) {
+        self.observer.observe(Progress::Restoring { checkpoint, step });
+    }
 }
 
 /// What a run goes on from. Nothing has changed yet.
@@ -72,7 +81,7 @@ pub(crate) struct Chosen {
     /// What people should hear.
     pub(crate) warnings: Vec<String>,
     /// The checkpoint; `None`: the job begins.
-    manifest: Option<Manifest>,
+    pub(crate) manifest: Option<Manifest>,
     /// The store that it lies in, if it is another one.
     other: Option<SnapshotStore>,
 }
@@ -181,11 +190,20 @@ pub enum Takeover {
     },
 }
 
-/// Makes every check that a run from there makes before it changes anything, but those of the output.
+/// What a run would take over from there, whatever its own state directory and its output are.
 pub(crate) fn check_from(tasks: &Tasks<'_>, from: &RestoreFrom) -> Result<Restorable, Problem> {
     let (other, manifest) = open_named(&from.dir)?;
     let mut warnings = Vec::new();
     take_over(tasks, from, &other, &manifest, &mut warnings)?;
+    Ok(restorable(tasks, &manifest, warnings))
+}
+
+/// What becomes of each node's state.
+pub(crate) fn restorable(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    warnings: Vec<String>,
+) -> Restorable {
     let takeover = |node: &NodeSpec| {
         let known = manifest.tasks.iter().map(|task| &task.identity);
         let before = known.filter(|identity| identity.uid == node.uid).count();
@@ -199,7 +217,7 @@ pub(crate) fn check_from(tasks: &Tasks<'_>, from: &RestoreFrom) -> Result<Restor
         (node.name.clone(), takeover)
     };
     let nodes = tasks.spec.nodes.iter().map(takeover).collect();
-    Ok(Restorable { checkpoint: manifest.checkpoint, nodes, warnings })
+    Restorable { checkpoint: manifest.checkpoint, nodes, warnings }
 }
 
 /// From the newest to the oldest, until one is whole.
@@ -329,6 +347,7 @@ fn adopt_state(
         && manifest.lineage == chosen.lineage
         && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
     if !is_as_it_was {
+        tasks.tell(id, RestoreStep::Write { tasks: tasks.identities.len() });
         store.import(id, manifest.written_at_ms, chosen.other.as_ref(), &chosen.shares)?;
     }
     // Only now, when what is gone on from is safe in a generation of its own.
@@ -370,6 +389,7 @@ fn convert(
             schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
         let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
         let limits = node.map_or_else(Limits::default, |node| limits_of(&node.kind));
+        tasks.tell(manifest.checkpoint, RestoreStep::Convert { task: task.name() });
         let mut entries = shares[slot].entries(from, manifest.checkpoint)?;
         let mut builder = RunBuilder::new(task.max_parallelism);
         // An instance holds a part at a time: state that the host keeps may be larger than its memory.
@@ -445,6 +465,9 @@ fn redistribute(
                 let sandbox = tasks.components.values().next().map(Component::sandbox);
                 let limits = limits_of(&node.kind);
                 let memory = std::mem::take(&mut task.memory);
+                let bytes = memory.last().map_or(0, MemorySnapshot::size_bytes);
+                let name = manifest.tasks[*slot].identity.name();
+                tasks.tell(manifest.checkpoint, RestoreStep::ReadOut { task: name, bytes });
                 let run = read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, memory)?;
                 read_outs.insert(*slot, Arc::new(run));
             }
@@ -577,8 +600,7 @@ fn read_out_task(
 ) -> Result<Run, Failed> {
     let identity = &manifest.tasks[slot].identity;
     let refused = |what: String| {
-        let TaskIdentity { operator, index, .. } = identity;
-        let message = format!("the declared state of {operator}/{index} cannot be read");
+        let message = format!("the declared state of {} cannot be read", identity.name());
         let problem = Problem::new(Code::StateMismatch, message)
             .detail(what)
             .detail("it lies in the image of the task's memory, and the component that it ran reads it out")

@@ -117,11 +117,44 @@ pub(crate) fn try_lock(path: &Path) -> io::Result<Option<File>> {
     Ok(None)
 }
 
+/// Whether somebody has a lock. Changes nothing.
+pub(crate) fn is_locked(path: &Path) -> io::Result<bool> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file?,
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
 /// Makes a state directory and locks it for one run. A directory with anything else in it is nobody's
 /// state: what a job would remove there is not its own.
 pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
     let unusable = |error: io::Error| crate::job::unusable_state(Some(dir), &error);
     make_dir(dir, FOR_OWNER).map_err(unusable)?;
+    check_ours(dir)?;
+    let lock = try_lock(&dir.join(LOCK)).map_err(unusable)?;
+    lock.ok_or_else(|| {
+        let message = format!("another run is using the state directory {}", dir.display());
+        Problem::new(Code::StateInUse, message)
+            .hint("wait for it to end, or give this run another one: --state-dir DIR")
+    })
+}
+
+/// Whether a run uses a directory, which need not be there. Changes nothing.
+pub(crate) fn is_in_use(dir: &Path) -> Result<bool, Problem> {
+    if !dir.exists() {
+        return Ok(false);
+    }
+    check_ours(dir)?;
+    is_locked(&dir.join(LOCK)).map_err(|error| crate::job::unusable_state(Some(dir), &error))
+}
+
+fn check_ours(dir: &Path) -> Result<(), Problem> {
+    let unusable = |error: io::Error| crate::job::unusable_state(Some(dir), &error);
     if !dir.join(RECORD).exists() {
         for entry in fs::read_dir(dir).map_err(unusable)? {
             let entry = entry.map_err(unusable)?;
@@ -135,12 +168,7 @@ pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
             }
         }
     }
-    let lock = try_lock(&dir.join(LOCK)).map_err(unusable)?;
-    lock.ok_or_else(|| {
-        let message = format!("another run is using the state directory {}", dir.display());
-        Problem::new(Code::StateInUse, message)
-            .hint("wait for it to end, or give this run another one: --state-dir DIR")
-    })
+    Ok(())
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::Checkpoint
 use cofferdam_sandbox::Batch;
 
 pub use self::file::Conflicts;
-pub(crate) use self::file::{Output, OutputContext, check_states, names_of, uncommitted};
+pub(crate) use self::file::{Claim, Output, OutputContext, check_states, names_of, uncommitted};
 use crate::{
     batch::BatchExt,
     spec::{LineContent, SinkSpec},

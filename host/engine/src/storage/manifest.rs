@@ -90,6 +90,14 @@ pub struct TaskIdentity {
     pub states: Vec<StateIdentity>,
 }
 
+impl TaskIdentity {
+    /// `operator/index`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.operator, self.index)
+    }
+}
+
 /// What a declared state is matched by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateIdentity {

@@ -1001,10 +1001,9 @@ impl SnapshotStore {
     }
 
     fn read_out(&self, task: usize, memory: &[MemorySnapshot]) -> Result<Run> {
-        let TaskIdentity { operator, index, .. } = &self.tasks[task];
-        let failed = |why: String| {
-            StorageError::store("read declared state out", format!("{operator}/{index}: {why}"))
-        };
+        let name = self.tasks[task].name();
+        let failed =
+            |why: String| StorageError::store("read declared state out", format!("{name}: {why}"));
         let Some(read_out) = &self.read_out else {
             return Err(failed("there is no component to do it".to_owned()));
         };

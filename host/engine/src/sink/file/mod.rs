@@ -31,8 +31,8 @@ use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 
 pub use self::output::Conflicts;
+pub(crate) use self::output::{Claim, Output, OutputContext};
 use self::output::{CommittedNames, Logs, writer_of_pending};
-pub(crate) use self::output::{Output, OutputContext};
 use super::{Sink, push_lines};
 use crate::{
     identity::Id,

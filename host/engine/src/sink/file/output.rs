@@ -18,9 +18,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     identity::{Id, Lineage},
+    job::resolved,
     problem::{Code, Problem},
     spec::IfExists,
-    state_dir::{try_lock, write_whole},
+    state_dir::{is_locked, try_lock, write_whole},
     storage::{FOR_ALL, make_dir, sync_dir},
 };
 
@@ -265,7 +266,7 @@ pub(crate) struct Output {
     logs: Mutex<BTreeMap<u32, Arc<Logs>>>,
     /// Held as long as the run writes: of this directory, and of those that parts of the restored state
     /// still lie in.
-    locks: Vec<File>,
+    locks: Vec<Lock>,
 }
 
 /// A part's name once it is visible, or `None` for any other file. `part-TASK-CHECKPOINT-NUMBER-WRITER`.
@@ -301,11 +302,51 @@ pub(super) fn writer_of_pending(name: &str) -> Option<(u32, Id)> {
 
 fn names_in(dir: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in fs::read_dir(dir)? {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(names),
+        entries => entries?,
+    };
+    for entry in entries {
         names.extend(entry?.file_name().into_string().ok());
     }
     names.sort();
     Ok(names)
+}
+
+/// Whether a run takes directories, or somebody asks whether it could.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// They are locked, and made where they are not there.
+    Take,
+    /// Nothing in them changes.
+    Ask,
+}
+
+impl Claim {
+    /// The lock of a directory; `None`: another run has it.
+    fn lock(self, dir: &Path) -> io::Result<Option<Lock>> {
+        let lock = dir.join(FOLDER).join("LOCK");
+        match self {
+            Self::Take => {
+                make_dir(&dir.join(FOLDER), FOR_ALL)?;
+                tempfile::tempfile_in(dir)?;
+                Ok(try_lock(&lock)?.map(|file| Lock { _file: Some(file) }))
+            }
+            Self::Ask if is_locked(&lock)? => Ok(None),
+            Self::Ask => {
+                if let Some(there) = dir.ancestors().find(|it| it.exists()) {
+                    rustix::fs::access(there, rustix::fs::Access::WRITE_OK)?;
+                }
+                Ok(Some(Lock { _file: None }))
+            }
+        }
+    }
+}
+
+/// Of a directory; it is held as long as this lives, where it was taken.
+#[derive(Debug)]
+struct Lock {
+    _file: Option<File>,
 }
 
 impl Output {
@@ -315,6 +356,7 @@ impl Output {
         dir: &Path,
         if_exists: IfExists,
         context: OutputContext,
+        claim: Claim,
     ) -> Result<Self, Problem> {
         let unusable = |error: io::Error| {
             Problem::new(
@@ -324,15 +366,12 @@ impl Output {
             .detail(error)
             .hint("choose another path, or make the directory writable")
         };
-        make_dir(&dir.join(FOLDER), FOR_ALL).map_err(unusable)?;
-        tempfile::tempfile_in(dir).map_err(unusable)?;
-        let dir = dir.canonicalize().map_err(unusable)?;
-        let folder = dir.join(FOLDER);
-        let Some(lock) = try_lock(&folder.join("LOCK")).map_err(unusable)? else {
+        let Some(lock) = claim.lock(dir).map_err(unusable)? else {
             let message = format!("sink \"{sink}\": another run writes to {}", dir.display());
             return Err(Problem::new(Code::OutputTaken, message)
                 .hint("wait for it to end, or choose another path"));
         };
+        let dir = resolved(dir);
         let owner = Owner::of(&dir).map_err(unusable)?;
         let is_own = owner.as_ref().is_some_and(|owner| owner.job == context.lineage.job);
         let output = Self {
@@ -373,8 +412,8 @@ impl Output {
         &mut self,
         dir: &Path,
         claimed: &BTreeSet<PathBuf>,
+        claim: Claim,
     ) -> Result<(), Problem> {
-        let folder = dir.join(FOLDER);
         let taken = |what: String| {
             let message = format!("sink \"{}\" cannot commit what it had written", self.sink);
             Problem::new(Code::OutputTaken, message).detail(format!("{}: {what}", dir.display()))
@@ -385,8 +424,10 @@ impl Output {
                 .hint("use a checkpoint or savepoint whose output was committed"));
         }
         if !claimed.contains(dir) {
-            let lock = make_dir(&folder, FOR_ALL).and_then(|()| try_lock(&folder.join("LOCK")));
-            match lock.map_err(|error| taken(format!("it cannot be written to: {error}")))? {
+            match claim
+                .lock(dir)
+                .map_err(|error| taken(format!("it cannot be written to: {error}")))?
+            {
                 Some(lock) => self.locks.push(lock),
                 None => {
                     return Err(taken("another run writes to it".to_owned())

@@ -41,10 +41,12 @@ impl Setup {
             conflicts: self.conflicts,
             own_parts: names_of(restored.map_or(&[], |(_, states)| states)),
         };
-        let mut output = Output::claim("out", dir, if_exists, context)?;
+        let mut output = Output::claim("out", dir, if_exists, context, Claim::Take)?;
         let kept = check_states(&output, restored.map_or(&[], |(_, states)| states))?;
         let claimed = BTreeSet::new();
-        kept.elsewhere.iter().try_for_each(|dir| output.claim_before(dir, &claimed))?;
+        kept.elsewhere
+            .iter()
+            .try_for_each(|dir| output.claim_before(dir, &claimed, Claim::Take))?;
         output.begin(if_exists, &kept.names).expect("begins");
         Ok(Arc::new(output))
     }
