@@ -47,7 +47,7 @@ pub fn example(name: &str) -> PathBuf {
 pub fn command(dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(program());
     command.current_dir(dir).args(arguments);
-    if arguments[0] == "run" {
+    if ["run", "check"].contains(&arguments[0]) {
         command.arg("--cache-dir").arg(root().join("target/tests-cache"));
     }
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

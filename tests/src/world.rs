@@ -428,6 +428,8 @@ path = "out-{out}"
         self.write_manifest(&self.setup)?;
         let state = self.state.clone();
         let run = ["run", "job.toml", "--state-dir", &state, "--from", savepoint];
+        let foreseen = self.foreseen(&run)?;
+        ensure!(foreseen.is_none(), "foreseen was {foreseen:?} where the job was stopped");
         let mut child = self.command(&run).spawn()?;
         std::thread::sleep(Duration::from_millis(self.random.between(200, 600)));
         if child.try_wait()?.is_none() {
@@ -463,9 +465,11 @@ path = "out-{out}"
         let run = ["run", "job.toml", "--state-dir", &state, "--from", &savepoint];
         self.write_manifest(&self.setup)?;
         let before = self.visible()?;
+        let foreseen = self.foreseen(&run)?;
         // The reader may have taken what would have to be taken back.
         let plain = self.command(&run).output()?;
         let words = said(&plain);
+        ensure!(foreseen == refusal(&plain), "foreseen was {foreseen:?}: {words}");
         if plain.status.success() {
             self.did("forks", tally);
             (self.state, self.ran_with) = (state, self.setup);
@@ -478,6 +482,8 @@ path = "out-{out}"
         if words.contains("--discard-output") && self.random.between(0, 1) == 0 {
             let mut discard = run.to_vec();
             discard.push("--discard-output");
+            let foreseen = self.foreseen(&discard)?;
+            ensure!(foreseen.is_none(), "foreseen was {foreseen:?} for a fork that discards");
             let forked = self.command(&discard).output()?;
             ensure!(forked.status.success(), "a fork that discards: {}", said(&forked));
             self.did("forks that discard", tally);
@@ -485,6 +491,18 @@ path = "out-{out}"
             return Ok(true);
         }
         Ok(false)
+    }
+
+    /// What `check` says beforehand of a run that begins from somewhere: the code with which it would be
+    /// refused. Changes nothing.
+    fn foreseen(&self, run: &[&str]) -> Result<Option<String>> {
+        let check: Vec<&str> = std::iter::once("check").chain(run[1..].iter().copied()).collect();
+        let before = self.everything()?;
+        let output = self.command(&check).output()?;
+        ensure!(self.everything()? == before, "{check:?} has changed something: {}", said(&output));
+        let refusal = refusal(&output);
+        ensure!(refusal.is_some() != output.status.success(), "{check:?}: {}", said(&output));
+        Ok(refusal)
     }
 
     /// A run that has to be refused with this code, and to change nothing.
@@ -501,12 +519,20 @@ path = "out-{out}"
     ) -> Result<()> {
         self.write_with(setup, mistake)?;
         let before = self.everything()?;
-        let output = self.command(&["run", "job.toml", "--state-dir", &self.state]).output()?;
+        let run = ["run", "job.toml", "--state-dir", &self.state];
+        let from = ["--from", &self.state];
+        // The check of what it would resume from says the same.
+        let foreseen = match self.dir.join(&self.state).exists() {
+            true => self.foreseen(&[&run[..], &from].concat())?,
+            false => Some(code.to_owned()),
+        };
+        let output = self.command(&run).output()?;
         let words = said(&output);
         if words.contains(HAS_FINISHED) {
             self.settle(&output);
             return Ok(());
         }
+        ensure!(foreseen == refusal(&output), "foreseen was {foreseen:?}: {words}");
         ensure!(words.contains(&format!("error[{code}]")), "{code} for {setup:?}: {words}");
         let after = self.everything()?;
         let changed = before.iter().filter(|(path, content)| after.get(*path) != Some(content));
@@ -545,7 +571,7 @@ path = "out-{out}"
 
     fn change(&mut self, home: &Path, tally: &mut Tally) -> Result<()> {
         let setup = self.setup;
-        match self.random.between(0, 19) {
+        match self.random.between(0, 20) {
             0 | 1 => {
                 let parallelism = self.random.between(1, 5);
                 let step = if parallelism == setup.parallelism { "runs" } else { "rescales" };
@@ -633,7 +659,7 @@ path = "out-{out}"
             }
             14 => self.cut_while_read(tally),
             15 => self.move_output_away(tally),
-            16 => self.cut_the_power(home, tally),
+            16 | 17 => self.cut_the_power(home, tally),
             _ => self.change_input(tally),
         }
     }
@@ -868,6 +894,13 @@ path = "out-{out}"
         }
         Ok(())
     }
+}
+
+/// The code with which the program has refused something.
+fn refusal(output: &Output) -> Option<String> {
+    let words = said(output);
+    let (_, rest) = words.split_once("error[")?;
+    rest.split_once(']').map(|(code, _)| code.to_owned())
 }
 
 /// With which code a setup is refused to take over what another one has written; `None`: it fits.
