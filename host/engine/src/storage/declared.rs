@@ -16,7 +16,7 @@ use cofferdam_core::key_group::{key_group, key_groups_of, task_index};
 use cofferdam_sandbox::StateChanges;
 use serde::{Deserialize, Serialize};
 
-use super::{Result, keyed};
+use super::{Result, keyed, run::Run};
 
 /// An entry of declared state: by key group, so that a range of groups is a range of entries.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -86,6 +86,8 @@ pub enum Changes {
     Guest(Vec<StateChanges>),
     /// Collected by the host, which keeps it.
     Host(Arc<keyed::Layer>),
+    /// Those of several barriers, as one.
+    Merged(Run),
 }
 
 impl Changes {
@@ -95,7 +97,27 @@ impl Changes {
         match self {
             Self::Guest(pieces) => pieces.iter().all(|changes| changes.states.is_empty()),
             Self::Host(layer) => layer.is_empty(),
+            Self::Merged(run) => run.is_empty(),
         }
+    }
+
+    /// How much memory they take up, beside what the host keeps anyway.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Guest(pieces) => pieces.iter().map(|piece| piece_bytes(piece) as u64).sum(),
+            Self::Host(_) => 0,
+            Self::Merged(run) => run.bytes(),
+        }
+    }
+
+    /// These and later ones as one; `None` where the host keeps them, or they cannot be read.
+    pub(crate) fn merged(&self, later: &Self, max_parallelism: u32) -> Option<Self> {
+        if [self, later].iter().any(|it| matches!(it, Self::Host(_))) {
+            return None;
+        }
+        let runs = [self, later].map(|changes| changes.run(max_parallelism));
+        Run::of(Box::new(Merge::of(runs.into()))).ok().map(Self::Merged)
     }
 
     /// The changes as a run. Of a key that was handed over twice the last counts.
@@ -104,6 +126,7 @@ impl Changes {
         let pieces = match self {
             Self::Guest(pieces) => pieces,
             Self::Host(layer) => return layer.entries(),
+            Self::Merged(run) => return run.entries(None),
         };
         let mut entries: Vec<_> = pieces
             .iter()
@@ -117,6 +140,11 @@ impl Changes {
         entries.dedup_by(|(later, _), (first, _)| later == first);
         Box::new(entries.into_iter().map(|(key, value)| Ok((key, value.map(<[u8]>::to_vec)))))
     }
+}
+
+/// What a piece takes up, in bytes.
+pub(crate) fn piece_bytes(piece: &StateChanges) -> usize {
+    piece.keys.len() + piece.values.len() + 16 * piece.states.len()
 }
 
 /// State, key, length of its namespace, and value of each change; no value: removed.

@@ -9,7 +9,7 @@ use cofferdam_sandbox::StateChanges;
 
 use super::{
     Result, StorageError,
-    declared::{Changes, Entries, Entry, Merge, entry_bytes, within},
+    declared::{Changes, Entries, Entry, Merge, entry_bytes, piece_bytes, within},
 };
 
 /// A block is closed when its entries are this large.
@@ -81,6 +81,12 @@ impl Run {
         self.len
     }
 
+    /// How much memory it takes up.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.bytes.len() as u64).sum()
+    }
+
     /// Whether it has none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -125,7 +131,7 @@ impl RunBuilder {
     /// # Errors
     /// Where it cannot be encoded.
     pub fn push(&mut self, piece: StateChanges) -> Result<()> {
-        self.waiting_bytes += piece.keys.len() + piece.values.len() + 16 * piece.states.len();
+        self.waiting_bytes += piece_bytes(&piece);
         self.waiting.push(piece);
         if SORTED_BYTES <= self.waiting_bytes { self.sort() } else { Ok(()) }
     }

@@ -66,18 +66,38 @@ pub struct TaskSnapshot {
 }
 
 impl TaskSnapshot {
-    /// The same with other pages.
-    fn with_memory(&self, memory: Option<MemorySnapshot>) -> Self {
-        Self {
-            state: self.state.clone(),
-            is_drained: self.is_drained,
+    /// How much memory it takes up.
+    pub(crate) fn bytes(&self) -> u64 {
+        let pages = self.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes);
+        pages + self.declared.as_ref().map_or(0, |declared| declared.bytes())
+    }
+
+    /// One that says what this and a later one say; `None` where they cannot be made one.
+    fn with(&self, later: &Self, max_parallelism: u32) -> Option<Self> {
+        let memory = match (&self.memory, &later.memory) {
+            (Some(older), Some(newer)) => Some(MemorySnapshot::merged(older, newer)),
+            (None, None) => None,
+            _ => return None,
+        };
+        let (declared, is_declared_whole) = match (&self.declared, &later.declared) {
+            (_, Some(newer)) if later.is_declared_whole => (Some(newer.clone()), true),
+            (Some(older), Some(newer)) => {
+                let merged = older.merged(newer, max_parallelism)?;
+                (Some(Arc::new(merged)), self.is_declared_whole)
+            }
+            (None, None) => (None, false),
+            _ => return None,
+        };
+        Some(Self {
+            state: later.state.clone(),
+            is_drained: later.is_drained,
             memory,
-            declared: self.declared.clone(),
-            is_declared_whole: self.is_declared_whole,
-            in_flight: self.in_flight.clone(),
-            stats: self.stats,
-            taken_at: self.taken_at,
-        }
+            declared,
+            is_declared_whole,
+            in_flight: later.in_flight.clone(),
+            stats: later.stats,
+            taken_at: later.taken_at,
+        })
     }
 }
 
@@ -817,7 +837,7 @@ impl SnapshotStore {
                 Ok(all[first..].to_vec())
             }
             Err(error) => {
-                self.unwritten = folded(pending);
+                self.unwritten = folded(pending, &self.tasks);
                 self.reopened(error)
             }
         }
@@ -1253,28 +1273,19 @@ impl SnapshotStore {
 
 /// Snapshots that could not be written, those of one task as one where they take up much: a disk may fail
 /// for long. Their checkpoints have been given up, so that what is between them is asked for no more.
-fn folded(pending: Vec<Unwritten>) -> Vec<Unwritten> {
-    let pages = |(.., snapshot): &Unwritten| {
-        snapshot.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes)
-    };
-    if pending.iter().map(pages).sum::<u64>() <= FOLD_BYTES_MIN {
+fn folded(pending: Vec<Unwritten>, tasks: &[TaskIdentity]) -> Vec<Unwritten> {
+    if pending.iter().map(|(.., snapshot)| snapshot.bytes()).sum::<u64>() <= FOLD_BYTES_MIN {
         return pending;
     }
     let mut folded: Vec<Unwritten> = Vec::new();
-    for (task, id, mut newer) in pending {
-        let before = folded.iter().position(|(of, _, it)| *of == task && it.memory.is_some());
-        if let Some(place) = before
-            && let older = folded[place].2.clone()
-            && let (Some(old), Some(new)) = (&older.memory, &newer.memory)
-        {
-            newer = Arc::new(newer.with_memory(Some(MemorySnapshot::merged(old, new))));
-            // What it says of declared state stands beside the pages.
-            match older.declared.is_some() && !newer.is_declared_whole {
-                true => folded[place].2 = Arc::new(older.with_memory(None)),
-                false => drop(folded.remove(place)),
-            }
+    for (task, id, newer) in pending {
+        let before = folded.iter().rposition(|(of, ..)| *of == task);
+        let max_parallelism = tasks.get(task).map_or(1, |task| task.max_parallelism);
+        let both = before.and_then(|at| folded[at].2.with(&newer, max_parallelism));
+        match (before, both) {
+            (Some(at), Some(both)) => folded[at] = (task, id, Arc::new(both)),
+            _ => folded.push((task, id, newer)),
         }
-        folded.push((task, id, newer));
     }
     folded
 }
@@ -2106,8 +2117,7 @@ mod tests {
             let snapshots = both(&many(id), &[(&key, Some(id as u8)), ("a", Some(id as u8))]);
             write(&mut store, id, snapshots).expect_err("it is not there");
         }
-        let waiting = store.unwritten.iter().filter_map(|(.., it)| it.memory.as_ref());
-        let waiting: u64 = waiting.map(MemorySnapshot::changed_bytes).sum();
+        let waiting: u64 = store.unwritten.iter().map(|(.., it)| it.bytes()).sum();
         assert!(waiting <= FOLD_BYTES_MIN + (48 << 20), "{waiting} bytes");
         std::fs::rename(&away, &there).expect("moved back");
         write(&mut store, 12, both(&[(5, 12)], &[])).expect("written");
@@ -2129,6 +2139,44 @@ mod tests {
             expected.insert("a".to_owned(), 11);
             assert_eq!(entries.collect::<BTreeMap<_, _>>(), expected);
         }
+    }
+
+    #[test]
+    fn changes_that_cannot_be_written_for_long_are_made_one() {
+        let entry = |key: u32, value: Option<u8>| {
+            let value = value.map(|byte| vec![byte; 1 << 20]);
+            (DeclaredKey::new(0, format!("k{key}").as_bytes(), 0, 128), value)
+        };
+        let mut expected = BTreeMap::new();
+        let mut pending = Vec::new();
+        for id in 1..=40_u64 {
+            // Some are written again and again, one of them is removed in between.
+            let value = |key: u32| (key != 3 || !id.is_multiple_of(5)).then_some(id as u8);
+            let entries: Vec<Entry> = (0..6)
+                .map(|key| entry(key, value(key)))
+                .chain([entry(100 + id as u32 % 7, Some(id as u8))])
+                .collect();
+            expected.extend(entries.clone());
+            let snapshot = TaskSnapshot {
+                state: vec![id as u8],
+                declared: Some(Arc::new(Changes::Guest(vec![changes_of(entries.iter())]))),
+                is_declared_whole: id == 1,
+                ..TaskSnapshot::default()
+            };
+            pending.push((0, id, Arc::new(snapshot)));
+            pending = folded(pending, &[identity()]);
+            let waiting: u64 = pending.iter().map(|(.., it)| it.bytes()).sum();
+            assert!(waiting <= FOLD_BYTES_MIN + (8 << 20), "{waiting} bytes at {id}");
+        }
+        assert!(pending.len() < 40, "what is tested is a merge");
+        let first = &pending[0].2;
+        assert!(first.is_declared_whole, "it still is all there was");
+        let runs = pending.iter().filter_map(|(.., it)| it.declared.as_ref());
+        let merged = Merge::of(runs.map(|changes| changes.run(128)).collect());
+        let merged: BTreeMap<_, _> = merged.collect::<Result<_>>().expect("readable");
+        assert!(merged == expected);
+        let (_, id, last) = pending.last().expect("one");
+        assert_eq!((*id, &last.state), (40, &vec![40]));
     }
 
     #[test]

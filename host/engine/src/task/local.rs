@@ -141,10 +141,7 @@ impl Inner {
     /// wait have become more than the state they are merged. Costs a copy of them, so not to be called
     /// where a guest waits.
     pub(crate) fn fold(&mut self, aborted: u64) {
-        let bytes = |snapshot: &TaskSnapshot| {
-            snapshot.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes)
-        };
-        let waiting: u64 = self.pending.iter().map(|(_, snapshot)| bytes(snapshot)).sum();
+        let waiting: u64 = self.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
         if waiting <= FOLD_BYTES_MIN.max(self.image.size_bytes()) {
             return;
         }
@@ -243,6 +240,7 @@ mod tests {
     use cofferdam_sandbox::{MemoryDelta, memory::PAGE_BYTES};
 
     use super::*;
+    use crate::storage::declared::{Changes, DeclaredKey, changes_of};
 
     fn snapshot(state: u8) -> Arc<TaskSnapshot> {
         Arc::new(TaskSnapshot { state: vec![state], ..TaskSnapshot::default() })
@@ -323,9 +321,13 @@ mod tests {
                 globals: vec![byte.into()],
                 monotonic_ns: 0,
             };
+            // What was handed over is the store's, and is not needed here.
+            let key = DeclaredKey::new(0, b"key", 0, 128);
+            let entry = (key, Some(vec![byte; 4 << 20]));
             Arc::new(TaskSnapshot {
                 state: vec![byte],
                 memory: Some(memory),
+                declared: Some(Arc::new(Changes::Guest(vec![changes_of([&entry].into_iter())]))),
                 ..TaskSnapshot::default()
             })
         };
@@ -338,6 +340,8 @@ mod tests {
             };
             let waiting: usize = inner.pending.iter().map(|(_, snapshot)| pages(snapshot)).sum();
             assert!(waiting <= 8_000, "{waiting} pages after {id}");
+            let bytes: u64 = inner.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
+            assert!(bytes <= FOLD_BYTES_MIN + (20 << 20), "{bytes} bytes after {id}");
         }
         inner.settle(40).expect("there is memory");
         assert_eq!((inner.at, &inner.state[..]), (Some(40), &[40][..]));
