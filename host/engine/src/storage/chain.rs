@@ -12,6 +12,9 @@
 /// A chain keeps a third more pages than count, or so many.
 const GARBAGE_PAGES_MIN: u64 = 64;
 
+/// What was given up is made one where all but the largest of it has half as many bytes, or so many.
+const GIVEN_UP_BYTES_MIN: u64 = 4 << 20;
+
 /// The bit of an id that says: pages carried forward, for the snapshot whose id has the other bits.
 const CARRIED: u64 = 1 << 63;
 
@@ -41,6 +44,8 @@ pub(super) struct Written {
     pub(super) packs: Vec<PackPages>,
     /// Whether it counts for as long as the chain does: its entries of declared state are not followed.
     pub(super) is_lasting: bool,
+    /// Snapshots that it stands for: they are dead from then on.
+    pub(super) replaces: Vec<u64>,
 }
 
 /// The snapshots of one task, oldest first.
@@ -136,7 +141,7 @@ impl Chain {
 
     /// The next snapshot was written, or pages that are carried forward with it.
     pub(super) fn push(&mut self, id: u64, written: Written) {
-        let Written { bytes, packs, is_lasting } = written;
+        let Written { bytes, packs, is_lasting, replaces } = written;
         for (memory, page) in each_page(&packs) {
             let before = std::mem::replace(self.owner_mut(memory, page), id);
             if let Some(link) = self.link_mut(before) {
@@ -145,6 +150,9 @@ impl Chain {
         }
         // A snapshot without any page of its own, or without any left, counts up to this one.
         for link in self.links.iter_mut().filter(|link| link.live_pages == Some(0)) {
+            link.dead_since.get_or_insert(checkpoint_of(id));
+        }
+        for link in self.links.iter_mut().filter(|link| replaces.contains(&link.id)) {
             link.dead_since.get_or_insert(checkpoint_of(id));
         }
         let is_base = self.links.is_empty();
@@ -184,6 +192,27 @@ impl Chain {
             sparse.push(id);
         }
         sparse
+    }
+
+    /// Snapshots with declared state that lie between these two checkpoints, which is to say that they are
+    /// of checkpoints which were given up: those that are to be made one with the next snapshot, so that
+    /// they do not become more and more. What this costs is in proportion to what was written since.
+    pub(super) fn given_up(&self, completed: u64, pending: u64) -> Vec<u64> {
+        let is_lasting = |link: &&Link| {
+            let is_known = link.live_pages.is_none() && link.dead_since.is_none();
+            is_known && completed < checkpoint_of(link.id)
+        };
+        let links: Vec<&Link> = self.links.iter().filter(is_lasting).collect();
+        // One that may still be asked for lies over them.
+        if links.iter().any(|link| pending <= checkpoint_of(link.id)) {
+            return Vec::new();
+        }
+        let largest = links.iter().map(|link| link.bytes).max().unwrap_or(0);
+        let all: u64 = links.iter().map(|link| link.bytes).sum();
+        match GIVEN_UP_BYTES_MIN.max(largest / 2) < all - largest {
+            true => links.into_iter().map(|link| link.id).collect(),
+            false => Vec::new(),
+        }
     }
 
     /// The packs of a snapshot that have pages which count, by their numbers.

@@ -221,6 +221,8 @@ pub struct SnapshotStore {
     /// Snapshots that could not be written: the next write tries them first, or the chain would
     /// have a gap.
     unwritten: Vec<Unwritten>,
+    /// No checkpoint before this one will complete any more.
+    needed_from: u64,
     highest_id: u64,
     /// A restart has left snapshots behind that nothing stands on.
     has_leftovers: bool,
@@ -517,6 +519,7 @@ impl SnapshotStore {
             stats: BTreeMap::new(),
             is_compressing: false,
             unwritten: Vec::new(),
+            needed_from: 0,
             has_leftovers: false,
             components: BTreeMap::new(),
             has_components: false,
@@ -863,16 +866,16 @@ impl SnapshotStore {
             let mut parts = Vec::new();
             // Where the chain ends is known only of the first of a task.
             let is_next = snapshots[..at].iter().all(|(other, ..)| other != task);
-            let memory = snapshot.memory.as_ref().filter(|_| is_next);
-            let carried = memory.map_or(Ok(None), |memory| self.carried(*task, memory));
+            let carried = if is_next { self.carried(*task, snapshot) } else { Ok(None) };
             // What is written now is whole whether or not something older can be read.
             let carried = carried.unwrap_or_else(|error| {
                 tracing::warn!(%error, "what a checkpoint stands on cannot be read");
                 None
             });
-            if let Some(carried) = carried {
-                let carried = TaskSnapshot { memory: Some(carried), ..TaskSnapshot::default() };
-                parts.push(self.put_snapshot(*task, carried_with(*checkpoint), &carried)?);
+            if let Some((carried, replaces)) = carried {
+                let id = carried_with(*checkpoint);
+                let (id, written) = self.put_snapshot(*task, id, &carried)?;
+                parts.push((id, Written { replaces, ..written }));
             }
             parts.push(self.put_snapshot(*task, *checkpoint, snapshot)?);
             all.push(parts);
@@ -894,15 +897,54 @@ impl SnapshotStore {
         Ok((id, writer.snapshot(snapshot, declared)?))
     }
 
-    /// The pages that are to be carried forward with the next snapshot: see [`super::chain`].
-    fn carried(&self, task: usize, memory: &MemorySnapshot) -> Result<Option<MemorySnapshot>> {
+    /// What is to be carried forward with the next snapshot, see [`super::chain`]; and the snapshots that it
+    /// stands for.
+    fn carried(
+        &self,
+        task: usize,
+        next: &TaskSnapshot,
+    ) -> Result<Option<(TaskSnapshot, Vec<u64>)>> {
+        let chain = &self.chains[task];
+        let completed = self.current.checkpoints.last().copied().unwrap_or(0);
+        let mut given_up = chain.given_up(completed, self.needed_from);
+        // Pages go forward only with others.
+        if next.memory.is_none() && given_up.iter().any(|id| chain.live_packs(*id).next().is_some())
+        {
+            given_up.clear();
+        }
+        let memory = match &next.memory {
+            Some(memory) => self.carried_pages(task, memory, &given_up)?,
+            None => None,
+        };
+        if memory.is_none() && given_up.is_empty() {
+            return Ok(None);
+        }
+        let mut carried = TaskSnapshot { memory, ..TaskSnapshot::default() };
+        if !given_up.is_empty() {
+            let generation = &*self.current.generation;
+            let run = Run::of(Box::new(declared_of(generation, task, &given_up, None)?))?;
+            carried.declared = Some(Arc::new(Changes::Merged(run)));
+            for id in &given_up {
+                carried.is_declared_whole |= read_header(generation, task, *id)?.is_declared_whole;
+            }
+        }
+        Ok(Some((carried, given_up)))
+    }
+
+    /// The pages that count of snapshots which are sparse, or were given up.
+    fn carried_pages(
+        &self,
+        task: usize,
+        memory: &MemorySnapshot,
+        given_up: &[u64],
+    ) -> Result<Option<MemorySnapshot>> {
         let chain = &self.chains[task];
         let packs: Vec<PackPages> = (0..)
             .zip(&memory.memories)
             .map(|(memory, delta)| (memory, delta.pages().map(|(page, _)| page).collect()))
             .collect();
         let sparse = chain.sparse_without(&packs);
-        if sparse.is_empty() {
+        if sparse.is_empty() && given_up.is_empty() {
             return Ok(None);
         }
         let is_new: Vec<BTreeSet<u32>> =
@@ -910,14 +952,14 @@ impl SnapshotStore {
         let empty = |delta: &MemoryDelta| MemoryDelta::new(delta.size_bytes());
         let mut carried: Vec<MemoryDelta> = memory.memories.iter().map(empty).collect();
         let generation = &*self.current.generation;
-        for id in sparse {
-            let header = read_header(generation, task, id)?;
-            for pack in chain.live_packs(id) {
-                let of = (task, id);
+        for id in sparse.iter().chain(given_up) {
+            let header = read_header(generation, task, *id)?;
+            for pack in chain.live_packs(*id) {
+                let of = (task, *id);
                 let (pack, start) = read_pack(generation, of, &header, KIND_MEMORY, pack as u32)?;
                 each_page(&pack[start..], |memory, page, bytes| {
                     let place = memory as usize;
-                    let is_due = chain.owner(memory, page) == id
+                    let is_due = chain.owner(memory, page) == *id
                         && is_new.get(place).is_some_and(|new| !new.contains(&page));
                     if is_due && let Some(delta) = carried.get_mut(place) {
                         delta.push(page, bytes);
@@ -1065,6 +1107,7 @@ impl SnapshotStore {
     /// No checkpoint before this one will complete any more: snapshots that later ones have replaced go
     /// with the next write.
     pub fn release(&mut self, needed_from: u64) {
+        self.needed_from = self.needed_from.max(needed_from);
         for chain in &mut self.chains {
             self.has_leftovers |= chain.drop_dead(needed_from);
         }
@@ -1450,7 +1493,7 @@ impl<'a> PackWriter<'a> {
             .map_err(|error| StorageError::store("encode a header", error))?;
         self.put(KIND_HEADER, 0, |value| value.extend_from_slice(&payload))?;
         let is_lasting = 0 < declared_packs || snapshot.is_declared_whole;
-        Ok(Written { bytes: self.bytes, packs, is_lasting })
+        Ok(Written { bytes: self.bytes, packs, is_lasting, replaces: Vec::new() })
     }
 
     fn put(&mut self, kind: u8, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
@@ -2039,6 +2082,116 @@ mod tests {
     }
 
     /// The batch was forgotten whose write found the store closed, and the next one had a gap before it.
+    /// Bytes of all snapshots.
+    fn stored_bytes(store: &SnapshotStore) -> usize {
+        let generation = &*store.current.generation;
+        let keys = generation.keys(b"s").expect("listed");
+        keys.iter().map(|key| generation.get(key).expect("read").map_or(0, |it| it.len())).sum()
+    }
+
+    /// Of declared state, too; and it does not become more and more while no checkpoint completes.
+    #[test]
+    fn whatever_is_given_up_a_checkpoint_has_the_newest_of_every_entry() {
+        type Known = (u64, BTreeMap<DeclaredKey, u8>, BTreeMap<u32, u8>);
+        const VALUE_BYTES: usize = 50_000;
+        let mut merged = 0;
+        for seed in 0..16 {
+            let mut random = cofferdam_core::random::Random::new(seed);
+            let mut below = move |end: u64| random.between(0, end.max(1) - 1);
+            // With pages beside it, as where the host keeps declared state; and where the guest does, without.
+            let has_pages = seed % 2 == 0;
+            let mut store = open();
+            let (mut state, mut page_state) = (BTreeMap::new(), BTreeMap::new());
+            let mut complete: Option<Known> = None;
+            let mut pending = Vec::new();
+            for step in 1..160u64 {
+                let id = store.next_id();
+                let byte = (step % 251) as u8;
+                let mut changed = BTreeMap::new();
+                for _ in 0..1 + below(12) {
+                    let key = format!("key {}", below(40));
+                    let value = (below(5) != 0).then_some(byte);
+                    changed.insert(DeclaredKey::new(0, key.as_bytes(), 0, 128), value);
+                }
+                for (key, value) in &changed {
+                    match value {
+                        Some(byte) => drop(state.insert(key.clone(), *byte)),
+                        None => drop(state.remove(key)),
+                    }
+                }
+                let entry = |(key, value): (DeclaredKey, Option<u8>)| {
+                    (key, value.map(|byte| vec![byte; VALUE_BYTES]))
+                };
+                let entries: Vec<Entry> = changed.into_iter().map(entry).collect();
+                let mut delta = MemoryDelta::new(1 << 20);
+                for page in 0..below(4) as u32 {
+                    delta.push(page * 7 + (step % 5) as u32, &[byte; PAGE_BYTES]);
+                }
+                page_state.extend(delta.pages().map(|(page, bytes)| (page, bytes[0])));
+                let snapshot = TaskSnapshot {
+                    state: vec![byte],
+                    memory: has_pages.then(|| MemorySnapshot {
+                        memories: vec![delta],
+                        globals: vec![5],
+                        monotonic_ns: 1,
+                    }),
+                    declared: Some(Arc::new(Changes::Guest(vec![changes_of(entries.iter())]))),
+                    is_declared_whole: step == 1,
+                    ..TaskSnapshot::default()
+                };
+                store.write(vec![(0, id, Arc::new(snapshot))]).expect("written");
+                merged += store.chains[0].ids().filter(|it| *it == carried_with(id)).count();
+                pending.push((id, state.clone(), page_state.clone()));
+                // From some step on nothing completes any more.
+                match if step < 60 { below(24) } else { 23 } {
+                    // It is still under way when the next one is triggered.
+                    0..=9 if pending.len() < 3 => continue,
+                    10 => {
+                        if let Some((id, before, pages)) = complete.clone()
+                            && store.is_current(id)
+                        {
+                            store.begin_attempt(&[0], Some(id)).expect("begins");
+                            (state, page_state) = (before, pages);
+                            pending.clear();
+                        }
+                        continue;
+                    }
+                    11 => {
+                        let (id, ..) = pending[below(pending.len() as u64) as usize];
+                        let at = pending.iter().position(|(it, ..)| *it == id).expect("there");
+                        store.complete(id, 0).expect("complete");
+                        let before = complete.replace(pending[at].clone());
+                        pending.drain(..=at);
+                        if let Some((oldest, ..)) = before {
+                            let next = pending.first().map(|(id, ..)| *id);
+                            store.subsume(oldest, id, next).expect("forgotten");
+                        }
+                    }
+                    _ => {
+                        // The oldest is given up, or all of them.
+                        let left = if below(3) != 0 { 1 } else { pending.len() };
+                        pending.drain(..left);
+                        store.release(pending.first().map_or(id + 1, |(id, ..)| *id));
+                    }
+                }
+                if let Some((id, state, pages)) = &complete {
+                    let entries =
+                        store.declared(0, *id).and_then(Iterator::collect::<Result<Vec<_>>>);
+                    let entries = entries.expect("whole").into_iter();
+                    let entries = entries.map(|(key, value)| (key, value.expect("there")[0]));
+                    assert!(entries.eq(state.clone()), "seed {seed}, step {step}, checkpoint {id}");
+                    if has_pages {
+                        assert_eq!(pages_of(&store, *id), *pages, "seed {seed}, checkpoint {id}");
+                    }
+                }
+                let stored = stored_bytes(&store);
+                // What is complete, what is merged, and half as much again, while the next is written.
+                assert!(stored <= 16 << 20, "seed {seed}, step {step}: {stored} bytes");
+            }
+        }
+        assert!(40 < merged, "{merged}");
+    }
+
     #[test]
     fn no_snapshot_is_lost_while_the_store_cannot_be_opened() {
         let dir = tempfile::tempdir().expect("a directory");
