@@ -421,7 +421,14 @@ impl Driver {
         self.shared.storage.release(needed_from);
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         tokio::task::spawn_blocking(move || {
-            locals.iter().for_each(|local| local.lock().fold(aborted.0));
+            for local in locals {
+                local.lock().fold(needed_from.0);
+                if let Some(keyed) = &local.keyed
+                    && let Err(error) = keyed.fold(needed_from.0)
+                {
+                    tracing::warn!(%error, "make one of what was given up: it is tried again");
+                }
+            }
         });
     }
 

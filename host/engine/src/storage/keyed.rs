@@ -381,6 +381,46 @@ impl KeyedState {
         self.settle()
     }
 
+    /// No checkpoint before this one will complete any more: their layers count only together, and are made
+    /// one where all but the largest of them have half as many bytes, so that they do not become more and
+    /// more. Not to be called where a guest waits.
+    ///
+    /// # Errors
+    /// Where they cannot be read, or the disk does not take the whole; the state is as it was.
+    pub(crate) fn fold(&self, needed_from: u64) -> Result<()> {
+        let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let (apart, turn) = {
+            let inner = self.lock();
+            let is_given_up =
+                |(id, _): &&(u64, Arc<Layer>)| inner.completed < *id && *id < needed_from;
+            let apart: Vec<(u64, Arc<Layer>)> =
+                inner.pending.iter().filter(is_given_up).cloned().collect();
+            (apart, inner.turn)
+        };
+        let largest = apart.iter().map(|(_, layer)| layer.bytes).max().unwrap_or(0);
+        let all: u64 = apart.iter().map(|(_, layer)| layer.bytes).sum();
+        let is_due = self.limits.write_buffer_bytes.max(largest / 2) < all - largest;
+        let Some((newest, _)) = apart.last().filter(|_| is_due) else { return Ok(()) };
+        let mut whole = Layer::default();
+        let runs = apart.iter().map(|(_, layer)| layer.entries()).collect();
+        for entry in Merge::of(runs) {
+            let (key, value) = entry?;
+            whole.set(encode(&key), value);
+            if self.limits.write_buffer_bytes < whole.buffered_bytes {
+                whole.spill(&self.tables)?;
+            }
+        }
+        let mut inner = self.lock();
+        // A restart has forgotten them.
+        if inner.turn != turn {
+            return Ok(());
+        }
+        let at = inner.pending.iter().position(|(id, _)| *id == apart[0].0).unwrap_or(0);
+        inner.pending.drain(at..at + apart.len());
+        inner.pending.insert(at, (*newest, Arc::new(whole)));
+        Ok(())
+    }
+
     fn settle(&self) -> Result<()> {
         let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -756,6 +796,42 @@ mod tests {
             assert!(buffered <= 2 * (4 << 10), "{buffered} bytes after {barrier} barriers");
         }
         assert_eq!(state.get(0, &[3], 0).expect("readable"), Some(vec![50; 100]));
+    }
+
+    #[test]
+    fn layers_of_checkpoints_that_never_complete_are_made_one() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = state(&dir, 500);
+        write(&state, 0, b"base", Some(vec![1; 10]));
+        state.cut(1, &[]).expect("cut");
+        state.complete(1).expect("complete");
+        let mut expected = Model::from([(b"base".to_vec(), vec![1; 10])]);
+        for id in 2..200_u8 {
+            let key = [b'k', id % 7];
+            let value = (!id.is_multiple_of(3)).then(|| vec![id; 20]);
+            write(&state, 0, &key, value.clone());
+            match value {
+                Some(value) => expected.insert(key.to_vec(), value),
+                None => expected.remove(&key[..]),
+            };
+            state.cut(id.into(), &[]).expect("cut");
+            // One is still under way, and lies over them.
+            state.fold(u64::from(id) - 1).expect("folded");
+            assert!(state.lock().pending.len() <= 20, "{}", state.lock().pending.len());
+            assert_eq!(scanned(&state, 0), expected, "after {id}");
+        }
+        state.complete(199).expect("complete");
+        assert_eq!(state.lock().pending.len(), 0);
+        assert_eq!(scanned(&state, 0), expected);
+        // A restart forgets what was made one, with the rest.
+        write(&state, 0, b"later", Some(vec![2]));
+        for id in 200..220 {
+            write(&state, 0, b"later", Some(vec![3; 100]));
+            state.cut(id, &[]).expect("cut");
+            state.fold(id + 1).expect("folded");
+        }
+        assert_eq!(state.rewind(199), None, "it is here");
+        assert_eq!(scanned(&state, 0), expected);
     }
 
     #[test]

@@ -24,6 +24,8 @@ use crate::storage::{
 
 /// Snapshots that wait for their checkpoints may take so much memory, or as much as the state.
 const FOLD_BYTES_MIN: u64 = 16 << 20;
+/// Or where they are more than this.
+const FOLD_COUNT_MIN: usize = 256;
 
 /// One task's local copy of its state.
 #[derive(Default)]
@@ -132,23 +134,36 @@ fn unmap(instance: Option<Instance>) {
 }
 
 impl Inner {
-    /// Keeps a snapshot until its checkpoint's fate is known.
+    /// Keeps a snapshot until its checkpoint's fate is known; but for what was handed over, which the store
+    /// alone needs.
     pub(crate) fn push(&mut self, checkpoint: u64, snapshot: Arc<TaskSnapshot>) {
-        self.pending.push_back((checkpoint, snapshot));
+        let is_needed = snapshot.memory.is_some() || snapshot.declared.is_none();
+        let kept = match is_needed {
+            true => snapshot,
+            false => Arc::new(TaskSnapshot {
+                state: snapshot.state.clone(),
+                is_drained: snapshot.is_drained,
+                in_flight: snapshot.in_flight.clone(),
+                ..TaskSnapshot::default()
+            }),
+        };
+        self.pending.push_back((checkpoint, kept));
     }
 
-    /// A checkpoint was given up: its snapshot counts only as part of the next one, and where those that
-    /// wait have become more than the state they are merged. Costs a copy of them, so not to be called
-    /// where a guest waits.
-    pub(crate) fn fold(&mut self, aborted: u64) {
+    /// No checkpoint before this one will complete any more: snapshots for them count only as part of the
+    /// next, and where those that wait have become more than the state they are merged. Costs a copy of
+    /// them, so not to be called where a guest waits.
+    pub(crate) fn fold(&mut self, needed_from: u64) {
         let waiting: u64 = self.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
-        if waiting <= FOLD_BYTES_MIN.max(self.image.size_bytes()) {
+        let is_few = self.pending.len() <= FOLD_COUNT_MIN;
+        if is_few && waiting <= FOLD_BYTES_MIN.max(self.image.size_bytes()) {
             return;
         }
-        let Some((mut id, mut merged)) = self.pending.pop_front_if(|(id, _)| *id <= aborted) else {
+        let Some((mut id, mut merged)) = self.pending.pop_front_if(|(id, _)| *id < needed_from)
+        else {
             return;
         };
-        while let Some((next, snapshot)) = self.pending.pop_front_if(|(id, _)| *id <= aborted) {
+        while let Some((next, snapshot)) = self.pending.pop_front_if(|(id, _)| *id < needed_from) {
             let memory = match (&merged.memory, &snapshot.memory) {
                 (Some(older), Some(newer)) => Some(MemorySnapshot::merged(older, newer)),
                 _ => None,
@@ -334,7 +349,7 @@ mod tests {
         let mut inner = Inner { at: Some(0), ..Inner::default() };
         for id in 1..=40u8 {
             inner.push(id.into(), delta(u32::from(id) * 10, id));
-            inner.fold(id.into());
+            inner.fold(u64::from(id) + 1);
             let pages = |it: &TaskSnapshot| {
                 it.memory.as_ref().map_or(0, |memory| memory.memories[0].page_count())
             };
