@@ -111,13 +111,14 @@ impl Changes {
         }
     }
 
-    /// These and later ones as one; `None` where the host keeps them, or they cannot be read.
-    pub(crate) fn merged(&self, later: &Self, max_parallelism: u32) -> Option<Self> {
-        if [self, later].iter().any(|it| matches!(it, Self::Host(_))) {
+    /// Those of barriers that follow each other, as one; `None` where the host keeps them, or they cannot be
+    /// read.
+    pub(crate) fn as_one(apart: &[&Self], max_parallelism: u32) -> Option<Self> {
+        if apart.iter().any(|it| matches!(it, Self::Host(_))) {
             return None;
         }
-        let runs = [self, later].map(|changes| changes.run(max_parallelism));
-        Run::of(Box::new(Merge::of(runs.into()))).ok().map(Self::Merged)
+        let runs = apart.iter().map(|changes| changes.run(max_parallelism)).collect();
+        Run::of(Box::new(Merge::of(runs))).ok().map(Self::Merged)
     }
 
     /// The changes as a run. Of a key that was handed over twice the last counts.

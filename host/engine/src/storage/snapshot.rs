@@ -72,31 +72,33 @@ impl TaskSnapshot {
         pages + self.declared.as_ref().map_or(0, |declared| declared.bytes())
     }
 
-    /// One that says what this and a later one say; `None` where they cannot be made one.
-    fn with(&self, later: &Self, max_parallelism: u32) -> Option<Self> {
-        let memory = match (&self.memory, &later.memory) {
-            (Some(older), Some(newer)) => Some(MemorySnapshot::merged(older, newer)),
-            (None, None) => None,
-            _ => return None,
-        };
-        let (declared, is_declared_whole) = match (&self.declared, &later.declared) {
-            (_, Some(newer)) if later.is_declared_whole => (Some(newer.clone()), true),
-            (Some(older), Some(newer)) => {
-                let merged = older.merged(newer, max_parallelism)?;
-                (Some(Arc::new(merged)), self.is_declared_whole)
-            }
-            (None, None) => (None, false),
-            _ => return None,
+    /// One that says what several say that follow each other; `None` where they cannot be made one.
+    fn as_one(apart: &[&Self], max_parallelism: u32) -> Option<Self> {
+        let last = apart.last()?;
+        let memories: Vec<&MemorySnapshot> =
+            apart.iter().filter_map(|it| it.memory.as_ref()).collect();
+        let declared: Vec<&Changes> =
+            apart.iter().filter_map(|it| it.declared.as_deref()).collect();
+        let all_or_none = [0, apart.len()];
+        if !all_or_none.contains(&memories.len()) || !all_or_none.contains(&declared.len()) {
+            return None;
+        }
+        // Those before are none of it any more.
+        let first = apart.iter().rposition(|it| it.is_declared_whole);
+        let counting = declared.get(first.unwrap_or(0)..).unwrap_or_default();
+        let declared = match declared.is_empty() {
+            true => None,
+            false => Some(Arc::new(Changes::as_one(counting, max_parallelism)?)),
         };
         Some(Self {
-            state: later.state.clone(),
-            is_drained: later.is_drained,
-            memory,
+            state: last.state.clone(),
+            is_drained: last.is_drained,
+            memory: merge_memory(memories),
             declared,
-            is_declared_whole,
-            in_flight: later.in_flight.clone(),
-            stats: later.stats,
-            taken_at: later.taken_at,
+            is_declared_whole: first.is_some(),
+            in_flight: last.in_flight.clone(),
+            stats: last.stats,
+            taken_at: last.taken_at,
         })
     }
 }
@@ -824,6 +826,10 @@ impl SnapshotStore {
         let first = self.unwritten.len();
         self.unwritten.extend(snapshots);
         let pending = std::mem::take(&mut self.unwritten);
+        // Where the disk is slower than checkpoints are given up, only what is new of them is written.
+        let needed_from = self.needed_from;
+        let is_given_up = |(_, id, _): &Unwritten| *id < needed_from;
+        let (pending, places) = folded(pending, &self.tasks, is_given_up);
         let written = self.tidied().and_then(|()| self.write_all(&pending));
         match written {
             Ok(written) => {
@@ -837,10 +843,10 @@ impl SnapshotStore {
                     parts.into_iter().for_each(|(id, written)| chain.push(id, written));
                     all.push(bytes);
                 }
-                Ok(all[first..].to_vec())
+                Ok(places[first..].iter().map(|place| all[*place]).collect())
             }
             Err(error) => {
-                self.unwritten = folded(pending, &self.tasks);
+                self.unwritten = kept_for_later(pending, &self.tasks);
                 self.reopened(error)
             }
         }
@@ -1316,21 +1322,47 @@ impl SnapshotStore {
 
 /// Snapshots that could not be written, those of one task as one where they take up much: a disk may fail
 /// for long. Their checkpoints have been given up, so that what is between them is asked for no more.
-fn folded(pending: Vec<Unwritten>, tasks: &[TaskIdentity]) -> Vec<Unwritten> {
-    if pending.iter().map(|(.., snapshot)| snapshot.bytes()).sum::<u64>() <= FOLD_BYTES_MIN {
-        return pending;
-    }
-    let mut folded: Vec<Unwritten> = Vec::new();
-    for (task, id, newer) in pending {
-        let before = folded.iter().rposition(|(of, ..)| *of == task);
-        let max_parallelism = tasks.get(task).map_or(1, |task| task.max_parallelism);
-        let both = before.and_then(|at| folded[at].2.with(&newer, max_parallelism));
-        match (before, both) {
-            (Some(at), Some(both)) => folded[at] = (task, id, Arc::new(both)),
-            _ => folded.push((task, id, newer)),
+fn kept_for_later(pending: Vec<Unwritten>, tasks: &[TaskIdentity]) -> Vec<Unwritten> {
+    let is_few = pending.iter().map(|(.., it)| it.bytes()).sum::<u64>() <= FOLD_BYTES_MIN;
+    if is_few { pending } else { folded(pending, tasks, |_| true).0 }
+}
+
+/// Snapshots that only count together with the next one of their task are made one with that; and where
+/// each is among the others then.
+fn folded(
+    pending: Vec<Unwritten>,
+    tasks: &[TaskIdentity],
+    counts_with_next: impl Fn(&Unwritten) -> bool,
+) -> (Vec<Unwritten>, Vec<usize>) {
+    // Those that are to be one, by their numbers.
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (number, (task, ..)) in pending.iter().enumerate() {
+        let last = |group: &Vec<usize>| group.last().map(|last| &pending[*last]);
+        let of_task =
+            groups.iter_mut().rev().find(|group| last(group).is_some_and(|it| it.0 == *task));
+        match of_task.filter(|group| last(group).is_some_and(&counts_with_next)) {
+            Some(group) => group.push(number),
+            None => groups.push(vec![number]),
         }
     }
-    folded
+    let (mut folded, mut places) = (Vec::<Unwritten>::new(), vec![0; pending.len()]);
+    for group in groups {
+        let (task, id, _) = pending[group[group.len() - 1]];
+        let max_parallelism = tasks.get(task).map_or(1, |task| task.max_parallelism);
+        let apart: Vec<&TaskSnapshot> = group.iter().map(|number| &*pending[*number].2).collect();
+        let one =
+            (1 < apart.len()).then(|| TaskSnapshot::as_one(&apart, max_parallelism)).flatten();
+        let Some(one) = one else {
+            for number in group {
+                places[number] = folded.len();
+                folded.push(pending[number].clone());
+            }
+            continue;
+        };
+        group.into_iter().for_each(|number| places[number] = folded.len());
+        folded.push((task, id, Arc::new(one)));
+    }
+    (folded, places)
 }
 
 /// Entries under the numbers that their states have now, in the order of their keys.
@@ -1774,11 +1806,14 @@ fn each_page<'a>(payload: &'a [u8], mut take: impl FnMut(u32, u32, &'a [u8])) ->
 }
 
 /// One snapshot that says what several say that follow each other.
-pub(crate) fn merge_memory(snapshots: &[MemorySnapshot]) -> Option<MemorySnapshot> {
+pub(crate) fn merge_memory<'a>(
+    snapshots: impl IntoIterator<Item = &'a MemorySnapshot>,
+) -> Option<MemorySnapshot> {
+    let snapshots: Vec<&MemorySnapshot> = snapshots.into_iter().collect();
     let last = snapshots.last()?;
     let memories = last.memories.iter().enumerate().map(|(index, newest)| {
         let mut pages = BTreeMap::new();
-        for snapshot in snapshots {
+        for snapshot in &snapshots {
             pages.extend(snapshot.memories.get(index).into_iter().flat_map(MemoryDelta::pages));
         }
         let mut merged = MemoryDelta::new(newest.size_bytes());
@@ -2317,7 +2352,7 @@ mod tests {
                 ..TaskSnapshot::default()
             };
             pending.push((0, id, Arc::new(snapshot)));
-            pending = folded(pending, &[identity()]);
+            pending = kept_for_later(pending, &[identity()]);
             let waiting: u64 = pending.iter().map(|(.., it)| it.bytes()).sum();
             assert!(waiting <= FOLD_BYTES_MIN + (8 << 20), "{waiting} bytes at {id}");
         }
@@ -2330,6 +2365,26 @@ mod tests {
         assert!(merged == expected);
         let (_, id, last) = pending.last().expect("one");
         assert_eq!((*id, &last.state), (40, &vec![40]));
+    }
+
+    /// Those that wait for the disk are written as one where only the last may complete.
+    #[test]
+    fn snapshots_that_were_given_up_before_they_were_written_are_written_as_one() {
+        let mut store = open();
+        let batch = |ids: std::ops::RangeInclusive<u64>| -> Vec<Unwritten> {
+            let of = |id: u64| snapshot(&[(id as u32 % 3, id as u8)], &[("a", Some(id as u8))]);
+            ids.map(|id| (0, id, of(id))).collect()
+        };
+        store.write(batch(1..=1)).expect("written");
+        store.complete(1, 0).expect("complete");
+        store.release(5);
+        let bytes = store.write(batch(2..=6)).expect("written");
+        assert_eq!(bytes.len(), 5, "each has its answer");
+        // What is before the oldest that may complete lies in that.
+        assert_eq!(store.chains[0].ids().collect::<Vec<_>>(), [1, 5, 6]);
+        store.complete(6, 0).expect("complete");
+        let pages = BTreeMap::from([(0, 6), (1, 4), (2, 5)]);
+        assert_eq!(contents(&store, 6), (pages, vec![(b"a".to_vec(), vec![6])]));
     }
 
     #[test]

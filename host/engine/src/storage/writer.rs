@@ -192,6 +192,8 @@ fn run(
                 loop {
                     match commands.try_recv() {
                         Ok(Command::Write(snapshot)) => snapshots.push(snapshot),
+                        // Of what waits it says what may be written together.
+                        Ok(Command::Release { needed_from }) => lock(store).release(needed_from),
                         Ok(other) => {
                             next = Some(other);
                             break;
