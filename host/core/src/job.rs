@@ -103,7 +103,7 @@ pub enum Event {
         /// The storage's reason.
         message: String,
     },
-    /// After `Subsume`: the checkpoint's data are gone.
+    /// After `Subsume` or `Discard`: the checkpoint's data are gone, or written as part of the next.
     CheckpointCleaned,
     /// Something has ended by a failure.
     TaskFailed {
@@ -185,7 +185,8 @@ pub enum Effect {
         /// After the last one, tasks close and answer `TaskFinished`.
         purpose: Purpose,
     },
-    /// A pending checkpoint is given up: unblock tasks that align for it.
+    /// A pending checkpoint is given up: unblock tasks that align for it. Answer: `CheckpointCleaned`, when what
+    /// was taken for it does not wait to be written any more.
     Discard {
         /// The checkpoint.
         checkpoint: CheckpointId,

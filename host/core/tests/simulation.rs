@@ -256,6 +256,7 @@ impl World {
             Effect::Discard { checkpoint, .. } => {
                 assert!(!self.manifests.contains(&checkpoint), "gave up what is complete");
                 self.tasks.values_mut().for_each(|task| task.is_held = false);
+                self.later(Event::CheckpointCleaned);
             }
             Effect::Subsume { checkpoint } => {
                 assert!(self.manifests.remove(&checkpoint), "subsumed what is not complete");

@@ -611,7 +611,7 @@ impl Coordinator {
         }
     }
 
-    /// The data of a subsumed checkpoint are gone.
+    /// The data of a checkpoint that was subsumed or aborted are gone, or written as part of the next.
     pub fn on_cleaned(&mut self) {
         self.cleaning = self.cleaning.saturating_sub(1);
     }
@@ -625,6 +625,7 @@ impl Coordinator {
             None => self.failures.on_failure(Some(checkpoint), &reason),
         };
         let message = format!("checkpoint {checkpoint}: {}", reason.message());
+        self.cleaning += 1;
         steps.push(Step::Aborted { checkpoint, trigger, reason });
         if weight == FailureWeight::Exceeded {
             steps.push(Step::Exceeded { message });

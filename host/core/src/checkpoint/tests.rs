@@ -81,6 +81,11 @@ impl Rig {
             Step::Subsumed { checkpoint } => format!("subsume {checkpoint}"),
             Step::Exceeded { .. } => "exceeded".to_owned(),
         };
+        let is_aborted = |step: &&Step| matches!(step, Step::Aborted { .. });
+        if !self.cleans_slowly {
+            let aborted = self.steps.iter().filter(is_aborted).count();
+            (0..aborted).for_each(|_| self.coordinator.on_cleaned());
+        }
         let shown: Vec<String> = std::mem::take(&mut self.steps).iter().map(show).collect();
         shown.join(", ")
     }
@@ -327,6 +332,18 @@ fn slow_cleaning_holds_the_next_checkpoint_back() {
     assert_eq!(rig.run_to(60), "");
     rig.coordinator.on_cleaned();
     assert!(rig.run_to(61).starts_with("begin 4"));
+}
+
+/// What was taken for it may still wait to be written.
+#[test]
+fn what_is_given_up_holds_the_next_checkpoint_back_until_it_is_cleaned() {
+    let mut rig = Rig::new(10, CheckpointSettings { timeout_ms: 5, ..tolerant() });
+    rig.cleans_slowly = true;
+    let two = "begin 1, abort 1 CHECKPOINT_EXPIRED, begin 2, abort 2 CHECKPOINT_EXPIRED";
+    assert_eq!(rig.run_to(60), two);
+    assert_eq!(rig.run_to(90), "", "two are not cleaned, one more than may be pending");
+    rig.coordinator.on_cleaned();
+    assert_eq!(rig.run_to(91), "begin 3");
 }
 
 #[test]

@@ -120,7 +120,8 @@ impl StorageHandle {
         });
     }
 
-    /// A checkpoint was given up: pending ones from `needed_from` on are all that may still complete.
+    /// A checkpoint was given up: pending ones from `needed_from` on are all that may still complete. Answer:
+    /// `CheckpointCleaned`, when what was handed in before is written.
     pub(crate) fn release(&self, needed_from: CheckpointId) {
         self.send(Command::Release { needed_from: needed_from.0 });
     }
@@ -185,7 +186,7 @@ fn run(
 ) {
     let mut next = commands.blocking_recv();
     while let Some(command) = next.take() {
-        let mut snapshots = Vec::new();
+        let (mut snapshots, mut releases) = (Vec::new(), 0);
         match command {
             Command::Write(snapshot) => {
                 snapshots.push(snapshot);
@@ -193,7 +194,10 @@ fn run(
                     match commands.try_recv() {
                         Ok(Command::Write(snapshot)) => snapshots.push(snapshot),
                         // Of what waits it says what may be written together.
-                        Ok(Command::Release { needed_from }) => lock(store).release(needed_from),
+                        Ok(Command::Release { needed_from }) => {
+                            lock(store).release(needed_from);
+                            releases += 1;
+                        }
                         Ok(other) => {
                             next = Some(other);
                             break;
@@ -206,6 +210,7 @@ fn run(
         }
         if !snapshots.is_empty() {
             write(&mut lock(store), snapshots, report);
+            (0..releases).for_each(|_| report.event(Event::CheckpointCleaned));
         }
         if next.is_none() {
             next = commands.blocking_recv();
@@ -274,6 +279,9 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
             }
             report.event(Event::CheckpointCleaned);
         }
-        Command::Release { needed_from } => store.release(needed_from),
+        Command::Release { needed_from } => {
+            store.release(needed_from);
+            report.event(Event::CheckpointCleaned);
+        }
     }
 }
