@@ -69,7 +69,8 @@ async fn compress(component: &cofferdam_sandbox::Component) -> Result<()> {
     instance.process(0, &words).await?;
     let memory = instance.snapshot().await?;
     let state = memory.changed_bytes();
-    let snapshot = Arc::new(TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() });
+    let snapshot =
+        Arc::new(TaskSnapshot { memory: Some(memory.into()), ..TaskSnapshot::default() });
     let mut rows = [Vec::new(), Vec::new()];
     // In turn, so that both meet the same disk.
     for _ in 0..ROUNDS {
@@ -120,7 +121,8 @@ async fn measure(
         let pause_us = began.elapsed().as_secs_f64() * 1e6;
         let changed = memory.changed_bytes();
         let file_s = write_plainly(&mut plain, &memory)?;
-        let snapshot = Arc::new(TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() });
+        let snapshot =
+            Arc::new(TaskSnapshot { memory: Some(memory.into()), ..TaskSnapshot::default() });
         let disk_before = disk_bytes();
         let began = Instant::now();
         let stored = store.write(vec![(0, round + 1, snapshot)])?[0];

@@ -73,7 +73,7 @@ fn soak(
             delta.push(page as u32, &[id as u8; PAGE]);
         }
         let memory = MemorySnapshot { memories: vec![delta], ..MemorySnapshot::default() };
-        let snapshot = TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() };
+        let snapshot = TaskSnapshot { memory: Some(memory.into()), ..TaskSnapshot::default() };
         store.write(vec![(0, id, Arc::new(snapshot))]).expect("written");
         store.complete(id, 0).expect("complete");
         if 1 < id {

@@ -398,7 +398,7 @@ impl Driver {
             in_flight_bytes: stats.in_flight_bytes,
         });
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
-        let rehearsal = self.rehearsal.clone();
+        let rehearsal = (purpose == Purpose::Periodic).then(|| self.rehearsal.clone());
         tokio::task::spawn_blocking(move || {
             for local in locals {
                 if let Err(error) = local.lock().settle(checkpoint.0) {
@@ -410,7 +410,9 @@ impl Driver {
                     tracing::warn!(%error, "bring the declared state forward: it is tried again");
                 }
             }
-            rehearsal.run();
+            if let Some(rehearsal) = rehearsal {
+                rehearsal.run();
+            }
         });
     }
 
@@ -419,12 +421,13 @@ impl Driver {
         let next = CheckpointId(aborted.0 + 1);
         let needed_from = self.core.oldest_pending().map_or(next, |oldest| oldest.min(next));
         self.shared.storage.release(needed_from);
+        let completed = self.core.last_completed().map_or(0, |completed| completed.0);
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         tokio::task::spawn_blocking(move || {
             for local in locals {
-                local.lock().fold(needed_from.0);
+                local.lock().fold(completed, needed_from.0);
                 if let Some(keyed) = &local.keyed
-                    && let Err(error) = keyed.fold(needed_from.0)
+                    && let Err(error) = keyed.fold(completed, needed_from.0)
                 {
                     tracing::warn!(%error, "make one of what was given up: it is tried again");
                 }

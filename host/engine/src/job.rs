@@ -350,7 +350,9 @@ impl CheckedJob {
         }
         let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
         let storage: Box<dyn Storage> = match state_dir {
-            Some(dir) if !dir.exists() => Box::new(MemoryStorage::default()),
+            Some(dir) if is_nothing_there(&self.spec.storage, dir) => {
+                Box::new(MemoryStorage::default())
+            }
             _ => storage_at(&self.spec.storage, state_dir).map_err(|error| unusable(&error))?,
         };
         let digest = digest_of(&identities, &self.spec);
@@ -1291,7 +1293,7 @@ fn own_components(
 }
 
 /// The tasks whose declared state will lie in an image that nobody has tried to read yet: those that resume
-/// from one were tried when it was new.
+/// from one had their trial in the run in which it was new.
 fn untried(
     spec: &JobSpec,
     identities: &[TaskIdentity],
@@ -1373,6 +1375,17 @@ pub(crate) fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Disp
         .hint(
             "set --state-dir, or execution.checkpointing.dir, to a directory that you can write to",
         )
+}
+
+/// Whether a job has no storage yet: not even to look into it one is made.
+fn is_nothing_there(spec: &StorageSpec, state_dir: &Path) -> bool {
+    match spec {
+        StorageSpec::Objects { location, .. } => {
+            let location = Path::new(location);
+            !storage::is_url(location) && !location.exists()
+        }
+        StorageSpec::Sled(_) | StorageSpec::Memory => !state_dir.exists(),
+    }
 }
 
 /// The storage of a job, to look into it.

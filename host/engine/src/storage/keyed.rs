@@ -387,12 +387,12 @@ impl KeyedState {
     ///
     /// # Errors
     /// Where they cannot be read, or the disk does not take the whole; the state is as it was.
-    pub(crate) fn fold(&self, needed_from: u64) -> Result<()> {
+    pub(crate) fn fold(&self, completed: u64, needed_from: u64) -> Result<()> {
         let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let (apart, turn) = {
             let inner = self.lock();
-            let is_given_up =
-                |(id, _): &&(u64, Arc<Layer>)| inner.completed < *id && *id < needed_from;
+            let completed = completed.max(inner.completed);
+            let is_given_up = |(id, _): &&(u64, Arc<Layer>)| completed < *id && *id < needed_from;
             let apart: Vec<(u64, Arc<Layer>)> =
                 inner.pending.iter().filter(is_given_up).cloned().collect();
             (apart, inner.turn)
@@ -403,7 +403,11 @@ impl KeyedState {
         let Some((newest, _)) = apart.last().filter(|_| is_due) else { return Ok(()) };
         let mut whole = Layer::default();
         let runs = apart.iter().map(|(_, layer)| layer.entries()).collect();
-        for entry in Merge::of(runs) {
+        for (number, entry) in Merge::of(runs).enumerate() {
+            // A restart waits, and has forgotten them.
+            if number % LOADED_AT_ONCE == 0 && self.lock().turn != turn {
+                return Ok(());
+            }
             let (key, value) = entry?;
             whole.set(encode(&key), value);
             if self.limits.write_buffer_bytes < whole.buffered_bytes {
@@ -816,7 +820,7 @@ mod tests {
             };
             state.cut(id.into(), &[]).expect("cut");
             // One is still under way, and lies over them.
-            state.fold(u64::from(id) - 1).expect("folded");
+            state.fold(1, u64::from(id) - 1).expect("folded");
             assert!(state.lock().pending.len() <= 20, "{}", state.lock().pending.len());
             assert_eq!(scanned(&state, 0), expected, "after {id}");
         }
@@ -828,7 +832,7 @@ mod tests {
         for id in 200..220 {
             write(&state, 0, b"later", Some(vec![3; 100]));
             state.cut(id, &[]).expect("cut");
-            state.fold(id + 1).expect("folded");
+            state.fold(199, id + 1).expect("folded");
         }
         assert_eq!(state.rewind(199), None, "it is here");
         assert_eq!(scanned(&state, 0), expected);

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Generation, Result, Storage, StorageError,
     chain::{Chain, Footprint, PackPages, Written, carried_with, checkpoint_of},
-    declared::{Changes, Entries, Entry, Merge, entry_bytes, within},
+    declared::{Changes, Entries, Entry, Merge, entry_bytes, first_part, within},
     head::{Head, Kept},
     in_flight::ChannelState,
     manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, seal_into, unseal},
@@ -41,6 +41,8 @@ const PACK_BYTES: usize = 64 << 10;
 const COMPACT_BYTES_MIN: u64 = 4 << 20;
 /// Snapshots that could not be written are made one where they are larger than this.
 const FOLD_BYTES_MIN: u64 = 64 << 20;
+/// How much of merged changes is in memory at once.
+const MERGED_AT_ONCE: usize = 16 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 const CHAIN_LENGTH_MAX: usize = 256;
 
@@ -52,7 +54,7 @@ pub struct TaskSnapshot {
     /// The task has processed the end of its inputs.
     pub is_drained: bool,
     /// The pages that changed.
-    pub memory: Option<MemorySnapshot>,
+    pub memory: Option<Arc<MemorySnapshot>>,
     /// The entries of declared state that changed. `None`: it is in the memory alone, where there is any.
     pub declared: Option<Arc<Changes>>,
     /// They are all there are: those of earlier snapshots count no more.
@@ -68,15 +70,29 @@ pub struct TaskSnapshot {
 impl TaskSnapshot {
     /// How much memory it takes up.
     pub(crate) fn bytes(&self) -> u64 {
-        let pages = self.memory.as_ref().map_or(0, MemorySnapshot::changed_bytes);
+        let pages = self.memory.as_ref().map_or(0, |memory| memory.changed_bytes());
         pages + self.declared.as_ref().map_or(0, |declared| declared.bytes())
+    }
+
+    /// The same with other pages.
+    fn with_memory(&self, memory: Option<Arc<MemorySnapshot>>) -> Self {
+        Self {
+            state: self.state.clone(),
+            is_drained: self.is_drained,
+            memory,
+            declared: self.declared.clone(),
+            is_declared_whole: self.is_declared_whole,
+            in_flight: self.in_flight.clone(),
+            stats: self.stats,
+            taken_at: self.taken_at,
+        }
     }
 
     /// One that says what several say that follow each other; `None` where they cannot be made one.
     fn as_one(apart: &[&Self], max_parallelism: u32) -> Option<Self> {
         let last = apart.last()?;
         let memories: Vec<&MemorySnapshot> =
-            apart.iter().filter_map(|it| it.memory.as_ref()).collect();
+            apart.iter().filter_map(|it| it.memory.as_deref()).collect();
         let declared: Vec<&Changes> =
             apart.iter().filter_map(|it| it.declared.as_deref()).collect();
         let all_or_none = [0, apart.len()];
@@ -93,7 +109,7 @@ impl TaskSnapshot {
         Some(Self {
             state: last.state.clone(),
             is_drained: last.is_drained,
-            memory: merge_memory(memories),
+            memory: merge_memory(memories).map(Arc::new),
             declared,
             is_declared_whole: first.is_some(),
             in_flight: last.in_flight.clone(),
@@ -872,17 +888,15 @@ impl SnapshotStore {
             let mut parts = Vec::new();
             // Where the chain ends is known only of the first of a task.
             let is_next = snapshots[..at].iter().all(|(other, ..)| other != task);
-            let carried = if is_next { self.carried(*task, snapshot) } else { Ok(None) };
+            let id = carried_with(*checkpoint);
+            let carried = if is_next { self.put_carried(*task, id, snapshot) } else { Ok(None) };
             // What is written now is whole whether or not something older can be read.
             let carried = carried.unwrap_or_else(|error| {
                 tracing::warn!(%error, "what a checkpoint stands on cannot be read");
+                self.has_leftovers = true;
                 None
             });
-            if let Some((carried, replaces)) = carried {
-                let id = carried_with(*checkpoint);
-                let (id, written) = self.put_snapshot(*task, id, &carried)?;
-                parts.push((id, Written { replaces, ..written }));
-            }
+            parts.extend(carried.map(|written| (id, written)));
             parts.push(self.put_snapshot(*task, *checkpoint, snapshot)?);
             all.push(parts);
         }
@@ -903,13 +917,14 @@ impl SnapshotStore {
         Ok((id, writer.snapshot(snapshot, declared)?))
     }
 
-    /// What is to be carried forward with the next snapshot, see [`super::chain`]; and the snapshots that it
-    /// stands for.
-    fn carried(
-        &self,
+    /// Writes what is to be carried forward with the next snapshot, if there is something: see
+    /// [`super::chain`].
+    fn put_carried(
+        &mut self,
         task: usize,
+        id: u64,
         next: &TaskSnapshot,
-    ) -> Result<Option<(TaskSnapshot, Vec<u64>)>> {
+    ) -> Result<Option<Written>> {
         let chain = &self.chains[task];
         let completed = self.current.checkpoints.last().copied().unwrap_or(0);
         let mut given_up = chain.given_up(completed, self.needed_from);
@@ -919,22 +934,42 @@ impl SnapshotStore {
             given_up.clear();
         }
         let memory = match &next.memory {
-            Some(memory) => self.carried_pages(task, memory, &given_up)?,
+            Some(memory) => self.carried_pages(task, memory, &given_up)?.map(Arc::new),
             None => None,
         };
         if memory.is_none() && given_up.is_empty() {
             return Ok(None);
         }
         let mut carried = TaskSnapshot { memory, ..TaskSnapshot::default() };
+        let (mut declared_packs, mut bytes) = (None, 0);
         if !given_up.is_empty() {
-            let generation = &*self.current.generation;
-            let run = Run::of(Box::new(declared_of(generation, task, &given_up, None)?))?;
-            carried.declared = Some(Arc::new(Changes::Merged(run)));
             for id in &given_up {
-                carried.is_declared_whole |= read_header(generation, task, *id)?.is_declared_whole;
+                let header = read_header(&*self.current.generation, task, *id)?;
+                carried.is_declared_whole |= header.is_declared_whole;
             }
+            let (packs, packs_bytes) = self.put_merged(task, id, &given_up)?;
+            (declared_packs, bytes) = (Some(packs), packs_bytes);
         }
-        Ok(Some((carried, given_up)))
+        let generation = &mut *self.current.generation;
+        let mut writer = PackWriter::new(generation, task, id, self.is_compressing);
+        let written = writer.snapshot_with(&carried, declared_packs)?;
+        Ok(Some(Written { bytes: written.bytes + bytes, replaces: given_up, ..written }))
+    }
+
+    /// Writes the declared state of several snapshots as one, a part at a time: it may be larger than the
+    /// memory. Gives the number of packs, and their bytes.
+    fn put_merged(&mut self, task: usize, id: u64, of: &[u64]) -> Result<(u32, u64)> {
+        let (mut packs, mut bytes, mut next_group) = (0, 0, Some(0));
+        while let Some(group) = next_group {
+            let generation = &*self.current.generation;
+            let rest = declared_of(generation, task, of, Some(group..u32::MAX))?;
+            let (part, next) = first_part(Box::new(rest), MERGED_AT_ONCE)?;
+            let generation = &mut *self.current.generation;
+            let mut writer = PackWriter::new(generation, task, id, self.is_compressing);
+            packs = writer.declared(packs, Box::new(part.into_iter().map(Ok)))?;
+            (bytes, next_group) = (bytes + writer.bytes, next);
+        }
+        Ok((packs, bytes))
     }
 
     /// The pages that count of snapshots which are sparse, or were given up.
@@ -1352,15 +1387,28 @@ fn folded(
         let apart: Vec<&TaskSnapshot> = group.iter().map(|number| &*pending[*number].2).collect();
         let one =
             (1 < apart.len()).then(|| TaskSnapshot::as_one(&apart, max_parallelism)).flatten();
-        let Some(one) = one else {
-            for number in group {
-                places[number] = folded.len();
-                folded.push(pending[number].clone());
-            }
+        if let Some(one) = one {
+            group.into_iter().for_each(|number| places[number] = folded.len());
+            folded.push((task, id, Arc::new(one)));
             continue;
-        };
-        group.into_iter().for_each(|number| places[number] = folded.len());
-        folded.push((task, id, Arc::new(one)));
+        }
+        // What the host keeps lies on its disk. The pages alone are made one, in the last.
+        let memories: Vec<&MemorySnapshot> =
+            apart.iter().filter_map(|it| it.memory.as_deref()).collect();
+        let merged = (1 < memories.len()).then(|| merge_memory(memories)).flatten().map(Arc::new);
+        for number in group {
+            places[number] = folded.len();
+            let (_, of, snapshot) = &pending[number];
+            let memory = if *of == id { merged.clone() } else { None };
+            folded.push((
+                task,
+                *of,
+                match &merged {
+                    Some(_) => Arc::new(snapshot.with_memory(memory)),
+                    None => snapshot.clone(),
+                },
+            ));
+        }
     }
     (folded, places)
 }
@@ -1492,14 +1540,24 @@ impl<'a> PackWriter<'a> {
         snapshot: &TaskSnapshot,
         declared: Option<Entries<'_>>,
     ) -> Result<Written> {
+        let declared_packs = declared.map(|run| self.declared(0, run)).transpose()?;
+        self.snapshot_with(snapshot, declared_packs)
+    }
+
+    /// The same where the packs of declared state are written already.
+    fn snapshot_with(
+        &mut self,
+        snapshot: &TaskSnapshot,
+        declared_packs: Option<u32>,
+    ) -> Result<Written> {
+        let holds_declared = declared_packs.is_some();
+        let declared_packs = declared_packs.unwrap_or(0);
         let packs = match &snapshot.memory {
             Some(memory) => self.memory(memory)?,
             None => Vec::new(),
         };
-        let holds_declared = declared.is_some();
-        let declared_packs = declared.map_or(Ok(0), |run| self.declared(run))?;
         let in_flight_packs = self.in_flight(&snapshot.in_flight)?;
-        let memory = snapshot.memory.as_ref();
+        let memory = snapshot.memory.as_deref();
         let sizes = |memory: &MemorySnapshot| {
             memory
                 .memories
@@ -1574,9 +1632,10 @@ impl<'a> PackWriter<'a> {
         Ok(packs)
     }
 
-    /// A pack is a list of entries in the order of their keys; no value: removed.
-    fn declared(&mut self, run: Entries<'_>) -> Result<u32> {
-        let (mut sequence, mut bytes) = (0, 0);
+    /// A pack is a list of entries in the order of their keys; no value: removed. Gives the number behind the
+    /// last one.
+    fn declared(&mut self, mut sequence: u32, run: Entries<'_>) -> Result<u32> {
+        let mut bytes = 0;
         let mut pack: Vec<Entry> = Vec::new();
         for entry in run {
             let entry = entry?;
@@ -1826,7 +1885,7 @@ pub(crate) fn merge_memory<'a>(
 
 /// One full snapshot that says what a chain says, but for declared state.
 fn merge(loaded: &LoadedTask) -> TaskSnapshot {
-    let memory = merge_memory(&loaded.memory);
+    let memory = merge_memory(&loaded.memory).map(Arc::new);
     let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
     let in_flight = loaded.in_flight.clone();
     TaskSnapshot { state, is_drained, memory, in_flight, ..TaskSnapshot::default() }
@@ -1836,7 +1895,7 @@ fn merge(loaded: &LoadedTask) -> TaskSnapshot {
 mod tests {
     use super::*;
     use crate::storage::{
-        declared::{DeclaredKey, changes_of, first_part},
+        declared::{DeclaredKey, changes_of},
         in_flight::InFlight,
     };
 
@@ -1876,11 +1935,11 @@ mod tests {
         Arc::new(TaskSnapshot {
             state: vec![pages.len() as u8],
             is_drained: false,
-            memory: Some(MemorySnapshot {
+            memory: Some(Arc::new(MemorySnapshot {
                 memories: vec![delta],
                 globals: vec![5],
                 monotonic_ns: 1,
-            }),
+            })),
             declared: Some(Arc::new(Changes::Guest(vec![changes_of(entries.iter())]))),
             ..TaskSnapshot::default()
         })
@@ -2015,7 +2074,7 @@ mod tests {
         let mut delta = MemoryDelta::new(4 << 20);
         pages.iter().for_each(|(page, byte)| delta.push(*page, &[*byte; PAGE_BYTES]));
         let memory = MemorySnapshot { memories: vec![delta], ..MemorySnapshot::default() };
-        Arc::new(TaskSnapshot { memory: Some(memory), ..TaskSnapshot::default() })
+        Arc::new(TaskSnapshot { memory: Some(Arc::new(memory)), ..TaskSnapshot::default() })
     }
 
     /// Pages that are in the current generation, whether or not they count.
@@ -2165,10 +2224,9 @@ mod tests {
                 page_state.extend(delta.pages().map(|(page, bytes)| (page, bytes[0])));
                 let snapshot = TaskSnapshot {
                     state: vec![byte],
-                    memory: has_pages.then(|| MemorySnapshot {
-                        memories: vec![delta],
-                        globals: vec![5],
-                        monotonic_ns: 1,
+                    memory: has_pages.then(|| {
+                        let (memories, globals) = (vec![delta], vec![5]);
+                        Arc::new(MemorySnapshot { memories, globals, monotonic_ns: 1 })
                     }),
                     declared: Some(Arc::new(Changes::Guest(vec![changes_of(entries.iter())]))),
                     is_declared_whole: step == 1,
@@ -2365,6 +2423,27 @@ mod tests {
         assert!(merged == expected);
         let (_, id, last) = pending.last().expect("one");
         assert_eq!((*id, &last.state), (40, &vec![40]));
+    }
+
+    /// Their layers lie on the host's disk; their pages do not.
+    #[test]
+    fn pages_beside_state_that_the_host_keeps_are_made_one_as_well() {
+        let mut pending = Vec::new();
+        for id in 1..=60_u64 {
+            let changed = (0..1_000).map(|page| (page, id as u8)).collect();
+            let memory = pages(&changed).memory.clone();
+            let declared = Some(Arc::new(Changes::Host(Arc::default())));
+            let snapshot = TaskSnapshot { memory, declared, ..TaskSnapshot::default() };
+            pending.push((0, id, Arc::new(snapshot)));
+            pending = kept_for_later(pending, &[identity()]);
+            let waiting: u64 = pending.iter().map(|(.., it)| it.bytes()).sum();
+            assert!(waiting <= FOLD_BYTES_MIN + (8 << 20), "{waiting} bytes at {id}");
+        }
+        assert_eq!(pending.len(), 60, "each has its layer");
+        let memories = pending.iter().filter_map(|(.., it)| it.memory.as_deref());
+        let merged = merge_memory(memories).expect("pages");
+        let newest = merged.memories[0].pages().all(|(_, bytes)| bytes[0] == 60);
+        assert!(newest && merged.memories[0].page_count() == 1_000);
     }
 
     /// Those that wait for the disk are written as one where only the last may complete.

@@ -137,12 +137,12 @@ impl Inner {
     /// Keeps a snapshot until its checkpoint's fate is known; but for what was handed over, which the store
     /// alone needs.
     pub(crate) fn push(&mut self, checkpoint: u64, snapshot: Arc<TaskSnapshot>) {
-        let is_needed = snapshot.memory.is_some() || snapshot.declared.is_none();
-        let kept = match is_needed {
-            true => snapshot,
-            false => Arc::new(TaskSnapshot {
+        let kept = match snapshot.declared {
+            None => snapshot,
+            Some(_) => Arc::new(TaskSnapshot {
                 state: snapshot.state.clone(),
                 is_drained: snapshot.is_drained,
+                memory: snapshot.memory.clone(),
                 in_flight: snapshot.in_flight.clone(),
                 ..TaskSnapshot::default()
             }),
@@ -153,7 +153,11 @@ impl Inner {
     /// No checkpoint before this one will complete any more: snapshots for them count only as part of the
     /// next, and where those that wait have become more than the state they are merged. Costs a copy of
     /// them, so not to be called where a guest waits.
-    pub(crate) fn fold(&mut self, needed_from: u64) {
+    pub(crate) fn fold(&mut self, completed: u64, needed_from: u64) {
+        // What is complete and not settled yet is not to be made part of anything.
+        if self.pending.front().is_some_and(|(id, _)| *id <= completed) {
+            return;
+        }
         let waiting: u64 = self.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
         let is_few = self.pending.len() <= FOLD_COUNT_MIN;
         if is_few && waiting <= FOLD_BYTES_MIN.max(self.image.size_bytes()) {
@@ -165,7 +169,7 @@ impl Inner {
         };
         while let Some((next, snapshot)) = self.pending.pop_front_if(|(id, _)| *id < needed_from) {
             let memory = match (&merged.memory, &snapshot.memory) {
-                (Some(older), Some(newer)) => Some(MemorySnapshot::merged(older, newer)),
+                (Some(older), Some(newer)) => Some(Arc::new(MemorySnapshot::merged(older, newer))),
                 _ => None,
             };
             let (state, in_flight) = (snapshot.state.clone(), snapshot.in_flight.clone());
@@ -341,7 +345,7 @@ mod tests {
             let entry = (key, Some(vec![byte; 4 << 20]));
             Arc::new(TaskSnapshot {
                 state: vec![byte],
-                memory: Some(memory),
+                memory: Some(Arc::new(memory)),
                 declared: Some(Arc::new(Changes::Guest(vec![changes_of([&entry].into_iter())]))),
                 ..TaskSnapshot::default()
             })
@@ -349,7 +353,7 @@ mod tests {
         let mut inner = Inner { at: Some(0), ..Inner::default() };
         for id in 1..=40u8 {
             inner.push(id.into(), delta(u32::from(id) * 10, id));
-            inner.fold(u64::from(id) + 1);
+            inner.fold(0, u64::from(id) + 1);
             let pages = |it: &TaskSnapshot| {
                 it.memory.as_ref().map_or(0, |memory| memory.memories[0].page_count())
             };

@@ -509,7 +509,7 @@ impl OperatorTask {
         }
         if mode.has_memory() {
             match self.instance()?.snapshot().await {
-                Ok(memory) => snapshot.memory = Some(self.complete_snapshot(memory)?),
+                Ok(memory) => snapshot.memory = Some(Arc::new(self.complete_snapshot(memory)?)),
                 // What was handed over counts as stored for the guest: it cannot be declined now.
                 Err(error @ SnapshotError::HandlesHeld { .. }) if snapshot.declared.is_some() => {
                     let message = format!("it has taken handles while it handed over: {error}");
