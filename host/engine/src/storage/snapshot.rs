@@ -1892,14 +1892,14 @@ fn merge(loaded: &LoadedTask) -> TaskSnapshot {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::storage::{
         declared::{DeclaredKey, changes_of},
         in_flight::InFlight,
     };
 
-    fn identity() -> TaskIdentity {
+    pub(in crate::storage) fn identity() -> TaskIdentity {
         TaskIdentity {
             operator: "count".to_owned(),
             index: 0,

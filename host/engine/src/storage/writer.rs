@@ -4,6 +4,7 @@
 
 use std::{
     ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
@@ -23,7 +24,7 @@ use super::{
     savepoint,
     snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
 };
-use crate::clock::now_ms;
+use crate::{clock::now_ms, task::node::host_bug};
 
 enum Command {
     Begin { slots: Vec<usize>, restored_from: Option<u64> },
@@ -74,7 +75,14 @@ impl StorageHandle {
         let (commands, receiver) = unbounded_channel();
         let thread = std::thread::Builder::new().name("cofferdam-storage".to_owned()).spawn({
             let store = store.clone();
-            move || run(&store, receiver, &report)
+            move || {
+                let ran = catch_unwind(AssertUnwindSafe(|| run(&store, receiver, &report)));
+                // Nothing would be written any more, and nobody would hear of it.
+                if ran.is_err() {
+                    let cause = host_bug("the storage thread panicked");
+                    report.event(Event::TaskFailed { task: None, cause, lost: None });
+                }
+            }
         })?;
         Ok((Self { store: store.clone(), commands }, StorageThread { store, thread }))
     }
@@ -283,5 +291,46 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
             store.release(needed_from);
             report.event(Event::CheckpointCleaned);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::storage::memory::MemoryStorage;
+
+    struct Clumsy(mpsc::Sender<Event>);
+
+    impl Report for Clumsy {
+        fn event(&self, event: Event) {
+            let _ = self.0.send(event);
+        }
+
+        fn written(&self, _: CheckpointId, _: u64) {
+            panic!("it was to be expected");
+        }
+
+        fn warning(&self, _: String) {}
+    }
+
+    #[test]
+    fn a_job_whose_storage_thread_has_panicked_fails() {
+        let task = TaskId { operator: cofferdam_core::ids::OperatorId(0), index: 0 };
+        let identity = super::super::snapshot::tests::identity();
+        let store = SnapshotStore::open(Box::new(MemoryStorage::default()), "job", vec![identity]);
+        let (sender, events) = mpsc::channel();
+        let (handle, thread) =
+            StorageHandle::start(store.expect("opens").0, Clumsy(sender)).expect("a thread");
+        handle.write(0, task, Attempt(0), CheckpointId(1), Arc::default());
+        let event = events.recv().expect("somebody says so");
+        let is_told = matches!(
+            event,
+            Event::TaskFailed { task: None, cause: FailureCause::HostBug { .. }, .. }
+        );
+        assert!(is_told, "{event:?}");
+        drop(handle);
+        assert!(thread.join().is_some(), "the store comes back");
     }
 }
