@@ -46,6 +46,14 @@ const MERGED_AT_ONCE: usize = 16 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 const CHAIN_LENGTH_MAX: usize = 256;
 
+/// Why something was not carried forward.
+enum NotCarried {
+    /// It cannot be read: a checkpoint can do without it being elsewhere.
+    Unread(StorageError),
+    /// The store did not take it, nor what else was written since the last flush.
+    Unwritten(StorageError),
+}
+
 /// What one task hands over at a barrier.
 #[derive(Debug, Default)]
 pub struct TaskSnapshot {
@@ -890,13 +898,15 @@ impl SnapshotStore {
             let is_next = snapshots[..at].iter().all(|(other, ..)| other != task);
             let id = carried_with(*checkpoint);
             let carried = if is_next { self.put_carried(*task, id, snapshot) } else { Ok(None) };
-            // What is written now is whole whether or not something older can be read.
-            let carried = carried.unwrap_or_else(|error| {
-                tracing::warn!(%error, "what a checkpoint stands on cannot be read");
-                self.has_leftovers = true;
-                None
-            });
-            parts.extend(carried.map(|written| (id, written)));
+            match carried {
+                Ok(carried) => parts.extend(carried.map(|written| (id, written))),
+                // What is written now is whole whether or not something older can be read.
+                Err(NotCarried::Unread(error)) => {
+                    tracing::warn!(%error, "what a checkpoint stands on cannot be read");
+                    self.has_leftovers = true;
+                }
+                Err(NotCarried::Unwritten(error)) => return Err(error),
+            }
             parts.push(self.put_snapshot(*task, *checkpoint, snapshot)?);
             all.push(parts);
         }
@@ -924,7 +934,7 @@ impl SnapshotStore {
         task: usize,
         id: u64,
         next: &TaskSnapshot,
-    ) -> Result<Option<Written>> {
+    ) -> std::result::Result<Option<Written>, NotCarried> {
         let chain = &self.chains[task];
         let completed = self.current.checkpoints.last().copied().unwrap_or(0);
         let mut given_up = chain.given_up(completed, self.needed_from);
@@ -934,7 +944,10 @@ impl SnapshotStore {
             given_up.clear();
         }
         let memory = match &next.memory {
-            Some(memory) => self.carried_pages(task, memory, &given_up)?.map(Arc::new),
+            Some(memory) => {
+                let pages = self.carried_pages(task, memory, &given_up);
+                pages.map_err(NotCarried::Unread)?.map(Arc::new)
+            }
             None => None,
         };
         if memory.is_none() && given_up.is_empty() {
@@ -944,7 +957,8 @@ impl SnapshotStore {
         let (mut declared_packs, mut bytes) = (None, 0);
         if !given_up.is_empty() {
             for id in &given_up {
-                let header = read_header(&*self.current.generation, task, *id)?;
+                let header = read_header(&*self.current.generation, task, *id);
+                let header = header.map_err(NotCarried::Unread)?;
                 carried.is_declared_whole |= header.is_declared_whole;
             }
             let (packs, packs_bytes) = self.put_merged(task, id, &given_up)?;
@@ -952,21 +966,29 @@ impl SnapshotStore {
         }
         let generation = &mut *self.current.generation;
         let mut writer = PackWriter::new(generation, task, id, self.is_compressing);
-        let written = writer.snapshot_with(&carried, declared_packs)?;
+        let written = writer.snapshot_with(&carried, declared_packs);
+        let written = written.map_err(NotCarried::Unwritten)?;
         Ok(Some(Written { bytes: written.bytes + bytes, replaces: given_up, ..written }))
     }
 
     /// Writes the declared state of several snapshots as one, a part at a time: it may be larger than the
     /// memory. Gives the number of packs, and their bytes.
-    fn put_merged(&mut self, task: usize, id: u64, of: &[u64]) -> Result<(u32, u64)> {
+    fn put_merged(
+        &mut self,
+        task: usize,
+        id: u64,
+        of: &[u64],
+    ) -> std::result::Result<(u32, u64), NotCarried> {
         let (mut packs, mut bytes, mut next_group) = (0, 0, Some(0));
         while let Some(group) = next_group {
             let generation = &*self.current.generation;
-            let rest = declared_of(generation, task, of, Some(group..u32::MAX))?;
-            let (part, next) = first_part(Box::new(rest), MERGED_AT_ONCE)?;
+            let part = declared_of(generation, task, of, Some(group..u32::MAX))
+                .and_then(|rest| first_part(Box::new(rest), MERGED_AT_ONCE));
+            let (part, next) = part.map_err(NotCarried::Unread)?;
             let generation = &mut *self.current.generation;
             let mut writer = PackWriter::new(generation, task, id, self.is_compressing);
-            packs = writer.declared(packs, Box::new(part.into_iter().map(Ok)))?;
+            let written = writer.declared(packs, Box::new(part.into_iter().map(Ok)));
+            packs = written.map_err(NotCarried::Unwritten)?;
             (bytes, next_group) = (bytes + writer.bytes, next);
         }
         Ok((packs, bytes))
