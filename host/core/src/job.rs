@@ -185,8 +185,8 @@ pub enum Effect {
         /// After the last one, tasks close and answer `TaskFinished`.
         purpose: Purpose,
     },
-    /// A pending checkpoint is given up: unblock tasks that align for it. Answer: `CheckpointCleaned`, when what
-    /// was taken for it does not wait to be written any more.
+    /// A pending checkpoint is given up: unblock tasks that align for it. Answer: `CheckpointCleaned`, when
+    /// what was taken for it does not wait to be written any more.
     Discard {
         /// The checkpoint.
         checkpoint: CheckpointId,

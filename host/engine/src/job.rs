@@ -315,8 +315,8 @@ impl CheckedJob {
     }
 
     /// Whether a run can begin from the savepoint or state directory that `options` name, and what it would
-    /// take over; `None` where they name none. Changes nothing. While a run uses the state directory, that and the output are left out: both
-    /// will be others when it has ended.
+    /// take over; `None` where they name none. Changes nothing. While a run uses the state directory, that
+    /// and the output are left out: both will be others when it has ended.
     ///
     /// # Errors
     /// What `cofferdam run --from` would be refused for.

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use cofferdam_sandbox::{
-    Component, GuestError, Image, Instance, InstanceSetup, Limits, MemorySnapshot, RestoreError,
-    StateChanges, memory::PAGE_BYTES,
+    Component, GuestError, Image, Instance, InstanceSetup, Limits, RestoreError, StateChanges,
+    memory::PAGE_BYTES,
 };
 
 use crate::{
@@ -43,16 +43,6 @@ pub(crate) fn on_instance<T: Send>(
     answer.unwrap_or_else(|_| {
         Err(GuestError::Host("the question to the component panicked".to_owned()))
     })
-}
-
-/// Snapshots of a memory, one after the other, as an image; each goes when it is in there.
-///
-/// # Errors
-/// Where there is no memory left.
-pub(crate) fn image_of(memory: impl IntoIterator<Item = MemorySnapshot>) -> std::io::Result<Image> {
-    let mut image = Image::new();
-    memory.into_iter().try_for_each(|snapshot| image.apply(&snapshot))?;
-    Ok(image)
 }
 
 /// Whose memory an image is of.

@@ -2,7 +2,8 @@
 //! another parallelism or another version of the component needs it.
 //!
 //! The components of tasks that begin without an image are put on the image of their first completed
-//! checkpoint, and hand over to nobody. This happens beside the running tasks, which wait for a copy of the image at most.
+//! checkpoint, and hand over to nobody. This happens beside the running tasks, which wait for a copy of the
+//! image at most.
 
 use std::sync::{
     Arc, Mutex, PoisonError, TryLockError,

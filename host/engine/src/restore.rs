@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use cofferdam_sandbox::{Component, GuestError, Limits, MemorySnapshot, Sandbox};
+use cofferdam_sandbox::{Component, GuestError, Image, Limits, MemorySnapshot, Sandbox};
 
 use cofferdam_core::{
     graph::Partitioner,
@@ -28,7 +28,7 @@ use crate::{
     job::limits_of,
     problem::{Code, Problem},
     progress::{Observer, Progress, RestoreStep},
-    read_out::{OwnComponent, image_of, on_instance},
+    read_out::{OwnComponent, on_instance},
     sink, source,
     spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
     state_dir::JobRecord,
@@ -619,7 +619,7 @@ fn read_out_task(
         .map_err(|error| refused(format!("this version refuses the component: {error}")))?;
     let TaskIdentity { index, parallelism, max_parallelism, is_keyed, .. } = *identity;
     let own_keys = OwnKeys { index, parallelism, max_parallelism }.if_any(is_keyed);
-    let image = image_of(memory)
+    let image = Image::of(memory)
         .map_err(|error| StorageError::store("make the image of a memory", error))?;
     let own = OwnComponent { component, max_parallelism, own_keys, limits };
     own.read_out(&image)

@@ -300,7 +300,7 @@ impl Instance {
                 let message = "it handed over an empty piece that was not the last".to_owned();
                 return Err(malformed(message));
             }
-            bytes += (changes.keys.len() + changes.values.len() + 16 * changes.states.len()) as u64;
+            bytes += changes.bytes();
             if bytes_max < bytes {
                 return Err(GuestError::Limit(Limit::State { wanted_bytes: bytes, bytes_max }));
             }
@@ -539,6 +539,14 @@ fn check_namespaces(changes: &StateChanges) -> Result<(), &'static str> {
         start = *end;
     }
     Ok(())
+}
+
+impl StateChanges {
+    /// How much they take up: keys, values, and what is counted for each entry beside these.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        (self.keys.len() + self.values.len() + 16 * self.states.len()) as u64
+    }
 }
 
 impl Batch {

@@ -12,8 +12,15 @@
 /// A chain keeps a third more pages than count, or so many.
 const GARBAGE_PAGES_MIN: u64 = 64;
 
-/// What was given up is made one where all but the largest of it has half as many bytes, or so many.
+/// Less than this of what was given up is not worth merging.
 const GIVEN_UP_BYTES_MIN: u64 = 4 << 20;
+
+/// Whether what is of these sizes is to be made one: where all but the largest have half as many bytes as
+/// that, or so many. So what merging costs is in proportion to what was written since.
+pub(super) fn are_worth_merging(sizes: impl Iterator<Item = u64> + Clone, least: u64) -> bool {
+    let largest = sizes.clone().max().unwrap_or(0);
+    least.max(largest / 2) < sizes.sum::<u64>() - largest
+}
 
 /// The bit of an id that says: pages carried forward, for the snapshot whose id has the other bits.
 const CARRIED: u64 = 1 << 63;
@@ -207,9 +214,7 @@ impl Chain {
         if links.iter().any(|link| pending <= checkpoint_of(link.id)) {
             return Vec::new();
         }
-        let largest = links.iter().map(|link| link.bytes).max().unwrap_or(0);
-        let all: u64 = links.iter().map(|link| link.bytes).sum();
-        match GIVEN_UP_BYTES_MIN.max(largest / 2) < all - largest {
+        match are_worth_merging(links.iter().map(|link| link.bytes), GIVEN_UP_BYTES_MIN) {
             true => links.into_iter().map(|link| link.id).collect(),
             false => Vec::new(),
         }

@@ -44,7 +44,7 @@ impl DeclaredKey {
 pub type Entry = (DeclaredKey, Option<Vec<u8>>);
 
 /// What an entry takes up, in bytes, where it is written.
-pub(crate) fn entry_bytes((key, value): &Entry) -> usize {
+fn entry_bytes((key, value): &Entry) -> usize {
     key.key.len() + value.as_ref().map_or(0, Vec::len) + 16
 }
 
@@ -58,6 +58,26 @@ pub(crate) fn within(entries: Entries<'_>, key_groups: Option<Range<u32>>) -> En
     let is_before = move |entry: &Result<Entry>| group(entry).is_some_and(|it| it < start);
     let is_in = move |entry: &Result<Entry>| group(entry).is_none_or(|it| it < end);
     Box::new(entries.skip_while(is_before).take_while(is_in))
+}
+
+/// Gives the entries block by block: one is closed when its entries have so many bytes.
+pub(crate) fn each_block(
+    entries: Entries<'_>,
+    bytes_max: usize,
+    mut take: impl FnMut(&[Entry]) -> Result<()>,
+) -> Result<()> {
+    let (mut block, mut bytes) = (Vec::new(), 0);
+    for entry in entries {
+        let entry = entry?;
+        bytes += entry_bytes(&entry);
+        block.push(entry);
+        if bytes_max <= bytes {
+            take(&block)?;
+            block.clear();
+            bytes = 0;
+        }
+    }
+    if block.is_empty() { Ok(()) } else { take(&block) }
 }
 
 /// The first entries, up to the end of the key group in which they reach `bytes_min`; and the group of the
@@ -105,7 +125,7 @@ impl Changes {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         match self {
-            Self::Guest(pieces) => pieces.iter().map(|piece| piece_bytes(piece) as u64).sum(),
+            Self::Guest(pieces) => pieces.iter().map(StateChanges::bytes).sum(),
             Self::Host(_) => 0,
             Self::Merged(run) => run.bytes(),
         }
@@ -141,11 +161,6 @@ impl Changes {
         entries.dedup_by(|(later, _), (first, _)| later == first);
         Box::new(entries.into_iter().map(|(key, value)| Ok((key, value.map(<[u8]>::to_vec)))))
     }
-}
-
-/// What a piece takes up, in bytes.
-pub(crate) fn piece_bytes(piece: &StateChanges) -> usize {
-    piece.keys.len() + piece.values.len() + 16 * piece.states.len()
 }
 
 /// State, key, length of its namespace, and value of each change; no value: removed.

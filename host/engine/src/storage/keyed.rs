@@ -20,6 +20,7 @@ use cofferdam_sandbox::{Limit, StateChanges, StateError};
 
 use super::{
     Result, StorageError,
+    chain::are_worth_merging,
     declared::{DeclaredKey, Entries, Entry, Merge, OwnKeys, changes_of, entries_of},
     table::{Table, Tables},
 };
@@ -382,8 +383,7 @@ impl KeyedState {
     }
 
     /// No checkpoint before this one will complete any more: their layers count only together, and are made
-    /// one where all but the largest of them have half as many bytes, so that they do not become more and
-    /// more. Not to be called where a guest waits.
+    /// one where that is worth it, so that they do not become more and more. Not to be called where a guest waits.
     ///
     /// # Errors
     /// Where they cannot be read, or the disk does not take the whole; the state is as it was.
@@ -397,9 +397,8 @@ impl KeyedState {
                 inner.pending.iter().filter(is_given_up).cloned().collect();
             (apart, inner.turn)
         };
-        let largest = apart.iter().map(|(_, layer)| layer.bytes).max().unwrap_or(0);
-        let all: u64 = apart.iter().map(|(_, layer)| layer.bytes).sum();
-        let is_due = self.limits.write_buffer_bytes.max(largest / 2) < all - largest;
+        let sizes = apart.iter().map(|(_, layer)| layer.bytes);
+        let is_due = are_worth_merging(sizes, self.limits.write_buffer_bytes);
         let Some((newest, _)) = apart.last().filter(|_| is_due) else { return Ok(()) };
         let mut whole = Layer::default();
         let runs = apart.iter().map(|(_, layer)| layer.entries()).collect();

@@ -9,13 +9,13 @@ use cofferdam_sandbox::StateChanges;
 
 use super::{
     Result, StorageError,
-    declared::{Changes, Entries, Entry, Merge, entry_bytes, piece_bytes, within},
+    declared::{Changes, Entries, Entry, Merge, each_block, within},
 };
 
 /// A block is closed when its entries are this large.
 const BLOCK_BYTES: usize = 64 << 10;
 /// How much is sorted at once.
-const SORTED_BYTES: usize = 32 << 20;
+const SORTED_BYTES: u64 = 32 << 20;
 
 /// Entries of declared state with ascending keys.
 #[derive(Debug, Default)]
@@ -50,18 +50,8 @@ impl Run {
     /// # Errors
     /// The first that is one.
     pub fn of(entries: Entries<'_>) -> Result<Self> {
-        let (mut run, mut block, mut bytes) = (Self::default(), Vec::new(), 0);
-        for entry in entries {
-            let entry = entry?;
-            bytes += entry_bytes(&entry);
-            block.push(entry);
-            if BLOCK_BYTES <= bytes {
-                run.push(&block)?;
-                block.clear();
-                bytes = 0;
-            }
-        }
-        run.push(&block)?;
+        let mut run = Self::default();
+        each_block(entries, BLOCK_BYTES, |block| run.push(block))?;
         Ok(run)
     }
 
@@ -115,7 +105,7 @@ impl Run {
 pub struct RunBuilder {
     max_parallelism: u32,
     waiting: Vec<StateChanges>,
-    waiting_bytes: usize,
+    waiting_bytes: u64,
     runs: Vec<Run>,
 }
 
@@ -131,7 +121,7 @@ impl RunBuilder {
     /// # Errors
     /// Where it cannot be encoded.
     pub fn push(&mut self, piece: StateChanges) -> Result<()> {
-        self.waiting_bytes += piece_bytes(&piece);
+        self.waiting_bytes += piece.bytes();
         self.waiting.push(piece);
         if SORTED_BYTES <= self.waiting_bytes { self.sort() } else { Ok(()) }
     }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Generation, Result, Storage, StorageError,
     chain::{Chain, Footprint, PackPages, Written, carried_with, checkpoint_of},
-    declared::{Changes, Entries, Entry, Merge, entry_bytes, first_part, within},
+    declared::{Changes, Entries, Entry, Merge, each_block, first_part, within},
     head::{Head, Kept},
     in_flight::ChannelState,
     manifest::{Manifest, ManifestTask, SnapshotStats, TaskIdentity, seal, seal_into, unseal},
@@ -97,7 +97,7 @@ impl TaskSnapshot {
     }
 
     /// One that says what several say that follow each other; `None` where they cannot be made one.
-    fn as_one(apart: &[&Self], max_parallelism: u32) -> Option<Self> {
+    pub(crate) fn as_one(apart: &[&Self], max_parallelism: u32) -> Option<Self> {
         let last = apart.last()?;
         let memories: Vec<&MemorySnapshot> =
             apart.iter().filter_map(|it| it.memory.as_deref()).collect();
@@ -117,7 +117,7 @@ impl TaskSnapshot {
         Some(Self {
             state: last.state.clone(),
             is_drained: last.is_drained,
-            memory: merge_memory(memories).map(Arc::new),
+            memory: MemorySnapshot::merged(memories).map(Arc::new),
             declared,
             is_declared_whole: first.is_some(),
             in_flight: last.in_flight.clone(),
@@ -1132,9 +1132,7 @@ impl SnapshotStore {
         let Some(read_out) = &self.read_out else {
             return Err(failed("there is no component to do it".to_owned()));
         };
-        let mut image = Image::new();
-        let mut made = memory.iter().map(|snapshot| image.apply(snapshot));
-        made.try_for_each(|it| it).map_err(|error| failed(error.to_string()))?;
+        let image = Image::of(memory).map_err(|error| failed(error.to_string()))?;
         read_out.read(task, &image).map_err(failed)
     }
 
@@ -1417,7 +1415,8 @@ fn folded(
         // What the host keeps lies on its disk. The pages alone are made one, in the last.
         let memories: Vec<&MemorySnapshot> =
             apart.iter().filter_map(|it| it.memory.as_deref()).collect();
-        let merged = (1 < memories.len()).then(|| merge_memory(memories)).flatten().map(Arc::new);
+        let merged =
+            (1 < memories.len()).then(|| MemorySnapshot::merged(memories)).flatten().map(Arc::new);
         for number in group {
             places[number] = folded.len();
             let (_, of, snapshot) = &pending[number];
@@ -1657,22 +1656,11 @@ impl<'a> PackWriter<'a> {
     /// A pack is a list of entries in the order of their keys; no value: removed. Gives the number behind the
     /// last one.
     fn declared(&mut self, mut sequence: u32, run: Entries<'_>) -> Result<u32> {
-        let mut bytes = 0;
-        let mut pack: Vec<Entry> = Vec::new();
-        for entry in run {
-            let entry = entry?;
-            bytes += entry_bytes(&entry);
-            pack.push(entry);
-            if PACK_BYTES <= bytes {
-                self.declared_pack(sequence, &pack)?;
-                (sequence, bytes) = (sequence + 1, 0);
-                pack.clear();
-            }
-        }
-        if !pack.is_empty() {
-            self.declared_pack(sequence, &pack)?;
+        each_block(run, PACK_BYTES, |pack| {
+            self.declared_pack(sequence, pack)?;
             sequence += 1;
-        }
+            Ok(())
+        })?;
         Ok(sequence)
     }
 
@@ -1886,28 +1874,9 @@ fn each_page<'a>(payload: &'a [u8], mut take: impl FnMut(u32, u32, &'a [u8])) ->
     Some(())
 }
 
-/// One snapshot that says what several say that follow each other.
-pub(crate) fn merge_memory<'a>(
-    snapshots: impl IntoIterator<Item = &'a MemorySnapshot>,
-) -> Option<MemorySnapshot> {
-    let snapshots: Vec<&MemorySnapshot> = snapshots.into_iter().collect();
-    let last = snapshots.last()?;
-    let memories = last.memories.iter().enumerate().map(|(index, newest)| {
-        let mut pages = BTreeMap::new();
-        for snapshot in &snapshots {
-            pages.extend(snapshot.memories.get(index).into_iter().flat_map(MemoryDelta::pages));
-        }
-        let mut merged = MemoryDelta::new(newest.size_bytes());
-        pages.into_iter().for_each(|(page, bytes)| merged.push(page, bytes));
-        merged
-    });
-    let (globals, monotonic_ns) = (last.globals.clone(), last.monotonic_ns);
-    Some(MemorySnapshot { memories: memories.collect(), globals, monotonic_ns })
-}
-
 /// One full snapshot that says what a chain says, but for declared state.
 fn merge(loaded: &LoadedTask) -> TaskSnapshot {
-    let memory = merge_memory(&loaded.memory).map(Arc::new);
+    let memory = MemorySnapshot::merged(&loaded.memory).map(Arc::new);
     let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
     let in_flight = loaded.in_flight.clone();
     TaskSnapshot { state, is_drained, memory, in_flight, ..TaskSnapshot::default() }
@@ -2088,7 +2057,7 @@ pub(super) mod tests {
 
     fn pages_of(store: &SnapshotStore, checkpoint: u64) -> BTreeMap<u32, u8> {
         let loaded = store.load(0, checkpoint).expect("whole");
-        let merged = merge_memory(&loaded.memory).expect("pages");
+        let merged = MemorySnapshot::merged(&loaded.memory).expect("pages");
         merged.memories[0].pages().map(|(page, bytes)| (page, bytes[0])).collect()
     }
 
@@ -2392,7 +2361,7 @@ pub(super) mod tests {
         store.complete(12, 0).expect("complete");
         for task in 0..2 {
             let loaded = store.load(task, 12).expect("whole");
-            let merged = merge_memory(&loaded.memory).expect("pages");
+            let merged = MemorySnapshot::merged(&loaded.memory).expect("pages");
             let pages: BTreeMap<u32, u8> =
                 merged.memories[0].pages().map(|(page, bytes)| (page, bytes[0])).collect();
             let mut expected: BTreeMap<u32, u8> = many(11).into_iter().collect();
@@ -2463,7 +2432,7 @@ pub(super) mod tests {
         }
         assert_eq!(pending.len(), 60, "each has its layer");
         let memories = pending.iter().filter_map(|(.., it)| it.memory.as_deref());
-        let merged = merge_memory(memories).expect("pages");
+        let merged = MemorySnapshot::merged(memories).expect("pages");
         let newest = merged.memories[0].pages().all(|(_, bytes)| bytes[0] == 60);
         assert!(newest && merged.memories[0].page_count() == 1_000);
     }

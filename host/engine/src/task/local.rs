@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use cofferdam_sandbox::{Image, Instance, MemorySnapshot};
+use cofferdam_sandbox::{Image, Instance};
 use tokio::runtime::Handle;
 
 use crate::storage::{
@@ -163,22 +163,14 @@ impl Inner {
         if is_few && waiting <= FOLD_BYTES_MIN.max(self.image.size_bytes()) {
             return;
         }
-        let Some((mut id, mut merged)) = self.pending.pop_front_if(|(id, _)| *id < needed_from)
-        else {
-            return;
-        };
-        while let Some((next, snapshot)) = self.pending.pop_front_if(|(id, _)| *id < needed_from) {
-            let memory = match (&merged.memory, &snapshot.memory) {
-                (Some(older), Some(newer)) => Some(Arc::new(MemorySnapshot::merged(older, newer))),
-                _ => None,
-            };
-            let (state, in_flight) = (snapshot.state.clone(), snapshot.in_flight.clone());
-            let is_drained = snapshot.is_drained;
-            let whole =
-                TaskSnapshot { state, is_drained, memory, in_flight, ..TaskSnapshot::default() };
-            (id, merged) = (next, Arc::new(whole));
-        }
-        self.pending.push_front((id, merged));
+        let apart = self.pending.partition_point(|(id, _)| *id < needed_from);
+        let snapshots: Vec<&TaskSnapshot> =
+            self.pending.range(..apart).map(|(_, snapshot)| &**snapshot).collect();
+        // Nothing is kept here that was handed over, so it does not matter how that is dealt out.
+        let Some(whole) = TaskSnapshot::as_one(&snapshots, 1) else { return };
+        let id = self.pending[apart - 1].0;
+        self.pending.drain(..apart);
+        self.pending.push_front((id, Arc::new(whole)));
     }
 
     /// A checkpoint is complete: brings the image forward to it. Costs a copy of the changed
@@ -239,9 +231,7 @@ impl Inner {
             return Ok(());
         }
         self.clear();
-        for snapshot in &loaded.memory {
-            self.image.apply(snapshot)?;
-        }
+        self.image = Image::of(&loaded.memory)?;
         self.state.clone_from(&loaded.state);
         self.is_drained = loaded.is_drained;
         self.in_flight = loaded.in_flight.clone();
@@ -256,7 +246,7 @@ impl Inner {
 
 #[cfg(test)]
 mod tests {
-    use cofferdam_sandbox::{MemoryDelta, memory::PAGE_BYTES};
+    use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
 
     use super::*;
     use crate::storage::declared::{Changes, DeclaredKey, changes_of};

@@ -22,7 +22,7 @@ use crate::{
     batch::{BatchExt, RecordRef},
     clock::micros,
     progress::Progress,
-    storage::{snapshot::merge_memory, writer::cause_of as storage_cause},
+    storage::writer::cause_of as storage_cause,
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;
@@ -130,7 +130,7 @@ impl OperatorTask {
             // The next checkpoint has to hold it, and its own snapshot will not find it any more.
             self.unsaved.push(written);
             if UNSAVED_MAX <= self.unsaved.len() {
-                self.unsaved = merge_memory(&self.unsaved).into_iter().collect();
+                self.unsaved = MemorySnapshot::merged(&self.unsaved).into_iter().collect();
             }
         }
         if is_over { self.end_guard(local) } else { Ok(()) }
@@ -146,7 +146,7 @@ impl OperatorTask {
         }
         let mut all = std::mem::take(&mut self.unsaved);
         all.push(memory);
-        merge_memory(&all).ok_or_else(|| host_bug("a snapshot without memories"))
+        MemorySnapshot::merged(&all).ok_or_else(|| host_bug("a snapshot without memories"))
     }
 
     /// What came of a batch. Rejected records go to the dead letters at once, if somebody takes these: no

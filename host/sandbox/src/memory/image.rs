@@ -7,7 +7,8 @@
 #![allow(unsafe_code, reason = "copies pages out of guest memory that nobody is using")]
 
 use std::{
-    collections::BTreeSet,
+    borrow::Borrow,
+    collections::BTreeMap,
     fs::File,
     io,
     sync::{
@@ -187,17 +188,6 @@ impl MemoryDelta {
         }
     }
 
-    /// Both changes as one: of a page that is in both, the `newer` one's counts.
-    fn merged(older: &Self, newer: &Self) -> Self {
-        let mut merged = Self::new(newer.size_bytes);
-        let is_over: BTreeSet<u32> = newer.pages.iter().copied().collect();
-        let kept = older.pages().filter(|(page, _)| !is_over.contains(page));
-        for (page, bytes) in kept.chain(newer.pages()) {
-            merged.push(page, bytes);
-        }
-        merged
-    }
-
     /// Copies the pages out of a region.
     ///
     /// # Safety
@@ -225,18 +215,23 @@ pub struct MemorySnapshot {
 }
 
 impl MemorySnapshot {
-    /// What both snapshots have changed, as of the newer one. Copies every page of both.
+    /// What snapshots that follow each other have changed, as of the last; `None` where there are none. Of a
+    /// page that is in several the last one's counts. Copies each page once.
     #[must_use]
-    pub fn merged(older: &Self, newer: &Self) -> Self {
-        let empty = MemoryDelta::default();
-        let memories = newer.memories.iter().enumerate();
-        let memories = memories
-            .map(|(at, it)| MemoryDelta::merged(older.memories.get(at).unwrap_or(&empty), it));
-        Self {
-            memories: memories.collect(),
-            globals: newer.globals.clone(),
-            monotonic_ns: newer.monotonic_ns,
-        }
+    pub fn merged<'a>(snapshots: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let snapshots: Vec<&Self> = snapshots.into_iter().collect();
+        let last = snapshots.last()?;
+        let memories = last.memories.iter().enumerate().map(|(index, newest)| {
+            let mut pages = BTreeMap::new();
+            for snapshot in &snapshots {
+                pages.extend(snapshot.memories.get(index).into_iter().flat_map(MemoryDelta::pages));
+            }
+            let mut merged = MemoryDelta::new(newest.size_bytes());
+            pages.into_iter().for_each(|(page, bytes)| merged.push(page, bytes));
+            merged
+        });
+        let (globals, monotonic_ns) = (last.globals.clone(), last.monotonic_ns);
+        Some(Self { memories: memories.collect(), globals, monotonic_ns })
     }
 
     /// How many bytes of pages changed.
@@ -272,6 +267,18 @@ impl Image {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The image of snapshots that follow each other; each goes when it is in there.
+    ///
+    /// # Errors
+    /// Where the operating system has no memory left.
+    pub fn of(
+        snapshots: impl IntoIterator<Item = impl Borrow<MemorySnapshot>>,
+    ) -> io::Result<Self> {
+        let mut image = Self::new();
+        snapshots.into_iter().try_for_each(|snapshot| image.apply(snapshot.borrow()))?;
+        Ok(image)
     }
 
     /// True before the first snapshot was applied.
@@ -375,7 +382,8 @@ mod tests {
         let older = snapshot(8 * 4096, &[(1, 1), (2, 2), (5, 5)]);
         let newer = snapshot(9 * 4096, &[(2, 9), (8, 8)]);
         let mut of_merged = Image::new();
-        of_merged.apply(&MemorySnapshot::merged(&older, &newer)).expect("memory");
+        let merged = MemorySnapshot::merged([&older, &newer]).expect("two");
+        of_merged.apply(&merged).expect("memory");
         let mut same = vec![0; of_merged.size_bytes() as usize];
         of_merged.memories[0].file.read_exact_at(&mut same, 0).expect("readable");
         assert!(same == bytes, "merged, they do what they do one after the other");
