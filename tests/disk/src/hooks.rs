@@ -178,6 +178,28 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
     unsafe { libc::syscall(libc::SYS_close, fd) as c_int }
 }
 
+/// As `closedir(3)`, which closes its descriptor without a call that is seen here: what was opened next with the
+/// same number used to be taken for the directory.
+///
+/// # Safety
+/// As `closedir(3)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn closedir(dir: *mut libc::DIR) -> c_int {
+    type CloseDir = unsafe extern "C" fn(*mut libc::DIR) -> c_int;
+    // SAFETY: the directory is open until it is closed below.
+    let fd = unsafe { libc::dirfd(dir) };
+    if let Some(mut state) = state() {
+        state.closed(fd);
+    }
+    // SAFETY: the name ends with a zero.
+    let next = unsafe { libc::dlsym(libc::RTLD_NEXT, c"closedir".as_ptr()) };
+    assert!(!next.is_null(), "the C library has no closedir");
+    // SAFETY: that is what the C library has under this name.
+    let next: CloseDir = unsafe { std::mem::transmute(next) };
+    // SAFETY: the directory is the caller's.
+    unsafe { next(dir) }
+}
+
 fn fcntl_of(fd: c_int, command: c_int, argument: c_long) -> c_int {
     // SAFETY: see above.
     let result = unsafe { libc::syscall(libc::SYS_fcntl, fd, command, argument) as c_int };
