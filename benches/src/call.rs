@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use cofferdam_contract::Batch;
 use cofferdam_engine::spec::{GeneratorContent, GeneratorSpec};
-use cofferdam_sandbox::Batch;
 use cofferdam_sdk::runtime::Task;
 use cofferdam_tests::guest;
 use counter::Counter;
@@ -54,7 +54,6 @@ pub(crate) fn run() -> Result<()> {
 }
 
 fn batches(size: usize, records: usize) -> Vec<Batch> {
-    use cofferdam_engine::batch::BatchExt;
     let spec = GeneratorSpec {
         content: GeneratorContent::Words { vocabulary: 10_000, exponent: 1.0 },
         count: Some(records as u64),

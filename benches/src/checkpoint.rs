@@ -3,14 +3,13 @@
 use std::{fs::File, io::Write, sync::Arc, time::Instant};
 
 use anyhow::Result;
-use cofferdam_engine::{
-    batch::{BatchExt, RecordRef},
-    storage::{
-        sled::SledStorage,
-        snapshot::{SnapshotStore, TaskSnapshot},
-    },
+use cofferdam_contract::Batch;
+use cofferdam_contract::RecordRef;
+use cofferdam_engine::storage::{
+    sled::SledStorage,
+    snapshot::{SnapshotStore, TaskSnapshot},
 };
-use cofferdam_sandbox::{Batch, MemorySnapshot};
+use cofferdam_sandbox::MemorySnapshot;
 use cofferdam_tests::{guest, job::lone_task};
 
 use crate::support::{block_on, disk_bytes, load, median, open, sandbox};

@@ -13,7 +13,6 @@ use std::{
 use anyhow::{Context, Result};
 use cofferdam_core::random::Random;
 use cofferdam_engine::{
-    batch::BatchExt,
     generate,
     spec::{GeneratorContent, GeneratorSpec},
 };

@@ -8,10 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use cofferdam_contract::{Batch, OpenContext};
 use cofferdam_engine::job::Job;
-use cofferdam_sandbox::{
-    Batch, Component, Instance, InstanceSetup, Limits, OpenContext, Sandbox, SandboxOptions,
-};
+use cofferdam_sandbox::{Component, Instance, InstanceSetup, Limits, Sandbox, SandboxOptions};
 use cofferdam_tests::host::RecordingHost;
 
 /// The middle value.

@@ -7,16 +7,15 @@ use std::{
 };
 
 use anyhow::Result;
+use cofferdam_contract::Batch;
 use cofferdam_core::{
     key_group::{key_group, task_index},
     random::Random,
 };
 use cofferdam_engine::{
-    batch::BatchExt,
     generate,
     spec::{GeneratorContent, GeneratorSpec},
 };
-use cofferdam_sandbox::Batch;
 use cofferdam_sdk::runtime::Task;
 use cofferdam_tests::{guest, job::run_manifest};
 use counter::Counter;

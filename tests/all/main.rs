@@ -10,6 +10,7 @@ mod exactly_once;
 mod failover;
 mod objects;
 mod program;
+mod readers;
 mod sandbox;
 mod soak;
 mod state_backend;

@@ -5,9 +5,10 @@ use std::{
     time::Duration,
 };
 
+use cofferdam_contract::{Batch, OpenContext};
 use cofferdam_sandbox::{
-    Batch, Component, ComponentError, GuestError, Image, Instance, InstanceSetup, Limit, Limits,
-    OpenContext, Sandbox, SandboxOptions, SnapshotError, TrackingChoice,
+    Component, ComponentError, GuestError, Image, Instance, InstanceSetup, Limit, Limits, Sandbox,
+    SandboxOptions, SnapshotError, TrackingChoice,
 };
 use cofferdam_tests::{guest, host::RecordingHost};
 

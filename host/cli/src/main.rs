@@ -9,6 +9,7 @@ mod check;
 mod checkpoints;
 mod control;
 mod explain;
+mod lines;
 mod new;
 mod run;
 mod socket;
@@ -24,6 +25,7 @@ use crate::args::{Arguments, Verb};
 
 /// What one thread allocates another one frees here, batch by batch and entry by entry. The usual
 /// allocator keeps three times as much memory of that for itself, and is half as fast at state on disk.
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
@@ -43,11 +45,27 @@ fn main() -> ExitCode {
     hide_panics_of_sled();
     let arguments = Arguments::parse();
     let is_json = arguments.json;
+    let exit_code = |result: Result<(), Problem>| match result {
+        Ok(()) => 0,
+        Err(problem) => {
+            report::problem(&problem, is_json);
+            problem.code.exit_code()
+        }
+    };
     let result = match arguments.verb {
         Verb::New(arguments) => new::run(&arguments, is_json),
         Verb::Build(arguments) => with_runtime(build::run(arguments, is_json)),
         Verb::Check(arguments) => with_runtime(check::run(arguments, is_json)),
-        Verb::Run(arguments) => with_runtime(run::run(arguments, is_json)),
+        Verb::Run(arguments) => {
+            let code = with_runtime(async {
+                let code = exit_code(run::run(arguments, is_json).await);
+                // Its reader may be slow, or gone; the next signal ends the wait.
+                run::end_at_next_signal();
+                report::drain();
+                Ok(code)
+            });
+            return ExitCode::from(code.unwrap_or_else(|problem| exit_code(Err(problem))));
+        }
         Verb::Explain(arguments) => explain::run(&arguments, is_json),
         Verb::Checkpoints { verb } => checkpoints::run(&verb, is_json),
         Verb::State(arguments) => state::run(&arguments, is_json),
@@ -62,13 +80,7 @@ fn main() -> ExitCode {
             Ok(())
         }
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(problem) => {
-            report::problem(&problem, is_json);
-            ExitCode::from(problem.code.exit_code())
-        }
-    }
+    ExitCode::from(exit_code(result))
 }
 
 fn with_runtime<T>(future: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {

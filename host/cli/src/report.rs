@@ -3,10 +3,50 @@
 use std::{
     fmt,
     io::{self, Write},
+    sync::OnceLock,
 };
 
 use cofferdam_engine::problem::{Code, Problem};
 use serde_json::json;
+
+use crate::lines::Lines;
+
+/// What standard output and standard error get while a job runs; see [`never_block`].
+static QUEUES: OnceLock<(Lines, Lines)> = OnceLock::new();
+
+/// From now on printing never waits for a reader.
+///
+/// # Errors
+/// Where no thread can be started for it.
+pub(crate) fn never_block(write_error: impl FnMut(&[u8]) + Send + 'static) -> io::Result<()> {
+    let write_output = |line: &[u8]| {
+        let mut out = io::stdout().lock();
+        // Its reader may be gone, which is no reason to fail.
+        let _ = out.write_all(line).and_then(|()| out.flush());
+    };
+    let missed_events = |count| format!("{}\n", json!({ "event": "dropped", "lines": count }));
+    let missed_lines = |count| format!("... {count} lines were not printed: nobody read them\n");
+    let output = Lines::new("cofferdam-output", write_output, missed_events)?;
+    let error = Lines::new("cofferdam-log", write_error, missed_lines)?;
+    let _ = QUEUES.set((output, error));
+    Ok(())
+}
+
+/// Waits until everything is printed, if anybody reads it.
+pub(crate) fn drain() {
+    if let Some((output, error)) = QUEUES.get() {
+        output.drain();
+        error.drain();
+    }
+}
+
+/// Prints lines to standard error.
+pub(crate) fn log(bytes: &[u8]) {
+    match QUEUES.get() {
+        Some((_, error)) => error.push(bytes.to_vec()),
+        None => drop(io::stderr().lock().write_all(bytes)),
+    }
+}
 
 /// Prints a line to standard output. Its reader may be gone, which is no reason to fail.
 macro_rules! say {
@@ -19,11 +59,14 @@ macro_rules! say_aside {
 }
 
 pub(crate) fn to_stdout(text: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stdout().lock(), "{text}");
+    match QUEUES.get() {
+        Some((output, _)) => output.push(format!("{text}\n").into_bytes()),
+        None => drop(writeln!(io::stdout().lock(), "{text}")),
+    }
 }
 
 pub(crate) fn to_stderr(text: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    log(format!("{text}\n").as_bytes());
 }
 
 /// Prints a problem: to standard error, or as one JSON object to standard output.

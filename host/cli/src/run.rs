@@ -1,8 +1,13 @@
 //! `cofferdam run`: a job from its start, or from its newest checkpoint, to its end.
 
 use std::{
+    convert::Infallible,
     io::{self, IsTerminal, Write},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
     time::{Duration, Instant},
 };
 
@@ -24,7 +29,7 @@ use tokio::{
     sync::oneshot,
     task::JoinHandle,
 };
-use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+use tracing_subscriber::EnvFilter;
 
 use crate::{
     args::{ClaimMode, RunArguments},
@@ -51,7 +56,7 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
         tracing::warn!("{warning}");
     }
     let (begins, begun) = oneshot::channel();
-    let interrupts = tokio::spawn(obey_interrupts(Signals::catch(), begun));
+    tokio::spawn(obey_interrupts(Signals::catch(), begun));
     let cache_dir = arguments.cache.dir();
     let sandbox = job::sandbox(cache_dir)?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
@@ -87,16 +92,17 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     // The task waits for it.
     let _ = begins.send(job.handle());
     let requests = serve_requests(&job);
-    let watching = tokio::spawn(view.clone().watch());
+    let watching = view.clone().watch();
     let outcome = job.run().await;
-    interrupts.abort();
     if let Some((ended, requests)) = requests {
         // Whoever asked for what ended the job still gets the answer.
         drop(ended);
         let _ = requests.await;
     }
-    watching.abort();
-    let _ = screen.clear();
+    drop(watching);
+    if !screen.is_hidden() {
+        let _ = screen.clear();
+    }
     view.summarise(&outcome);
     outcome.map(|_| ())
 }
@@ -153,6 +159,14 @@ impl Signals {
     }
 }
 
+/// Whether the job has ended, and nothing is left to stop in good order.
+static HAS_ENDED: AtomicBool = AtomicBool::new(false);
+
+/// The job has ended: the next signal ends the program at once.
+pub(crate) fn end_at_next_signal() {
+    HAS_ENDED.store(true, Ordering::Release);
+}
+
 /// The first signal stops in good order, the second one at once; and one that comes before there is a job.
 async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobHandle>) {
     let Some(mut signals) = signals else { return };
@@ -166,7 +180,7 @@ async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobH
     let Ok(job) = job else { return };
     for is_second in [false, true] {
         signals.next().await;
-        if is_second {
+        if is_second || HAS_ENDED.load(Ordering::Acquire) {
             // Nothing is lost: what was acked is durable, and the next run goes on from it.
             std::process::exit(130);
         }
@@ -175,32 +189,32 @@ async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobH
     }
 }
 
-/// Log lines go above the line of progress, not through it.
-#[derive(Clone)]
-struct AboveProgress(MultiProgress);
+/// The log, a line at a time.
+struct LogLine;
 
-impl Write for AboveProgress {
+impl Write for LogLine {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // Whoever reads the log may be gone, or its disk full: the job goes on without it.
-        let _ = self.0.suspend(|| io::stderr().write_all(bytes));
+        report::log(bytes);
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let _ = io::stderr().flush();
         Ok(())
     }
 }
 
-impl<'w> MakeWriter<'w> for AboveProgress {
-    type Writer = Self;
-
-    fn make_writer(&'w self) -> Self {
-        self.clone()
-    }
-}
-
 fn start_log(filter: Option<&str>, is_json: bool, screen: &MultiProgress) -> Result<(), Problem> {
+    let screen = screen.clone();
+    // Log lines go above the line of progress, not through it. Their reader may be gone, or its disk full: the
+    // job continues without it.
+    let write = move |line: &[u8]| {
+        let write = || io::stderr().write_all(line);
+        // Without a line of progress nobody but this thread may have to wait for the reader.
+        let _ = if screen.is_hidden() { write() } else { screen.suspend(write) };
+    };
+    report::never_block(write).map_err(|error| {
+        Problem::new(Code::CannotStart, "start a thread for the log").detail(error)
+    })?;
     let filter = EnvFilter::try_new(filter.unwrap_or("info")).map_err(|error| {
         Problem::new(Code::BadValue, "the log filter cannot be read")
             .detail(error)
@@ -209,7 +223,7 @@ fn start_log(filter: Option<&str>, is_json: bool, screen: &MultiProgress) -> Res
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(io::stderr().is_terminal())
-        .with_writer(AboveProgress(screen.clone()));
+        .with_writer(|| LogLine);
     if is_json {
         builder.json().init()
     } else {
@@ -371,11 +385,17 @@ impl View {
         self.metrics.read(|index| self.kinds[index].0, |index| self.kinds[index].1)
     }
 
-    async fn watch(self) {
+    /// Shows figures, until what it gives back is dropped. On a thread of its own: a terminal may be held.
+    fn watch(self) -> mpsc::Sender<Infallible> {
+        let (watched, ended) = mpsc::channel();
+        std::thread::spawn(move || self.show_until(&ended));
+        watched
+    }
+
+    fn show_until(&self, ended: &mpsc::Receiver<Infallible>) {
         let period = if self.mode == Mode::Live { REDRAW } else { REPORT };
         let mut before = (Instant::now(), self.read());
-        loop {
-            tokio::time::sleep(period).await;
+        while ended.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
             let now = (Instant::now(), self.read());
             let seconds = now.0.duration_since(before.0).as_secs_f64();
             let rate = |new: u64, old: u64| (new.saturating_sub(old) as f64 / seconds) as u64;

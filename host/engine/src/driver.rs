@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cofferdam_connector::blocking::{Blocking, CallsEnded};
 use cofferdam_core::{
     checkpoint::Purpose,
     failover::{RestartReason, topology::PartitionId},
@@ -198,7 +199,12 @@ struct RunningWorker {
     /// Feeds the channels that begin at partitions.
     reader: Option<JoinHandle<()>>,
     partition_channels: Vec<Sender>,
+    /// Ends with the last call of its connectors that blocks.
+    calls_ended: CallsEnded,
 }
+
+/// After this long a call that blocks is left behind: an attempt that waits for it would wait with it.
+const CALLS_WAIT: Duration = Duration::from_secs(30);
 
 impl Driver {
     pub(crate) fn new(
@@ -462,9 +468,25 @@ impl Driver {
         self.plan.links.disconnect(|consumer| tasks.iter().any(|(task, _)| *task == consumer));
         let shared = self.shared.clone();
         tokio::spawn(async move {
+            let mut are_ended = Vec::with_capacity(ending.len());
             for worker in ending {
                 // An abort is what was asked for, and a panic was reported by the worker itself.
                 let _ = worker.handle.await;
+                are_ended.push(worker.calls_ended);
+            }
+            let calls = async {
+                for ended in &mut are_ended {
+                    ended.wait().await;
+                }
+            };
+            if tokio::time::timeout(CALLS_WAIT, calls).await.is_err() {
+                let seconds = CALLS_WAIT.as_secs();
+                shared.observe(Progress::Warning {
+                    message: format!(
+                        "a source or a sink has blocked for {seconds} s after its task was cancelled; \
+                         the job continues without it"
+                    ),
+                });
             }
             shared.report(Event::TasksStopped { tasks });
         });
@@ -479,7 +501,7 @@ fn tell<'w>(workers: impl IntoIterator<Item = &'w RunningWorker>, control: Contr
 }
 
 fn run(prepared: PreparedWorker) -> RunningWorker {
-    let PreparedWorker { worker, control, reader } = prepared;
+    let PreparedWorker { worker, control, reader, calls_ended } = prepared;
     let channels = reader.iter().flat_map(|reader| &reader.channels);
     let partition_channels = channels.map(|channel| channel.sender.clone()).collect();
     let is_source = matches!(worker.head, Head::Source);
@@ -510,7 +532,7 @@ fn run(prepared: PreparedWorker) -> RunningWorker {
         };
         shared.report(Event::TaskFailed { task: Some((task, attempt)), cause, lost: None });
     });
-    RunningWorker { tasks, is_source, control, handle, reader, partition_channels }
+    RunningWorker { tasks, is_source, control, handle, reader, partition_channels, calls_ended }
 }
 
 /// A worker that is to be run, and what feeds those of its channels that begin at partitions.
@@ -518,6 +540,7 @@ struct PreparedWorker {
     worker: Worker,
     control: UnboundedSender<Control>,
     reader: Option<PartitionReader>,
+    calls_ended: CallsEnded,
 }
 
 /// A channel of a task.
@@ -560,6 +583,7 @@ impl Plan {
                 None => Head::Source,
             };
             let (sender, control) = mpsc::unbounded_channel();
+            let (blocking, calls_ended) = Blocking::new();
             let worker = Worker {
                 attempt,
                 shared: shared.clone(),
@@ -576,8 +600,9 @@ impl Plan {
                 held: None,
                 clock: Clock::default(),
                 idle_after: self.idle_after(task.operator),
+                blocking,
             };
-            workers.push(PreparedWorker { worker, control: sender, reader: None });
+            workers.push(PreparedWorker { worker, control: sender, reader: None, calls_ended });
         }
         // Only now, when all that these tasks produce for each other has begun.
         for prepared in &mut workers {

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use cofferdam_contract::{Description, Format, Port, StateDeclaration};
 use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
     checkpoint::retention::End,
@@ -20,8 +21,8 @@ use cofferdam_core::{
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_sandbox::{
-    Component, ComponentError, Description, Format, GuestError, Host, InstanceSetup, Level, Limits,
-    Port, Sandbox, SandboxError, SandboxOptions, StateDeclaration,
+    Component, ComponentError, GuestError, Host, InstanceSetup, Level, Limits, Sandbox,
+    SandboxError, SandboxOptions,
 };
 use tokio::sync::mpsc;
 use twox_hash::XxHash3_64;
@@ -53,7 +54,6 @@ use crate::{
         keyed::{KeyedLimits, KeyedState},
         manifest::{Manifest, StateIdentity, TaskIdentity},
         memory::MemoryStorage,
-        objects::ObjectStorage,
         sled::SledStorage,
         snapshot::{Found, SnapshotStore},
         table::Tables,
@@ -1394,7 +1394,7 @@ fn storage_at(
     state_dir: Option<&Path>,
 ) -> Result<Box<dyn Storage>, StorageError> {
     match (spec, state_dir) {
-        (StorageSpec::Objects { location, .. }, _) => Ok(Box::new(ObjectStorage::new(location)?)),
+        (StorageSpec::Objects { location, .. }, _) => storage::objects_at(location),
         (_, Some(dir)) => Ok(Box::new(SledStorage::new(dir.to_owned()))),
         (_, None) => Ok(Box::new(MemoryStorage::default())),
     }
@@ -1632,7 +1632,7 @@ impl Host for QuietHost {
 
 #[cfg(test)]
 mod tests {
-    use cofferdam_sandbox::StateKind;
+    use cofferdam_contract::StateKind;
 
     use super::*;
 

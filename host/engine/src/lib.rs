@@ -1,7 +1,6 @@
 //! Performs a job: exchanges, tasks, connectors, checkpoint storage, and the driver that steps the
 //! core and does what it says. Decides nothing that a restart or a checkpoint depends on.
 
-pub mod batch;
 mod clock;
 pub mod control;
 mod driver;

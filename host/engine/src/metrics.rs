@@ -24,6 +24,8 @@ pub struct OperatorMetrics {
     pub watermark: AtomicI64,
     /// Records that a source could not make sense of and left out, or gave to its dead letters.
     pub bad_records: AtomicU64,
+    /// By task: how many records a source has still to read, where it knows.
+    pub records_behind: Mutex<BTreeMap<u32, u64>>,
     /// What guests count and measure themselves.
     pub custom: Mutex<BTreeMap<String, f64>>,
 }
@@ -38,8 +40,22 @@ impl OperatorMetrics {
             records_out: AtomicU64::new(0),
             watermark: AtomicI64::new(i64::MIN),
             bad_records: AtomicU64::new(0),
+            records_behind: Mutex::default(),
             custom: Mutex::default(),
         }
+    }
+
+    /// A task of a source has this many records still to read, if it knows.
+    pub(crate) fn set_records_behind(&self, task: u32, records: Option<u64>) {
+        let Some(records) = records else { return };
+        let mut behind = self.records_behind.lock().unwrap_or_else(PoisonError::into_inner);
+        behind.insert(task, records);
+    }
+
+    /// How many records all tasks of a source have still to read; `None` where they do not know.
+    fn all_records_behind(&self) -> Option<u64> {
+        let behind = self.records_behind.lock().unwrap_or_else(PoisonError::into_inner);
+        (!behind.is_empty()).then(|| behind.values().sum())
     }
 
     pub(crate) fn add_in(&self, count: usize) {
@@ -109,6 +125,9 @@ pub struct OperatorReading {
     pub records_out: u64,
     /// The newest watermark, in milliseconds, if there was one.
     pub watermark: Option<i64>,
+    /// How many records a source has still to read, where it knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub records_behind: Option<u64>,
     /// What its guests count and measure themselves, all tasks together.
     pub metrics: BTreeMap<String, f64>,
 }
@@ -123,6 +142,7 @@ impl Metrics {
             records_out: operator.records_out.load(Ordering::Relaxed),
             watermark: Some(operator.watermark.load(Ordering::Relaxed))
                 .filter(|it| *it != i64::MIN),
+            records_behind: operator.all_records_behind(),
             metrics: operator.custom.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         };
         self.operators.iter().map(read).collect()

@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
+use cofferdam_contract::StateChanges;
 use cofferdam_sandbox::{
-    Component, GuestError, Image, Instance, InstanceSetup, Limits, RestoreError, StateChanges,
-    memory::PAGE_BYTES,
+    Component, GuestError, Image, Instance, InstanceSetup, Limits, RestoreError, memory::PAGE_BYTES,
 };
 
 use crate::{

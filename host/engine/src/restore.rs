@@ -21,8 +21,6 @@ use cofferdam_core::{
     key_group::key_groups_of,
 };
 
-use serde::{Serialize, de::DeserializeOwned};
-
 use crate::{
     identity::Lineage,
     job::limits_of,
@@ -793,18 +791,6 @@ fn share_in_flight(
         }
     }
     Ok(shared)
-}
-
-/// The states of all tasks of a source or a sink.
-pub(crate) fn decode_states<T: DeserializeOwned>(states: &[&[u8]]) -> Result<Vec<T>, String> {
-    let decode = |state: &&[u8]| postcard::from_bytes(state).map_err(|error| error.to_string());
-    states.iter().map(decode).collect()
-}
-
-/// The shares of the tasks that there are now.
-pub(crate) fn encode_states<T: Serialize>(shares: &[T]) -> Result<Vec<Vec<u8>>, String> {
-    let encode = |share: &T| postcard::to_stdvec(share).map_err(|error| error.to_string());
-    shares.iter().map(encode).collect()
 }
 
 /// Whether a checkpoint's state can become the state of these tasks.

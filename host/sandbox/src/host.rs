@@ -1,6 +1,7 @@
 //! What a guest can ask of whoever embeds the sandbox.
 
-use crate::{Level, Limit, StateChanges};
+use crate::{Level, Limit};
+use cofferdam_contract::StateChanges;
 
 /// The answers to a guest's imports. Everything nondeterministic that a guest sees comes through
 /// here, so that it can be recorded.

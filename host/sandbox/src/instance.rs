@@ -6,9 +6,8 @@ use std::{future::Future, io, pin::pin, sync::Arc};
 use wasmtime::{Store, UpdateDeadline, component::TypedFunc};
 
 use crate::{
-    Batch, Component, Description, Emission, HandedOver, Host, Limits, OpenContext, Processed,
-    StateChanges,
-    bindings::{Operator, cofferdam::operator::types::CheckpointRequest},
+    Component, Host, Limits,
+    bindings::Operator,
     component::AccessorIndices,
     limits::Limit,
     memory::{
@@ -18,6 +17,10 @@ use crate::{
     },
     trap::GuestError,
     wasi::State,
+};
+use cofferdam_contract::{
+    Batch, CheckpointRequest, Description, Emission, HandedOver, OpenContext, Processed,
+    StateChanges,
 };
 
 /// The unit in which a guest's memory grows.
@@ -295,12 +298,14 @@ impl Instance {
             let request = CheckpointRequest { id, full, continued };
             let HandedOver { changes, is_last } = call!(self, call_checkpoint(request))??;
             let malformed = |message| GuestError::Trap { message, backtrace: Vec::new() };
-            check_changes(&changes).map_err(malformed)?;
+            changes.check().map_err(|message| {
+                malformed(format!("it handed over malformed state: {message}"))
+            })?;
             if changes.states.is_empty() && !is_last {
                 let message = "it handed over an empty piece that was not the last".to_owned();
                 return Err(malformed(message));
             }
-            bytes += changes.bytes();
+            bytes += changes.byte_count();
             if bytes_max < bytes {
                 return Err(GuestError::Limit(Limit::State { wanted_bytes: bytes, bytes_max }));
             }
@@ -512,67 +517,4 @@ fn check_emissions(emissions: Vec<Emission>) -> Result<Vec<Emission>, GuestError
         })?;
     }
     Ok(emissions)
-}
-
-pub(crate) fn check_changes(changes: &StateChanges) -> Result<(), String> {
-    let count = changes.states.len();
-    let is_complete = changes.key_ends.len() == count
-        && changes.value_ends.len() == count
-        && (changes.namespaces.is_empty() || changes.namespaces.len() == count)
-        && changes.removed.len() == count;
-    let checked = match is_complete {
-        true => check_column(&changes.key_ends, changes.keys.len())
-            .and_then(|()| check_column(&changes.value_ends, changes.values.len()))
-            .and_then(|()| check_namespaces(changes)),
-        false => Err("columns of different length"),
-    };
-    checked.map_err(|message| format!("it handed over malformed state: {message}"))
-}
-
-/// A namespace is a part of its key.
-fn check_namespaces(changes: &StateChanges) -> Result<(), &'static str> {
-    let mut start = 0;
-    for (end, namespace) in changes.key_ends.iter().zip(&changes.namespaces) {
-        if end - start < *namespace {
-            return Err("a namespace that is longer than its key");
-        }
-        start = *end;
-    }
-    Ok(())
-}
-
-impl StateChanges {
-    /// How much they take up: keys, values, and what is counted for each entry beside these.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        (self.keys.len() + self.values.len() + 16 * self.states.len()) as u64
-    }
-}
-
-impl Batch {
-    /// Whether the columns fit together.
-    ///
-    /// # Errors
-    /// What does not fit.
-    pub fn check(&self) -> Result<(), &'static str> {
-        let count = self.value_ends.len();
-        if !self.key_ends.is_empty() && self.key_ends.len() != count {
-            return Err("not one key a record");
-        }
-        if !self.timestamps.is_empty() && self.timestamps.len() != count {
-            return Err("not one timestamp a record");
-        }
-        check_column(&self.key_ends, self.keys.len())?;
-        check_column(&self.value_ends, self.values.len())
-    }
-}
-
-fn check_column(ends: &[u32], len: usize) -> Result<(), &'static str> {
-    if !ends.is_sorted() {
-        return Err("ends that do not ascend");
-    }
-    if ends.last().map_or(0, |end| *end as usize) != len {
-        return Err("a last end that is not the column's end");
-    }
-    Ok(())
 }

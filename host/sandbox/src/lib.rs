@@ -16,6 +16,8 @@ mod instrument;
 mod limits;
 pub mod memory;
 mod trap;
+#[doc(hidden)]
+pub mod types;
 mod validate;
 mod wasi;
 
@@ -34,17 +36,11 @@ mod bindings {
         imports: { "cofferdam:operator/state@0.2.0": trappable },
         exports: { default: async },
         ownership: Borrowing { duplicate_if_necessary: false },
-        additional_derives: [PartialEq, Eq],
+        with: { "cofferdam:operator/types@0.2.0": crate::types },
     });
 }
 
-pub use bindings::cofferdam::operator::{
-    logging::Level,
-    types::{
-        Batch, Description, Emission, Format, HandedOver, OpenContext, Port, Processed, Rejection,
-        StateChanges, StateDeclaration, StateKind,
-    },
-};
+pub use bindings::cofferdam::operator::logging::Level;
 pub use component::{Component, ComponentError, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
 pub use host::{Host, StateError};

@@ -2,12 +2,8 @@
 
 use wasmtime::{Error, Trap, WasmBacktrace};
 
-use crate::{
-    StateError,
-    bindings::cofferdam::operator::types::{ErrorClass, OperatorError},
-    limits::Limit,
-    memory::NOT_RESERVED,
-};
+use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
+use cofferdam_contract::{ErrorClass, OperatorError};
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
 /// gone: its memory is not state any more.

@@ -29,13 +29,12 @@ use wasmtime_wasi::{
 };
 
 use crate::{
-    Host, Level, Limits, StateChanges,
-    bindings::cofferdam::operator::{
-        clock, logging, metrics, random as guest_random, state, task, types,
-    },
-    instance::check_changes,
+    Host, Level, Limits,
+    bindings::cofferdam::operator::{clock, logging, metrics, random as guest_random, state, task},
     limits::Meter,
+    types,
 };
+use cofferdam_contract::StateChanges;
 
 /// A line of output longer than this is cut into messages.
 const LINE_BYTES_MAX: usize = 8 << 10;
@@ -136,8 +135,6 @@ impl wasmtime::component::HasData for Itself {
     type Data<'a> = &'a mut State;
 }
 
-impl types::Host for State {}
-
 impl logging::Host for State {
     fn log(&mut self, level: Level, message: String) {
         self.log.write(level, &message);
@@ -186,7 +183,9 @@ impl state::Host for State {
     }
 
     fn put(&mut self, changes: StateChanges) -> wasmtime::Result<()> {
-        check_changes(&changes).map_err(wasmtime::Error::msg)?;
+        let malformed =
+            |message| wasmtime::Error::msg(format!("it handed over malformed state: {message}"));
+        changes.check().map_err(malformed)?;
         Ok(self.log.host.put_state(&changes)?)
     }
 

@@ -13,7 +13,6 @@ use cofferdam_core::ids::{CheckpointId, TaskId};
 use tokio::sync::Notify;
 
 use super::{Element, Sender};
-use crate::batch::BatchExt;
 
 /// One channel of an edge, whatever the attempts of its ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -199,11 +198,12 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use cofferdam_contract::Batch;
     use cofferdam_core::{checkpoint::Purpose, ids::OperatorId};
-    use cofferdam_sandbox::Batch;
 
     use super::*;
-    use crate::{batch::RecordRef, exchange::Gate};
+    use crate::exchange::Gate;
+    use cofferdam_contract::RecordRef;
 
     const ID: LinkId = LinkId {
         edge: 0,

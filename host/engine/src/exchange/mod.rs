@@ -22,16 +22,16 @@ use std::{
     },
 };
 
+use cofferdam_contract::Batch;
 use cofferdam_core::{
     checkpoint::Purpose,
     failure::FailureCause,
     ids::{ChannelId, CheckpointId},
 };
-use cofferdam_sandbox::Batch;
 use tokio::sync::Notify;
 
 use self::{link::Link, partition::PartitionWriter};
-use crate::{batch::BatchExt, storage::in_flight::InFlight};
+use crate::storage::in_flight::InFlight;
 
 /// Bytes a channel holds before its sender waits: some tens of batches, so that neither side waits
 /// for the other in a steady stream, and few enough for a barrier to pass in milliseconds.
@@ -350,7 +350,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::batch::RecordRef;
+    use cofferdam_contract::RecordRef;
 
     fn records(bytes: usize) -> Element {
         let mut batch = Batch::empty();

@@ -25,7 +25,6 @@ use tokio::sync::Notify;
 
 use super::{Element, Sender};
 use crate::{
-    batch::BatchExt,
     driver::Shared,
     storage::{
         in_flight::InFlight,
@@ -346,11 +345,12 @@ impl PartitionChannel {
 
 #[cfg(test)]
 mod tests {
+    use cofferdam_contract::Batch;
     use cofferdam_core::ids::OperatorId;
-    use cofferdam_sandbox::Batch;
 
     use super::*;
-    use crate::{batch::RecordRef, exchange::Gate};
+    use crate::exchange::Gate;
+    use cofferdam_contract::RecordRef;
 
     const ID: PartitionId =
         PartitionId { edge: 3, producer: TaskId { operator: OperatorId(1), index: 2 } };

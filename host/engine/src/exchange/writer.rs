@@ -1,14 +1,13 @@
 //! The sending side of an edge: picks the channel of each record and cuts batches.
 
+use cofferdam_contract::Batch;
 use cofferdam_core::{
     failure::FailureCause,
     graph::Partitioner,
     key_group::{key_group, task_index},
 };
-use cofferdam_sandbox::Batch;
 
 use super::{Element, Outlet};
-use crate::batch::BatchExt;
 
 /// A batch is sent when it has this many records: enough for the cost of a guest's call to vanish,
 /// few enough to stay in the processor's cache.
@@ -192,10 +191,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{
-        batch::RecordRef,
-        exchange::{Gate, Sender},
-    };
+    use crate::exchange::{Gate, Sender};
+    use cofferdam_contract::RecordRef;
 
     /// Writes 3,000 records through a partitioner to 3 tasks; gives the keys that each received.
     fn received(partitioner: Partitioner) -> Vec<Vec<String>> {

@@ -1,35 +1,22 @@
-//! Takes records out of a job: a sink writes into a transaction that is held from barrier to commit.
+//! The sinks that are built in.
 
 mod file;
+mod stdout;
 
-use std::{io::Write, sync::Arc};
+use std::sync::Arc;
 
+use cofferdam_connector::{
+    Answer, Sink, TaskContext,
+    blocking::OffThread,
+    ready,
+    sink::{Guarantee, StateWriter},
+};
+use cofferdam_contract::Batch;
 use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId};
-use cofferdam_sandbox::Batch;
 
 pub use self::file::Conflicts;
 pub(crate) use self::file::{Claim, Output, OutputContext, check_states, names_of, uncommitted};
-use crate::{
-    batch::BatchExt,
-    spec::{LineContent, SinkSpec},
-};
-
-/// One task of a sink.
-pub(crate) trait Sink: Send {
-    /// Takes records into the open transaction.
-    fn write(&mut self, batch: &Batch) -> Result<(), FailureCause>;
-
-    /// Makes durable what the open transaction has, not yet visible. What it gives goes into the
-    /// snapshot, and is enough to commit after a restore.
-    fn pre_commit(
-        &mut self,
-        checkpoint: CheckpointId,
-        purpose: Purpose,
-    ) -> Result<Vec<u8>, FailureCause>;
-
-    /// Makes everything visible that was pre-committed up to this checkpoint.
-    fn commit(&mut self, checkpoint: CheckpointId) -> Result<(), FailureCause>;
-}
+use crate::spec::{LineContent, SinkSpec};
 
 /// Shares the state of all tasks of a file sink out among another number of tasks.
 pub(crate) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
@@ -41,20 +28,40 @@ pub(crate) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
 pub(crate) fn open(
     spec: &SinkSpec,
     output: Option<&Arc<Output>>,
-    index: u32,
-    state: Option<&[u8]>,
-) -> Result<Box<dyn Sink>, FailureCause> {
-    Ok(match (spec, output) {
+    task: &TaskContext,
+    state: Option<Vec<u8>>,
+) -> Answer<'static, Box<dyn Sink>> {
+    let bug = |message: String| FailureCause::HostBug { message };
+    match (spec, output) {
         (SinkSpec::File(spec), Some(output)) => {
-            Box::new(file::FileSink::open(output.clone(), spec, index, state)?)
+            let (spec, output, index) = (spec.clone(), output.clone(), task.index);
+            let blocking = task.blocking.clone();
+            let open = move || file::FileSink::open(output, &spec, index, state.as_deref());
+            let opening = blocking.run(open);
+            Box::pin(async move {
+                let sink = opening.await;
+                let sink =
+                    sink.map_err(|error| bug(format!("a file sink panicked: {error}")))??;
+                Ok(Box::new(OffThread::new(sink, blocking)) as Box<dyn Sink>)
+            })
         }
-        (SinkSpec::File(_), None) => {
-            let message = "a file sink without a directory".to_owned();
-            return Err(FailureCause::HostBug { message });
+        (SinkSpec::File(_), None) => ready(Err(bug("a file sink without a directory".to_owned()))),
+        (SinkSpec::Stdout { line }, _) => {
+            ready(Ok(Box::new(stdout::StdoutSink::new(*line, task.blocking.clone()))))
         }
-        (SinkSpec::Stdout { line }, _) => Box::new(StdoutSink { line: *line, buffer: Vec::new() }),
-        (SinkSpec::Discard, _) => Box::new(DiscardSink),
-    })
+        (SinkSpec::Discard, _) => ready(Ok(Box::new(DiscardSink))),
+    }
+}
+
+impl SinkSpec {
+    /// What a reader of the output can rely on after a failure.
+    #[must_use]
+    pub fn guarantee(&self) -> Guarantee {
+        match self {
+            Self::File(_) | Self::Discard => Guarantee::ExactlyOnce,
+            Self::Stdout { .. } => Guarantee::AtLeastOnce,
+        }
+    }
 }
 
 /// Appends a batch as lines.
@@ -69,45 +76,23 @@ fn push_lines(batch: &Batch, line: LineContent, buffer: &mut Vec<u8>) {
     }
 }
 
-/// Prints at once: what is printed cannot be taken back, so records may come twice after a restart.
-struct StdoutSink {
-    line: LineContent,
-    buffer: Vec<u8>,
-}
-
-impl Sink for StdoutSink {
-    fn write(&mut self, batch: &Batch) -> Result<(), FailureCause> {
-        self.buffer.clear();
-        push_lines(batch, self.line, &mut self.buffer);
-        std::io::stdout().lock().write_all(&self.buffer).map_err(|error| {
-            FailureCause::Environment { message: format!("write to standard output: {error}") }
-        })
-    }
-
-    fn pre_commit(&mut self, _: CheckpointId, _: Purpose) -> Result<Vec<u8>, FailureCause> {
-        std::io::stdout().lock().flush().map_err(|error| FailureCause::Environment {
-            message: format!("flush standard output: {error}"),
-        })?;
-        Ok(Vec::new())
-    }
-
-    fn commit(&mut self, _: CheckpointId) -> Result<(), FailureCause> {
-        Ok(())
-    }
-}
-
 struct DiscardSink;
 
 impl Sink for DiscardSink {
-    fn write(&mut self, _: &Batch) -> Result<(), FailureCause> {
-        Ok(())
+    fn write(&mut self, _: Batch) -> Answer<'_, ()> {
+        ready(Ok(()))
     }
 
-    fn pre_commit(&mut self, _: CheckpointId, _: Purpose) -> Result<Vec<u8>, FailureCause> {
-        Ok(Vec::new())
+    fn pre_commit<'a>(
+        &'a mut self,
+        _: CheckpointId,
+        _: Purpose,
+        _: &'a mut StateWriter,
+    ) -> Answer<'a, ()> {
+        ready(Ok(()))
     }
 
-    fn commit(&mut self, _: CheckpointId) -> Result<(), FailureCause> {
-        Ok(())
+    fn commit(&mut self, _: CheckpointId) -> Answer<'_, ()> {
+        ready(Ok(()))
     }
 }

@@ -1,22 +1,26 @@
 //! Makes records up: words by a Zipf law, or numbers in sequence. Record `n` is a function of `n`
 //! and the seed, so a position is a number.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
+use cofferdam_connector::{
+    Answer, Result, Source, Step,
+    pace::Pace,
+    ready,
+    state::{decode_all, encode_all, unreadable},
+};
+use cofferdam_contract::{BATCH_RECORDS_MAX, Batch, RecordRef, append_range};
 use cofferdam_core::{
     failure::FailureCause,
     random::{Random, mix},
 };
-use cofferdam_sandbox::Batch;
 use serde::{Deserialize, Serialize};
 
-use super::{Source, Step, pace::Pace, unreadable_position};
-use crate::{
-    batch::{BatchExt, RecordRef, append_range},
-    exchange::writer::BATCH_RECORDS_MAX,
-    restore::{decode_states, encode_states},
-    spec::{GeneratorContent, GeneratorSpec},
-};
+use crate::spec::{GeneratorContent, GeneratorSpec};
 
 #[derive(Debug, Clone)]
 pub(crate) struct GeneratorPlan {
@@ -139,15 +143,18 @@ impl Strand {
 }
 
 /// Shares the strands of all tasks out among another number of tasks.
-pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
-    let own: Vec<Vec<Strand>> = decode_states(old)?;
+pub(super) fn share(
+    old: &[&[u8]],
+    parallelism: usize,
+) -> std::result::Result<Vec<Vec<u8>>, String> {
+    let own: Vec<Vec<Strand>> = decode_all(old)?;
     let strands = own.concat();
     // Enough for everyone: each is split into as many.
     let parts = parallelism.div_ceil(strands.len().max(1)) as u64;
     let mut shares = vec![Vec::new(); parallelism];
     let split = strands.into_iter().flat_map(|strand| strand.split(parts));
     split.enumerate().for_each(|(place, strand)| shares[place % parallelism].push(strand));
-    encode_states(&shares)
+    encode_all(&shares)
 }
 
 pub(crate) struct GeneratorSource {
@@ -163,10 +170,13 @@ impl GeneratorSource {
         index: u32,
         parallelism: u32,
         position: Option<&[u8]>,
-    ) -> Result<Self, FailureCause> {
+    ) -> Result<Self> {
         let (next, stride) = (u64::from(index), u64::from(parallelism));
         let strands = match position {
-            Some(bytes) => postcard::from_bytes(bytes).map_err(unreadable_position)?,
+            Some(bytes) => {
+                let unreadable = |error| unreadable("position of a source", error);
+                postcard::from_bytes(bytes).map_err(unreadable)?
+            }
             None => vec![Strand { next, stride }],
         };
         let pace = Pace::new(plan.spec.rate, parallelism);
@@ -182,13 +192,10 @@ impl GeneratorSource {
     }
 }
 
-impl Source for GeneratorSource {
-    fn next(&mut self) -> Result<Step, FailureCause> {
-        let allowed = match self.pace.allowance() {
-            Ok(allowed) => allowed,
-            Err(wait) => return Ok(Step::Wait(wait)),
-        };
-        let Some((place, left)) = self.least() else { return Ok(Step::End) };
+impl GeneratorSource {
+    /// The next records, at most so many; `None`: all were given out.
+    pub(crate) fn batch(&mut self, allowed: u64) -> Option<Batch> {
+        let (place, left) = self.least()?;
         let count = left.min(allowed).min(BATCH_RECORDS_MAX as u64);
         let mut batch = Batch::empty();
         batch.value_ends.reserve(count as usize);
@@ -216,17 +223,26 @@ impl Source for GeneratorSource {
                 }
             }
         }
-        self.pace.give(count as usize);
+        Some(batch)
+    }
+}
+
+impl Source for GeneratorSource {
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Step>> {
+        let allowed = std::task::ready!(self.pace.poll_allowance(context));
+        let Some(batch) = self.batch(allowed) else { return Poll::Ready(Ok(Step::End)) };
+        self.pace.give(batch.record_count());
         // Every later record has a number of one of the strands.
         let earliest = self.strands.iter().map(|strand| strand.next).min().unwrap_or(0);
-        let watermark = has_timestamps.then(|| earliest as i64 - 1);
-        Ok(Step::Records { batch, letters: None, bad: 0, watermark })
+        let watermark = self.plan.spec.has_timestamps.then(|| earliest as i64 - 1);
+        Poll::Ready(Ok(Step::records(batch, watermark)))
     }
 
-    fn position(&mut self) -> Result<Vec<u8>, FailureCause> {
-        postcard::to_stdvec(&self.strands).map_err(|error| FailureCause::HostBug {
+    fn position(&mut self) -> Answer<'_, Vec<u8>> {
+        let encoded = postcard::to_stdvec(&self.strands);
+        ready(encoded.map_err(|error| FailureCause::HostBug {
             message: format!("encode the position of a source: {error}"),
-        })
+        }))
     }
 }
 
@@ -234,7 +250,13 @@ impl Source for GeneratorSource {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
+    use futures::FutureExt;
+
     use super::*;
+
+    fn position(source: &mut GeneratorSource) -> Vec<u8> {
+        source.position().now_or_never().expect("it does not wait").expect("a position")
+    }
 
     fn plan(content: GeneratorContent, count: u64) -> GeneratorPlan {
         let spec = GeneratorSpec {
@@ -255,7 +277,7 @@ mod tests {
     ) -> Vec<String> {
         let mut source = GeneratorSource::open(plan, index, parallelism, position).expect("opens");
         let mut out = Vec::new();
-        while let Step::Records { batch, .. } = source.next().expect("goes on") {
+        while let Some(batch) = source.batch(u64::MAX) {
             for record in batch.records() {
                 out.push(String::from_utf8_lossy(record.key.unwrap_or(record.value)).into_owned());
             }
@@ -286,7 +308,7 @@ mod tests {
             let mut sources: Vec<_> = (0..).zip(&positions).map(open).collect();
             for source in &mut sources {
                 let mut turns = 0;
-                while let Step::Records { batch, .. } = source.next().expect("goes on") {
+                while let Some(batch) = source.batch(u64::MAX) {
                     numbers.extend(batch.records().map(|record| {
                         String::from_utf8_lossy(record.value).parse::<u64>().expect("a number")
                     }));
@@ -296,14 +318,11 @@ mod tests {
                     }
                 }
             }
-            sources.iter_mut().map(|source| source.position().expect("a position")).collect()
+            sources.iter_mut().map(position).collect()
         };
         let fresh = (0..2)
             .map(|index| {
-                GeneratorSource::open(&plan, index, 2, None)
-                    .expect("opens")
-                    .position()
-                    .expect("a position")
+                position(&mut GeneratorSource::open(&plan, index, 2, None).expect("opens"))
             })
             .collect();
         let two = take(fresh, false);
@@ -323,8 +342,8 @@ mod tests {
         let plan = plan(GeneratorContent::Words { vocabulary: 50, exponent: 1.0 }, 5_000);
         let whole = all(&plan, 1, 2, None);
         let mut source = GeneratorSource::open(&plan, 1, 2, None).expect("opens");
-        source.next().expect("records");
-        let rest = all(&plan, 1, 2, Some(&source.position().expect("a position")));
+        source.batch(u64::MAX).expect("records");
+        let rest = all(&plan, 1, 2, Some(&position(&mut source)));
         assert_eq!(rest, whole[BATCH_RECORDS_MAX..]);
     }
 

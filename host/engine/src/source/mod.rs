@@ -1,16 +1,15 @@
-//! Brings records into a job, from a position that can be restored.
+//! The sources that are built in.
 
 mod file;
 mod generator;
 
-pub(crate) use self::file::checksum;
-mod pace;
-
 use std::{path::Path, sync::Arc, time::Duration};
 
-use cofferdam_core::failure::{FailureCause, Obstacle};
-use cofferdam_sandbox::Batch;
+use cofferdam_connector::{Answer, Source, TaskContext, blocking::OffThread, ready};
+use cofferdam_contract::Batch;
+use cofferdam_core::failure::FailureCause;
 
+pub(crate) use self::file::checksum;
 use crate::{
     problem::Problem,
     spec::{GeneratorSpec, SourceSpec},
@@ -18,35 +17,6 @@ use crate::{
 
 /// The output of records that a source could make no sense of.
 pub(crate) const DEAD_LETTERS: u32 = 1;
-
-/// What a source has for the next turn.
-pub(crate) enum Step {
-    /// Records, what became of bad ones, and the event time behind all of them.
-    Records {
-        batch: Batch,
-        /// For the output of dead letters.
-        letters: Option<Box<Batch>>,
-        /// How many records were bad, with a letter or without.
-        bad: u64,
-        watermark: Option<i64>,
-    },
-    /// Nothing before this has passed.
-    Wait(Duration),
-    /// Nothing any more.
-    End,
-}
-
-/// One task of a source.
-pub(crate) trait Source: Send {
-    /// The next records, at most about one batch. Never waits for long.
-    fn next(&mut self) -> Result<Step, FailureCause>;
-
-    /// Where it stands: everything given out by `next` so far lies before.
-    ///
-    /// # Errors
-    /// Where what was read is not there any more, so that nobody could go on from it.
-    fn position(&mut self) -> Result<Vec<u8>, FailureCause>;
-}
 
 /// What all tasks of a source agree on, found out once before the job starts.
 #[derive(Debug, Clone)]
@@ -69,18 +39,29 @@ impl Prepared {
     /// The source of one task, at a position or at its beginning.
     pub(crate) fn open(
         &self,
-        index: u32,
-        parallelism: u32,
-        position: Option<&[u8]>,
-    ) -> Result<Box<dyn Source>, FailureCause> {
-        Ok(match self {
+        task: &TaskContext,
+        position: Option<Vec<u8>>,
+    ) -> Answer<'static, Box<dyn Source>> {
+        let (index, parallelism) = (task.index, task.parallelism);
+        match self {
             Self::File(plan) => {
-                Box::new(file::FileSource::open(plan, index, parallelism, position)?)
+                let (plan, blocking) = (plan.clone(), task.blocking.clone());
+                let open =
+                    move || file::FileSource::open(&plan, index, parallelism, position.as_deref());
+                let opening = blocking.run(open);
+                Box::pin(async move {
+                    let source = opening.await.map_err(|error| FailureCause::HostBug {
+                        message: format!("a file source panicked: {error}"),
+                    })??;
+                    Ok(Box::new(OffThread::new(source, blocking)) as Box<dyn Source>)
+                })
             }
             Self::Generator(plan) => {
-                Box::new(generator::GeneratorSource::open(plan, index, parallelism, position)?)
+                let opened =
+                    generator::GeneratorSource::open(plan, index, parallelism, position.as_deref());
+                ready(opened.map(|source| Box::new(source) as Box<dyn Source>))
             }
-        })
+        }
     }
 }
 
@@ -123,13 +104,5 @@ impl Prepared {
 pub fn generate(spec: &GeneratorSpec, index: u32, parallelism: u32) -> impl Iterator<Item = Batch> {
     let plan = generator::GeneratorPlan::new(spec);
     let mut source = generator::GeneratorSource::open(&plan, index, parallelism, None).ok();
-    std::iter::from_fn(move || match source.as_mut()?.next() {
-        Ok(Step::Records { batch, .. }) => Some(batch),
-        Ok(Step::Wait(_) | Step::End) | Err(_) => None,
-    })
-}
-
-fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {
-    let message = format!("the source's position in the checkpoint cannot be read: {error}");
-    FailureCause::Permanent { obstacle: Obstacle::StateMismatch, message }
+    std::iter::from_fn(move || source.as_mut()?.batch(u64::MAX))
 }

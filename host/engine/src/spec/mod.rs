@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use cofferdam_contract::Format;
 use cofferdam_core::{
     checkpoint::{CheckpointSettings, retention::Retention},
     exchange::ExchangeType,
@@ -23,7 +24,7 @@ use cofferdam_core::{
     key_group::default_max_parallelism,
     restart::{ExponentialDelay, RestartState, RestartStrategy},
 };
-use cofferdam_sandbox::{Format, Limits};
+use cofferdam_sandbox::Limits;
 use toml::de::{DeTable, DeValue};
 
 use self::{

@@ -12,8 +12,8 @@ use std::{
     sync::Arc,
 };
 
+use cofferdam_contract::{StateChanges, StateEntry};
 use cofferdam_core::key_group::{key_group, key_groups_of, task_index};
-use cofferdam_sandbox::StateChanges;
 use serde::{Deserialize, Serialize};
 
 use super::{Result, keyed, run::Run};
@@ -125,7 +125,7 @@ impl Changes {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         match self {
-            Self::Guest(pieces) => pieces.iter().map(StateChanges::bytes).sum(),
+            Self::Guest(pieces) => pieces.iter().map(StateChanges::byte_count).sum(),
             Self::Host(_) => 0,
             Self::Merged(run) => run.bytes(),
         }
@@ -151,8 +151,8 @@ impl Changes {
         };
         let mut entries: Vec<_> = pieces
             .iter()
-            .flat_map(entries_of)
-            .map(|(state, key, namespace, value)| {
+            .flat_map(StateChanges::entries)
+            .map(|StateEntry { state, key, namespace, value }| {
                 (DeclaredKey::new(state, key, namespace, max_parallelism), value)
             })
             .collect();
@@ -161,21 +161,6 @@ impl Changes {
         entries.dedup_by(|(later, _), (first, _)| later == first);
         Box::new(entries.into_iter().map(|(key, value)| Ok((key, value.map(<[u8]>::to_vec)))))
     }
-}
-
-/// State, key, length of its namespace, and value of each change; no value: removed.
-pub(crate) fn entries_of(
-    changes: &StateChanges,
-) -> impl Iterator<Item = (u32, &[u8], u32, Option<&[u8]>)> {
-    let (mut key_start, mut value_start) = (0, 0);
-    changes.states.iter().enumerate().map(move |(place, &state)| {
-        let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
-        let key = &changes.keys[key_start as usize..key_end as usize];
-        let value = &changes.values[value_start as usize..value_end as usize];
-        (key_start, value_start) = (key_end, value_end);
-        let namespace = changes.namespaces.get(place).copied().unwrap_or(0);
-        (state, key, namespace, (!changes.removed[place]).then_some(value))
-    })
 }
 
 /// The keys of one task of an operator whose records come by their key.
@@ -196,7 +181,7 @@ impl OwnKeys {
     /// would not be found again once the parallelism changes.
     pub(crate) fn check(&self, changes: &StateChanges) -> std::result::Result<(), String> {
         let own = key_groups_of(self.index, self.parallelism, self.max_parallelism);
-        for (_, key, namespace, _) in entries_of(changes) {
+        for StateEntry { key, namespace, .. } in changes.entries() {
             let record = &key[..key.len().saturating_sub(namespace as usize)];
             let group = key_group(record, self.max_parallelism);
             if !own.contains(&group) {
@@ -219,23 +204,10 @@ const SHOWN_BYTES: usize = 64;
 /// Entries as the columns that a guest takes.
 #[must_use]
 pub fn changes_of<'a>(entries: impl Iterator<Item = &'a Entry>) -> StateChanges {
-    let mut changes = StateChanges {
-        states: Vec::new(),
-        keys: Vec::new(),
-        key_ends: Vec::new(),
-        namespaces: Vec::new(),
-        values: Vec::new(),
-        value_ends: Vec::new(),
-        removed: Vec::new(),
-    };
+    let mut changes = StateChanges::default();
     for (key, value) in entries {
-        changes.states.push(key.state);
-        changes.keys.extend_from_slice(&key.key);
-        changes.key_ends.push(changes.keys.len() as u32);
-        changes.namespaces.push(key.namespace);
-        changes.values.extend_from_slice(value.as_deref().unwrap_or_default());
-        changes.value_ends.push(changes.values.len() as u32);
-        changes.removed.push(value.is_none());
+        let (state, namespace, value) = (key.state, key.namespace, value.as_deref());
+        changes.push(StateEntry { state, key: &key.key, namespace, value });
     }
     changes
 }

@@ -1,30 +1,17 @@
 //! What an unaligned checkpoint holds of a task's channels: records that its barrier has overtaken.
 
+use cofferdam_contract::Batch;
 use cofferdam_core::{
     graph::Partitioner,
     key_group::{key_group, task_index},
 };
-use cofferdam_sandbox::Batch;
 use serde::{Deserialize, Serialize};
-
-use crate::batch::BatchExt;
-
-/// How a batch is stored: serde's stand-in for a type of another crate.
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Batch")]
-struct Columns {
-    keys: Vec<u8>,
-    key_ends: Vec<u32>,
-    values: Vec<u8>,
-    value_ends: Vec<u32>,
-    timestamps: Vec<i64>,
-}
 
 /// An element that was on its way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum InFlight {
     /// Records.
-    Records(#[serde(with = "Columns")] Batch),
+    Records(Batch),
     /// Event time of the channel.
     Watermark(i64),
 }
@@ -107,7 +94,7 @@ impl ChannelState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::RecordRef;
+    use cofferdam_contract::RecordRef;
 
     fn channel() -> ChannelState {
         let mut batch = Batch::empty();

@@ -16,12 +16,13 @@ use std::{
     },
 };
 
-use cofferdam_sandbox::{Limit, StateChanges, StateError};
+use cofferdam_contract::{StateChanges, StateEntry};
+use cofferdam_sandbox::{Limit, StateError};
 
 use super::{
     Result, StorageError,
     chain::are_worth_merging,
-    declared::{DeclaredKey, Entries, Entry, Merge, OwnKeys, changes_of, entries_of},
+    declared::{DeclaredKey, Entries, Entry, Merge, OwnKeys, changes_of},
     table::{Table, Tables},
 };
 
@@ -294,7 +295,7 @@ impl KeyedState {
         if let Some(own) = &self.limits.own_keys {
             own.check(changes).map_err(StateError::ForeignKey)?;
         }
-        for (state, key, namespace, value) in entries_of(changes) {
+        for StateEntry { state, key, namespace, value } in changes.entries() {
             let key = self.key(state, key, namespace);
             inner.top().set(key, value.map(<[u8]>::to_vec));
         }
@@ -611,10 +612,10 @@ mod tests {
         let (mut all, mut after) = (Model::new(), None::<Vec<u8>>);
         loop {
             let page = state.scan(number, after.as_deref().map(|key| (key, 0))).expect("readable");
-            let Some((_, last, ..)) = entries_of(&page).last() else { return all };
-            after = Some(last.to_vec());
-            for (_, key, _, value) in entries_of(&page) {
-                all.insert(key.to_vec(), value.expect("none is removed").to_vec());
+            let Some(last) = page.entries().last() else { return all };
+            after = Some(last.key.to_vec());
+            for entry in page.entries() {
+                all.insert(entry.key.to_vec(), entry.value.expect("none is removed").to_vec());
             }
         }
     }

@@ -12,7 +12,6 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt::Display,
-    fs,
     path::Path,
     sync::{Arc, mpsc},
 };
@@ -27,7 +26,7 @@ use tokio::runtime::Runtime;
 use twox_hash::XxHash3_64;
 
 use super::{
-    FOR_ALL, Generation, Result, Storage, StorageError, make_dir,
+    FOR_ALL, GENERATION, Generation, Result, SEGMENT, Storage, StorageError, make_dir,
     manifest::{FORMAT, is_readable},
 };
 use crate::problem::with_sources;
@@ -37,8 +36,6 @@ const SEGMENT_BYTES: usize = 8 << 20;
 /// Segments that may be on their way at once.
 const UPLOADS_MAX: usize = 4;
 
-const GENERATION: &str = "gen-";
-const SEGMENT: &str = "segment-";
 /// In a generation that is being removed: whatever else is left of it does not count.
 const REMOVED: &str = "removed";
 const MAGIC: [u8; 4] = *b"CFDS";
@@ -49,16 +46,6 @@ const TAIL_BYTES: usize = 4 + 8 + 2 + 4;
 pub struct ObjectStorage {
     objects: Objects,
     location: String,
-}
-
-/// Whether a directory holds generations of this kind.
-pub(super) fn are_in(dir: &Path) -> bool {
-    let names_of = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
-    let begins =
-        |entry: &fs::DirEntry, with: &str| entry.file_name().to_string_lossy().starts_with(with);
-    names_of(dir)
-        .filter(|entry| begins(entry, GENERATION))
-        .any(|entry| names_of(&entry.path()).any(|entry| begins(&entry, SEGMENT)))
 }
 
 /// The number in the name of a generation or a segment.
@@ -156,6 +143,8 @@ impl ObjectStorage {
     /// # Errors
     /// Where the URL is of another kind, or the directory cannot be made.
     pub fn new(location: &str) -> Result<Self> {
+        // The first one to ask decides for the process; it makes no difference who that is.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let wrong = |error: &dyn Display| {
             StorageError::store("open the checkpoints", format!("{location}: {error}"))
         };
@@ -648,6 +637,8 @@ impl Generation for ObjectGeneration {
 mod tests {
     use object_store::memory::InMemory;
     use proptest::prelude::*;
+
+    use std::fs;
 
     use super::*;
 

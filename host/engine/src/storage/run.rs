@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use cofferdam_sandbox::StateChanges;
+use cofferdam_contract::StateChanges;
 
 use super::{
     Result, StorageError,
@@ -121,7 +121,7 @@ impl RunBuilder {
     /// # Errors
     /// Where it cannot be encoded.
     pub fn push(&mut self, piece: StateChanges) -> Result<()> {
-        self.waiting_bytes += piece.bytes();
+        self.waiting_bytes += piece.byte_count();
         self.waiting.push(piece);
         if SORTED_BYTES <= self.waiting_bytes { self.sort() } else { Ok(()) }
     }

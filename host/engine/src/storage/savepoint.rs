@@ -10,8 +10,8 @@ use std::{
 };
 
 use super::{
-    FOR_ALL, Result, Storage, StorageError, is_url, make_dir, objects::ObjectStorage,
-    sled::SledStorage, snapshot::SnapshotStore, sync_dir,
+    FOR_ALL, Result, Storage, StorageError, is_url, make_dir, objects_at, sled::SledStorage,
+    snapshot::SnapshotStore, sync_dir,
 };
 
 /// Writes the state as of a checkpoint that all tasks have acked.
@@ -22,7 +22,7 @@ pub(crate) fn write(
     dir: &Path,
 ) -> Result<()> {
     if is_url(dir) {
-        let target = ObjectStorage::new(&dir.to_string_lossy())?;
+        let target = objects_at(&dir.to_string_lossy())?;
         return write_objects(store, checkpoint, written_at_ms, target);
     }
     let failed = |error: io::Error| {
@@ -94,14 +94,14 @@ fn write_objects(
     store: &SnapshotStore,
     checkpoint: u64,
     written_at_ms: u64,
-    mut target: ObjectStorage,
+    mut target: Box<dyn Storage>,
 ) -> Result<()> {
     let there = target.generations()?;
     if !there.is_empty() {
         let reason = format!("{}: something is there already", target.location());
         return Err(StorageError::store("write a savepoint", reason));
     }
-    let written = store.export(checkpoint, written_at_ms, &mut target);
+    let written = store.export(checkpoint, written_at_ms, &mut *target);
     if written.is_err() {
         // The reason for the failure says more than that of a failed removal would.
         let _ = target.remove(1);

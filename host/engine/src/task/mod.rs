@@ -10,13 +10,17 @@ pub(crate) mod node;
 pub(crate) mod poison;
 
 use std::{
+    future::poll_fn,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::Poll,
     time::{Duration, Instant},
 };
 
+use cofferdam_connector::{Step, blocking::Blocking};
+use cofferdam_contract::{Batch, Emission};
 use cofferdam_core::{
     align::{AlignStep, Barriers},
     checkpoint::{AbortReason, Purpose},
@@ -25,7 +29,6 @@ use cofferdam_core::{
     job::{Event, TaskAttempt},
     watermark::{Clock, MAX_WATERMARK, Watermarks},
 };
-use cofferdam_sandbox::{Batch, Emission};
 use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
@@ -33,7 +36,7 @@ use crate::{
     clock::{micros, now_ms},
     driver::Shared,
     exchange::{Element, Gate, writer::Writer},
-    source::{self, Source, Step},
+    source,
     storage::{
         in_flight::{ChannelState, InFlight},
         snapshot::TaskSnapshot,
@@ -127,6 +130,43 @@ pub(crate) struct Worker {
     pub(crate) clock: Clock,
     /// Without records for so long a source holds event time back no longer.
     pub(crate) idle_after: Option<Duration>,
+    /// Runs the calls of connectors that block.
+    pub(crate) blocking: Blocking,
+}
+
+/// A source without records for this long holds nothing back any more: what was collected goes out.
+const FLUSH_AFTER: Duration = Duration::from_millis(2);
+
+/// How long a source has given nothing, and what came of it.
+struct Quiet {
+    since: Instant,
+    /// What was collected has gone out.
+    is_flushed: bool,
+    /// It does not hold event time back.
+    is_idle: bool,
+}
+
+impl Quiet {
+    fn new() -> Self {
+        Self { since: Instant::now(), is_flushed: false, is_idle: false }
+    }
+
+    /// When the next thing comes of it, if it stays quiet until then.
+    fn ends_at(&self, idle_after: Option<Duration>) -> Option<Instant> {
+        match (self.is_flushed, self.is_idle) {
+            (false, _) => Some(self.since + FLUSH_AFTER),
+            (true, false) => idle_after.map(|after| self.since + after),
+            (true, true) => None,
+        }
+    }
+}
+
+/// Why the task of a source has stopped waiting.
+enum Woken {
+    Step(Step),
+    /// `None`: the driver is gone.
+    Control(Option<Control>),
+    Quiet,
 }
 
 /// The snapshot of a chain's first node, to which the records that its barrier has overtaken are
@@ -191,7 +231,7 @@ impl Worker {
     /// end of their inputs by then.
     async fn open(&mut self) -> Result<bool> {
         for node in &mut self.nodes {
-            let opened = node.open(&self.shared, self.restore_from).await;
+            let opened = node.open(&self.shared, self.restore_from, &self.blocking).await;
             opened.map_err(|cause| TaskFailure { task: node.task, cause })?;
         }
         Ok(self.nodes.iter().all(|node| node.is_drained))
@@ -199,7 +239,7 @@ impl Worker {
 
     async fn run_source(&mut self, was_drained: bool) -> Result<()> {
         let mut intake = Intake::Open;
-        let (mut active_at, mut is_idle) = (Instant::now(), false);
+        let mut quiet = Quiet::new();
         self.replay_in_flight(&[], &mut Watermarks::new(0)).await?;
         if was_drained {
             self.announce_end().await?;
@@ -210,7 +250,7 @@ impl Worker {
         }
         loop {
             while let Ok(control) = self.control.try_recv() {
-                if self.on_control(control, &mut intake).await? == Turn::Done {
+                if self.on_source_control(control, &mut intake, &mut quiet).await? == Turn::Done {
                     return Ok(());
                 }
             }
@@ -221,9 +261,12 @@ impl Worker {
                     control = self.control.recv() => Some(control),
                     () = wait_for_credit(&self.writers), if is_sending => None,
                 };
+                // Without credit nothing was asked for, so nothing says that the source is quiet.
+                quiet.since = Instant::now();
                 if let Some(control) = control {
                     let Some(control) = control else { return Ok(()) };
-                    if self.on_control(control, &mut intake).await? == Turn::Done {
+                    if self.on_source_control(control, &mut intake, &mut quiet).await? == Turn::Done
+                    {
                         return Ok(());
                     }
                 }
@@ -234,65 +277,139 @@ impl Worker {
                 intake = Intake::Drained;
                 continue;
             }
-            match self.next_step()? {
-                Step::Records { batch, letters, bad, watermark } => {
-                    active_at = Instant::now();
-                    if std::mem::take(&mut is_idle) {
-                        // It counts again, from where it was.
-                        let now = self.clock.now();
-                        self.announce(|| Element::Watermark(now));
-                    }
-                    self.nodes[0].count_bad(&self.shared, bad);
-                    let letters = letters.map(|letters| (source::DEAD_LETTERS, *letters));
-                    let emissions = [(0, batch)].into_iter().chain(letters);
-                    let emissions = emissions.map(|(output, records)| Emission { output, records });
-                    self.route(0, emissions.collect()).await?;
-                    if let Some(watermark) = watermark {
-                        self.note_backlog(watermark);
-                        self.advance_all(watermark).await?;
-                    }
+            match self.next_step(quiet.ends_at(self.idle_after)).await? {
+                Woken::Step(step) => {
+                    self.take_step(step, &mut intake, &mut quiet).await?;
                     // A chain without channels never waits by itself.
                     tokio::task::consume_budget().await;
                 }
-                Step::Wait(duration) => {
-                    self.flush();
-                    if !is_idle && self.idle_after.is_some_and(|after| after <= active_at.elapsed())
+                Woken::Control(None) => return Ok(()),
+                Woken::Control(Some(control)) => {
+                    if self.on_source_control(control, &mut intake, &mut quiet).await? == Turn::Done
                     {
-                        is_idle = true;
-                        self.announce(|| Element::Idle);
-                    }
-                    tokio::select! {
-                        biased;
-                        control = self.control.recv() => {
-                            let Some(control) = control else { return Ok(()) };
-                            if self.on_control(control, &mut intake).await? == Turn::Done {
-                                return Ok(());
-                            }
-                        }
-                        () = tokio::time::sleep(duration) => {}
+                        return Ok(());
                     }
                 }
-                Step::End => intake = Intake::Ending,
+                Woken::Quiet if quiet.is_flushed => {
+                    quiet.is_idle = true;
+                    self.announce(|| Element::Idle);
+                }
+                Woken::Quiet => {
+                    quiet.is_flushed = true;
+                    self.flush();
+                }
             }
         }
     }
 
-    /// Tells where event time begins or ceases to lag behind the clock.
-    fn note_backlog(&mut self, watermark: i64) {
-        let Some(lag_ms) = self.backlog_lag_ms else { return };
-        let now = i64::try_from(now_ms()).unwrap_or(i64::MAX);
-        let is_backlog = i64::try_from(lag_ms).unwrap_or(i64::MAX) < now.saturating_sub(watermark);
-        if is_backlog != std::mem::replace(&mut self.is_backlog, is_backlog) {
-            let (task, attempt) = (self.nodes[0].task, self.attempt);
-            self.shared.report(Event::BacklogChanged { task, attempt, is_backlog });
+    /// Waits for the source's next step, for news from the driver, or until the source counts as quiet.
+    async fn next_step(&mut self, quiet_at: Option<Instant>) -> Result<Woken> {
+        let (node, control) = (&mut self.nodes[0], &mut self.control);
+        let task = node.task;
+        let step = poll_fn(|context| match node.source() {
+            Ok(source) => source.poll_next(context),
+            Err(cause) => Poll::Ready(Err(cause)),
+        });
+        tokio::select! {
+            biased;
+            control = control.recv() => Ok(Woken::Control(control)),
+            step = step => {
+                step.map(Woken::Step).map_err(|cause| TaskFailure { task, cause })
+            }
+            () = until(quiet_at) => Ok(Woken::Quiet),
         }
     }
 
-    fn next_step(&mut self) -> Result<Step> {
-        let node = &mut self.nodes[0];
-        let task = node.task;
-        let step = node.source().and_then(|source: &mut Box<dyn Source>| source.next());
-        step.map_err(|cause| TaskFailure { task, cause })
+    /// Processes what the source has given.
+    async fn take_step(
+        &mut self,
+        step: Step,
+        intake: &mut Intake,
+        quiet: &mut Quiet,
+    ) -> Result<()> {
+        quiet.since = Instant::now();
+        quiet.is_flushed = false;
+        match step {
+            Step::Records { batch, letters, bad, watermark } => {
+                self.end_idleness(quiet);
+                self.nodes[0].count_bad(&self.shared, bad);
+                let letters = letters.map(|letters| (source::DEAD_LETTERS, *letters));
+                let emissions = [(0, batch)].into_iter().chain(letters);
+                let emissions = emissions.map(|(output, records)| Emission { output, records });
+                self.route(0, emissions.collect()).await?;
+                self.note_lag(watermark)?;
+                if let Some(watermark) = watermark {
+                    self.advance_all(watermark).await?;
+                }
+            }
+            Step::Watermark(watermark) => {
+                self.end_idleness(quiet);
+                self.note_lag(Some(watermark))?;
+                self.advance_all(watermark).await?;
+            }
+            Step::Idle if quiet.is_idle => {}
+            Step::Idle => {
+                quiet.is_idle = true;
+                self.flush();
+                self.announce(|| Element::Idle);
+            }
+            Step::End => *intake = Intake::Ending,
+        }
+        Ok(())
+    }
+
+    /// A source that was idle counts again, from where it was.
+    fn end_idleness(&mut self, quiet: &mut Quiet) {
+        if std::mem::take(&mut quiet.is_idle) {
+            let now = self.clock.now();
+            self.announce(|| Element::Watermark(now));
+        }
+    }
+
+    /// Processes what the source has begun and not given yet: it lies before the position that is asked for
+    /// next.
+    async fn settle(&mut self, intake: &mut Intake, quiet: &mut Quiet) -> Result<()> {
+        while *intake == Intake::Open {
+            let node = &mut self.nodes[0];
+            let task = node.task;
+            let failure = |cause| TaskFailure { task, cause };
+            let settled = node.source().map_err(failure)?.settle().await;
+            match settled.map_err(failure)? {
+                Some(step) => self.take_step(step, intake, quiet).await?,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    async fn on_source_control(
+        &mut self,
+        control: Control,
+        intake: &mut Intake,
+        quiet: &mut Quiet,
+    ) -> Result<Turn> {
+        if matches!(control, Control::Barrier(..) | Control::EndInput) {
+            self.settle(intake, quiet).await?;
+        }
+        self.on_control(control, intake).await
+    }
+
+    /// Reports how far the source is behind, and where it begins or ceases to work off a backlog. Where it
+    /// does not say, event time that lags behind the clock does.
+    fn note_lag(&mut self, watermark: Option<i64>) -> Result<()> {
+        let (task, attempt) = (self.nodes[0].task, self.attempt);
+        let lag = self.nodes[0].source().map_err(|cause| TaskFailure { task, cause })?.lag();
+        self.nodes[0].set_records_behind(&self.shared, lag.records);
+        let lags = |(lag_ms, watermark): (u64, i64)| {
+            let now = i64::try_from(now_ms()).unwrap_or(i64::MAX);
+            i64::try_from(lag_ms).unwrap_or(i64::MAX) < now.saturating_sub(watermark)
+        };
+        let by_clock = || self.backlog_lag_ms.zip(watermark).map(lags);
+        let Some(is_backlog) = lag.is_backlog.or_else(by_clock) else { return Ok(()) };
+        if is_backlog != std::mem::replace(&mut self.is_backlog, is_backlog) {
+            self.shared.report(Event::BacklogChanged { task, attempt, is_backlog });
+        }
+        Ok(())
     }
 
     async fn run_gate(
@@ -549,13 +666,19 @@ impl Worker {
             Control::Complete(checkpoint, purpose) => {
                 for node in &mut self.nodes {
                     let task = node.task;
-                    node.commit(checkpoint).map_err(|cause| TaskFailure { task, cause })?;
+                    let committed = node.commit(checkpoint).await;
+                    committed.map_err(|cause| TaskFailure { task, cause })?;
                 }
                 if purpose == Purpose::Last {
                     return Ok(Turn::Done);
                 }
             }
             Control::Abort(checkpoint) => {
+                for node in &mut self.nodes {
+                    let task = node.task;
+                    let aborted = node.abort(checkpoint).await;
+                    aborted.map_err(|cause| TaskFailure { task, cause })?;
+                }
                 if *intake == Intake::Held(checkpoint) {
                     *intake = Intake::Open;
                 }

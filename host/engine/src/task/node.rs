@@ -8,6 +8,8 @@ use std::{
     time::Instant,
 };
 
+use cofferdam_connector::{Sink, Source, TaskContext, blocking::Blocking, sink::StateWriter};
+use cofferdam_contract::{Batch, Emission, OpenContext, StateChanges};
 use cofferdam_core::{
     checkpoint::Purpose,
     failure::{FailureCause, Obstacle},
@@ -15,8 +17,8 @@ use cofferdam_core::{
     random::mix,
 };
 use cofferdam_sandbox::{
-    Batch, Component, Emission, GuestError, Host, Instance, InstanceSetup, Level, MemorySnapshot,
-    OpenContext, RestoreError, SnapshotError, StateChanges, StateError,
+    Component, GuestError, Host, Instance, InstanceSetup, Level, MemorySnapshot, RestoreError,
+    SnapshotError, StateError,
 };
 
 use super::{
@@ -25,13 +27,12 @@ use super::{
     poison::{Guard, Processed},
 };
 use crate::{
-    batch::BatchExt,
     clock::{micros, now_ms},
     driver::Shared,
     metrics::Metrics,
     problem::{shown, with_sources},
-    sink::{self, Output, Sink},
-    source::{self, Source},
+    sink::{self, Output},
+    source,
     spec::{OperatorSpec, SinkSpec},
     storage::{
         declared::{self, Changes, OwnKeys},
@@ -134,6 +135,7 @@ impl Node {
         &mut self,
         shared: &Arc<Shared>,
         restore_from: Option<CheckpointId>,
+        blocking: &Blocking,
     ) -> Result<()> {
         let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
         // Checkpoints are counted from 1.
@@ -148,12 +150,13 @@ impl Node {
         let (index, parallelism) = (self.task.index, self.parallelism);
         let (local, task, attempt) = (&self.local, self.task, self.attempt);
         let context = Context { shared, local, task, attempt, parallelism };
+        let connector = TaskContext { index, parallelism, blocking: blocking.clone() };
         match &mut self.work {
             Work::Source { plan, source } => {
-                *source = Some(plan.open(index, parallelism, state.as_deref())?);
+                *source = Some(plan.open(&connector, state).await?);
             }
             Work::Sink { spec, output, sink } => {
-                *sink = Some(sink::open(spec, output.as_ref(), index, state.as_deref())?);
+                *sink = Some(sink::open(spec, output.as_ref(), &connector, state).await?);
             }
             Work::Operator(operator) => {
                 operator.restored_from = checkpoint.unwrap_or(0);
@@ -251,7 +254,10 @@ impl Node {
                 shared.note_processed(self.task);
                 Ok(emissions)
             }
-            Work::Sink { sink: Some(sink), .. } => sink.write(&batch).map(|()| Vec::new()),
+            Work::Sink { sink: Some(sink), .. } => {
+                sink.write(batch).await?;
+                Ok(Vec::new())
+            }
             _ => Err(host_bug("records were delivered to a source")),
         }
     }
@@ -289,6 +295,12 @@ impl Node {
             let metrics = &shared.metrics.operators[self.task.operator.0 as usize];
             metrics.bad_records.fetch_add(records, Ordering::Relaxed);
         }
+    }
+
+    /// Notes how many records a source has still to read, if it knows.
+    pub(crate) fn set_records_behind(&self, shared: &Shared, records: Option<u64>) {
+        let metrics = &shared.metrics.operators[self.task.operator.0 as usize];
+        metrics.set_records_behind(self.task.index, records);
     }
 
     pub(crate) fn count_out(&self, shared: &Shared, records: &Batch) {
@@ -333,10 +345,11 @@ impl Node {
         let mut snapshot =
             Box::new(TaskSnapshot { is_drained: self.is_drained, ..TaskSnapshot::default() });
         match &mut self.work {
-            Work::Source { .. } => snapshot.state = self.source()?.position()?,
+            Work::Source { .. } => snapshot.state = self.source()?.position().await?,
             Work::Sink { sink: Some(sink), .. } => {
-                snapshot.state =
-                    tokio::task::block_in_place(|| sink.pre_commit(checkpoint, purpose))?;
+                let mut state = StateWriter::default();
+                sink.pre_commit(checkpoint, purpose, &mut state).await?;
+                snapshot.state = state.into_bytes();
             }
             Work::Sink { sink: None, .. } => return Err(host_bug("a sink that is not open")),
             // It has ended for good and made room; see `Worker::announce_end`.
@@ -359,11 +372,11 @@ impl Node {
         self.local.lock().push(checkpoint.0, snapshot);
     }
 
-    pub(crate) fn commit(&mut self, checkpoint: CheckpointId) -> Result<()> {
+    /// A checkpoint is complete.
+    pub(crate) async fn commit(&mut self, checkpoint: CheckpointId) -> Result<()> {
         match &mut self.work {
-            Work::Sink { sink: Some(sink), .. } => {
-                tokio::task::block_in_place(|| sink.commit(checkpoint))
-            }
+            Work::Sink { sink: Some(sink), .. } => sink.commit(checkpoint).await,
+            Work::Source { source: Some(source), .. } => source.on_complete(checkpoint).await,
             Work::Operator(operator) => {
                 operator.processed.on_complete(checkpoint.0);
                 // What had trapped lies behind a checkpoint: it will not come again.
@@ -373,6 +386,14 @@ impl Node {
                 Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// A checkpoint was given up.
+    pub(crate) async fn abort(&mut self, checkpoint: CheckpointId) -> Result<()> {
+        match &mut self.work {
+            Work::Sink { sink: Some(sink), .. } => sink.abort(checkpoint).await,
+            Work::Source { .. } | Work::Operator(_) | Work::Sink { .. } => Ok(()),
         }
     }
 

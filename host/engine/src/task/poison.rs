@@ -8,8 +8,9 @@
 use std::time::Instant;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
+use cofferdam_contract::{Batch, Emission, Processed as Answer};
 use cofferdam_core::{failure::FailureCause, isolate::Isolation};
-use cofferdam_sandbox::{Batch, Emission, GuestError, Image, MemorySnapshot, Processed as Answer};
+use cofferdam_sandbox::{GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -18,12 +19,8 @@ use super::{
         Context, OperatorTask, about_record, cause_of, host_bug, restore_cause, snapshot_cause,
     },
 };
-use crate::{
-    batch::{BatchExt, RecordRef},
-    clock::micros,
-    progress::Progress,
-    storage::writer::cause_of as storage_cause,
-};
+use crate::{clock::micros, progress::Progress, storage::writer::cause_of as storage_cause};
+use cofferdam_contract::RecordRef;
 
 type Result<T> = std::result::Result<T, FailureCause>;
 

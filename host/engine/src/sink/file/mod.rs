@@ -21,23 +21,26 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cofferdam_connector::{
+    blocking::BlockingSink,
+    state::{decode_all, encode_all},
+};
+use cofferdam_contract::Batch;
 use cofferdam_core::{
     checkpoint::Purpose,
     failure::{FailureCause, Obstacle},
     ids::CheckpointId,
 };
-use cofferdam_sandbox::Batch;
 use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 
 pub use self::output::Conflicts;
 pub(crate) use self::output::{Claim, Output, OutputContext};
 use self::output::{CommittedNames, Logs, writer_of_pending};
-use super::{Sink, push_lines};
+use super::push_lines;
 use crate::{
     identity::Id,
     problem::{Code, Problem},
-    restore::{decode_states, encode_states},
     spec::{FileSinkSpec, LineContent, Rolling},
     storage::sync_dir,
 };
@@ -151,24 +154,24 @@ enum Found {
 /// Shares the parts of all tasks out among another number of tasks, which commit them.
 pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
     let mut shares = vec![State { version: 1, ..State::default() }; parallelism];
-    for state in decode_states::<State>(old)? {
+    for state in decode_all::<State>(old)? {
         for part in state.parts {
             shares[part.task as usize % parallelism].parts.push(part);
         }
     }
-    encode_states(&shares)
+    encode_all(&shares)
 }
 
 /// The visible names of the parts of restored states, by their files.
 pub(crate) fn names_of(states: &[&[u8]]) -> BTreeMap<String, String> {
-    let states = decode_states::<State>(states).unwrap_or_default();
+    let states = decode_all::<State>(states).unwrap_or_default();
     let parts = states.into_iter().flat_map(|state| state.parts);
     parts.map(|part| (part.file(), part.name())).collect()
 }
 
 /// A part of these states that is not committed yet, if there is one.
 pub(crate) fn uncommitted(states: &[&[u8]]) -> Option<PathBuf> {
-    let states = decode_states::<State>(states).unwrap_or_default();
+    let states = decode_all::<State>(states).unwrap_or_default();
     let nothing = CommittedNames::default();
     let parts = states.iter().flat_map(|state| &state.parts);
     parts.into_iter().find_map(|part| match part.find(&part.dir, &nothing) {
@@ -193,7 +196,7 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
         let message = format!("sink \"{}\" cannot commit what it had written", output.sink);
         Problem::new(Code::OutputTaken, message).detail(what)
     };
-    let states = decode_states::<State>(states).map_err(|error| {
+    let states = decode_all::<State>(states).map_err(|error| {
         let message = format!("the state of sink \"{}\" cannot be read", output.sink);
         Problem::new(Code::StateMismatch, message).detail(error)
     })?;
@@ -532,7 +535,7 @@ impl Rolling {
     }
 }
 
-impl Sink for FileSink {
+impl BlockingSink for FileSink {
     fn write(&mut self, batch: &Batch) -> Result<(), FailureCause> {
         self.buffer.clear();
         push_lines(batch, self.line, &mut self.buffer);

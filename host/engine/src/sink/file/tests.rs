@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::{
-    batch::{BatchExt, RecordRef},
     identity::Lineage,
     spec::{IfExists, Rolling},
 };
+use cofferdam_contract::RecordRef;
 
 /// A job's sink in a directory, with a state directory beside it.
 struct Setup {

@@ -20,8 +20,14 @@ use std::{
     time::Duration,
 };
 
+use cofferdam_connector::{
+    Step,
+    blocking::{BlockingSource, ReadOutcome},
+    pace::Pace,
+    state::{decode_all, encode_all, unreadable},
+};
+use cofferdam_contract::Batch;
 use cofferdam_core::failure::{FailureCause, Obstacle};
-use cofferdam_sandbox::Batch;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -30,14 +36,11 @@ use self::{
     line::{Fields, LineReader},
     plan::{Changed, FileId, LineNumbers, Listing, Stamp, byte_order_mark},
 };
-use super::{Source, Step, pace::Pace, unreadable_position};
 use crate::{
-    batch::{BatchExt, RecordRef},
-    exchange::writer::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX},
     problem::{Code, Problem, shown},
-    restore::{decode_states, encode_states},
     spec::{FileSourceSpec, LineFormat, OnBadRecord},
 };
+use cofferdam_contract::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX, RecordRef};
 
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -89,7 +92,7 @@ struct Progress {
 /// Shares what is left to read out among another number of tasks, in the order of the files: so what was
 /// in order stays in order.
 pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
-    let old = decode_states::<Position>(old)?;
+    let old = decode_all::<Position>(old)?;
     let mut splits: Vec<(FileId, Split)> = Vec::new();
     let mut done: Vec<(String, Progress)> = Vec::new();
     let mut known = BTreeMap::new();
@@ -125,7 +128,7 @@ pub(super) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, S
     if let Some(first) = shares.first_mut() {
         first.known = known;
     }
-    encode_states(&shares)
+    encode_all(&shares)
 }
 
 impl Position {
@@ -184,7 +187,7 @@ impl FilePlan {
                 "put the files back as they were, or begin anew with another state directory and output",
             )
         };
-        let positions = decode_states::<Position>(positions).map_err(|error| {
+        let positions = decode_all::<Position>(positions).map_err(|error| {
             let message = format!("the position of source \"{}\" cannot be read", self.name);
             Problem::new(Code::StateMismatch, message).detail(error)
         })?;
@@ -559,11 +562,11 @@ impl FileSource {
     }
 }
 
-impl Source for FileSource {
-    fn next(&mut self) -> Result<Step, FailureCause> {
+impl BlockingSource for FileSource {
+    fn read(&mut self) -> Result<ReadOutcome, FailureCause> {
         let allowed = match self.pace.allowance() {
             Ok(allowed) => allowed.min(BATCH_RECORDS_MAX as u64) as usize,
-            Err(wait) => return Ok(Step::Wait(wait)),
+            Err(wait) => return Ok(ReadOutcome::Wait(wait)),
         };
         let (mut batch, mut letters, mut bad) = (Batch::empty(), Batch::empty(), 0);
         let is_text = self.plan.spec.format == LineFormat::Text;
@@ -599,14 +602,14 @@ impl Source for FileSource {
             }
         }
         if batch.value_ends.is_empty() && bad == 0 {
-            return Ok(Step::End);
+            return Ok(ReadOutcome::Step(Step::End));
         }
         self.pace.give(batch.record_count() + bad);
         let lag = i64::try_from(self.plan.spec.out_of_orderness_ms).unwrap_or(i64::MAX);
         // Records as late as that may still come, and of the latest time, too.
         let watermark = self.position.latest.map(|at| at.saturating_sub(lag).saturating_sub(1));
         let letters = (0 < letters.record_count()).then(|| Box::new(letters));
-        Ok(Step::Records { batch, letters, bad: bad as u64, watermark })
+        Ok(ReadOutcome::Step(Step::Records { batch, letters, bad: bad as u64, watermark }))
     }
 
     fn position(&mut self) -> Result<Vec<u8>, FailureCause> {
@@ -615,6 +618,10 @@ impl Source for FileSource {
             message: format!("encode the position of a source: {error}"),
         })
     }
+}
+
+fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {
+    unreadable("position of a source", error)
 }
 
 fn environment(path: &Path, error: &std::io::Error) -> FailureCause {

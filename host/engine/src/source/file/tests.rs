@@ -46,10 +46,10 @@ fn numbers(range: std::ops::Range<u32>) -> String {
 
 /// One step: the records, or none at the end.
 fn step(source: &mut FileSource) -> Vec<String> {
-    match source.next().expect("reads") {
-        Step::Records { batch, .. } => texts(&batch),
-        Step::End => Vec::new(),
-        Step::Wait(_) => panic!("nothing is to be waited for"),
+    match source.read().expect("reads") {
+        ReadOutcome::Step(Step::Records { batch, .. }) => texts(&batch),
+        ReadOutcome::Step(Step::End) => Vec::new(),
+        other => panic!("nothing is to be waited for: {other:?}"),
     }
 }
 
@@ -75,7 +75,7 @@ fn position(source: &mut FileSource) -> Vec<u8> {
 fn lines(plan: &Arc<FilePlan>, index: u32, parallelism: u32) -> Vec<String> {
     let mut out = Vec::new();
     let mut source = FileSource::open(plan, index, parallelism, None).expect("opens");
-    while let Step::Records { batch, .. } = source.next().expect("reads") {
+    while let ReadOutcome::Step(Step::Records { batch, .. }) = source.read().expect("reads") {
         out.extend(
             batch.records().map(|record| String::from_utf8_lossy(record.value).into_owned()),
         );
@@ -134,8 +134,8 @@ fn a_file_that_is_truncated_while_it_is_read_is_an_error_and_not_its_end() {
         std::fs::write(&path, text).expect("truncated");
         let mut cause = None;
         while cause.is_none() {
-            match source.next() {
-                Ok(Step::Records { .. }) => {}
+            match source.read() {
+                Ok(ReadOutcome::Step(Step::Records { .. })) => {}
                 Ok(_) => panic!("it is not over"),
                 Err(error) => cause = Some(error),
             }
@@ -172,7 +172,7 @@ fn a_file_that_was_replaced_by_another_of_the_same_size_is_refused() {
         assert!(problem.details[0].contains("a.txt"), "{problem}");
         assert!(problem.details[0].contains(what), "{problem}");
         let mut source = FileSource::open(&plan, 0, 1, Some(&position)).expect("opens");
-        input_is_other(source.next().err());
+        input_is_other(source.read().err());
     }
 }
 
@@ -284,8 +284,8 @@ fn what_is_left_is_dealt_out_in_order() {
 }
 
 fn records(plan: &Arc<FilePlan>) -> Result<(Batch, Batch, Option<i64>), FailureCause> {
-    match FileSource::open(plan, 0, 1, None).expect("opens").next()? {
-        Step::Records { batch, letters, watermark, .. } => {
+    match FileSource::open(plan, 0, 1, None).expect("opens").read()? {
+        ReadOutcome::Step(Step::Records { batch, letters, watermark, .. }) => {
             Ok((batch, letters.map_or_else(Batch::empty, |letters| *letters), watermark))
         }
         _ => panic!("records"),
@@ -393,7 +393,7 @@ fn a_file_that_was_written_over_with_its_time_set_back_is_refused() {
     std::os::unix::fs::FileExt::write_all_at(&file, &text, 0).expect("written over");
     file.set_modified(time).expect("set back");
     let mut source = FileSource::open(&plan, 0, 1, Some(&position)).expect("opens");
-    let message = input_is_other(source.next().err());
+    let message = input_is_other(source.read().err());
     assert!(message.contains("not those that were read"), "{message}");
 }
 
@@ -427,7 +427,9 @@ fn a_byte_order_mark_belongs_to_no_record() {
     write(dir.path(), "a.txt", "\u{feff}id,at\nx,1\n");
     let columns = FileSourceSpec { key: Some("id".to_owned()), ..spec(LineFormat::Csv) };
     let mut source = FileSource::open(&planned(dir.path(), &columns), 0, 1, None).expect("opens");
-    let Step::Records { batch, .. } = source.next().expect("reads") else { panic!("a record") };
+    let ReadOutcome::Step(Step::Records { batch, .. }) = source.read().expect("reads") else {
+        panic!("a record")
+    };
     assert_eq!(batch.records().next().expect("a record").key, Some(&b"x"[..]));
 }
 
@@ -444,6 +446,6 @@ fn an_integer_that_json_cannot_hold_is_no_key() {
     ] {
         write(dir.path(), "a.txt", &format!("{{\"id\":{id}}}\n"));
         let mut source = FileSource::open(&planned(dir.path(), &spec), 0, 1, None).expect("opens");
-        assert_eq!(source.next().is_ok(), is_good, "{id}");
+        assert_eq!(source.read().is_ok(), is_good, "{id}");
     }
 }

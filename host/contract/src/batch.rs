@@ -1,8 +1,10 @@
-//! Builds batches record by record and takes them apart again.
+//! Records as columns: builds batches record by record and takes them apart again.
 
 use std::ops::Range;
 
-use cofferdam_sandbox::Batch;
+use serde::{Deserialize, Serialize};
+
+use crate::check_column;
 
 /// One record of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,39 +17,38 @@ pub struct RecordRef<'a> {
     pub timestamp: Option<i64>,
 }
 
-/// What the engine does with batches.
-pub trait BatchExt {
-    /// A batch without records.
-    fn empty() -> Self;
-    /// How many records.
-    fn record_count(&self) -> usize;
-    /// How many bytes, ends and timestamps included.
-    fn byte_count(&self) -> usize;
-    /// Whether its records have keys, and whether they have timestamps. Only batches of one shape
-    /// can be joined: half a column would give records the keys or times of their neighbours.
-    fn shape(&self) -> (bool, bool);
-    /// Whether records of another batch can be added.
-    fn can_join(&self, other: &Self) -> bool;
-    /// Adds a record. All records of a batch have a key and a timestamp, or none has.
-    fn push(&mut self, record: RecordRef<'_>);
-    /// Adds record number `place` of another batch, which [can join](BatchExt::can_join). `key` and
-    /// `value` are where its bytes lie there.
-    fn push_from(&mut self, other: &Self, place: usize, key: Range<u32>, value: Range<u32>);
-    /// Every record, in order.
-    fn records(&self) -> impl Iterator<Item = RecordRef<'_>>;
-    /// The records of a range of places.
-    fn part(&self, places: Range<usize>) -> Self;
-    /// Adds all records of another batch; gives it back if it cannot join.
-    ///
-    /// # Errors
-    /// Where the two have other columns, or together more bytes than a column can have.
-    fn append(&mut self, other: Self) -> Result<(), Self>
-    where
-        Self: Sized;
+/// Records as columns of bytes, so that a thousand of them cost one call and a few copies.
+///
+/// Record `i` has the bytes of a column from its end `i - 1` (0 for the first) to its end `i`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(
+    feature = "lift",
+    derive(
+        wasmtime::component::ComponentType,
+        wasmtime::component::Lift,
+        wasmtime::component::Lower
+    )
+)]
+#[cfg_attr(feature = "lift", component(record))]
+pub struct Batch {
+    /// The keys, one after the other.
+    pub keys: Vec<u8>,
+    /// Where each key ends; empty where no record has a key, else one end a record.
+    #[cfg_attr(feature = "lift", component(name = "key-ends"))]
+    pub key_ends: Vec<u32>,
+    /// The values, one after the other.
+    pub values: Vec<u8>,
+    /// Where each value ends: one end a record.
+    #[cfg_attr(feature = "lift", component(name = "value-ends"))]
+    pub value_ends: Vec<u32>,
+    /// Event time in milliseconds, one a record; empty where no record has one.
+    pub timestamps: Vec<i64>,
 }
 
-impl BatchExt for Batch {
-    fn empty() -> Self {
+impl Batch {
+    /// A batch without records.
+    #[must_use]
+    pub fn empty() -> Self {
         Self {
             keys: Vec::new(),
             key_ends: Vec::new(),
@@ -57,26 +58,35 @@ impl BatchExt for Batch {
         }
     }
 
+    /// How many records.
+    #[must_use]
     #[inline]
-    fn record_count(&self) -> usize {
+    pub fn record_count(&self) -> usize {
         self.value_ends.len()
     }
 
+    /// How many bytes, ends and timestamps included.
+    #[must_use]
     #[inline]
-    fn byte_count(&self) -> usize {
+    pub fn byte_count(&self) -> usize {
         self.keys.len()
             + self.values.len()
             + 4 * (self.key_ends.len() + self.value_ends.len())
             + 8 * self.timestamps.len()
     }
 
+    /// Whether its records have keys, and whether they have timestamps. Only batches of one shape
+    /// can be joined: half a column would give records the keys or times of their neighbours.
+    #[must_use]
     #[inline]
-    fn shape(&self) -> (bool, bool) {
+    pub fn shape(&self) -> (bool, bool) {
         (!self.key_ends.is_empty(), !self.timestamps.is_empty())
     }
 
+    /// Whether records of another batch can be added.
+    #[must_use]
     #[inline]
-    fn can_join(&self, other: &Self) -> bool {
+    pub fn can_join(&self, other: &Self) -> bool {
         let fits = |left: &[u8], right: &[u8]| left.len() + right.len() <= u32::MAX as usize;
         self.value_ends.is_empty()
             || other.value_ends.is_empty()
@@ -85,8 +95,9 @@ impl BatchExt for Batch {
                 && fits(&self.values, &other.values))
     }
 
+    /// Adds a record. All records of a batch have a key and a timestamp, or none has.
     #[inline(always)]
-    fn push(&mut self, record: RecordRef<'_>) {
+    pub fn push(&mut self, record: RecordRef<'_>) {
         if let Some(key) = record.key {
             self.keys.extend_from_slice(key);
             self.key_ends.push(end_of(&self.keys));
@@ -98,8 +109,10 @@ impl BatchExt for Batch {
         }
     }
 
+    /// Adds record number `index` of another batch, which [can join](Batch::can_join). `key` and
+    /// `value` are where its bytes lie there.
     #[inline(always)]
-    fn push_from(&mut self, other: &Self, place: usize, key: Range<u32>, value: Range<u32>) {
+    pub fn push_from(&mut self, other: &Self, index: usize, key: Range<u32>, value: Range<u32>) {
         if !other.key_ends.is_empty() {
             append_range(&mut self.keys, &other.keys, key);
             self.key_ends.push(end_of(&self.keys));
@@ -108,33 +121,40 @@ impl BatchExt for Batch {
             append_range(&mut self.values, &other.values, value);
         }
         self.value_ends.push(end_of(&self.values));
-        if let Some(timestamp) = other.timestamps.get(place) {
+        if let Some(timestamp) = other.timestamps.get(index) {
             self.timestamps.push(*timestamp);
         }
     }
 
+    /// Every record, in order.
     #[inline]
-    fn records(&self) -> impl Iterator<Item = RecordRef<'_>> {
+    pub fn records(&self) -> impl Iterator<Item = RecordRef<'_>> {
         let (mut key_start, mut value_start) = (0, 0);
-        self.value_ends.iter().enumerate().map(move |(place, &value_end)| {
-            let key = self.key_ends.get(place).map(|&key_end| {
+        self.value_ends.iter().enumerate().map(move |(index, &value_end)| {
+            let key = self.key_ends.get(index).map(|&key_end| {
                 let key = &self.keys[key_start as usize..key_end as usize];
                 key_start = key_end;
                 key
             });
             let value = &self.values[value_start as usize..value_end as usize];
             value_start = value_end;
-            RecordRef { key, value, timestamp: self.timestamps.get(place).copied() }
+            RecordRef { key, value, timestamp: self.timestamps.get(index).copied() }
         })
     }
 
-    fn part(&self, places: Range<usize>) -> Self {
+    /// The records of a range of indices.
+    #[must_use]
+    pub fn part(&self, indices: Range<usize>) -> Self {
         let mut part = Self::empty();
-        self.records().skip(places.start).take(places.len()).for_each(|record| part.push(record));
+        self.records().skip(indices.start).take(indices.len()).for_each(|record| part.push(record));
         part
     }
 
-    fn append(&mut self, other: Self) -> Result<(), Self> {
+    /// Adds all records of another batch; gives it back if it cannot join.
+    ///
+    /// # Errors
+    /// Where the two have other columns, or together more bytes than a column can have.
+    pub fn append(&mut self, other: Self) -> Result<(), Self> {
         if self.value_ends.is_empty() {
             *self = other;
             return Ok(());
@@ -150,12 +170,28 @@ impl BatchExt for Batch {
         self.timestamps.extend_from_slice(&other.timestamps);
         Ok(())
     }
+
+    /// Whether the columns fit together.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let count = self.value_ends.len();
+        if !self.key_ends.is_empty() && self.key_ends.len() != count {
+            return Err("not one key a record");
+        }
+        if !self.timestamps.is_empty() && self.timestamps.len() != count {
+            return Err("not one timestamp a record");
+        }
+        check_column(&self.key_ends, self.keys.len())?;
+        check_column(&self.value_ends, self.values.len())
+    }
 }
 
 /// Appends a part of a column. Most keys have at most 16 bytes, and copying 16 and cutting them to
 /// size costs less than a copy of a length that the compiler does not know.
 #[inline(always)]
-pub(crate) fn append_range(out: &mut Vec<u8>, column: &[u8], range: Range<u32>) {
+pub fn append_range(out: &mut Vec<u8>, column: &[u8], range: Range<u32>) {
     let (start, len) = (range.start as usize, range.len());
     match column[start..].first_chunk::<16>() {
         Some(chunk) if len <= 16 => {
@@ -204,9 +240,9 @@ mod tests {
         }
         let mut copied = Batch::empty();
         let (mut key, mut value) = (0, 0);
-        for place in 0..batch.record_count() {
-            let ends = (batch.key_ends[place], batch.value_ends[place]);
-            copied.push_from(&batch, place, key..ends.0, value..ends.1);
+        for index in 0..batch.record_count() {
+            let ends = (batch.key_ends[index], batch.value_ends[index]);
+            copied.push_from(&batch, index, key..ends.0, value..ends.1);
             (key, value) = ends;
         }
         assert!(copied.records().eq(batch.records()));

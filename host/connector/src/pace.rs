@@ -1,29 +1,55 @@
 //! Holds a source to a number of records a second.
 
-use std::time::{Duration, Instant};
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use futures::FutureExt;
+use tokio::time::Sleep;
 
 /// The share of a second's records that is given out at a time.
 const SLICE: f64 = 0.01;
 
 /// One task's share of its source's rate.
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub struct Pace {
     /// Records a second; as fast as they are taken if `None`.
     rate: Option<f64>,
     /// How many were given out since the task began.
     given: u64,
     began: Option<Instant>,
+    wait: Option<Pin<Box<Sleep>>>,
 }
 
 impl Pace {
     /// The share of one of `parallelism` tasks.
-    pub(crate) fn new(rate: Option<f64>, parallelism: u32) -> Self {
+    #[must_use]
+    pub fn new(rate: Option<f64>, parallelism: u32) -> Self {
         let rate = rate.map(|rate| rate / f64::from(parallelism));
-        Self { rate, given: 0, began: None }
+        Self { rate, given: 0, began: None, wait: None }
     }
 
-    /// How many may be given out now; the time to wait where none may.
-    pub(crate) fn allowance(&mut self) -> Result<u64, Duration> {
+    /// How many may be given out now, once any may.
+    pub fn poll_allowance(&mut self, context: &mut Context<'_>) -> Poll<u64> {
+        loop {
+            if let Some(wait) = &mut self.wait {
+                std::task::ready!(wait.poll_unpin(context));
+                self.wait = None;
+            }
+            match self.allowance() {
+                Ok(allowed) => return Poll::Ready(allowed),
+                Err(wait) => self.wait = Some(Box::pin(tokio::time::sleep(wait))),
+            }
+        }
+    }
+
+    /// How many may be given out now.
+    ///
+    /// # Errors
+    /// The time to wait where none may.
+    pub fn allowance(&mut self) -> Result<u64, Duration> {
         let Some(rate) = self.rate else { return Ok(u64::MAX) };
         let elapsed = self.began.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
         // The first slice is due at once, so that a restart does not begin with a wait.
@@ -38,7 +64,7 @@ impl Pace {
     }
 
     /// So many were given out.
-    pub(crate) fn give(&mut self, records: usize) {
+    pub fn give(&mut self, records: usize) {
         self.given += records as u64;
     }
 }

@@ -1,0 +1,72 @@
+//! Prints at once: what is printed cannot be taken back, so records may come twice after a restart.
+//!
+//! A reader may stop reading for as long as it likes, and holds up whoever writes. So all tasks of the process
+//! take turns, and the one whose turn it is writes on a thread that may block.
+
+use std::{
+    io::{self, Write},
+    sync::{Arc, LazyLock},
+};
+
+use cofferdam_connector::{Answer, Sink, blocking::Blocking, sink::StateWriter};
+use cofferdam_contract::Batch;
+use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId};
+use tokio::sync::Mutex;
+
+use super::push_lines;
+use crate::spec::LineContent;
+
+/// Whose turn it is: standard output is one for the whole process.
+static TURN: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
+
+pub(super) struct StdoutSink {
+    line: LineContent,
+    blocking: Blocking,
+}
+
+impl StdoutSink {
+    pub(super) fn new(line: LineContent, blocking: Blocking) -> Self {
+        Self { line, blocking }
+    }
+
+    /// Does something with standard output, on a thread that may block.
+    async fn print(
+        &self,
+        doing: &str,
+        call: impl FnOnce(&mut io::StdoutLock<'_>) -> io::Result<()> + Send + 'static,
+    ) -> Result<(), FailureCause> {
+        let turn = TURN.clone().lock_owned().await;
+        let printing = self.blocking.run(move || {
+            let printed = call(&mut io::stdout().lock());
+            drop(turn);
+            printed
+        });
+        let printed = printing.await.map_err(|error| FailureCause::HostBug {
+            message: format!("printing has panicked: {error}"),
+        })?;
+        printed.map_err(|error| FailureCause::Environment { message: format!("{doing}: {error}") })
+    }
+}
+
+impl Sink for StdoutSink {
+    fn write(&mut self, batch: Batch) -> Answer<'_, ()> {
+        Box::pin(async move {
+            let mut buffer = Vec::with_capacity(batch.byte_count());
+            push_lines(&batch, self.line, &mut buffer);
+            self.print("write to standard output", move |out| out.write_all(&buffer)).await
+        })
+    }
+
+    fn pre_commit<'a>(
+        &'a mut self,
+        _: CheckpointId,
+        _: Purpose,
+        _: &'a mut StateWriter,
+    ) -> Answer<'a, ()> {
+        Box::pin(self.print("flush standard output", |out| out.flush()))
+    }
+
+    fn commit(&mut self, _: CheckpointId) -> Answer<'_, ()> {
+        cofferdam_connector::ready(Ok(()))
+    }
+}
