@@ -19,7 +19,7 @@ pub(crate) struct Arguments {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 the job failed, 2 bad usage or manifest, 70 a bug of the host.\n\
-Errors have codes; docs/errors.md explains each.";
+Errors have codes: `cofferdam explain C0020` explains one.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
@@ -45,12 +45,17 @@ Ctrl-C takes a last checkpoint and stops; a second one ends at once. What was co
 committed, and running the job again goes on from its newest checkpoint."
     )]
     Run(RunArguments),
-    /// Say what runs together, what restarts if a task fails, and when
+    /// Explain an error, or what runs together, what restarts if a task fails, and when
     #[command(
-        after_help = "Examples:\n  cofferdam explain job.toml\n  cofferdam explain failover job.toml --fail count/1\n  \
+        after_help = "Examples:\n  cofferdam explain C0020\n  cofferdam explain job.toml\n  cofferdam explain failover job.toml --fail count/1\n  \
 cofferdam explain restarts --set restart-strategy.type=failure-rate --failures 0,100,61000"
     )]
     Explain(ExplainArguments),
+    /// Print the JSON schema of manifests, for editors
+    #[command(after_help = "Example:\n  cofferdam schema > cofferdam.schema.json\n\n\
+An editor with a TOML language server takes it from the first line of a manifest:\n\
+  #:schema ./cofferdam.schema.json")]
+    Schema,
     /// Read declared state from a savepoint, or from the checkpoints of a job that is not running
     #[command(
         after_help = "Examples:\n  cofferdam state savepoints/savepoint-job-18f\n  cofferdam state savepoints/savepoint-job-18f --operator count --key the\n  cofferdam state job.cofferdam --operator count --state counts --json | jq .value\n\n\
@@ -276,7 +281,8 @@ pub(crate) enum CheckpointsVerb {
 pub(crate) struct ExplainArguments {
     #[command(subcommand)]
     pub(crate) verb: Option<ExplainVerb>,
-    /// The job's manifest
+    /// The job's manifest, or the code of an error, such as C0020
+    #[arg(value_name = "MANIFEST|CODE")]
     pub(crate) manifest: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) host: HostArguments,

@@ -8,6 +8,7 @@ use cofferdam_engine::{
     restore::{Restorable, RestoreFrom, Takeover},
     spec::{JobSpec, NodeKind, partitioner_name},
 };
+use cofferdam_settings::section::Effective;
 use serde_json::json;
 
 use crate::{args::CheckArguments, report};
@@ -101,12 +102,11 @@ fn takeovers(restorable: &Restorable) -> serde_json::Value {
 
 /// Every setting with its value and where it comes from.
 fn effective(spec: &JobSpec, is_json: bool) {
-    for (key, value) in spec.effective() {
-        let place = spec.origins.get(&key).cloned().flatten();
+    for Effective { key, value, place } in &spec.effective {
         match is_json {
             true => report::line(&json!({ "key": key, "value": value, "from": place })),
             false => {
-                let place = place.unwrap_or_else(|| "default".to_owned());
+                let place = place.as_deref().unwrap_or("default");
                 say!("{key} = {value}\n    {place}");
             }
         }

@@ -1,7 +1,10 @@
 //! `cofferdam explain`: what runs together, what restarts if a task fails, and when. Asks the code
 //! that decides in a running job; opens no component.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use cofferdam_core::{
     exchange::ExchangeType,
@@ -29,6 +32,7 @@ pub(crate) fn run(arguments: &ExplainArguments, is_json: bool) -> Result<(), Pro
     match (&arguments.verb, &arguments.manifest) {
         (Some(ExplainVerb::Failover(arguments)), _) => failover(arguments, is_json),
         (Some(ExplainVerb::Restarts(arguments)), _) => restarts(arguments, is_json),
+        (None, Some(code)) if is_code(code) => explain_error(code, is_json),
         (None, Some(manifest)) => {
             let spec = JobSpec::read_with(manifest, arguments.host.read()?.as_ref())?;
             let names = Names::new(&spec.graph);
@@ -50,6 +54,34 @@ pub(crate) fn run(arguments: &ExplainArguments, is_json: bool) -> Result<(), Pro
         (None, None) => Err(Problem::new(Code::MissingKey, "name the job's manifest")
             .hint("for example `cofferdam explain job.toml`")),
     }
+}
+
+/// What the reference says about each error.
+const ERRORS: &str = include_str!("../../../docs/errors.md");
+
+fn is_code(text: &Path) -> bool {
+    let text = text.to_string_lossy();
+    let digits = text.strip_prefix(['C', 'c']).unwrap_or_default();
+    digits.len() == 4 && digits.bytes().all(|digit| digit.is_ascii_digit())
+}
+
+/// Prints the section of an error.
+fn explain_error(code: &Path, is_json: bool) -> Result<(), Problem> {
+    let code = code.to_string_lossy().to_uppercase();
+    let page = ERRORS.split("\n## ").skip(1).find(|page| page.starts_with(&code));
+    let Some(page) = page else {
+        let known: Vec<&str> = Code::ALL.iter().map(|code| code.number()).collect();
+        return Err(Problem::new(Code::BadValue, format!("there is no error {code}"))
+            .hint(format!("there are: {}", known.join(", "))));
+    };
+    let (title, text) = page.split_once('\n').unwrap_or((page, ""));
+    // The anchor of the next section.
+    let text = text.split("\n<a id=").next().unwrap_or(text);
+    match is_json {
+        true => report::line(&json!({ "code": code, "title": title, "text": text.trim() })),
+        false => say!("{title}\n\n{}", text.trim()),
+    }
+    Ok(())
 }
 
 /// Tasks as people write them: `count/1`.

@@ -67,6 +67,10 @@ fn main() -> ExitCode {
             return ExitCode::from(code.unwrap_or_else(|problem| exit_code(Err(problem))));
         }
         Verb::Explain(arguments) => explain::run(&arguments, is_json),
+        Verb::Schema => {
+            say!("{:#}", cofferdam_engine::spec::tables::json_schema());
+            Ok(())
+        }
         Verb::Checkpoints { verb } => checkpoints::run(&verb, is_json),
         Verb::State(arguments) => state::run(&arguments, is_json),
         Verb::History { job } => control::history(&job, is_json),

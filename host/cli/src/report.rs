@@ -87,7 +87,7 @@ pub(crate) fn problem(problem: &Problem, is_json: bool) {
         "event": "error",
         "code": problem.code.number(),
         "message": problem.message,
-        "details": problem.details,
+        "details": problem.all_details(),
         "hint": problem.advice(),
     }));
     problem.more.iter().for_each(|other| self::problem(other, is_json));

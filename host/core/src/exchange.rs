@@ -36,7 +36,7 @@ impl ExchangeType {
 
     /// Its name in a manifest.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Pipelined => "pipelined",
             Self::PipelinedBounded => "pipelined-bounded",

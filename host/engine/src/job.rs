@@ -35,7 +35,6 @@ use crate::{
     history::Recorder,
     identity::Id,
     metrics::{Metrics, OperatorMetrics},
-    problem::{Code, Problem},
     progress::{Observer, Progress},
     read_out::{OwnComponent, OwnComponents},
     rehearsal::Untried,
@@ -65,6 +64,7 @@ use crate::{
         poison::Processed,
     },
 };
+use cofferdam_settings::{Code, Problem};
 
 /// What the manifest does not say.
 #[derive(Debug, Clone, Default)]

@@ -9,7 +9,6 @@ pub mod history;
 pub mod identity;
 pub mod job;
 pub mod metrics;
-pub mod problem;
 pub mod progress;
 mod read_out;
 mod rehearsal;
@@ -22,5 +21,6 @@ pub mod state_dir;
 pub mod storage;
 mod task;
 
+pub use cofferdam_settings::problem;
 pub use sink::Conflicts;
 pub use source::generate;

@@ -24,7 +24,6 @@ use cofferdam_core::{
 use crate::{
     identity::Lineage,
     job::limits_of,
-    problem::{Code, Problem},
     progress::{Observer, Progress, RestoreStep},
     read_out::{OwnComponent, on_instance},
     sink, source,
@@ -40,6 +39,7 @@ use crate::{
     },
     task::local::TaskLocal,
 };
+use cofferdam_settings::{Code, Problem};
 
 /// A checkpoint or savepoint to begin from, instead of the newest of the state directory.
 #[derive(Debug, Clone)]

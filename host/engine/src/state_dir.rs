@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     identity::Id,
-    problem::{Code, Problem},
     storage::{FOR_OWNER, create_file, make_dir, sync_dir},
 };
+use cofferdam_settings::{Code, Problem};
 
 const LOCK: &str = "LOCK";
 const RECORD: &str = "JOB";

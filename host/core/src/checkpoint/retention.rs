@@ -32,7 +32,7 @@ pub enum End {
 impl Retention {
     /// Its name in a manifest.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::NeverRetain => "NO_EXTERNALIZED_CHECKPOINTS",
             Self::RetainOnFailure => "DELETE_ON_CANCELLATION",

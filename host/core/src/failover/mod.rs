@@ -27,7 +27,7 @@ pub enum FailoverStrategy {
 impl FailoverStrategy {
     /// Its name in a manifest.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::Region => "region",

@@ -10,10 +10,8 @@ use cofferdam_contract::Batch;
 use cofferdam_core::failure::FailureCause;
 
 pub(crate) use self::file::checksum;
-use crate::{
-    problem::Problem,
-    spec::{GeneratorSpec, SourceSpec},
-};
+use crate::spec::{GeneratorSpec, SourceSpec};
+use cofferdam_settings::Problem;
 
 /// The output of records that a source could make no sense of.
 pub(crate) const DEAD_LETTERS: u32 = 1;

@@ -10,8 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::reader::closest;
-use crate::problem::{Code, Problem};
+use cofferdam_settings::{AnySetting, Code, Problem, section::closest};
+
+use super::tables;
 
 /// The settings of a host, as the text of a TOML document.
 #[derive(Debug, Clone)]
@@ -23,27 +24,6 @@ pub struct HostSettings {
     /// What was left out, and why.
     pub warnings: Vec<String>,
 }
-
-/// Flink's older names of settings that exist.
-const RENAMED: &[(&str, &str)] = &[
-    ("restart-strategy", "restart-strategy.type"),
-    ("state.backend", "state.backend.type"),
-    ("parallelism.default", "job.parallelism"),
-    ("state.checkpoints.num-retained", "execution.checkpointing.num-retained"),
-    ("state.checkpoints.dir", "execution.checkpointing.dir"),
-    ("state.savepoints.dir", "execution.checkpointing.savepoint-dir"),
-    ("state.checkpoint-storage", "execution.checkpointing.storage"),
-    (
-        "execution.checkpointing.alignment-timeout",
-        "execution.checkpointing.aligned-checkpoint-timeout",
-    ),
-    (
-        "execution.checkpointing.approximate-local-recovery",
-        "execution.state-recovery.approximate-local-recovery",
-    ),
-    ("execution.checkpointing.unaligned", "execution.checkpointing.unaligned.enabled"),
-    ("state.backend.fs.checkpointdir", "execution.checkpointing.dir"),
-];
 
 /// What `state.backend.type` may be in Flink, in lower case, and what it is here.
 const BACKENDS: &[(&str, &str)] = &[
@@ -58,37 +38,14 @@ const BACKENDS: &[(&str, &str)] = &[
     ("org.apache.flink.state.forst.forststatebackendfactory", "forst"),
 ];
 
-/// What can be set for a host, beside what begins with `restart-strategy.`.
-const KNOWN: &[&str] = &[
-    "job.parallelism",
-    "execution.runtime-mode",
-    "execution.batch-shuffle-mode",
-    "execution.checkpointing.interval",
-    "execution.checkpointing.interval-during-backlog",
-    "pipeline.backlog.watermark-lag-threshold",
-    "execution.checkpointing.mode",
-    "execution.checkpointing.timeout",
-    "execution.checkpointing.min-pause",
-    "execution.checkpointing.max-concurrent-checkpoints",
-    "execution.checkpointing.tolerable-failed-checkpoints",
-    "execution.checkpointing.num-retained",
-    "execution.checkpointing.externalized-checkpoint-retention",
-    "execution.checkpointing.unaligned.enabled",
-    "execution.checkpointing.aligned-checkpoint-timeout",
-    "execution.checkpointing.snapshot-compression",
-    "execution.checkpointing.dir",
-    "execution.checkpointing.savepoint-dir",
-    "execution.checkpointing.storage",
-    "execution.state-recovery.approximate-local-recovery",
-    "state.backend.type",
-    "state.backend.sled.cache",
-    "state.backend.sled.write-buffer",
-    "state.backend.sled.guest-cache",
-    "jobmanager.execution.failover-strategy",
-    "jobmanager.execution.failover-escalation",
-];
-
+/// What begins so is kept even where no row has it: the manifest's reader says what is wrong with it.
 const RESTART: &str = "restart-strategy.";
+
+/// The name that an older one of Flink's has here.
+fn renamed(given: &str) -> Option<&'static str> {
+    let rows = tables::of_host().map(AnySetting::row);
+    rows.into_iter().find(|row| row.aliases.contains(&given)).map(|row| row.key)
+}
 
 /// Settings of Flink that mean nothing here, by the beginning of their key, and why.
 pub(super) const MEANINGLESS: &[(&str, &str)] = &[
@@ -284,7 +241,7 @@ impl HostSettings {
     /// An older spelling counts where the newer one is not there.
     fn take_all(&mut self, pairs: &[(String, String)]) -> Result<(), Problem> {
         let mut taken: BTreeMap<String, String> = BTreeMap::new();
-        let is_old = |key: &str| RENAMED.iter().any(|(old, _)| *old == key);
+        let is_old = |key: &str| renamed(key).is_some();
         let (old, new): (Vec<_>, Vec<_>) = pairs.iter().partition(|(key, _)| is_old(key));
         for (given, value) in old.into_iter().chain(new) {
             if let Some((key, value)) = self.take(given, value)? {
@@ -299,9 +256,8 @@ impl HostSettings {
 
     /// What a setting is here, if it is anything.
     fn take(&mut self, given: &str, value: &str) -> Result<Option<(String, String)>, Problem> {
-        let renamed = RENAMED.iter().find(|(old, _)| *old == given);
-        let key = renamed.map_or(given, |(_, new)| new);
-        if KNOWN.contains(&key) || key.starts_with(RESTART) {
+        let key = renamed(given).unwrap_or(given);
+        if tables::of_host().any(|setting| setting.row().key == key) || key.starts_with(RESTART) {
             let backend = BACKENDS.iter().find(|(name, _)| value.eq_ignore_ascii_case(name));
             let value = match backend.filter(|_| key == "state.backend.type") {
                 Some((_, here)) => {
@@ -326,7 +282,7 @@ impl HostSettings {
         }
         let problem = Problem::new(Code::UnknownKey, format!("unknown key `{given}`"))
             .detail(format!("{}: {given}: {value}", self.path.display()));
-        Err(match closest(given, KNOWN.iter().copied()) {
+        Err(match closest(given, tables::of_host().map(|setting| setting.row().key)) {
             Some(meant) => problem.hint(format!("did you mean `{meant}`?")),
             None => problem.hint("`cofferdam check --effective` lists the settings there are"),
         })

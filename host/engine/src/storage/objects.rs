@@ -29,7 +29,7 @@ use super::{
     FOR_ALL, GENERATION, Generation, Result, SEGMENT, Storage, StorageError, make_dir,
     manifest::{FORMAT, is_readable},
 };
-use crate::problem::with_sources;
+use cofferdam_settings::problem::with_sources;
 
 /// A segment is written when it has this many bytes, or at a flush.
 const SEGMENT_BYTES: usize = 8 << 20;

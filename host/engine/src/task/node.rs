@@ -30,7 +30,6 @@ use crate::{
     clock::{micros, now_ms},
     driver::Shared,
     metrics::Metrics,
-    problem::{shown, with_sources},
     sink::{self, Output},
     source,
     spec::{OperatorSpec, SinkSpec},
@@ -41,6 +40,7 @@ use crate::{
         writer::cause_of as storage_cause,
     },
 };
+use cofferdam_settings::problem::{shown, with_sources};
 
 type Result<T> = std::result::Result<T, FailureCause>;
 

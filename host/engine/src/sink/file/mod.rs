@@ -40,10 +40,10 @@ use self::output::{CommittedNames, Logs, writer_of_pending};
 use super::push_lines;
 use crate::{
     identity::Id,
-    problem::{Code, Problem},
     spec::{FileSinkSpec, LineContent, Rolling},
     storage::sync_dir,
 };
+use cofferdam_settings::{Code, Problem};
 
 const BUFFER_BYTES: usize = 256 << 10;
 

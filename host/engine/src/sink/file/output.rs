@@ -19,11 +19,11 @@ use serde::{Deserialize, Serialize};
 use crate::{
     identity::{Id, Lineage},
     job::resolved,
-    problem::{Code, Problem},
     spec::IfExists,
     state_dir::{is_locked, try_lock, write_whole},
     storage::{FOR_ALL, make_dir, sync_dir},
 };
+use cofferdam_settings::{Code, Problem};
 
 const FOLDER: &str = ".cofferdam";
 const OWNER: &str = "owner.json";

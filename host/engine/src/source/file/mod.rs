@@ -36,11 +36,9 @@ use self::{
     line::{Fields, LineReader},
     plan::{Changed, FileId, LineNumbers, Listing, Stamp, byte_order_mark},
 };
-use crate::{
-    problem::{Code, Problem, shown},
-    spec::{FileSourceSpec, LineFormat, OnBadRecord},
-};
+use crate::spec::{FileSourceSpec, LineFormat, OnBadRecord};
 use cofferdam_contract::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX, RecordRef};
+use cofferdam_settings::{Code, Problem, problem::shown};
 
 const BUFFER_BYTES: usize = 256 << 10;
 

@@ -14,10 +14,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    problem::{Code, Problem},
-    spec::FileSourceSpec,
-};
+use crate::spec::FileSourceSpec;
+use cofferdam_settings::{Code, Problem};
 
 /// How much of the beginning and of the end of a file tells it apart from others.
 const SAMPLE_BYTES: u64 = 4096;

@@ -1,6 +1,8 @@
 //! Problems that people can act on: each has a code, says what and where, and what to do next.
 
-use std::fmt;
+use std::{fmt, ops::Range};
+
+use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 
 use cofferdam_core::failure::{FailureCause, Obstacle};
 
@@ -88,6 +90,40 @@ codes! {
     HostBug = "C0170", 70, "An invariant of the host broke";
 }
 
+/// A place in a document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The document's file.
+    pub path: String,
+    /// Its line, from 1 on, if its lines are those of the file.
+    pub line: Option<usize>,
+    /// The line's text.
+    pub text: String,
+    /// The bytes of the text that are meant.
+    pub marked: Range<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let column = self.text[..self.marked.start].chars().count() + 1;
+        match self.line {
+            Some(line) => write!(f, "{}:{line}:{column}: {}", self.path, self.text),
+            None => write!(f, "{}: {}", self.path, self.text),
+        }
+    }
+}
+
+impl Place {
+    /// The line, with what is meant marked below it.
+    fn drawn(&self) -> String {
+        let snippet = Snippet::source(&self.text)
+            .path(&self.path)
+            .line_start(self.line.unwrap_or(1))
+            .annotation(AnnotationKind::Primary.span(self.marked.clone()));
+        Renderer::plain().render(&[Group::with_level(Level::ERROR).element(snippet)])
+    }
+}
+
 /// A problem with everything that is known about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -95,7 +131,9 @@ pub struct Problem {
     pub code: Code,
     /// What, on what: lower case, no final dot.
     pub message: String,
-    /// Where, and what the machine says about it.
+    /// Where in a document it is.
+    pub place: Option<Box<Place>>,
+    /// Where else, and what the machine says about it.
     pub details: Vec<String>,
     /// What to do next.
     pub hint: Option<String>,
@@ -106,7 +144,28 @@ pub struct Problem {
 impl Problem {
     /// A problem with nothing but its message.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), details: Vec::new(), hint: None, more: Vec::new() }
+        Self {
+            code,
+            message: message.into(),
+            place: None,
+            details: Vec::new(),
+            hint: None,
+            more: Vec::new(),
+        }
+    }
+
+    /// Says where in a document it is.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = Some(Box::new(place));
+        self
+    }
+
+    /// Everything that is known about it, each on lines of its own.
+    #[must_use]
+    pub fn all_details(&self) -> Vec<String> {
+        let place = self.place.iter().map(ToString::to_string);
+        place.chain(self.details.iter().cloned()).collect()
     }
 
     /// Adds where it is, or why.
@@ -117,7 +176,7 @@ impl Problem {
     }
 
     /// Several problems as one: the first, with the others behind it.
-    pub(crate) fn all(problems: impl IntoIterator<Item = Self>) -> Option<Self> {
+    pub fn all(problems: impl IntoIterator<Item = Self>) -> Option<Self> {
         let mut problems = problems.into_iter();
         let mut first = problems.next()?;
         first.more.extend(problems);
@@ -136,7 +195,8 @@ impl Problem {
 const SHOWN_BYTES: usize = 120;
 
 /// The beginning of a record, on one line.
-pub(crate) fn shown(record: &[u8]) -> String {
+#[must_use]
+pub fn shown(record: &[u8]) -> String {
     let text = String::from_utf8_lossy(&record[..record.len().min(SHOWN_BYTES)]);
     let cut = if SHOWN_BYTES < record.len() { "..." } else { "" };
     format!("`{}{cut}`", text.escape_debug())
@@ -204,6 +264,9 @@ fn remedy_of(text: &str) -> Option<&'static str> {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "error[{}]: {}", self.code.number(), self.message)?;
+        if let Some(place) = &self.place {
+            write!(f, "\n{}", place.drawn())?;
+        }
         for detail in &self.details {
             for (place, line) in detail.lines().enumerate() {
                 let label = if place == 0 { "detail:" } else { "       " };
@@ -213,7 +276,7 @@ impl fmt::Display for Problem {
         if let Some(advice) = self.advice() {
             write!(f, "\n  hint: {advice}")?;
         }
-        write!(f, "\n  see docs/errors.md#{}", self.code.number().to_lowercase())?;
+        write!(f, "\n  more: cofferdam explain {}", self.code.number())?;
         self.more.iter().try_for_each(|other| write!(f, "\n{other}"))
     }
 }
@@ -221,7 +284,8 @@ impl fmt::Display for Problem {
 impl std::error::Error for Problem {}
 
 /// An error with all that it stands on.
-pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+#[must_use]
+pub fn with_sources(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", with_sources(source)),
         None => error.to_string(),

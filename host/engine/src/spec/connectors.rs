@@ -1,0 +1,410 @@
+//! What a manifest says about the connectors that are built in.
+
+use std::{path::Path, time::Duration};
+
+use cofferdam_contract::Format;
+use cofferdam_settings::{
+    AnySetting, Located, Optional, Problem, Required, Section, Setting, table::Key,
+};
+
+use super::{
+    DEAD_LETTER, FileSinkSpec, FileSourceSpec, GeneratorContent, GeneratorSpec, IfExists,
+    LineContent, LineFormat, OnBadRecord, Rolling, SinkSpec, SourceSpec, TimeFormat,
+};
+
+type Result<T> = std::result::Result<T, Problem>;
+
+/// A longer record is most often a sign of a file that has no lines.
+const RECORD_BYTES_DEFAULT: u64 = 16 << 20;
+/// A record must fit into the memory of a guest, several times.
+const RECORD_BYTES_MAX: u64 = 256 << 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Connector {
+    File,
+    Generator,
+    Stdout,
+    Discard,
+}
+
+static SOURCE_CONNECTOR: Required<Connector> = Key::choice(
+    "connector",
+    &[("file", Connector::File), ("generator", Connector::Generator)],
+    "where its records come from",
+)
+.of_job()
+.required("choose one of file, generator");
+static RATE: Optional<f64> =
+    Key::number("rate", "records a second, of all tasks together; above 0")
+        .of_job()
+        .or_none("as fast as they are taken");
+
+static SOURCE_PATH: Required<String> = Key::text("path", "a file, or a glob such as `input/*.txt`")
+    .of_job()
+    .required("a file or a glob such as \"input/*.txt\"");
+static FORMAT: Setting<LineFormat> = Key::choice(
+    "format",
+    &[("text", LineFormat::Text), ("json", LineFormat::Json), ("csv", LineFormat::Csv)],
+    "`json`: one document a line; `csv`: columns, quoted as in RFC 4180, without line breaks in them. The value of \
+     a record is its whole line, as it is in the file",
+)
+.of_job()
+.or(LineFormat::Text);
+static KEY: Optional<String> = Key::text(
+    "key",
+    "where the key of a record is: a JSON pointer; the name or the number of a column; or, in a text, a regular \
+     expression, of which the first group counts",
+)
+.of_job()
+.or_none("none");
+static TIMESTAMP: Optional<String> =
+    Key::text("timestamp", "where its event time is, likewise").of_job().or_none("none");
+static TIMESTAMP_FORMAT: Optional<String> = Key::text(
+    "timestamp-format",
+    "`millis`, `seconds`, `rfc3339`, or a pattern such as `%Y-%m-%d %H:%M:%S` (`strftime`; UTC unless it has an \
+     offset)",
+)
+.of_job()
+.or_none("millis");
+static OUT_OF_ORDERNESS: Setting<u64> = Key::duration(
+    "max-out-of-orderness",
+    "how much later than a record an earlier one may come: the watermark stays behind by it, and by 1 ms",
+)
+.of_job()
+.or(0);
+static IDLE_TIMEOUT: Optional<u64> = Key::duration(
+    "idle-timeout",
+    "a task without records for this long does not hold event time back any more",
+)
+.of_job()
+.or_none("none");
+static HEADER: Setting<bool> =
+    Key::boolean("header", "whether the first line of a file names its columns (`csv`)")
+        .of_job()
+        .or(true);
+static DELIMITER: Optional<String> =
+    Key::text("delimiter", "what separates columns (`csv`): one ASCII character")
+        .of_job()
+        .or_none(",");
+static RECORD_SIZE: Setting<u64> =
+    Key::bytes("max-record-size", "a longer record is a bad one; 256 MiB at most")
+        .of_job()
+        .or(RECORD_BYTES_DEFAULT);
+static ON_BAD_RECORD: Setting<OnBadRecord> = Key::choice(
+    "on-bad-record",
+    &[
+        ("fail", OnBadRecord::Fail),
+        ("skip", OnBadRecord::Skip),
+        (DEAD_LETTER, OnBadRecord::DeadLetter),
+    ],
+    "`skip`: it is left out and counted; `dead-letter`: it goes to the output `dead-letter` of the source, with \
+     file, line and offset",
+)
+.of_job()
+.or(OnBadRecord::Fail);
+static SPLIT_SIZE: Setting<u64> =
+    Key::bytes("split-size", "a file is shared among tasks in pieces of this size; at least 4 KiB")
+        .of_job()
+        .or(64 << 20);
+
+static CONTENT: Setting<bool> = Key::choice(
+    "content",
+    &[("words", true), ("sequence", false)],
+    "`words`: made-up words as keys; `sequence`: the record's number",
+)
+.of_job()
+.or(true);
+static VOCABULARY: Setting<u64> =
+    Key::integer("vocabulary", 1, 10_000_000, "how many different words").of_job().or(10_000);
+static EXPONENT: Setting<f64> =
+    Key::number("exponent", "words follow a Zipf law with this exponent, from 0 (all alike) to 10")
+        .of_job()
+        .or(1.0);
+static COUNT: Optional<u64> =
+    Key::integer("count", 0, u64::MAX, "how many records, of all tasks together")
+        .of_job()
+        .or_none("unbounded");
+static SEED: Setting<u64> =
+    Key::integer("seed", 0, u64::MAX, "determines every record").of_job().or(0);
+static TIMESTAMPS: Setting<bool> =
+    Key::boolean("timestamps", "whether record `n` has event time `n` ms").of_job().or(false);
+
+static SINK_CONNECTOR: Required<Connector> = Key::choice(
+    "connector",
+    &[("file", Connector::File), ("stdout", Connector::Stdout), ("discard", Connector::Discard)],
+    "where its records go",
+)
+.of_job()
+.required("choose one of file, stdout, discard");
+static LINE: Setting<LineContent> = Key::choice(
+    "line",
+    &[("value", LineContent::Value), ("key-value", LineContent::KeyValue)],
+    "`key-value`: key, tab, value",
+)
+.of_job()
+.or(LineContent::Value);
+static SINK_PATH: Required<String> = Key::text("path", "the directory of the parts")
+    .of_job()
+    .required("the directory for the parts");
+static IF_EXISTS: Setting<IfExists> = Key::choice(
+    "if-exists",
+    &[("fail", IfExists::Fail), ("replace", IfExists::Replace)],
+    "`replace` removes the parts of an earlier job, and no other file",
+)
+.of_job()
+.or(IfExists::Fail);
+static ROLL_SIZE: Optional<u64> = Key::bytes(
+    "roll-size",
+    "a part continues over checkpoints until it has this many bytes, and is visible after that",
+)
+.of_job()
+.or_none("none: each checkpoint ends a part");
+static ROLL_INTERVAL: Optional<u64> = Key::duration(
+    "roll-interval",
+    "a part continues over checkpoints until this much time has passed, and is visible after that",
+)
+.of_job()
+.or_none("none: each checkpoint ends a part");
+
+pub(super) static SOURCE_ROWS: &[&dyn AnySetting] = &[&SOURCE_CONNECTOR, &RATE];
+pub(super) static FILE_SOURCE_ROWS: &[&dyn AnySetting] = &[
+    &SOURCE_PATH,
+    &FORMAT,
+    &KEY,
+    &TIMESTAMP,
+    &TIMESTAMP_FORMAT,
+    &OUT_OF_ORDERNESS,
+    &IDLE_TIMEOUT,
+    &HEADER,
+    &DELIMITER,
+    &RECORD_SIZE,
+    &ON_BAD_RECORD,
+    &SPLIT_SIZE,
+];
+pub(super) static GENERATOR_ROWS: &[&dyn AnySetting] =
+    &[&CONTENT, &VOCABULARY, &EXPONENT, &COUNT, &SEED, &TIMESTAMPS];
+pub(super) static SINK_ROWS: &[&dyn AnySetting] = &[&SINK_CONNECTOR, &LINE];
+pub(super) static FILE_SINK_ROWS: &[&dyn AnySetting] =
+    &[&SINK_PATH, &IF_EXISTS, &ROLL_SIZE, &ROLL_INTERVAL];
+
+pub(super) fn read_source(section: &Section<'_>) -> Result<SourceSpec> {
+    match section.require(&SOURCE_CONNECTOR)?.value {
+        Connector::Generator => Ok(SourceSpec::Generator(read_generator(section)?)),
+        _ => Ok(SourceSpec::File(read_file_source(section)?)),
+    }
+}
+
+fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
+    let path = section.require(&SOURCE_PATH)?;
+    if let Err(error) = glob::Pattern::new(&path.value) {
+        return Err(section.bad_value("path", &path.span, format!("not a glob: {error}")));
+    }
+    let format = section.get(&FORMAT);
+    let header = section.located(&HEADER);
+    let delimiter = section.find(&DELIMITER);
+    if format != LineFormat::Csv {
+        let other = header.as_ref().map(|it| ("header", &it.span));
+        let other = other.or(delimiter.as_ref().map(|it| ("delimiter", &it.span)));
+        if let Some((key, span)) = other {
+            return Err(section.bad_value(key, span, "only format = \"csv\" has it"));
+        }
+        let unused = ["header", "delimiter"].map(|key| section.shown_key(key));
+        section.document().forget(|key| unused.iter().any(|it| it == key));
+    }
+    let has_header = format == LineFormat::Csv && header.is_none_or(|it| it.value);
+    let delimiter = match delimiter {
+        None => b',',
+        Some(Located { value, span }) => match value.as_bytes() {
+            [byte] if !matches!(byte, b'"' | b'\n' | b'\r') => *byte,
+            _ => {
+                let why = "it must be one ASCII character, such as \";\" or \"\\t\"";
+                return Err(section.bad_value("delimiter", &span, why));
+            }
+        },
+    };
+    let field = |setting| read_field(section, setting, format, has_header);
+    let (key, timestamp) = (field(&KEY)?, field(&TIMESTAMP)?);
+    let timestamp_format = section.find(&TIMESTAMP_FORMAT);
+    if let (Some(located), None) = (&timestamp_format, &timestamp) {
+        let why = "it says how `timestamp` is written, and there is none";
+        return Err(section.bad_value("timestamp-format", &located.span, why));
+    }
+    let timestamp_format = match timestamp_format {
+        Some(located) => read_time_format(section, located)?,
+        None => TimeFormat::Millis,
+    };
+    let out_of_orderness_ms = section.get(&OUT_OF_ORDERNESS);
+    let idle_timeout = section.find(&IDLE_TIMEOUT);
+    let on_bad_record = section.get(&ON_BAD_RECORD);
+    let record_bytes_max = match section.located(&RECORD_SIZE) {
+        Some(Located { value, span }) if !(1..=RECORD_BYTES_MAX).contains(&value) => {
+            let why = "it must be from 1 byte to 256 MiB";
+            return Err(section.bad_value("max-record-size", &span, why));
+        }
+        _ => section.get(&RECORD_SIZE),
+    };
+    let split_bytes = match section.located(&SPLIT_SIZE) {
+        Some(Located { value, span }) if value < 4096 => {
+            return Err(section.bad_value("split-size", &span, "it must be at least 4 KiB"));
+        }
+        _ => section.get(&SPLIT_SIZE),
+    };
+    let rate = read_rate(section)?;
+    Ok(FileSourceSpec {
+        path: path.value,
+        format,
+        key,
+        timestamp,
+        timestamp_format,
+        out_of_orderness_ms,
+        idle_timeout_ms: idle_timeout.map(|it| it.value),
+        has_header,
+        delimiter,
+        record_bytes_max: usize::try_from(record_bytes_max).unwrap_or(usize::MAX),
+        on_bad_record,
+        split_bytes,
+        rate,
+    })
+}
+
+/// Where a field of a line is.
+fn read_field(
+    section: &Section<'_>,
+    setting: &'static Optional<String>,
+    format: LineFormat,
+    has_header: bool,
+) -> Result<Option<String>> {
+    let Some(Located { value, span }) = section.find(setting) else { return Ok(None) };
+    let is_number = value.parse::<usize>().is_ok_and(|number| 0 < number);
+    let why = match format {
+        LineFormat::Json if !value.starts_with('/') => {
+            "a JSON pointer begins with `/`, for example \"/user/id\"".to_owned()
+        }
+        LineFormat::Csv if !has_header && !is_number => {
+            "without a header a column has a number, from 1 on".to_owned()
+        }
+        LineFormat::Text => match regex::bytes::Regex::new(&value) {
+            Ok(_) => return Ok(Some(value)),
+            Err(error) => format!("in a text it is a pattern: {error}"),
+        },
+        LineFormat::Json | LineFormat::Csv => return Ok(Some(value)),
+    };
+    Err(section.bad_value(setting.row().key, &span, why))
+}
+
+fn read_time_format(section: &Section<'_>, located: Located<String>) -> Result<TimeFormat> {
+    use chrono::format::{Item, StrftimeItems};
+    let Located { value, span } = located;
+    Ok(match value.as_str() {
+        "millis" => TimeFormat::Millis,
+        "seconds" => TimeFormat::Seconds,
+        "rfc3339" => TimeFormat::Rfc3339,
+        pattern if StrftimeItems::new(pattern).any(|item| item == Item::Error) => {
+            let why = "it is neither millis, seconds nor rfc3339, nor a pattern such as \
+                       \"%Y-%m-%d %H:%M:%S\"";
+            return Err(section.bad_value("timestamp-format", &span, why));
+        }
+        pattern if !pattern.contains('%') => {
+            let why = "a pattern has fields, such as \"%Y-%m-%d %H:%M:%S\"; or millis, seconds, \
+                       rfc3339";
+            return Err(section.bad_value("timestamp-format", &span, why));
+        }
+        pattern if pattern.contains("%Z") => {
+            let why = "the name of a time zone says no offset: write %z for one such as +0100, or \
+                       leave it out for UTC";
+            return Err(section.bad_value("timestamp-format", &span, why));
+        }
+        pattern => TimeFormat::Pattern(pattern.to_owned()),
+    })
+}
+
+/// Records a second.
+fn read_rate(section: &Section<'_>) -> Result<Option<f64>> {
+    match section.find(&RATE) {
+        Some(Located { value, span }) if value <= 0.0 => {
+            Err(section.bad_value("rate", &span, "it must be above 0 records a second"))
+        }
+        rate => Ok(rate.map(|rate| rate.value)),
+    }
+}
+
+fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
+    let is_words = section.get(&CONTENT);
+    let vocabulary = section.get(&VOCABULARY);
+    if let Some(Located { value, span }) = section.located(&EXPONENT)
+        && !(0.0..=10.0).contains(&value)
+    {
+        return Err(section.bad_value("exponent", &span, "it must be from 0 to 10"));
+    }
+    let exponent = section.get(&EXPONENT);
+    let content = match is_words {
+        true => GeneratorContent::Words {
+            vocabulary: u32::try_from(vocabulary).unwrap_or(u32::MAX),
+            exponent,
+        },
+        false => {
+            let unused = ["vocabulary", "exponent"].map(|key| section.shown_key(key));
+            section.document().forget(|key| unused.iter().any(|it| it == key));
+            GeneratorContent::Sequence
+        }
+    };
+    let count = section.find(&COUNT).map(|number| number.value);
+    let rate = read_rate(section)?;
+    let seed = section.get(&SEED);
+    let has_timestamps = section.get(&TIMESTAMPS);
+    Ok(GeneratorSpec { content, count, rate, seed, has_timestamps })
+}
+
+pub(super) fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
+    match section.require(&SINK_CONNECTOR)?.value {
+        Connector::Discard => Ok(SinkSpec::Discard),
+        Connector::Stdout => Ok(SinkSpec::Stdout { line: section.get(&LINE) }),
+        _ => {
+            let path = base_dir.join(section.require(&SINK_PATH)?.value);
+            let shown = section.shown_key(SINK_PATH.row().key);
+            section.document().amend(&shown, path.display().to_string());
+            let size = section.find(&ROLL_SIZE);
+            if let Some(Located { value: 0, span }) = &size {
+                return Err(section.bad_value("roll-size", span, "it must be above 0"));
+            }
+            let interval = section.find(&ROLL_INTERVAL);
+            Ok(SinkSpec::File(FileSinkSpec {
+                path,
+                line: section.get(&LINE),
+                if_exists: section.get(&IF_EXISTS),
+                rolling: Rolling {
+                    size: size.map(|size| size.value),
+                    interval: interval.map(|interval| Duration::from_millis(interval.value)),
+                },
+            }))
+        }
+    }
+}
+
+impl SourceSpec {
+    /// How its keys and values are encoded; no key format: its records have no key.
+    #[must_use]
+    pub fn formats(&self) -> (Option<Format>, Format) {
+        match self {
+            Self::File(file) => {
+                let value = match file.format {
+                    LineFormat::Text | LineFormat::Csv => Format::Text,
+                    LineFormat::Json => Format::Json,
+                };
+                (file.key.as_ref().map(|_| Format::Text), value)
+            }
+            Self::Generator(generator) => match generator.content {
+                GeneratorContent::Words { .. } => (Some(Format::Text), Format::Bytes),
+                GeneratorContent::Sequence => (None, Format::Text),
+            },
+        }
+    }
+
+    /// Whether its records come to an end.
+    pub(super) fn is_bounded(&self) -> bool {
+        match self {
+            Self::File(_) => true,
+            Self::Generator(generator) => generator.count.is_some(),
+        }
+    }
+}

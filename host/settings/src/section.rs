@@ -1,0 +1,685 @@
+//! Reads documents key by key and remembers which keys were asked for, so that every other one is an error with
+//! its place and the key that was probably meant.
+//!
+//! A mistake does not end the reading: it is noted, the default counts in its place, and all that is wrong comes
+//! out together.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    path::Path,
+};
+
+use toml::de::{DeTable, DeValue};
+
+use crate::{
+    problem::{Code, Place, Problem},
+    table::{AnySetting, Key, Kind, Optional, Required, Setting, Value},
+    value::{parse_bytes, parse_duration_ms},
+};
+
+type Result<T> = std::result::Result<T, Problem>;
+
+/// The texts that settings come from. Spans go through all of them, one behind the other.
+#[derive(Debug)]
+pub struct Document<'a> {
+    files: Vec<File<'a>>,
+    /// Every setting that was read, in the order of reading.
+    effective: RefCell<Vec<Effective>>,
+    /// What is wrong, with the key that it was found at.
+    mistakes: RefCell<Vec<(String, Problem)>>,
+}
+
+/// A setting as it counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Effective {
+    /// Its whole key. Of a node it begins with kind and name: `operator.count.snapshot`.
+    pub key: String,
+    /// Its value, for people.
+    pub value: String,
+    /// Where it was set; `None`: nowhere.
+    pub place: Option<String>,
+}
+
+#[derive(Debug)]
+struct File<'a> {
+    path: &'a Path,
+    text: &'a str,
+    /// Whether its lines are those of the file that people see.
+    has_lines: bool,
+    /// Where its spans begin.
+    start: usize,
+}
+
+impl<'a> Document<'a> {
+    /// The document that `text` is; `path` is what messages call it.
+    #[must_use]
+    pub fn new(path: &'a Path, text: &'a str) -> Self {
+        let file = File { path, text, has_lines: true, start: 0 };
+        Self { files: vec![file], effective: RefCell::default(), mistakes: RefCell::default() }
+    }
+
+    /// Adds a file behind the others; gives where its spans begin.
+    pub fn add(&mut self, path: &'a Path, text: &'a str, has_lines: bool) -> usize {
+        let start = self.files.iter().map(|file| file.start + file.text.len() + 1).max();
+        let start = start.unwrap_or(0);
+        self.files.push(File { path, text, has_lines, start });
+        start
+    }
+
+    /// Parses the TOML of one of its files, whose spans begin at `start`.
+    ///
+    /// # Errors
+    /// Where it is not TOML.
+    pub fn parse<'t>(&self, text: &'t str, start: usize) -> Result<DeTable<'t>> {
+        DeTable::parse(text).map(toml::Spanned::into_inner).map_err(|error| {
+            let span = error.span().map_or(start..start, |span| shifted(span, start));
+            self.problem(Code::ManifestSyntax, &span, format!("not TOML: {}", error.message()))
+        })
+    }
+
+    /// Every setting that was read, as it counts, in the order of reading.
+    #[must_use]
+    pub fn effective(&self) -> Vec<Effective> {
+        self.effective.borrow().clone()
+    }
+
+    /// Changes what counts of a setting that was read: it follows from others. What was not read is added.
+    pub fn amend(&self, key: &str, value: impl Into<String>) {
+        let (mut effective, value) = (self.effective.borrow_mut(), value.into());
+        match effective.iter_mut().find(|known| known.key == key) {
+            Some(known) => known.value = value,
+            None => {
+                // Behind the others of its node, or of its table.
+                let parent = key.rsplit_once('.').map_or("", |(parent, _)| parent);
+                let is_beside = |known: &Effective| known.key.starts_with(parent);
+                let last = effective.iter().rposition(is_beside);
+                let index = last.map_or(effective.len(), |last| last + 1);
+                effective.insert(index, Effective { key: key.to_owned(), value, place: None });
+            }
+        }
+    }
+
+    /// Forgets settings that do not count, such as those of a strategy that was not chosen.
+    pub fn forget(&self, is_meant: impl Fn(&str) -> bool) {
+        self.effective.borrow_mut().retain(|known| !is_meant(&known.key));
+    }
+
+    /// What was read, if it could be: what is wrong with it is noted, and reading continues.
+    pub fn noted<T>(&self, read: Result<T>) -> Option<T> {
+        match read {
+            Ok(read) => Some(read),
+            Err(problem) => {
+                // A key is not missed where its value was wrong.
+                if !problem.message.is_empty() {
+                    self.mistakes.borrow_mut().push((String::new(), problem));
+                }
+                None
+            }
+        }
+    }
+
+    /// All that is wrong so far, as one problem.
+    ///
+    /// # Errors
+    /// If anything is.
+    pub fn mistakes(&self) -> Result<()> {
+        let mut problems: Vec<Problem> =
+            self.mistakes.take().into_iter().map(|(_, problem)| problem).collect();
+        // In the order of the document; what has no place comes last.
+        problems.sort_by_key(|problem| {
+            let place = problem.place.as_ref();
+            place.map_or((true, 0, 0), |place| {
+                (false, place.line.unwrap_or(usize::MAX), place.marked.start)
+            })
+        });
+        Problem::all(problems).map_or(Ok(()), Err)
+    }
+
+    fn has_mistake(&self, key: &str) -> bool {
+        self.mistakes.borrow().iter().any(|(known, _)| known == key)
+    }
+
+    /// A problem at a place in the text.
+    pub fn problem(&self, code: Code, span: &Range<usize>, message: impl Into<String>) -> Problem {
+        let problem = Problem::new(code, message);
+        match self.located(span) {
+            Some(place) => problem.at(place),
+            None => problem,
+        }
+    }
+
+    fn located(&self, span: &Range<usize>) -> Option<Place> {
+        let file = self.files.iter().rev().find(|file| file.start <= span.start)?;
+        let before = &file.text[..(span.start - file.start).min(file.text.len())];
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let shown = file.text[line_start..].lines().next().unwrap_or_default().trim_end();
+        let from = before.len() - line_start;
+        let to = (span.end - file.start).saturating_sub(line_start).min(shown.len());
+        Some(Place {
+            path: file.path.display().to_string(),
+            line: file.has_lines.then(|| before.matches('\n').count() + 1),
+            text: shown.to_owned(),
+            marked: from.min(shown.len())..to.max(from.min(shown.len())),
+        })
+    }
+
+    /// A place in the text, with its line.
+    #[must_use]
+    pub fn place(&self, span: &Range<usize>) -> String {
+        self.located(span).map_or_else(String::new, |place| place.to_string())
+    }
+}
+
+fn shifted(span: Range<usize>, by: usize) -> Range<usize> {
+    span.start + by..span.end + by
+}
+
+/// A value and where it stands.
+#[derive(Debug, Clone)]
+pub struct Located<T> {
+    /// The value.
+    pub value: T,
+    /// Where it stands.
+    pub span: Range<usize>,
+}
+
+/// A table of the document with all tables in it. Of a key that several files set the first file counts.
+#[derive(Debug)]
+pub struct Section<'a> {
+    document: &'a Document<'a>,
+    /// What messages call it; empty at the top.
+    name: String,
+    /// What its keys begin with in the list of what counts.
+    shown: RefCell<String>,
+    /// Where it begins, for messages about keys that are missing.
+    pub span: Range<usize>,
+    entries: BTreeMap<String, Entry<'a>>,
+    tables: BTreeMap<String, Range<usize>>,
+    asked: RefCell<BTreeSet<String>>,
+}
+
+#[derive(Debug)]
+struct Entry<'a> {
+    key_span: Range<usize>,
+    value: &'a DeValue<'a>,
+    span: Range<usize>,
+}
+
+impl<'a> Section<'a> {
+    /// The tables of all files of a document, each with where its spans begin.
+    #[must_use]
+    pub fn root(document: &'a Document<'a>, layers: &[(&'a DeTable<'a>, usize)]) -> Self {
+        let mut root = Self::empty(document, "", 0..0);
+        layers.iter().for_each(|(table, start)| root.add("", table, *start));
+        root
+    }
+
+    fn empty(document: &'a Document<'a>, name: &str, span: Range<usize>) -> Self {
+        Self {
+            document,
+            name: name.to_owned(),
+            shown: RefCell::new(name.to_owned()),
+            span,
+            entries: BTreeMap::new(),
+            tables: BTreeMap::new(),
+            asked: RefCell::default(),
+        }
+    }
+
+    fn add(&mut self, prefix: &str, table: &'a DeTable<'a>, start: usize) {
+        for (key, value) in table {
+            let path = joined(prefix, key.get_ref());
+            let key_span = shifted(key.span(), start);
+            match value.get_ref() {
+                DeValue::Table(inner) => {
+                    self.tables.entry(path.clone()).or_insert(key_span);
+                    self.add(&path, inner, start);
+                }
+                value_at => {
+                    let span = shifted(value.span(), start);
+                    let entry = Entry { key_span, value: value_at, span };
+                    self.entries.entry(path).or_insert(entry);
+                }
+            }
+        }
+    }
+
+    /// The document that it is part of.
+    #[must_use]
+    pub fn document(&self) -> &'a Document<'a> {
+        self.document
+    }
+
+    /// In the list of what counts its keys begin with its kind and this name from now on.
+    pub fn call(&self, name: &str) {
+        *self.shown.borrow_mut() = joined(&self.name, name);
+    }
+
+    fn path_of(&self, key: &str) -> String {
+        joined(&self.name, key)
+    }
+
+    /// A key as it is listed among those that count.
+    #[must_use]
+    pub fn shown_key(&self, key: &str) -> String {
+        joined(&self.shown.borrow(), key)
+    }
+
+    /// The name by which a mistake of this section's key is remembered: names alone are those of many nodes.
+    fn mistake_key(&self, key: &str) -> String {
+        format!("{}:{}", self.span.start, self.path_of(key))
+    }
+
+    fn entry(&self, key: &str) -> Option<&Entry<'a>> {
+        self.asked.borrow_mut().insert(key.to_owned());
+        self.entries.get(key)
+    }
+
+    /// Whether there is a table of this name. It counts as known then.
+    #[must_use]
+    pub fn has_table(&self, name: &str) -> bool {
+        self.asked.borrow_mut().insert(name.to_owned());
+        self.tables.contains_key(name)
+    }
+
+    /// Whether a key or a table is there. It counts as known then, with all that is in it.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        let is_in = |path: &String| {
+            path.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        let found: Vec<String> =
+            self.entries.keys().chain(self.tables.keys()).filter(|it| is_in(it)).cloned().collect();
+        let is_there = !found.is_empty();
+        self.asked.borrow_mut().extend(found);
+        is_there
+    }
+
+    /// Notes a problem with a key; its default counts.
+    fn mistaken<T>(&self, key: &str, problem: Problem) -> Option<T> {
+        let (mut mistakes, mistake) =
+            (self.document.mistakes.borrow_mut(), (self.mistake_key(key), problem));
+        // A setting may be read more than once.
+        if !mistakes.contains(&mistake) {
+            mistakes.push(mistake);
+        }
+        None
+    }
+
+    fn wrong_type(&self, key: &str, span: &Range<usize>, found: &str, wanted: &str) -> Problem {
+        let message = format!("`{}` must be {wanted}, not {found}", self.path_of(key));
+        self.document.problem(Code::BadValue, span, message)
+    }
+
+    /// A problem with a value that was read.
+    pub fn bad_value(
+        &self,
+        key: &str,
+        span: &Range<usize>,
+        why: impl std::fmt::Display,
+    ) -> Problem {
+        let message = format!("`{}`: {why}", self.path_of(key));
+        self.document.problem(Code::BadValue, span, message)
+    }
+
+    /// Notes that a value cannot be used; what is read in its place counts.
+    pub fn refuse(&self, key: &dyn AnySetting, span: &Range<usize>, why: impl std::fmt::Display) {
+        let key = key.row().key;
+        self.mistaken::<()>(key, self.bad_value(key, span, why));
+    }
+
+    /// A problem with a key that is not there. It is an empty one where the key has a value that was found to
+    /// be wrong.
+    pub fn missing(&self, key: &str, wanted: &str) -> Problem {
+        if self.document.has_mistake(&self.mistake_key(key)) {
+            return Problem::new(Code::MissingKey, String::new());
+        }
+        let message = format!("`{}` is missing: {wanted}", self.path_of(key));
+        self.document.problem(Code::MissingKey, &self.span, message)
+    }
+
+    fn note(&self, key: &str, value: String, span: Option<&Range<usize>>) {
+        let place = span.map(|span| self.document.place(span));
+        let key = self.shown_key(key);
+        let mut effective = self.document.effective.borrow_mut();
+        match effective.iter_mut().find(|known| known.key == key) {
+            Some(known) => *known = Effective { key, value, place },
+            None => effective.push(Effective { key, value, place }),
+        }
+    }
+
+    /// The value of a setting: the one that is set, or its default.
+    pub fn get<T: Clone>(&self, setting: &Setting<T>) -> T {
+        self.located(setting).map_or_else(|| setting.default.clone(), |located| located.value)
+    }
+
+    /// The default of a setting.
+    #[must_use]
+    pub fn default<T: Clone>(&self, setting: &Setting<T>) -> T {
+        setting.default.clone()
+    }
+
+    /// Where a setting is set, if it is.
+    #[must_use]
+    pub fn span_of(&self, setting: &dyn AnySetting) -> Option<Range<usize>> {
+        self.entries.get(setting.row().key).map(|entry| entry.span.clone())
+    }
+
+    /// The value of a setting where it is set, with its place.
+    pub fn located<T: Clone>(&self, setting: &Setting<T>) -> Option<Located<T>> {
+        let located = self.read(&setting.key);
+        let value = located.as_ref().map_or(&setting.default, |located| &located.value);
+        let shown = setting.key.shown(value);
+        self.note(setting.key.row.key, shown, located.as_ref().map(|located| &located.span));
+        located
+    }
+
+    /// The value of a setting that may be absent.
+    pub fn find<T>(&self, setting: &Optional<T>) -> Option<Located<T>> {
+        let located = self.read(&setting.key);
+        let value = located.as_ref().map(|located| setting.key.shown(&located.value));
+        let shown = value.unwrap_or_else(|| setting.absent.to_owned());
+        self.note(setting.key.row.key, shown, located.as_ref().map(|located| &located.span));
+        located
+    }
+
+    /// The value of a setting that has to be set.
+    ///
+    /// # Errors
+    /// Where it is not; an empty problem where it is, and was found to be wrong.
+    pub fn require<T>(&self, setting: &Required<T>) -> Result<Located<T>> {
+        let key = setting.key.row.key;
+        let located = self.read(&setting.key).ok_or_else(|| self.missing(key, setting.wanted))?;
+        self.note(key, setting.key.shown(&located.value), Some(&located.span));
+        Ok(located)
+    }
+
+    fn read<T>(&self, key: &Key<T>) -> Option<Located<T>> {
+        let Located { value, span } = self.value(&key.row, || key.words())?;
+        key.value(&value).map(|value| Located { value, span })
+    }
+
+    fn value(
+        &self,
+        row: &crate::table::Row,
+        words: impl Fn() -> Vec<&'static str>,
+    ) -> Option<Located<Value>> {
+        let key = row.key;
+        let wanted = wanted(&row.kind);
+        if let Some(span) = self.tables.get(key) {
+            self.asked.borrow_mut().insert(key.to_owned());
+            let _ = self.has(key);
+            return self.mistaken(key, self.wrong_type(key, span, "a table", wanted));
+        }
+        let Entry { value, span, .. } = self.entry(key)?;
+        let located = |value| Some(Located { value, span: span.clone() });
+        let wrong_type =
+            || self.mistaken(key, self.wrong_type(key, span, type_name(value), wanted));
+        let refused = |why: String| self.mistaken(key, self.bad_value(key, span, why));
+        match (&row.kind, value) {
+            (Kind::Text, DeValue::String(text)) => located(Value::Text(text.to_string())),
+            (Kind::Boolean, DeValue::Boolean(value)) => located(Value::Boolean(*value)),
+            (Kind::Integer(range), DeValue::Integer(number)) => {
+                let parsed = i128::from_str_radix(number.as_str(), number.radix()).ok();
+                match parsed.and_then(|number| u64::try_from(number).ok()) {
+                    Some(value) if range.contains(&value) => located(Value::Integer(value)),
+                    _ => refused(format!(
+                        "{} is not from {} to {}",
+                        number.as_str(),
+                        range.start(),
+                        range.end()
+                    )),
+                }
+            }
+            (Kind::Number, DeValue::Integer(_) | DeValue::Float(_)) => {
+                let text = match value {
+                    DeValue::Integer(number) => number.as_str(),
+                    DeValue::Float(number) => number.as_str(),
+                    _ => "",
+                };
+                match text.parse::<f64>() {
+                    Ok(value) if value.is_finite() => located(Value::Number(value)),
+                    _ => refused(format!("{text} is not a finite number")),
+                }
+            }
+            (Kind::Duration | Kind::Bytes, DeValue::String(_) | DeValue::Integer(_)) => {
+                let parse =
+                    if row.kind == Kind::Duration { parse_duration_ms } else { parse_bytes };
+                let parsed = match value {
+                    DeValue::Integer(number) => {
+                        parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str()))
+                    }
+                    _ => {
+                        let text = value.as_str().unwrap_or_default();
+                        parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}"))
+                    }
+                };
+                match parsed {
+                    Ok(value) => located(Value::Integer(value)),
+                    Err(why) => refused(why),
+                }
+            }
+            // Case does not matter, as in Flink's enums.
+            (Kind::Choice, DeValue::String(text)) => {
+                let words = words();
+                match words.iter().position(|word| word.eq_ignore_ascii_case(text)) {
+                    Some(index) => located(Value::Word(index)),
+                    None => {
+                        let why = format!("\"{text}\" is not one of {}", words.join(", "));
+                        let problem = self.bad_value(key, span, why);
+                        let meant = closest(text, words);
+                        self.mistaken(
+                            key,
+                            match meant {
+                                Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
+                                None => problem,
+                            },
+                        )
+                    }
+                }
+            }
+            (Kind::Array, DeValue::Array(_)) | (Kind::Free, _) => None,
+            _ => wrong_type(),
+        }
+    }
+
+    /// An array of tables: `[[operator]]`. Each has a name of its own among those that count.
+    ///
+    /// # Errors
+    /// Where it is something else.
+    pub fn sections(&self, key: &'static str) -> Result<Vec<Section<'a>>> {
+        if let Some(span) = self.tables.get(key) {
+            let _ = self.has(key);
+            return Err(self.wrong_type(key, span, "a table", "an array"));
+        }
+        let items = self.items(key)?;
+        let section = |(value, span): (&'a DeValue<'a>, Range<usize>)| match value {
+            DeValue::Table(table) => Ok(self.nested(key, span, table)),
+            other => {
+                let wanted = format!("tables: write [[{key}]]");
+                Err(self.wrong_type(key, &span, type_name(other), &wanted))
+            }
+        };
+        items.into_iter().map(section).collect()
+    }
+
+    /// A table that is an item of an array of this one.
+    #[must_use]
+    pub fn nested(&self, key: &str, span: Range<usize>, table: &'a DeTable<'a>) -> Section<'a> {
+        let mut section = Section::empty(self.document, key, span);
+        // Arrays of tables are the manifest's alone, whose spans begin at 0.
+        section.add("", table, 0);
+        section
+    }
+
+    /// The items of an array.
+    ///
+    /// # Errors
+    /// Where it is something else.
+    pub fn items(&self, key: &'static str) -> Result<Vec<(&'a DeValue<'a>, Range<usize>)>> {
+        match self.entry(key) {
+            None => Ok(Vec::new()),
+            Some(Entry { value: DeValue::Array(items), .. }) => {
+                Ok(items.iter().map(|item| (item.get_ref(), item.span())).collect())
+            }
+            Some(Entry { value, span, .. }) => {
+                Err(self.wrong_type(key, span, type_name(value), "an array"))
+            }
+        }
+    }
+
+    /// A table whose keys are free, flattened to dotted keys and texts.
+    ///
+    /// # Errors
+    /// Where it is something else.
+    pub fn free(&self, key: &'static str) -> Result<Vec<(String, String)>> {
+        if let Some(Entry { value, span, .. }) = self.entry(key) {
+            return Err(self.wrong_type(key, span, type_name(value), "a table"));
+        }
+        let _ = self.has(key);
+        let mut flat = Vec::new();
+        for (path, entry) in &self.entries {
+            if let Some(rest) = path.strip_prefix(key).and_then(|rest| rest.strip_prefix('.')) {
+                flatten(rest, entry.value, &mut flat);
+            }
+        }
+        for (name, value) in &flat {
+            let path = format!("{key}.{name}");
+            let span = self.entries.get(&path).map(|entry| &entry.span);
+            self.note(&path, value.clone(), span);
+        }
+        Ok(flat)
+    }
+
+    /// Notes every key that nobody has asked for, and every table without such a key.
+    pub fn finish(&self) {
+        let asked = self.asked.borrow();
+        let is_known = |path: &str| {
+            asked.contains(path)
+                || asked
+                    .iter()
+                    .any(|it| it.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
+        };
+        let keys = self.entries.iter().map(|(path, entry)| (path, &entry.key_span));
+        let unknown = keys.chain(&self.tables).filter(|(path, _)| !asked.contains(*path));
+        let unknown =
+            unknown.filter(|(path, _)| !self.tables.contains_key(*path) || !is_known(path));
+        let mut unknown: Vec<_> = unknown.collect();
+        // Of what is in a table that is unknown, nothing need be said.
+        let tables: Vec<&String> = unknown
+            .iter()
+            .map(|(path, _)| *path)
+            .filter(|it| self.tables.contains_key(*it))
+            .collect();
+        let is_inside = |path: &str| {
+            tables.iter().any(|table| {
+                path.strip_prefix(table.as_str()).is_some_and(|rest| rest.starts_with('.'))
+            })
+        };
+        unknown.retain(|(path, _)| !is_inside(path));
+        unknown.sort_by_key(|(_, span)| span.start);
+        for (path, span) in unknown {
+            if is_known(path) {
+                // Keys are looked for in it, and it is none.
+                let value = self.entries.get(path).map_or("a value", |it| type_name(it.value));
+                let span = self.entries.get(path).map_or(span, |it| &it.span);
+                self.mistaken::<()>(path, self.wrong_type(path, span, value, "a table"));
+                continue;
+            }
+            let message = format!("unknown key `{}`", self.path_of(path));
+            let problem = self.document.problem(Code::UnknownKey, span, message);
+            let (parent, key) = path.rsplit_once('.').unwrap_or(("", path));
+            let siblings = siblings(&asked, parent);
+            let problem = match closest(key, siblings.iter().copied()) {
+                Some(meant) => {
+                    let meant = self.path_of(&joined(parent, meant));
+                    problem.hint(format!("did you mean `{meant}`?"))
+                }
+                None => {
+                    let known: Vec<&str> = siblings.into_iter().collect();
+                    problem.hint(format!("known here: {}", known.join(", ")))
+                }
+            };
+            self.mistaken::<()>(path, problem);
+        }
+    }
+}
+
+/// The keys and tables that are known in a table.
+fn siblings<'k>(known: &'k BTreeSet<String>, parent: &str) -> BTreeSet<&'k str> {
+    let below = |path: &'k String| match parent {
+        "" => Some(path.as_str()),
+        parent => path.strip_prefix(parent)?.strip_prefix('.'),
+    };
+    known.iter().filter_map(below).filter_map(|rest| rest.split('.').next()).collect()
+}
+
+fn joined(prefix: &str, key: &str) -> String {
+    if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") }
+}
+
+fn flatten(prefix: &str, value: &DeValue<'_>, flat: &mut Vec<(String, String)>) {
+    let text = match value {
+        DeValue::Table(inner) => {
+            for (key, value) in inner {
+                flatten(&joined(prefix, key.get_ref()), value.get_ref(), flat);
+            }
+            return;
+        }
+        DeValue::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                match item.get_ref() {
+                    DeValue::Array(_) | DeValue::Table(_) => {
+                        flat.push((format!("{prefix}.{index}"), format!("{:?}", item.get_ref())));
+                    }
+                    item => flatten(&format!("{prefix}.{index}"), item, flat),
+                }
+            }
+            return;
+        }
+        DeValue::String(text) => text.to_string(),
+        DeValue::Integer(number) => number.as_str().to_owned(),
+        DeValue::Float(number) => number.as_str().to_owned(),
+        DeValue::Boolean(value) => value.to_string(),
+        DeValue::Datetime(value) => value.to_string(),
+    };
+    flat.push((prefix.to_owned(), text));
+}
+
+/// The word that was probably meant.
+pub fn closest<'w>(word: &str, known: impl IntoIterator<Item = &'w str>) -> Option<&'w str> {
+    let word = word.to_lowercase();
+    known
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 3)
+        .min()
+        .map(|(_, candidate)| candidate)
+}
+
+fn wanted(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Text | Kind::Choice => "a text",
+        Kind::Boolean => "true or false",
+        Kind::Integer(_) => "a whole number",
+        Kind::Number => "a number",
+        Kind::Duration => "a duration such as \"1s\" or \"500ms\"",
+        Kind::Bytes => "a size such as \"64MiB\"",
+        Kind::Array => "an array",
+        Kind::Free => "a table",
+    }
+}
+
+fn type_name(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a text",
+        DeValue::Integer(_) => "a whole number",
+        DeValue::Float(_) => "a number",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "an array",
+        DeValue::Table(_) => "a table",
+    }
+}
