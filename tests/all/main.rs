@@ -4,6 +4,7 @@ mod approximate;
 mod archive;
 mod batch;
 mod checkpoints;
+mod connectors;
 mod dead_letter;
 mod disk;
 mod exactly_once;

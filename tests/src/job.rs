@@ -8,8 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cofferdam_connector::Catalog;
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
+    builtin,
     control::JobHandle,
     job::{CheckedJob, Job, JobOptions},
     problem::Problem,
@@ -293,12 +295,27 @@ pub fn run_manifest(manifest: &Path, with: impl FnOnce(&Job)) -> Ran {
 /// If the runtime cannot be made.
 #[must_use]
 pub fn run_with(manifest: &Path, options: &JobOptions, with: impl FnOnce(&Job)) -> Ran {
+    run_with_catalog(manifest, options, &builtin(), with)
+}
+
+/// The same with the connectors of a catalog.
+///
+/// # Panics
+/// If the runtime cannot be made.
+#[must_use]
+pub fn run_with_catalog(
+    manifest: &Path,
+    options: &JobOptions,
+    catalog: &Catalog,
+    with: impl FnOnce(&Job),
+) -> Ran {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.expect("a runtime");
     let recorder = Arc::new(Recorder::default());
     let outcome = runtime.block_on(async {
-        let checked = CheckedJob::new(JobSpec::read(manifest)?, sandbox()).await?;
+        let checked =
+            CheckedJob::new(JobSpec::read_with(manifest, None, catalog)?, sandbox()).await?;
         let job = Job::prepare(checked, options, recorder.clone())?;
         with(&job);
         job.run().await

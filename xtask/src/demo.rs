@@ -40,10 +40,10 @@ fn program() -> PathBuf {
 
 pub(crate) fn run() -> Result<()> {
     guests()?;
-    announce("building cofferdam");
+    announce("building cofferdam, without object stores: some minutes the first time");
     crate::steps::run(
         Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--workspace", "--bin", "cofferdam"])
+            .args(["build", "--package", "cofferdam", "--no-default-features"])
             .current_dir(root()),
     )?;
 

@@ -60,7 +60,7 @@ pub(crate) fn guests() -> Result<()> {
         // Manifests name components where their own workspace puts them.
         let mut build = cargo(dir);
         build.env_remove("CARGO_TARGET_DIR");
-        run(build.args(["build", "--release", "--quiet", "--target", TARGET]))?;
+        run(build.args(["build", "--release", "--target", TARGET]))?;
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! `cofferdam check`: everything that can be known about a job before it runs.
 
+use cofferdam_connector::sink::Guarantee;
 use cofferdam_engine::{
-    Conflicts,
+    Conflicts, builtin,
     job::{self, CheckedJob, JobOptions},
     problem::Problem,
     progress::{Observer, Progress},
@@ -15,7 +16,7 @@ use crate::{args::CheckArguments, report};
 
 pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), Problem> {
     let host = arguments.host.read()?;
-    let spec = JobSpec::read_with(&arguments.manifest, host.as_ref())?;
+    let spec = JobSpec::read_with(&arguments.manifest, host.as_ref(), &builtin())?;
     spec.warnings.iter().for_each(|warning| say_aside!("warning: {warning}"));
     if arguments.effective {
         effective(&spec, is_json);
@@ -142,6 +143,7 @@ fn machine(checked: &CheckedJob) -> serde_json::Value {
                 "name": operator.name,
                 "kind": kind_name(&spec.node(id).kind),
                 "parallelism": operator.parallelism,
+                "guarantee": spec.guarantee(id).map(Guarantee::name),
                 "inputs": inputs,
             })
         })
@@ -163,7 +165,12 @@ fn people(checked: &CheckedJob) {
     say!("job \"{}\": {} nodes, {tasks} tasks, no problems found", spec.name, spec.nodes.len());
     for (id, operator) in spec.graph.operators() {
         let kind = kind_name(&spec.node(id).kind);
-        say!("  {kind:<8} {} x{}", operator.name, operator.parallelism);
+        let guarantee = match (&spec.node(id).kind, spec.guarantee(id)) {
+            (NodeKind::Sink(_), Some(guarantee)) => format!(", {}", guarantee.name()),
+            (NodeKind::Sink(_), None) => ", records may be lost on the way".to_owned(),
+            _ => String::new(),
+        };
+        say!("  {kind:<8} {} x{}{guarantee}", operator.name, operator.parallelism);
         for edge in spec.graph.inputs(id) {
             let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
             say!(

@@ -6,6 +6,7 @@ use std::{
 };
 
 use cofferdam_engine::{
+    builtin,
     problem::{Code, Problem},
     spec::{JobSpec, StorageSpec},
     storage::is_url,
@@ -37,7 +38,7 @@ pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
     if let (Some(dir), false) = (&job.state_dir, job.job.is_file()) {
         return Ok(both(dir));
     }
-    let storage = JobSpec::read_with(&job.job, job.host.read()?.as_ref())?.storage;
+    let storage = JobSpec::read_with(&job.job, job.host.read()?.as_ref(), &builtin())?.storage;
     let state_dir = job.state_dir.as_deref().or(storage.state_dir());
     let checkpoints = match &storage {
         StorageSpec::Objects { location, .. } => Some(Path::new(location)),

@@ -18,6 +18,7 @@ use cofferdam_core::{
     restart::RestartStrategy,
 };
 use cofferdam_engine::{
+    builtin,
     problem::{Code, Problem},
     spec::{JobSpec, partitioner_name, restart_of},
 };
@@ -34,7 +35,7 @@ pub(crate) fn run(arguments: &ExplainArguments, is_json: bool) -> Result<(), Pro
         (Some(ExplainVerb::Restarts(arguments)), _) => restarts(arguments, is_json),
         (None, Some(code)) if is_code(code) => explain_error(code, is_json),
         (None, Some(manifest)) => {
-            let spec = JobSpec::read_with(manifest, arguments.host.read()?.as_ref())?;
+            let spec = JobSpec::read_with(manifest, arguments.host.read()?.as_ref(), &builtin())?;
             let names = Names::new(&spec.graph);
             let topology = Topology::new(&spec.graph);
             match is_json {
@@ -167,7 +168,8 @@ const STATES: &[&str] = &[
 ];
 
 fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem> {
-    let spec = JobSpec::read_with(&arguments.manifest, arguments.host.read()?.as_ref())?;
+    let spec =
+        JobSpec::read_with(&arguments.manifest, arguments.host.read()?.as_ref(), &builtin())?;
     let graph = &spec.graph;
     let names = Names::new(graph);
     let topology = Topology::new(graph);
@@ -301,7 +303,9 @@ fn strategy_words(strategy: &RestartStrategy) -> String {
 
 fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem> {
     let restart = match &arguments.manifest {
-        Some(manifest) => JobSpec::read_with(manifest, arguments.host.read()?.as_ref())?.restart,
+        Some(manifest) => {
+            JobSpec::read_with(manifest, arguments.host.read()?.as_ref(), &builtin())?.restart
+        }
         None => restart_of(&arguments.set)?,
     };
     if !arguments.failures.is_sorted() {

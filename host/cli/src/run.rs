@@ -13,7 +13,7 @@ use std::{
 
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
-    Conflicts,
+    Conflicts, builtin,
     control::JobHandle,
     job::{self, CheckedJob, Job, JobOptions},
     metrics::{Metrics, Reading},
@@ -51,7 +51,7 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     };
     start_log(arguments.log.as_deref(), is_json, &screen)?;
     let host = arguments.host.read()?;
-    let spec = JobSpec::read_with(&arguments.manifest, host.as_ref())?;
+    let spec = JobSpec::read_with(&arguments.manifest, host.as_ref(), &builtin())?;
     for warning in &spec.warnings {
         tracing::warn!("{warning}");
     }

@@ -5,14 +5,19 @@
 //! outside gives its thread back, so it holds up neither the checkpoint of another task, nor another job, nor a
 //! request to stop. What can only block is run by [`blocking`] on threads of its own.
 //!
-//! Nothing here knows a job, a store or a sandbox.
+//! A [`Catalog`] has the connectors that a program hands to the engine. Nothing here knows a job's graph, a store
+//! or a sandbox.
 
 pub mod blocking;
+pub mod catalog;
+pub mod identity;
 pub mod pace;
 pub mod sink;
 pub mod source;
 pub mod state;
+pub mod testing;
 
+pub use catalog::Catalog;
 pub use sink::Sink;
 pub use source::{Source, Step};
 

@@ -10,6 +10,9 @@ use std::{
     time::Duration,
 };
 
+use cofferdam_connector::catalog::{
+    Conflicts, Formats, NodeContext, OutputContext, SinkPlan, SourcePlan,
+};
 use cofferdam_contract::{Description, Format, Port, StateDeclaration};
 use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
@@ -39,11 +42,10 @@ use crate::{
     read_out::{OwnComponent, OwnComponents},
     rehearsal::Untried,
     restore::{self, Restorable, RestoreFrom},
-    sink::{self, Claim, Conflicts, Output, OutputContext},
-    source::{self, Prepared},
+    source,
     spec::{
-        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OnBadRecord, OperatorSpec, SinkSpec,
-        SourceSpec, StateBackend, StorageSpec,
+        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend,
+        StorageSpec,
     },
     state_dir::{self, Ended, JobRecord},
     storage::{
@@ -132,7 +134,7 @@ pub(crate) struct Plan {
 }
 
 enum NodePlan {
-    Source(Prepared),
+    Source(Arc<dyn SourcePlan>),
     Operator {
         name: String,
         uid: String,
@@ -149,8 +151,8 @@ enum NodePlan {
         is_keyed: bool,
     },
     Sink {
-        spec: SinkSpec,
-        output: Option<Arc<Output>>,
+        /// Once its output is claimed.
+        plan: Option<Arc<dyn SinkPlan>>,
     },
 }
 
@@ -176,9 +178,7 @@ impl Plan {
     pub(crate) fn node(&self, task: TaskId, attempt: Attempt) -> Node {
         let work = match &self.nodes[task.operator.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
-            NodePlan::Sink { spec, output } => {
-                Work::Sink { spec: spec.clone(), output: output.clone(), sink: None }
-            }
+            NodePlan::Sink { plan } => Work::Sink { plan: plan.clone(), sink: None },
             NodePlan::Operator {
                 name,
                 uid,
@@ -357,7 +357,7 @@ impl CheckedJob {
         };
         let digest = digest_of(&identities, &self.spec);
         let Resumption { chosen, .. } = look(&tasks, storage, state_dir, options, &digest)?;
-        claim_outputs(&self.spec, &identities, &chosen, state_dir, options, Claim::Ask)?;
+        claim_outputs(&self.spec, &identities, &chosen, state_dir, options, true)?;
         let restorable = |manifest| restore::restorable(&tasks, manifest, chosen.warnings.clone());
         Ok(chosen.manifest.as_ref().map(restorable))
     }
@@ -375,19 +375,20 @@ fn check_outputs(spec: &JobSpec) -> Result<(), Problem> {
     let mut known: Vec<(&str, PathBuf)> = Vec::new();
     let state_dir = spec.storage.state_dir().map(resolved);
     for node in &spec.nodes {
-        let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
-        let dir = resolved(&sink.path);
+        let NodeKind::Sink(sink) = &node.kind else { continue };
+        let Some(path) = sink.directory() else { continue };
+        let dir = resolved(path);
         if let Some((other, _)) = known.iter().find(|(_, other)| *other == dir) {
             let message =
                 format!("sinks \"{other}\" and \"{}\" write to the same directory", node.name);
             return Err(Problem::new(Code::OutputTaken, message)
-                .detail(sink.path.display())
+                .detail(path.display())
                 .hint("give each its own path"));
         }
         if state_dir.as_ref().is_some_and(|state_dir| dir.starts_with(state_dir)) {
             let message = format!("sink \"{}\" writes to the job's state directory", node.name);
             return Err(Problem::new(Code::OutputTaken, message)
-                .detail(sink.path.display())
+                .detail(path.display())
                 .hint("choose a path outside of it"));
         }
         known.push((&node.name, dir));
@@ -576,16 +577,8 @@ pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Comp
     })
 }
 
-/// What comes out of a node's output, or goes into its input.
-struct Formats {
-    key: Option<Format>,
-    value: Format,
-}
-
-impl From<&Port> for Formats {
-    fn from(port: &Port) -> Self {
-        Self { key: port.key, value: port.value }
-    }
+fn formats_of(port: &Port) -> Formats {
+    Formats { key: port.key, value: port.value }
 }
 
 fn resolve_edges(
@@ -625,7 +618,7 @@ fn resolve_edges(
 /// By output: whether its records have keys. The last one is that of dead letters.
 fn keyed_outputs(node: &NodeSpec, operator: Option<&CheckedOperator>) -> Arc<[bool]> {
     let declared: Vec<bool> = match (&node.kind, operator) {
-        (NodeKind::Source(source), _) => vec![source.formats().0.is_some()],
+        (NodeKind::Source(source), _) => vec![source.formats().key.is_some()],
         (_, Some(operator)) => {
             operator.description.outputs.iter().map(|port| port.key.is_some()).collect()
         }
@@ -642,8 +635,8 @@ fn dead_letter_output(description: &Description) -> u32 {
 fn has_dead_letters(spec: &JobSpec, id: OperatorId) -> bool {
     match &spec.node(id).kind {
         NodeKind::Operator(operator) => operator.dead_letter_after.is_some(),
-        NodeKind::Source(SourceSpec::File(file)) => file.on_bad_record == OnBadRecord::DeadLetter,
-        NodeKind::Source(SourceSpec::Generator(_)) | NodeKind::Sink(_) => false,
+        NodeKind::Source(source) => source.has_dead_letters(),
+        NodeKind::Sink(_) => false,
     }
 }
 
@@ -721,8 +714,7 @@ fn output_of(
             let known = if has_letters { format!("out, {DEAD_LETTER}") } else { "out".to_owned() };
             return Err(unknown(known));
         }
-        let (key, value) = source.formats();
-        return Ok((0, Formats { key, value }));
+        return Ok((0, source.formats()));
     };
     let outputs = &operator.description.outputs;
     if name == Some(DEAD_LETTER) && has_dead_letters(spec, from) {
@@ -730,7 +722,9 @@ fn output_of(
         return Ok((output, Formats { key: None, value: Format::Json }));
     }
     let found = (0u32..).zip(outputs).find(|(_, port)| name.is_none_or(|name| name == port.name));
-    found.map(|(output, port)| (output, port.into())).ok_or_else(|| unknown(port_names(outputs)))
+    found
+        .map(|(output, port)| (output, formats_of(port)))
+        .ok_or_else(|| unknown(port_names(outputs)))
 }
 
 fn check_edge(
@@ -773,8 +767,8 @@ fn check_edge(
         };
     }
     let NodeKind::Sink(sink) = &node.kind else { return Ok(()) };
-    if *sink != SinkSpec::Discard && produced.value == Format::Postcard {
-        return Err(mismatch("values", Some(Format::Postcard), Some(Format::Text)).hint(
+    if !sink.takes(produced.value) {
+        return Err(mismatch("values", Some(produced.value), Some(Format::Text)).hint(
             "values leave a job as Text or Json: change the type `Out` of the last operator",
         ));
     }
@@ -849,9 +843,8 @@ impl Job {
         let resumption = look(&targets, storage, state_dir.as_deref(), options, &digest)?;
         let Resumption { mut record, before, is_over, looked, chosen } = resumption;
         // Everything that may be refused is refused by now, or here.
-        let taken = Claim::Take;
-        let outputs =
-            claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options, taken)?;
+        let mut outputs =
+            claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options, false)?;
         for message in &chosen.warnings {
             observer.observe(Progress::Warning { message: message.clone() });
         }
@@ -888,10 +881,10 @@ impl Job {
         let components = operators.values().map(|operator| operator.component.clone());
         store.set_components(components.collect(), Arc::new(own));
         let resume = restore::adopt(&targets, &mut store, &chosen)?;
-        begin_outputs(&spec, &outputs)?;
-        for (node, plan) in spec.nodes.iter().zip(&mut nodes) {
-            if let NodePlan::Sink { output, .. } = plan {
-                *output = outputs.get(&node.name).map(|claimed| claimed.output.clone());
+        outputs.values().try_for_each(|output| output.begin())?;
+        for (node, work) in spec.nodes.iter().zip(&mut nodes) {
+            if let NodePlan::Sink { plan } = work {
+                *plan = outputs.remove(&node.name).map(Arc::from);
             }
         }
         if let Some(dir) = &state_dir {
@@ -1312,7 +1305,7 @@ fn untried(
 }
 
 /// The sources by name.
-fn sources_of(spec: &JobSpec, nodes: &[NodePlan]) -> BTreeMap<String, Prepared> {
+fn sources_of(spec: &JobSpec, nodes: &[NodePlan]) -> BTreeMap<String, Arc<dyn SourcePlan>> {
     let source = |(plan, node): (&NodePlan, &NodeSpec)| match plan {
         NodePlan::Source(source) => Some((node.name.clone(), source.clone())),
         _ => None,
@@ -1340,9 +1333,10 @@ fn prepare_nodes(
         .map(|(id, node)| {
             Ok(match (&node.kind, operators.get(&id)) {
                 (NodeKind::Source(source), _) => {
-                    NodePlan::Source(Prepared::new(&node.name, source, &spec.base_dir)?)
+                    let context = NodeContext { name: &node.name, base_dir: &spec.base_dir };
+                    NodePlan::Source(source.prepare(context)?)
                 }
-                (NodeKind::Sink(sink), _) => NodePlan::Sink { spec: sink.clone(), output: None },
+                (NodeKind::Sink(_), _) => NodePlan::Sink { plan: None },
                 (NodeKind::Operator(operator), Some(checked)) => NodePlan::Operator {
                     name: node.name.clone(),
                     uid: node.uid.clone(),
@@ -1488,7 +1482,7 @@ fn look(
             .hint("make its exchanges pipelined again, or begin anew with another --state-dir"));
     }
     if chosen.checkpoint().is_none() {
-        tasks.sources.values().try_for_each(Prepared::check_fresh)?;
+        tasks.sources.values().try_for_each(|source| source.check_fresh())?;
     }
     Ok(Resumption { record, before, is_over, looked, chosen })
 }
@@ -1547,69 +1541,48 @@ fn read_record(
     Ok((record, before))
 }
 
-/// A sink's directory, and the pending parts in it that the restored state looks after.
-struct ClaimedOutput {
-    output: Arc<Output>,
-    kept: BTreeSet<String>,
-}
-
-/// Takes the directories of all file sinks, or asks for them. Refuses before anything in them has changed.
+/// Takes the outputs of all sinks, or asks for them. Refuses before anything in them has changed.
 fn claim_outputs(
     spec: &JobSpec,
     identities: &[TaskIdentity],
     chosen: &restore::Chosen,
     state_dir: Option<&Path>,
     options: &JobOptions,
-    claim: Claim,
-) -> Result<BTreeMap<String, ClaimedOutput>, Problem> {
+    is_asking: bool,
+) -> Result<BTreeMap<String, Box<dyn SinkPlan>>, Problem> {
     let mut claimed: BTreeMap<PathBuf, &str> = BTreeMap::new();
-    let mut found = Vec::new();
+    let mut plans: BTreeMap<String, Box<dyn SinkPlan>> = BTreeMap::new();
     for node in &spec.nodes {
-        let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
+        let NodeKind::Sink(sink) = &node.kind else { continue };
         let tasks = identities.iter().zip(&chosen.shares);
         let own = tasks.filter(|(identity, _)| identity.operator == node.name);
         let states: Vec<&[u8]> =
             own.map(|(_, share)| &*share.state.state).filter(|it| !it.is_empty()).collect();
-        let context = OutputContext {
-            job: spec.name.clone(),
-            lineage: chosen.lineage.clone(),
-            // A sink that the checkpoint does not know begins with the run.
-            restored: chosen.checkpoint().filter(|_| !states.is_empty()),
-            record_dir: state_dir.map(|dir| dir.join(OUTPUTS)),
-            conflicts: options.conflicts,
-            own_parts: sink::names_of(&states),
-        };
-        if let Some(other) = sink.path.canonicalize().ok().and_then(|dir| claimed.get(&dir)) {
+        if let Some(path) = sink.directory()
+            && let Some(other) = path.canonicalize().ok().and_then(|dir| claimed.get(&dir))
+        {
             let message = format!("sinks \"{other}\" and \"{}\" write to one directory", node.name);
             return Err(Problem::new(Code::OutputTaken, message)
-                .detail(sink.path.display())
+                .detail(path.display())
                 .hint("give each a directory of its own"));
         }
-        let output = Output::claim(&node.name, &sink.path, sink.if_exists, context, claim)?;
-        let kept = sink::check_states(&output, &states)?;
-        claimed.insert(output.dir().to_owned(), &node.name);
-        found.push((node.name.clone(), output, kept));
+        let plan = sink.claim(OutputContext {
+            sink: &node.name,
+            job: &spec.name,
+            lineage: &chosen.lineage,
+            // A sink that the checkpoint does not know begins with the run.
+            restored: chosen.checkpoint().filter(|_| !states.is_empty()),
+            states,
+            record_dir: state_dir.map(|dir| dir.join(OUTPUTS)),
+            conflicts: options.conflicts,
+            is_asking,
+        })?;
+        claimed.extend(sink.directory().map(|path| (resolved(path), node.name.as_str())));
+        plans.insert(node.name.clone(), plan);
     }
     let claimed: BTreeSet<PathBuf> = claimed.into_keys().collect();
-    let mut outputs = BTreeMap::new();
-    for (name, mut output, kept) in found {
-        kept.elsewhere.iter().try_for_each(|dir| output.claim_before(dir, &claimed, claim))?;
-        let output = Arc::new(output);
-        outputs.insert(name, ClaimedOutput { output, kept: kept.names });
-    }
-    Ok(outputs)
-}
-
-fn begin_outputs(spec: &JobSpec, outputs: &BTreeMap<String, ClaimedOutput>) -> Result<(), Problem> {
-    for node in &spec.nodes {
-        let NodeKind::Sink(SinkSpec::File(sink)) = &node.kind else { continue };
-        let Some(ClaimedOutput { output, kept }) = outputs.get(&node.name) else { continue };
-        output.begin(sink.if_exists, kept).map_err(|error| {
-            let message = format!("sink \"{}\" cannot write to {}", node.name, sink.path.display());
-            Problem::new(Code::OutputUnwritable, message).detail(error)
-        })?;
-    }
-    Ok(())
+    plans.values_mut().try_for_each(|plan| plan.claim_elsewhere(&claimed))?;
+    Ok(plans)
 }
 
 /// For asking a component what it is: whatever it says meanwhile is of no interest.

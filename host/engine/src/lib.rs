@@ -6,7 +6,6 @@ pub mod control;
 mod driver;
 mod exchange;
 pub mod history;
-pub mod identity;
 pub mod job;
 pub mod metrics;
 pub mod progress;
@@ -21,6 +20,17 @@ pub mod state_dir;
 pub mod storage;
 mod task;
 
+pub use cofferdam_connector::{catalog::Conflicts, identity};
 pub use cofferdam_settings::problem;
-pub use sink::Conflicts;
 pub use source::generate;
+
+/// The connectors that are built in: `file` and `generator`, and `file`, `stdout` and `discard`.
+#[must_use]
+pub fn builtin() -> cofferdam_connector::Catalog {
+    cofferdam_connector::Catalog::default()
+        .source(spec::connectors::FileSourceConnector)
+        .source(spec::connectors::GeneratorConnector)
+        .sink(spec::connectors::FileSinkConnector)
+        .sink(spec::connectors::StdoutConnector)
+        .sink(spec::connectors::DiscardConnector)
+}

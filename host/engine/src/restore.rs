@@ -14,6 +14,7 @@ use std::{
 
 use cofferdam_sandbox::{Component, GuestError, Image, Limits, MemorySnapshot, Sandbox};
 
+use cofferdam_connector::catalog::SourcePlan;
 use cofferdam_core::{
     graph::Partitioner,
     ids::{CheckpointId, TaskId},
@@ -26,8 +27,8 @@ use crate::{
     job::limits_of,
     progress::{Observer, Progress, RestoreStep},
     read_out::{OwnComponent, on_instance},
-    sink, source,
-    spec::{JobSpec, NodeKind, NodeSpec, SinkSpec},
+    sink,
+    spec::{JobSpec, NodeKind, NodeSpec},
     state_dir::JobRecord,
     storage::{
         self, StorageError,
@@ -58,7 +59,7 @@ pub(crate) struct Tasks<'a> {
     pub(crate) spec: &'a JobSpec,
     pub(crate) identities: &'a [TaskIdentity],
     pub(crate) locals: &'a BTreeMap<TaskId, Arc<TaskLocal>>,
-    pub(crate) sources: &'a BTreeMap<String, source::Prepared>,
+    pub(crate) sources: &'a BTreeMap<String, Arc<dyn SourcePlan>>,
     pub(crate) components: &'a BTreeMap<String, Component>,
     /// Whoever waits is told of what takes long.
     pub(crate) observer: &'a dyn Observer,
@@ -632,7 +633,9 @@ fn check_left_behind(
 ) -> Result<(), Failed> {
     let is_file_sink = |uid: &str| {
         let node = tasks.spec.nodes.iter().find(|node| node.uid == uid);
-        node.is_some_and(|node| matches!(node.kind, NodeKind::Sink(SinkSpec::File(_))))
+        let sink =
+            node.and_then(|node| if let NodeKind::Sink(it) = &node.kind { Some(it) } else { None });
+        sink.is_some_and(|sink| sink.directory().is_some())
     };
     for (slot, task) in manifest.tasks.iter().enumerate() {
         let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
@@ -740,16 +743,27 @@ fn share(
     let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
     let shares = match kind {
         NodeKind::Source(_) => match tasks.sources.get(name) {
-            Some(source) => source.share(&positions(), parallelism),
-            None => Err(format!("source \"{name}\" was not prepared")),
+            Some(source) => {
+                futures::executor::block_on(source.redistribute(&positions(), parallelism))
+            }
+            None => {
+                Err(crate::task::node::host_bug(&format!("source \"{name}\" was not prepared")))
+            }
         },
-        NodeKind::Sink(SinkSpec::File(_)) => sink::share(&positions(), parallelism),
-        NodeKind::Sink(_) | NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
+        NodeKind::Sink(sink) => {
+            futures::executor::block_on(sink.redistribute(&positions(), parallelism))
+        }
+        NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
     };
-    let shares = shares.map_err(|error| {
+    let shares = shares.map_err(|cause| {
         Problem::new(Code::StateMismatch, format!("the state of \"{name}\" cannot be shared out"))
-            .detail(error)
+            .detail(cause.message())
     })?;
+    if shares.len() != parallelism {
+        let message = format!("the connector of \"{name}\" has shared its state out wrongly");
+        return Err(Problem::new(Code::HostBug, message)
+            .detail(format!("it gave {} states for {parallelism} tasks", shares.len())));
+    }
     let mut states: Vec<LoadedTask> = shares
         .into_iter()
         .map(|state| LoadedTask { state, is_drained, ..LoadedTask::default() })

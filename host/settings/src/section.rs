@@ -5,7 +5,7 @@
 //! out together.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     ops::Range,
     path::Path,
@@ -198,6 +198,8 @@ pub struct Section<'a> {
     entries: BTreeMap<String, Entry<'a>>,
     tables: BTreeMap<String, Range<usize>>,
     asked: RefCell<BTreeSet<String>>,
+    /// Whether its rows are known, so that other keys are unknown whatever was read.
+    has_rows: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -225,6 +227,7 @@ impl<'a> Section<'a> {
             entries: BTreeMap::new(),
             tables: BTreeMap::new(),
             asked: RefCell::default(),
+            has_rows: Cell::new(false),
         }
     }
 
@@ -391,9 +394,14 @@ impl<'a> Section<'a> {
     /// Where it is not; an empty problem where it is, and was found to be wrong.
     pub fn require<T>(&self, setting: &Required<T>) -> Result<Located<T>> {
         let key = setting.key.row.key;
-        let located = self.read(&setting.key).ok_or_else(|| self.missing(key, setting.wanted))?;
-        self.note(key, setting.key.shown(&located.value), Some(&located.span));
-        Ok(located)
+        self.try_require(setting).ok_or_else(|| self.missing(key, setting.wanted))
+    }
+
+    /// The value of a setting that has to be set, where it is.
+    pub fn try_require<T>(&self, setting: &Required<T>) -> Option<Located<T>> {
+        let located = self.read(&setting.key)?;
+        self.note(setting.key.row.key, setting.key.shown(&located.value), Some(&located.span));
+        Some(located)
     }
 
     fn read<T>(&self, key: &Key<T>) -> Option<Located<T>> {
@@ -551,6 +559,25 @@ impl<'a> Section<'a> {
             self.note(&path, value.clone(), span);
         }
         Ok(flat)
+    }
+
+    /// These are the keys that it has beside those that were read by now: others are unknown, also where reading
+    /// ends early.
+    pub fn know(&self, rows: &[&dyn AnySetting]) {
+        self.has_rows.set(true);
+        for row in rows.iter().map(|setting| setting.row()) {
+            self.asked.borrow_mut().insert(row.key.to_owned());
+            if row.kind == Kind::Free {
+                let _ = self.has(row.key);
+            }
+        }
+    }
+
+    /// As [`finish`](Self::finish), after reading has ended early; notes nothing where the rows are not known.
+    pub fn finish_early(&self) {
+        if self.has_rows.get() {
+            self.finish();
+        }
     }
 
     /// Notes every key that nobody has asked for, and every table without such a key.

@@ -3,64 +3,152 @@
 mod file;
 mod stdout;
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use cofferdam_connector::{
     Answer, Sink, TaskContext,
     blocking::OffThread,
+    catalog::{OutputContext, SinkPlan, SinkSpec},
     ready,
     sink::{Guarantee, StateWriter},
 };
-use cofferdam_contract::Batch;
-use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId};
+use cofferdam_contract::{Batch, Format};
+use cofferdam_core::{
+    checkpoint::Purpose,
+    failure::{FailureCause, Obstacle},
+    ids::CheckpointId,
+};
+use cofferdam_settings::{Code, Problem};
 
-pub use self::file::Conflicts;
-pub(crate) use self::file::{Claim, Output, OutputContext, check_states, names_of, uncommitted};
-use crate::spec::{LineContent, SinkSpec};
+pub(crate) use self::file::uncommitted;
+use self::file::{Claim, Kept, Output};
+use crate::spec::{FileSinkSpec, LineContent};
 
-/// Shares the state of all tasks of a file sink out among another number of tasks.
-pub(crate) fn share(old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
-    file::share(old, parallelism)
-}
+impl SinkSpec for FileSinkSpec {
+    fn guarantee(&self) -> Guarantee {
+        Guarantee::ExactlyOnce
+    }
 
-/// The sink of one task. With a state it commits what that state has pre-committed. A file sink has an
-/// output, which the run has claimed.
-pub(crate) fn open(
-    spec: &SinkSpec,
-    output: Option<&Arc<Output>>,
-    task: &TaskContext,
-    state: Option<Vec<u8>>,
-) -> Answer<'static, Box<dyn Sink>> {
-    let bug = |message: String| FailureCause::HostBug { message };
-    match (spec, output) {
-        (SinkSpec::File(spec), Some(output)) => {
-            let (spec, output, index) = (spec.clone(), output.clone(), task.index);
-            let blocking = task.blocking.clone();
-            let open = move || file::FileSink::open(output, &spec, index, state.as_deref());
-            let opening = blocking.run(open);
-            Box::pin(async move {
-                let sink = opening.await;
-                let sink =
-                    sink.map_err(|error| bug(format!("a file sink panicked: {error}")))??;
-                Ok(Box::new(OffThread::new(sink, blocking)) as Box<dyn Sink>)
-            })
-        }
-        (SinkSpec::File(_), None) => ready(Err(bug("a file sink without a directory".to_owned()))),
-        (SinkSpec::Stdout { line }, _) => {
-            ready(Ok(Box::new(stdout::StdoutSink::new(*line, task.blocking.clone()))))
-        }
-        (SinkSpec::Discard, _) => ready(Ok(Box::new(DiscardSink))),
+    fn directory(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn claim(&self, output: OutputContext<'_>) -> Result<Box<dyn SinkPlan>, Problem> {
+        let claim = if output.is_asking { Claim::Ask } else { Claim::Take };
+        let (sink, states) = (output.sink.to_owned(), output.states.clone());
+        let context = file::OutputContext {
+            job: output.job.to_owned(),
+            lineage: output.lineage.clone(),
+            restored: output.restored,
+            record_dir: output.record_dir,
+            conflicts: output.conflicts,
+            own_parts: file::names_of(&states),
+        };
+        let output = Output::claim(&sink, &self.path, self.if_exists, context, claim)?;
+        let kept = file::check_states(&output, &states)?;
+        Ok(Box::new(FileSinkPlan { spec: self.clone(), output: Arc::new(output), kept, claim }))
+    }
+
+    fn redistribute<'a>(
+        &'a self,
+        states: &'a [&'a [u8]],
+        parallelism: usize,
+    ) -> Answer<'a, Vec<Vec<u8>>> {
+        let shared = file::share(states, parallelism);
+        ready(shared.map_err(|message| FailureCause::Permanent {
+            obstacle: Obstacle::StateMismatch,
+            message,
+        }))
     }
 }
 
-impl SinkSpec {
-    /// What a reader of the output can rely on after a failure.
-    #[must_use]
-    pub fn guarantee(&self) -> Guarantee {
-        match self {
-            Self::File(_) | Self::Discard => Guarantee::ExactlyOnce,
-            Self::Stdout { .. } => Guarantee::AtLeastOnce,
-        }
+/// A directory that this run has claimed.
+struct FileSinkPlan {
+    spec: FileSinkSpec,
+    output: Arc<Output>,
+    /// The pending parts in it that the restored state looks after.
+    kept: Kept,
+    claim: Claim,
+}
+
+impl SinkPlan for FileSinkPlan {
+    fn claim_elsewhere(&mut self, own: &BTreeSet<PathBuf>) -> Result<(), Problem> {
+        let Some(output) = Arc::get_mut(&mut self.output) else {
+            return Err(Problem::new(Code::HostBug, "an output that was begun is claimed again"));
+        };
+        let elsewhere = self.kept.elsewhere.iter();
+        elsewhere.into_iter().try_for_each(|dir| output.claim_before(dir, own, self.claim))
+    }
+
+    fn begin(&self) -> Result<(), Problem> {
+        self.output.begin(self.spec.if_exists, &self.kept.names).map_err(|error| {
+            let (sink, path) = (self.output.sink(), self.spec.path.display());
+            let message = format!("sink \"{sink}\" cannot write to {path}");
+            Problem::new(Code::OutputUnwritable, message).detail(error)
+        })
+    }
+
+    fn open(&self, task: &TaskContext, state: Option<Vec<u8>>) -> Answer<'static, Box<dyn Sink>> {
+        let (spec, output, index) = (self.spec.clone(), self.output.clone(), task.index);
+        let blocking = task.blocking.clone();
+        let open = move || file::FileSink::open(output, &spec, index, state.as_deref());
+        let opening = blocking.run(open);
+        Box::pin(async move {
+            let sink = opening.await.map_err(|error| FailureCause::HostBug {
+                message: format!("a file sink panicked: {error}"),
+            })??;
+            Ok(Box::new(OffThread::new(sink, blocking)) as Box<dyn Sink>)
+        })
+    }
+}
+
+/// Standard output.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StdoutSpec {
+    pub(crate) line: LineContent,
+}
+
+impl SinkSpec for StdoutSpec {
+    fn guarantee(&self) -> Guarantee {
+        Guarantee::AtLeastOnce
+    }
+
+    fn claim(&self, _: OutputContext<'_>) -> Result<Box<dyn SinkPlan>, Problem> {
+        Ok(Box::new(*self))
+    }
+}
+
+impl SinkPlan for StdoutSpec {
+    fn open(&self, task: &TaskContext, _: Option<Vec<u8>>) -> Answer<'static, Box<dyn Sink>> {
+        ready(Ok(Box::new(stdout::StdoutSink::new(self.line, task.blocking.clone()))))
+    }
+}
+
+/// Nowhere.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DiscardSpec;
+
+impl SinkSpec for DiscardSpec {
+    fn guarantee(&self) -> Guarantee {
+        Guarantee::ExactlyOnce
+    }
+
+    fn takes(&self, _: Format) -> bool {
+        true
+    }
+
+    fn claim(&self, _: OutputContext<'_>) -> Result<Box<dyn SinkPlan>, Problem> {
+        Ok(Box::new(*self))
+    }
+}
+
+impl SinkPlan for DiscardSpec {
+    fn open(&self, _: &TaskContext, _: Option<Vec<u8>>) -> Answer<'static, Box<dyn Sink>> {
+        ready(Ok(Box::new(DiscardSink)))
     }
 }
 

@@ -3,102 +3,135 @@
 mod file;
 mod generator;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use cofferdam_connector::{Answer, Source, TaskContext, blocking::OffThread, ready};
-use cofferdam_contract::Batch;
-use cofferdam_core::failure::FailureCause;
+use cofferdam_connector::{
+    Answer, Source, TaskContext,
+    blocking::OffThread,
+    catalog::{Formats, NodeContext, SourcePlan, SourceSpec},
+    ready,
+};
+use cofferdam_contract::{Batch, Format};
+use cofferdam_core::failure::{FailureCause, Obstacle};
+use cofferdam_settings::Problem;
 
 pub(crate) use self::file::checksum;
-use crate::spec::{GeneratorSpec, SourceSpec};
-use cofferdam_settings::Problem;
+use crate::spec::{FileSourceSpec, GeneratorContent, GeneratorSpec, LineFormat, OnBadRecord};
 
 /// The output of records that a source could make no sense of.
 pub(crate) const DEAD_LETTERS: u32 = 1;
 
-/// What all tasks of a source agree on, found out once before the job starts.
-#[derive(Debug, Clone)]
-pub(crate) enum Prepared {
-    File(Arc<file::FilePlan>),
-    Generator(generator::GeneratorPlan),
+/// The failure of states that cannot be distributed.
+fn unfit(message: String) -> FailureCause {
+    FailureCause::Permanent { obstacle: Obstacle::StateMismatch, message }
 }
 
-impl Prepared {
-    /// Looks at what there is to read.
-    pub(crate) fn new(name: &str, spec: &SourceSpec, base_dir: &Path) -> Result<Self, Problem> {
-        Ok(match spec {
-            SourceSpec::File(spec) => {
-                Self::File(Arc::new(file::FilePlan::new(name, spec, base_dir)?))
-            }
-            SourceSpec::Generator(spec) => Self::Generator(generator::GeneratorPlan::new(spec)),
-        })
+impl SourceSpec for FileSourceSpec {
+    fn formats(&self) -> Formats {
+        let value = match self.format {
+            LineFormat::Text | LineFormat::Csv => Format::Text,
+            LineFormat::Json => Format::Json,
+        };
+        Formats { key: self.key.as_ref().map(|_| Format::Text), value }
     }
 
-    /// The source of one task, at a position or at its beginning.
-    pub(crate) fn open(
+    fn is_bounded(&self) -> bool {
+        true
+    }
+
+    fn has_dead_letters(&self) -> bool {
+        self.on_bad_record == OnBadRecord::DeadLetter
+    }
+
+    fn prepare(&self, node: NodeContext<'_>) -> Result<Arc<dyn SourcePlan>, Problem> {
+        Ok(Arc::new(Files(Arc::new(file::FilePlan::new(node.name, self, node.base_dir)?))))
+    }
+}
+
+/// Files that were listed.
+#[derive(Debug)]
+struct Files(Arc<file::FilePlan>);
+
+impl SourcePlan for Files {
+    fn open(
         &self,
         task: &TaskContext,
         position: Option<Vec<u8>>,
     ) -> Answer<'static, Box<dyn Source>> {
         let (index, parallelism) = (task.index, task.parallelism);
-        match self {
-            Self::File(plan) => {
-                let (plan, blocking) = (plan.clone(), task.blocking.clone());
-                let open =
-                    move || file::FileSource::open(&plan, index, parallelism, position.as_deref());
-                let opening = blocking.run(open);
-                Box::pin(async move {
-                    let source = opening.await.map_err(|error| FailureCause::HostBug {
-                        message: format!("a file source panicked: {error}"),
-                    })??;
-                    Ok(Box::new(OffThread::new(source, blocking)) as Box<dyn Source>)
-                })
-            }
-            Self::Generator(plan) => {
-                let opened =
-                    generator::GeneratorSource::open(plan, index, parallelism, position.as_deref());
-                ready(opened.map(|source| Box::new(source) as Box<dyn Source>))
-            }
-        }
+        let (plan, blocking) = (self.0.clone(), task.blocking.clone());
+        let open = move || file::FileSource::open(&plan, index, parallelism, position.as_deref());
+        let opening = blocking.run(open);
+        Box::pin(async move {
+            let source = opening.await.map_err(|error| FailureCause::HostBug {
+                message: format!("a file source panicked: {error}"),
+            })??;
+            Ok(Box::new(OffThread::new(source, blocking)) as Box<dyn Source>)
+        })
+    }
+
+    fn check_fresh(&self) -> Result<(), Problem> {
+        self.0.check_fresh()
+    }
+
+    fn check_positions(&self, positions: &[&[u8]]) -> Result<Vec<String>, Problem> {
+        self.0.check_positions(positions)
+    }
+
+    fn idle_after(&self) -> Option<std::time::Duration> {
+        self.0.idle_after()
+    }
+
+    fn redistribute<'a>(
+        &'a self,
+        positions: &'a [&'a [u8]],
+        parallelism: usize,
+    ) -> Answer<'a, Vec<Vec<u8>>> {
+        ready(file::share(positions, parallelism).map_err(unfit))
     }
 }
 
-impl Prepared {
-    /// Refuses to begin where there is nothing to read.
-    pub(crate) fn check_fresh(&self) -> Result<(), Problem> {
-        match self {
-            Self::File(plan) => plan.check_fresh(),
-            Self::Generator(_) => Ok(()),
+impl SourceSpec for GeneratorSpec {
+    fn formats(&self) -> Formats {
+        match self.content {
+            GeneratorContent::Words { .. } => {
+                Formats { key: Some(Format::Text), value: Format::Bytes }
+            }
+            GeneratorContent::Sequence => Formats { key: None, value: Format::Text },
         }
     }
 
-    /// Without records for so long a task holds event time back no longer.
-    pub(crate) fn idle_after(&self) -> Option<Duration> {
-        match self {
-            Self::File(plan) => plan.idle_after(),
-            Self::Generator(_) => None,
-        }
+    fn is_bounded(&self) -> bool {
+        self.count.is_some()
     }
 
-    /// Refuses positions from which it cannot go on; gives what people should know.
-    pub(crate) fn check_positions(&self, positions: &[&[u8]]) -> Result<Vec<String>, Problem> {
-        match self {
-            Self::File(plan) => plan.check_positions(positions),
-            Self::Generator(_) => Ok(Vec::new()),
-        }
-    }
-
-    /// Shares the positions of all tasks out among another number of tasks.
-    pub(crate) fn share(&self, old: &[&[u8]], parallelism: usize) -> Result<Vec<Vec<u8>>, String> {
-        match self {
-            Self::File(_) => file::share(old, parallelism),
-            Self::Generator(_) => generator::share(old, parallelism),
-        }
+    fn prepare(&self, _: NodeContext<'_>) -> Result<Arc<dyn SourcePlan>, Problem> {
+        Ok(Arc::new(generator::GeneratorPlan::new(self)))
     }
 }
 
-/// The batches that one task of a generator gives out, for whoever wants to measure the same
-/// records without a job around them.
+impl SourcePlan for generator::GeneratorPlan {
+    fn open(
+        &self,
+        task: &TaskContext,
+        position: Option<Vec<u8>>,
+    ) -> Answer<'static, Box<dyn Source>> {
+        let (index, parallelism) = (task.index, task.parallelism);
+        let opened =
+            generator::GeneratorSource::open(self, index, parallelism, position.as_deref());
+        ready(opened.map(|source| Box::new(source) as Box<dyn Source>))
+    }
+
+    fn redistribute<'a>(
+        &'a self,
+        positions: &'a [&'a [u8]],
+        parallelism: usize,
+    ) -> Answer<'a, Vec<Vec<u8>>> {
+        ready(generator::share(positions, parallelism).map_err(unfit))
+    }
+}
+
+/// The batches that one task of a generator gives out, to measure the same records without a job around them.
 pub fn generate(spec: &GeneratorSpec, index: u32, parallelism: u32) -> impl Iterator<Item = Batch> {
     let plan = generator::GeneratorPlan::new(spec);
     let mut source = generator::GeneratorSource::open(&plan, index, parallelism, None).ok();

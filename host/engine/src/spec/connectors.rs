@@ -1,16 +1,21 @@
 //! What a manifest says about the connectors that are built in.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use cofferdam_contract::Format;
+use cofferdam_connector::{
+    Catalog,
+    catalog::{SinkConnector, SinkSpec, SourceConnector, SourceSpec},
+};
 use cofferdam_settings::{
-    AnySetting, Located, Optional, Problem, Required, Section, Setting, table::Key,
+    AnySetting, Located, Optional, Problem, Required, Section, Setting, section::closest,
+    table::Key,
 };
 
 use super::{
     DEAD_LETTER, FileSinkSpec, FileSourceSpec, GeneratorContent, GeneratorSpec, IfExists,
-    LineContent, LineFormat, OnBadRecord, Rolling, SinkSpec, SourceSpec, TimeFormat,
+    LineContent, LineFormat, OnBadRecord, Rolling, TimeFormat,
 };
+use crate::sink::{DiscardSpec, StdoutSpec};
 
 type Result<T> = std::result::Result<T, Problem>;
 
@@ -19,21 +24,9 @@ const RECORD_BYTES_DEFAULT: u64 = 16 << 20;
 /// A record must fit into the memory of a guest, several times.
 const RECORD_BYTES_MAX: u64 = 256 << 20;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Connector {
-    File,
-    Generator,
-    Stdout,
-    Discard,
-}
-
-static SOURCE_CONNECTOR: Required<Connector> = Key::choice(
-    "connector",
-    &[("file", Connector::File), ("generator", Connector::Generator)],
-    "where its records come from",
-)
-.of_job()
-.required("choose one of file, generator");
+static CONNECTOR: Required<String> = Key::text("connector", "where its records come from, or go")
+    .of_job()
+    .required("name a connector");
 static RATE: Optional<f64> =
     Key::number("rate", "records a second, of all tasks together; above 0")
         .of_job()
@@ -129,13 +122,6 @@ static SEED: Setting<u64> =
 static TIMESTAMPS: Setting<bool> =
     Key::boolean("timestamps", "whether record `n` has event time `n` ms").of_job().or(false);
 
-static SINK_CONNECTOR: Required<Connector> = Key::choice(
-    "connector",
-    &[("file", Connector::File), ("stdout", Connector::Stdout), ("discard", Connector::Discard)],
-    "where its records go",
-)
-.of_job()
-.required("choose one of file, stdout, discard");
 static LINE: Setting<LineContent> = Key::choice(
     "line",
     &[("value", LineContent::Value), ("key-value", LineContent::KeyValue)],
@@ -166,8 +152,9 @@ static ROLL_INTERVAL: Optional<u64> = Key::duration(
 .of_job()
 .or_none("none: each checkpoint ends a part");
 
-pub(super) static SOURCE_ROWS: &[&dyn AnySetting] = &[&SOURCE_CONNECTOR, &RATE];
-pub(super) static FILE_SOURCE_ROWS: &[&dyn AnySetting] = &[
+pub(super) static ROWS: &[&dyn AnySetting] = &[&CONNECTOR];
+static FILE_SOURCE_ROWS: &[&dyn AnySetting] = &[
+    &RATE,
     &SOURCE_PATH,
     &FORMAT,
     &KEY,
@@ -181,16 +168,136 @@ pub(super) static FILE_SOURCE_ROWS: &[&dyn AnySetting] = &[
     &ON_BAD_RECORD,
     &SPLIT_SIZE,
 ];
-pub(super) static GENERATOR_ROWS: &[&dyn AnySetting] =
-    &[&CONTENT, &VOCABULARY, &EXPONENT, &COUNT, &SEED, &TIMESTAMPS];
-pub(super) static SINK_ROWS: &[&dyn AnySetting] = &[&SINK_CONNECTOR, &LINE];
-pub(super) static FILE_SINK_ROWS: &[&dyn AnySetting] =
-    &[&SINK_PATH, &IF_EXISTS, &ROLL_SIZE, &ROLL_INTERVAL];
+static GENERATOR_ROWS: &[&dyn AnySetting] =
+    &[&RATE, &CONTENT, &VOCABULARY, &EXPONENT, &COUNT, &SEED, &TIMESTAMPS];
+static STDOUT_ROWS: &[&dyn AnySetting] = &[&LINE];
+static FILE_SINK_ROWS: &[&dyn AnySetting] =
+    &[&LINE, &SINK_PATH, &IF_EXISTS, &ROLL_SIZE, &ROLL_INTERVAL];
 
-pub(super) fn read_source(section: &Section<'_>) -> Result<SourceSpec> {
-    match section.require(&SOURCE_CONNECTOR)?.value {
-        Connector::Generator => Ok(SourceSpec::Generator(read_generator(section)?)),
-        _ => Ok(SourceSpec::File(read_file_source(section)?)),
+/// The connector of a node, among those that there are.
+fn chosen<'c, C: ?Sized>(
+    section: &Section<'_>,
+    connectors: &'c [Arc<C>],
+    name: impl Fn(&C) -> &'static str,
+) -> Result<&'c C> {
+    let names: Vec<&str> = connectors.iter().map(|it| name(it)).collect();
+    let wanted = format!("choose one of {}", names.join(", "));
+    let Some(Located { value, span }) = section.try_require(&CONNECTOR) else {
+        return Err(section.missing(CONNECTOR.row().key, &wanted));
+    };
+    let found = connectors.iter().find(|it| name(it).eq_ignore_ascii_case(&value));
+    found.map(|found| &**found).ok_or_else(|| {
+        let why = format!("\"{value}\" is not one of {}", names.join(", "));
+        let problem = section.bad_value(CONNECTOR.row().key, &span, why);
+        match closest(&value, names.iter().copied()) {
+            Some(meant) => problem.hint(format!("did you mean \"{meant}\"?")),
+            None => problem,
+        }
+    })
+}
+
+pub(super) fn read_source(
+    section: &Section<'_>,
+    base_dir: &Path,
+    catalog: &Catalog,
+) -> Result<Arc<dyn SourceSpec>> {
+    let connector = chosen(section, catalog.sources(), |it| it.name())?;
+    section.know(connector.settings());
+    connector.read(section, base_dir)
+}
+
+pub(super) fn read_sink(
+    section: &Section<'_>,
+    base_dir: &Path,
+    catalog: &Catalog,
+) -> Result<Arc<dyn SinkSpec>> {
+    let connector = chosen(section, catalog.sinks(), |it| it.name())?;
+    section.know(connector.settings());
+    connector.read(section, base_dir)
+}
+
+/// Lines of files.
+pub(crate) struct FileSourceConnector;
+
+impl SourceConnector for FileSourceConnector {
+    fn name(&self) -> &'static str {
+        "file"
+    }
+
+    fn settings(&self) -> &'static [&'static dyn AnySetting] {
+        FILE_SOURCE_ROWS
+    }
+
+    fn read(&self, section: &Section<'_>, _: &Path) -> Result<Arc<dyn SourceSpec>> {
+        Ok(Arc::new(read_file_source(section)?))
+    }
+}
+
+/// Records that are made up.
+pub(crate) struct GeneratorConnector;
+
+impl SourceConnector for GeneratorConnector {
+    fn name(&self) -> &'static str {
+        "generator"
+    }
+
+    fn settings(&self) -> &'static [&'static dyn AnySetting] {
+        GENERATOR_ROWS
+    }
+
+    fn read(&self, section: &Section<'_>, _: &Path) -> Result<Arc<dyn SourceSpec>> {
+        Ok(Arc::new(read_generator(section)?))
+    }
+}
+
+/// Part files.
+pub(crate) struct FileSinkConnector;
+
+impl SinkConnector for FileSinkConnector {
+    fn name(&self) -> &'static str {
+        "file"
+    }
+
+    fn settings(&self) -> &'static [&'static dyn AnySetting] {
+        FILE_SINK_ROWS
+    }
+
+    fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SinkSpec>> {
+        Ok(Arc::new(read_file_sink(section, base_dir)?))
+    }
+}
+
+/// Standard output.
+pub(crate) struct StdoutConnector;
+
+impl SinkConnector for StdoutConnector {
+    fn name(&self) -> &'static str {
+        "stdout"
+    }
+
+    fn settings(&self) -> &'static [&'static dyn AnySetting] {
+        STDOUT_ROWS
+    }
+
+    fn read(&self, section: &Section<'_>, _: &Path) -> Result<Arc<dyn SinkSpec>> {
+        Ok(Arc::new(StdoutSpec { line: section.get(&LINE) }))
+    }
+}
+
+/// Nowhere.
+pub(crate) struct DiscardConnector;
+
+impl SinkConnector for DiscardConnector {
+    fn name(&self) -> &'static str {
+        "discard"
+    }
+
+    fn settings(&self) -> &'static [&'static dyn AnySetting] {
+        &[]
+    }
+
+    fn read(&self, _: &Section<'_>, _: &Path) -> Result<Arc<dyn SinkSpec>> {
+        Ok(Arc::new(DiscardSpec))
     }
 }
 
@@ -355,56 +462,22 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
     Ok(GeneratorSpec { content, count, rate, seed, has_timestamps })
 }
 
-pub(super) fn read_sink(section: &Section<'_>, base_dir: &Path) -> Result<SinkSpec> {
-    match section.require(&SINK_CONNECTOR)?.value {
-        Connector::Discard => Ok(SinkSpec::Discard),
-        Connector::Stdout => Ok(SinkSpec::Stdout { line: section.get(&LINE) }),
-        _ => {
-            let path = base_dir.join(section.require(&SINK_PATH)?.value);
-            let shown = section.shown_key(SINK_PATH.row().key);
-            section.document().amend(&shown, path.display().to_string());
-            let size = section.find(&ROLL_SIZE);
-            if let Some(Located { value: 0, span }) = &size {
-                return Err(section.bad_value("roll-size", span, "it must be above 0"));
-            }
-            let interval = section.find(&ROLL_INTERVAL);
-            Ok(SinkSpec::File(FileSinkSpec {
-                path,
-                line: section.get(&LINE),
-                if_exists: section.get(&IF_EXISTS),
-                rolling: Rolling {
-                    size: size.map(|size| size.value),
-                    interval: interval.map(|interval| Duration::from_millis(interval.value)),
-                },
-            }))
-        }
+fn read_file_sink(section: &Section<'_>, base_dir: &Path) -> Result<FileSinkSpec> {
+    let path = base_dir.join(section.require(&SINK_PATH)?.value);
+    let shown = section.shown_key(SINK_PATH.row().key);
+    section.document().amend(&shown, path.display().to_string());
+    let size = section.find(&ROLL_SIZE);
+    if let Some(Located { value: 0, span }) = &size {
+        return Err(section.bad_value("roll-size", span, "it must be above 0"));
     }
-}
-
-impl SourceSpec {
-    /// How its keys and values are encoded; no key format: its records have no key.
-    #[must_use]
-    pub fn formats(&self) -> (Option<Format>, Format) {
-        match self {
-            Self::File(file) => {
-                let value = match file.format {
-                    LineFormat::Text | LineFormat::Csv => Format::Text,
-                    LineFormat::Json => Format::Json,
-                };
-                (file.key.as_ref().map(|_| Format::Text), value)
-            }
-            Self::Generator(generator) => match generator.content {
-                GeneratorContent::Words { .. } => (Some(Format::Text), Format::Bytes),
-                GeneratorContent::Sequence => (None, Format::Text),
-            },
-        }
-    }
-
-    /// Whether its records come to an end.
-    pub(super) fn is_bounded(&self) -> bool {
-        match self {
-            Self::File(_) => true,
-            Self::Generator(generator) => generator.count.is_some(),
-        }
-    }
+    let interval = section.find(&ROLL_INTERVAL);
+    Ok(FileSinkSpec {
+        path,
+        line: section.get(&LINE),
+        if_exists: section.get(&IF_EXISTS),
+        rolling: Rolling {
+            size: size.map(|size| size.value),
+            interval: interval.map(|interval| Duration::from_millis(interval.value)),
+        },
+    })
 }

@@ -3,7 +3,7 @@
 //! Settings carry Flink's names, values and defaults. Each has a row beside the code that reads it, and
 //! [`tables`] lists them all. What is wrong comes out together, each as a [`Problem`] with its place.
 
-mod connectors;
+pub(crate) mod connectors;
 mod execution;
 pub mod host;
 mod nodes;
@@ -14,9 +14,15 @@ pub mod tables;
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
+use cofferdam_connector::{
+    Catalog,
+    catalog::{SinkSpec, SourceSpec},
+    sink::Guarantee,
+};
 use cofferdam_core::{
     checkpoint::{CheckpointSettings, retention::Retention},
     exchange::ExchangeType,
@@ -207,20 +213,11 @@ pub struct InputSpec {
 #[derive(Debug, Clone)]
 pub enum NodeKind {
     /// Brings records in.
-    Source(SourceSpec),
+    Source(Arc<dyn SourceSpec>),
     /// Runs a component.
     Operator(Box<OperatorSpec>),
     /// Takes records out.
-    Sink(SinkSpec),
-}
-
-/// A source.
-#[derive(Debug, Clone, PartialEq)]
-pub enum SourceSpec {
-    /// Lines of files.
-    File(FileSourceSpec),
-    /// Records made up.
-    Generator(GeneratorSpec),
+    Sink(Arc<dyn SinkSpec>),
 }
 
 /// Lines of files, restartable by byte position.
@@ -366,20 +363,6 @@ impl SnapshotMode {
     }
 }
 
-/// A sink.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SinkSpec {
-    /// Part files in a directory, exactly once.
-    File(FileSinkSpec),
-    /// Standard output, at least once.
-    Stdout {
-        /// What is written of a record.
-        line: LineContent,
-    },
-    /// Nowhere.
-    Discard,
-}
-
 /// Part files in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileSinkSpec {
@@ -426,14 +409,15 @@ impl JobSpec {
     /// # Errors
     /// All that is wrong: the first problem, with the others behind it.
     pub fn read(path: &Path) -> Result<Self> {
-        Self::read_with(path, None)
+        Self::read_with(path, None, &crate::builtin())
     }
 
-    /// Reads the manifest at `path`; what it leaves out, the host's settings may say.
+    /// Reads the manifest at `path`; what it leaves out, the host's settings may say. Its sources and sinks are
+    /// of the catalog's kinds.
     ///
     /// # Errors
     /// All that is wrong: the first problem, with the others behind it.
-    pub fn read_with(path: &Path, host: Option<&HostSettings>) -> Result<Self> {
+    pub fn read_with(path: &Path, host: Option<&HostSettings>, catalog: &Catalog) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             Problem::new(
                 Code::ManifestUnreadable,
@@ -442,14 +426,19 @@ impl JobSpec {
             .detail(error)
             .hint("name the job's TOML file, for example `cofferdam run job.toml`")
         })?;
-        Self::parse(path, &text, host)
+        Self::parse(path, &text, host, catalog)
     }
 
     /// Reads the text of a manifest; `path` says where relative paths begin.
     ///
     /// # Errors
     /// All that is wrong: the first problem, with the others behind it.
-    pub fn parse(path: &Path, text: &str, host: Option<&HostSettings>) -> Result<Self> {
+    pub fn parse(
+        path: &Path,
+        text: &str,
+        host: Option<&HostSettings>,
+        catalog: &Catalog,
+    ) -> Result<Self> {
         let mut document = Document::new(path, text);
         let host_start =
             host.map(|host| document.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
@@ -462,7 +451,7 @@ impl JobSpec {
         }
         let root = Section::root(&document, &layers);
         let base_dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        let mut spec = read_job(&root, &base_dir)?;
+        let mut spec = read_job(&root, &base_dir, catalog)?;
         spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
         spec.effective = document.effective();
         Ok(spec)
@@ -475,6 +464,18 @@ impl JobSpec {
         let inputs = &self.node(id).inputs;
         let is_by_key = |input: &InputSpec| input.partitioner == Partitioner::Hash;
         !inputs.is_empty() && inputs.iter().all(is_by_key)
+    }
+
+    /// What a reader of a sink's output can rely on after a failure: what the sink promises, as far as checkpoints
+    /// do. `None`: it is not a sink, or an approximate exchange may lose records on the way to one.
+    #[must_use]
+    pub fn guarantee(&self, id: OperatorId) -> Option<Guarantee> {
+        let NodeKind::Sink(sink) = &self.node(id).kind else { return None };
+        match sink.guarantee() {
+            _ if self.graph.has_exchange(ExchangeType::is_approximate) => None,
+            Guarantee::ExactlyOnce if !self.is_exactly_once => Some(Guarantee::AtLeastOnce),
+            guarantee => Some(guarantee),
+        }
     }
 
     /// The spec of a node.
@@ -515,7 +516,7 @@ fn read_head(root: &Section<'_>) -> Result<(String, u32)> {
     Ok((name.value, parallelism))
 }
 
-fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
+fn read_job(root: &Section<'_>, base_dir: &Path, catalog: &Catalog) -> Result<JobSpec> {
     let document = root.document();
     let head = document.noted(read_head(root));
     let (name, parallelism) = head.unwrap_or_else(|| ("job".to_owned(), 1));
@@ -523,7 +524,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path) -> Result<JobSpec> {
     let backlog_lag_ms = execution::read_backlog_lag(root);
     let mut warnings = std::mem::take(&mut execution.warnings);
     let state_backend = state::read(root, &mut warnings);
-    let nodes = nodes::read_nodes(root, base_dir, parallelism);
+    let nodes = nodes::read_nodes(root, base_dir, parallelism, catalog);
     let strategies = restart::read(root);
     let (failover, escalation) = restart::read_failover(root);
     root.finish();
@@ -653,7 +654,7 @@ mod tests {
             has_lines: true,
             warnings: Vec::new(),
         });
-        JobSpec::parse(Path::new("job.toml"), &text, host.as_ref())
+        JobSpec::parse(Path::new("job.toml"), &text, host.as_ref(), &crate::builtin())
     }
 
     /// What counts of a setting.

@@ -5,6 +5,7 @@ use std::{
     path::Path,
 };
 
+use cofferdam_connector::Catalog;
 use cofferdam_core::{
     exchange::ExchangeType,
     graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
@@ -95,6 +96,7 @@ pub(super) fn read_nodes(
     root: &Section<'_>,
     base_dir: &Path,
     parallelism: u32,
+    catalog: &Catalog,
 ) -> Option<Vec<RawNode>> {
     let mut raw = Vec::new();
     let sources = root.document().noted(root.sections("source"))?;
@@ -105,7 +107,9 @@ pub(super) fn read_nodes(
         );
     }
     for section in sources {
-        let node = read_node(&section, None, |_| Ok(NodeKind::Source(read_source(&section)?)));
+        let node = read_node(&section, None, |_| {
+            Ok(NodeKind::Source(read_source(&section, base_dir, catalog)?))
+        });
         raw.push(root.document().noted(node));
     }
     for section in root.document().noted(root.sections("operator"))? {
@@ -119,7 +123,7 @@ pub(super) fn read_nodes(
     }
     for section in root.document().noted(root.sections("sink"))? {
         let node = read_inputs(&section).and_then(|inputs| {
-            let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir)?));
+            let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir, catalog)?));
             read_node(&section, Some(inputs), kind)
         });
         raw.push(root.document().noted(node));
@@ -149,7 +153,7 @@ fn read_node(
     }
     let parallelism = section.find(&PARALLELISM);
     let parallelism = parallelism.map(|it| u32::try_from(it.value).unwrap_or(1));
-    let kind = kind(parallelism)?;
+    let kind = kind(parallelism).inspect_err(|_| section.finish_early())?;
     section.finish();
     Ok(RawNode { name, uid, parallelism, kind, inputs: inputs.unwrap_or_default() })
 }

@@ -84,6 +84,8 @@ pub(super) fn read_operator(
     base_dir: &Path,
     parallelism: u32,
 ) -> Result<OperatorSpec> {
+    section.know(ROWS);
+    section.know(LIMIT_ROWS);
     let component = section.require(&COMPONENT)?;
     let component = base_dir.join(component.value);
     let document = section.document();

@@ -1,6 +1,7 @@
 //! Every setting that a manifest can have, table by table: the reference, the schema for editors and the host's
 //! settings come from here.
 
+use cofferdam_connector::Catalog;
 use cofferdam_settings::{AnySetting, Table, schema};
 
 use super::{connectors, execution, nodes, operator, restart, state};
@@ -29,27 +30,24 @@ pub fn job() -> Vec<Table> {
     ]
 }
 
-/// The settings of its nodes: several tables for a kind of node.
+/// The settings of its nodes: several tables for a kind of node, one of them for each connector.
 #[must_use]
-pub fn nodes() -> Vec<Table> {
-    vec![
+pub fn nodes(catalog: &Catalog) -> Vec<Table> {
+    let mut tables = vec![
         node("source", "every source", nodes::SOURCE_ROWS),
-        node("source", "sources", connectors::SOURCE_ROWS),
-        Table {
-            connector: Some("file"),
-            ..node("source", "file source", connectors::FILE_SOURCE_ROWS)
-        },
-        Table {
-            connector: Some("generator"),
-            ..node("source", "generator", connectors::GENERATOR_ROWS)
-        },
+        node("source", "connectors of sources", connectors::ROWS),
         node("operator", "every operator", nodes::NODE_ROWS),
         node("operator", "operators", operator::ROWS),
         node("operator", "limits", operator::LIMIT_ROWS),
         node("sink", "every sink", nodes::NODE_ROWS),
-        node("sink", "sinks", connectors::SINK_ROWS),
-        Table { connector: Some("file"), ..node("sink", "file sink", connectors::FILE_SINK_ROWS) },
-    ]
+        node("sink", "connectors of sinks", connectors::ROWS),
+    ];
+    let of =
+        |name, connector, rows| Table { name, connector: Some(connector), title: connector, rows };
+    tables.extend(catalog.sources().iter().map(|it| of("source", it.name(), it.settings())));
+    tables.extend(catalog.sinks().iter().map(|it| of("sink", it.name(), it.settings())));
+    tables.retain(|table| !table.rows.is_empty());
+    tables
 }
 
 /// The settings of an input that is written as a table.
@@ -60,8 +58,8 @@ pub fn inputs() -> Table {
 
 /// The JSON schema of a manifest, for editors.
 #[must_use]
-pub fn json_schema() -> serde_json::Value {
-    let mut schema = schema::json_schema("Cofferdam job", &job(), &nodes());
+pub fn json_schema(catalog: &Catalog) -> serde_json::Value {
+    let mut schema = schema::json_schema("Cofferdam job", &job(), &nodes(catalog));
     let input = schema::json_schema("input", &[table("input", nodes::INPUT_ROWS)], &[]);
     let items = serde_json::json!({ "anyOf": [
         { "type": "string" },
@@ -92,12 +90,20 @@ mod tests {
     use super::*;
     use crate::spec::JobSpec;
 
+    /// What the reference calls a table.
+    fn name_of(table: &Table) -> String {
+        match table.connector {
+            Some(connector) => format!("{} {connector}", table.name),
+            None => table.title.to_owned(),
+        }
+    }
+
     /// `BLESS=1` writes the tables of the reference anew.
     #[test]
     fn the_tables_of_the_reference_are_those_of_the_rows() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/settings.md");
         let known = fs::read_to_string(&path).expect("the reference");
-        let of_nodes = nodes().into_iter();
+        let of_nodes = nodes(&crate::builtin()).into_iter();
         let tables: Vec<Table> = job().into_iter().chain(of_nodes).chain([inputs()]).collect();
         let mut text = String::new();
         let mut rest = known.as_str();
@@ -105,14 +111,15 @@ mod tests {
         while let Some((before, behind)) = rest.split_once("<!-- rows: ") {
             let (title, behind) = behind.split_once(" -->").expect("a title");
             let (_, behind) = behind.split_once("<!-- end -->").expect("an end");
-            let table = tables.iter().find(|it| it.title == title).expect("a table of this title");
+            let table =
+                tables.iter().find(|it| name_of(it) == title).expect("a table of this title");
             shown.insert(title.to_owned());
             let rows = schema::markdown(table);
             let _ = write!(text, "{before}<!-- rows: {title} -->\n{rows}<!-- end -->");
             rest = behind;
         }
         text.push_str(rest);
-        assert_eq!(shown, tables.iter().map(|it| it.title.to_owned()).collect());
+        assert_eq!(shown, tables.iter().map(name_of).collect());
         if std::env::var_os("BLESS").is_some() {
             fs::write(&path, text).expect("written");
         } else {
@@ -122,7 +129,7 @@ mod tests {
 
     #[test]
     fn the_schema_has_every_key_where_a_manifest_has_it() {
-        let schema = json_schema();
+        let schema = json_schema(&crate::builtin());
         let interval = "/properties/execution/properties/checkpointing/properties/interval/type";
         assert!(schema.pointer(interval).is_some_and(serde_json::Value::is_array), "{schema:#}");
         assert_eq!(schema.pointer("/properties/job/required/0"), Some(&serde_json::json!("name")));
@@ -176,7 +183,8 @@ inputs = ["count"]
         let mut read = BTreeSet::new();
         for strategy in ["fixed-delay", "failure-rate", "exponential-delay"] {
             let text = format!("{text}\n[restart-strategy]\ntype = \"{strategy}\"\n");
-            let spec = JobSpec::parse(Path::new("job.toml"), &text, None).expect("a manifest");
+            let spec = JobSpec::parse(Path::new("job.toml"), &text, None, &crate::builtin())
+                .expect("a manifest");
             read.extend(spec.effective.into_iter().map(|it| it.key));
         }
         let named: [(&str, &[&str]); 3] =
@@ -185,10 +193,11 @@ inputs = ["count"]
         for table in job() {
             known.extend(table.rows.iter().map(|it| it.row().key.to_owned()));
         }
-        for table in nodes() {
+        for table in nodes(&crate::builtin()) {
             let names = named.iter().find(|(kind, _)| *kind == table.name).expect("a kind").1;
             let names = names.iter().filter(|name| match table.connector {
                 Some("generator") => **name == "words",
+                Some("stdout") => false,
                 Some(_) => **name != "words",
                 None => true,
             });

@@ -8,7 +8,12 @@ use std::{
     time::Instant,
 };
 
-use cofferdam_connector::{Sink, Source, TaskContext, blocking::Blocking, sink::StateWriter};
+use cofferdam_connector::{
+    Sink, Source, TaskContext,
+    blocking::Blocking,
+    catalog::{SinkPlan, SourcePlan},
+    sink::StateWriter,
+};
 use cofferdam_contract::{Batch, Emission, OpenContext, StateChanges};
 use cofferdam_core::{
     checkpoint::Purpose,
@@ -30,9 +35,7 @@ use crate::{
     clock::{micros, now_ms},
     driver::Shared,
     metrics::Metrics,
-    sink::{self, Output},
-    source,
-    spec::{OperatorSpec, SinkSpec},
+    spec::OperatorSpec,
     storage::{
         declared::{self, Changes, OwnKeys},
         keyed::KeyedState,
@@ -60,9 +63,9 @@ pub(crate) enum Target {
 
 /// What a node does.
 pub(crate) enum Work {
-    Source { plan: source::Prepared, source: Option<Box<dyn Source>> },
+    Source { plan: Arc<dyn SourcePlan>, source: Option<Box<dyn Source>> },
     Operator(Box<OperatorTask>),
-    Sink { spec: SinkSpec, output: Option<Arc<Output>>, sink: Option<Box<dyn Sink>> },
+    Sink { plan: Option<Arc<dyn SinkPlan>>, sink: Option<Box<dyn Sink>> },
 }
 
 /// An operator's component and, once it is open, its instance.
@@ -155,8 +158,9 @@ impl Node {
             Work::Source { plan, source } => {
                 *source = Some(plan.open(&connector, state).await?);
             }
-            Work::Sink { spec, output, sink } => {
-                *sink = Some(sink::open(spec, output.as_ref(), &connector, state).await?);
+            Work::Sink { plan, sink } => {
+                let plan = plan.as_ref().ok_or_else(|| host_bug("a sink without an output"))?;
+                *sink = Some(plan.open(&connector, state).await?);
             }
             Work::Operator(operator) => {
                 operator.restored_from = checkpoint.unwrap_or(0);

@@ -34,7 +34,6 @@ use cofferdam_core::{
 use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 
-pub use self::output::Conflicts;
 pub(crate) use self::output::{Claim, Output, OutputContext};
 use self::output::{CommittedNames, Logs, writer_of_pending};
 use super::push_lines;

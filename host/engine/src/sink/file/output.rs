@@ -16,6 +16,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use cofferdam_connector::catalog::Conflicts;
+
 use crate::{
     identity::{Id, Lineage},
     job::resolved,
@@ -241,15 +243,6 @@ pub(crate) struct OutputContext {
     pub(crate) own_parts: BTreeMap<String, String>,
 }
 
-/// Ways out, which somebody must have chosen.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Conflicts {
-    /// Committed parts that the restored state knows nothing of are removed.
-    pub discard_output: bool,
-    /// Parts that are neither pending nor there, and in no log, were taken by a reader.
-    pub assume_committed: bool,
-}
-
 /// A directory that belongs to this run.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -454,9 +447,9 @@ impl Output {
         .hint("move it away, choose another path, or set if-exists = \"replace\"")
     }
 
-    /// Where it is, without links.
-    pub(crate) fn dir(&self) -> &Path {
-        &self.dir
+    /// The name of its sink.
+    pub(crate) fn sink(&self) -> &str {
+        &self.sink
     }
 
     fn folder(&self) -> PathBuf {

@@ -5,6 +5,7 @@ use crate::{
     identity::Lineage,
     spec::{IfExists, Rolling},
 };
+use cofferdam_connector::catalog::Conflicts;
 use cofferdam_contract::RecordRef;
 
 /// A job's sink in a directory, with a state directory beside it.
