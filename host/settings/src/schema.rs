@@ -6,6 +6,20 @@ use serde_json::{Map, Value, json};
 
 use crate::table::{AnySetting, Kind, Table};
 
+/// The default of a setting, in the largest unit that it is a multiple of.
+fn default_of(setting: &dyn AnySetting) -> String {
+    let shown = setting.default_shown();
+    let units: &[(u64, &str)] = match setting.row().kind {
+        Kind::Bytes => &[(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")],
+        Kind::Duration => &[(3_600_000, "h"), (60_000, "min"), (1_000, "s")],
+        _ => return shown,
+    };
+    let number = shown.split(' ').next().and_then(|number| number.parse::<u64>().ok());
+    let Some(number) = number.filter(|number| 0 < *number) else { return shown };
+    let unit = units.iter().find(|(size, _)| number.is_multiple_of(*size));
+    unit.map_or(shown, |(size, unit)| format!("{} {unit}", number / size))
+}
+
 /// The rows of a table as a table of Markdown.
 #[must_use]
 pub fn markdown(table: &Table) -> String {
@@ -27,7 +41,7 @@ pub fn markdown(table: &Table) -> String {
             }
             kind => kind.name().to_owned(),
         };
-        let default = setting.default_shown();
+        let default = default_of(*setting);
         let mut means = row.means.to_owned();
         if !row.aliases.is_empty() {
             let names: Vec<String> = row.aliases.iter().map(|it| format!("`{it}`")).collect();
@@ -125,7 +139,35 @@ fn described(setting: &dyn AnySetting) -> Value {
     };
     value["description"] = json!(row.means);
     if !setting.is_required() {
-        value["$comment"] = json!(format!("default: {}", setting.default_shown()));
+        value["$comment"] = json!(format!("default: {}", default_of(setting)));
     }
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::{Key, Required, Setting};
+
+    static NAME: Required<String> = Key::text("job.name", "its name").required("a name");
+    static SIZE: Setting<u64> = Key::bytes("limits.size", "how much").or(16 << 20);
+    static PAUSE: Setting<u64> =
+        Key::duration("limits.pause", "how long").aliases(&["wait"]).or(90_000);
+
+    #[test]
+    fn rows_become_a_table_and_a_schema() {
+        let rows: &[&dyn AnySetting] = &[&NAME, &SIZE, &PAUSE];
+        let rows: &'static [&'static dyn AnySetting] = Box::leak(rows.to_vec().into_boxed_slice());
+        let table = Table { name: "", connector: None, title: "all", rows };
+        let markdown = markdown(&table);
+        assert!(markdown.contains("| `limits.size` | size | 16 MiB | how much |"), "{markdown}");
+        assert!(
+            markdown.contains("| 90 s | how long (Flink also calls it `wait`) |"),
+            "{markdown}"
+        );
+        let schema = json_schema("it", &[table], &[]);
+        assert_eq!(schema.pointer("/properties/job/required/0"), Some(&json!("name")));
+        let size = "/properties/limits/properties/size/type/0";
+        assert_eq!(schema.pointer(size), Some(&json!("string")));
+    }
 }

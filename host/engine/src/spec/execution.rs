@@ -9,7 +9,7 @@ use cofferdam_core::{
 };
 use cofferdam_settings::{AnySetting, Located, Optional, Section, Setting, table::Key};
 
-use super::{StorageSpec, host::MEANINGLESS};
+use super::{StorageSpec, flink::MEANINGLESS};
 use crate::storage::is_url;
 
 /// Flink's largest `int`.

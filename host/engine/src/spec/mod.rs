@@ -5,6 +5,7 @@
 
 pub(crate) mod connectors;
 mod execution;
+mod flink;
 pub mod host;
 mod nodes;
 mod operator;
