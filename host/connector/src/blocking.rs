@@ -219,6 +219,10 @@ impl<S: BlockingSource> Source for OffThread<S, ReadOutcome> {
         }
     }
 
+    fn is_settled(&self) -> bool {
+        !matches!(self.state, State::Running(_))
+    }
+
     fn settle(&mut self) -> Answer<'_, Option<Step>> {
         Box::pin(async {
             match self.end().await? {

@@ -61,6 +61,12 @@ pub trait Source: Send {
     /// Where the outside fails, or what is there makes no sense.
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Step>>;
 
+    /// Whether nothing is under way: `Pending` then means that there is nothing at the moment, and what the task has
+    /// collected goes out at once.
+    fn is_settled(&self) -> bool {
+        true
+    }
+
     /// Ends what is under way before a position is asked for: a step that was begun and not given out. It is
     /// called until it gives `None`, and what it gives lies before the position.
     ///

@@ -134,7 +134,7 @@ pub(crate) struct Worker {
     pub(crate) blocking: Blocking,
 }
 
-/// A source without records for this long holds nothing back any more: what was collected goes out.
+/// A step that is under way for this long holds nothing back any more: what was collected goes out.
 const FLUSH_AFTER: Duration = Duration::from_millis(2);
 
 /// How long a source has given nothing, and what came of it.
@@ -277,7 +277,7 @@ impl Worker {
                 intake = Intake::Drained;
                 continue;
             }
-            match self.next_step(quiet.ends_at(self.idle_after)).await? {
+            match self.next_step(&mut quiet).await? {
                 Woken::Step(step) => {
                     self.take_step(step, &mut intake, &mut quiet).await?;
                     // A chain without channels never waits by itself.
@@ -303,9 +303,20 @@ impl Worker {
     }
 
     /// Waits for the source's next step, for news from the driver, or until the source counts as quiet.
-    async fn next_step(&mut self, quiet_at: Option<Instant>) -> Result<Woken> {
+    async fn next_step(&mut self, quiet: &mut Quiet) -> Result<Woken> {
+        let task = self.nodes[0].task;
+        let failure = |cause| TaskFailure { task, cause };
+        let source = self.nodes[0].source().map_err(failure)?;
+        if let Poll::Ready(step) = poll_fn(|context| Poll::Ready(source.poll_next(context))).await {
+            return step.map(Woken::Step).map_err(failure);
+        }
+        // A step that is under way may well be there before what was collected is worth sending.
+        if !quiet.is_flushed && source.is_settled() {
+            quiet.is_flushed = true;
+            self.flush();
+        }
+        let quiet_at = quiet.ends_at(self.idle_after);
         let (node, control) = (&mut self.nodes[0], &mut self.control);
-        let task = node.task;
         let step = poll_fn(|context| match node.source() {
             Ok(source) => source.poll_next(context),
             Err(cause) => Poll::Ready(Err(cause)),
