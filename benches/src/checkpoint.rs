@@ -3,8 +3,7 @@
 use std::{fs::File, io::Write, sync::Arc, time::Instant};
 
 use anyhow::Result;
-use cofferdam_contract::Batch;
-use cofferdam_contract::RecordRef;
+use cofferdam_contract::{Batch, RecordRef};
 use cofferdam_engine::storage::{
     sled::SledStorage,
     snapshot::{SnapshotStore, TaskSnapshot},

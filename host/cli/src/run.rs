@@ -177,9 +177,9 @@ async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobH
             std::process::exit(130);
         }
     };
-    let Ok(job) = job else { return };
     for is_second in [false, true] {
         signals.next().await;
+        let Ok(job) = &job else { std::process::exit(130) };
         if is_second || HAS_ENDED.load(Ordering::Acquire) {
             // Nothing is lost: what was acked is durable, and the next run goes on from it.
             std::process::exit(130);

@@ -53,6 +53,17 @@ impl Blocking {
             result
         })
     }
+
+    /// Runs a call that blocks, and waits for its end.
+    ///
+    /// # Errors
+    /// Its own, and a bug of the host where it panics.
+    pub async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.run(call).await.map_err(|error| panicked(&error))?
+    }
 }
 
 impl CallsEnded {
@@ -144,16 +155,36 @@ impl<S: Send + 'static, T: Send + 'static> OffThread<S, T> {
         Self { blocking, state, wait: None, collected: Vec::new(), collected_bytes: 0 }
     }
 
+    /// Opens something that blocks, and runs its calls from then on.
+    ///
+    /// # Errors
+    /// Where it cannot be opened.
+    pub async fn open(
+        blocking: Blocking,
+        open: impl FnOnce() -> Result<S> + Send + 'static,
+    ) -> Result<Self> {
+        Ok(Self::new(blocking.call(open).await?, blocking))
+    }
+
+    /// Starts a call, which gives the connector back with its result.
+    fn start<U: Send + 'static>(
+        &self,
+        mut inner: S,
+        call: impl FnOnce(&mut S) -> Result<U> + Send + 'static,
+    ) -> JoinHandle<(S, Result<U>)> {
+        self.blocking.run(move || {
+            let result = call(&mut inner);
+            (inner, result)
+        })
+    }
+
     fn take(&mut self) -> State<S, T> {
         std::mem::replace(&mut self.state, State::Gone)
     }
 
     /// Begins a call.
-    fn begin(&mut self, mut inner: S, call: impl FnOnce(&mut S) -> Result<T> + Send + 'static) {
-        self.state = State::Running(self.blocking.run(move || {
-            let result = call(&mut inner);
-            (inner, result)
-        }));
+    fn begin(&mut self, inner: S, call: impl FnOnce(&mut S) -> Result<T> + Send + 'static) {
+        self.state = State::Running(self.start(inner, call));
     }
 
     /// Waits for the call that is running, if one is.
@@ -171,11 +202,8 @@ impl<S: Send + 'static, T: Send + 'static> OffThread<S, T> {
         &mut self,
         call: impl FnOnce(&mut S) -> Result<U> + Send + 'static,
     ) -> Result<U> {
-        let State::Idle(mut inner) = self.take() else { return Err(is_gone()) };
-        let running = self.blocking.run(move || {
-            let result = call(&mut inner);
-            (inner, result)
-        });
+        let State::Idle(inner) = self.take() else { return Err(is_gone()) };
+        let running = self.start(inner, call);
         let (inner, result) = running.await.map_err(|error| panicked(&error))?;
         self.state = State::Idle(inner);
         result

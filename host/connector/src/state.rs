@@ -21,10 +21,13 @@ pub fn encode_all<T: Serialize>(states: &[T]) -> Result<Vec<Vec<u8>>, String> {
     states.iter().map(encode).collect()
 }
 
+/// The failure of a task whose state in the checkpoint does not fit it.
+#[must_use]
+pub fn mismatch(message: String) -> FailureCause {
+    FailureCause::Permanent { obstacle: Obstacle::StateMismatch, message }
+}
+
 /// The failure of a task whose state in the checkpoint is not what it has written.
 pub fn unreadable(of: &str, error: impl std::fmt::Display) -> FailureCause {
-    FailureCause::Permanent {
-        obstacle: Obstacle::StateMismatch,
-        message: format!("the {of} in the checkpoint cannot be read: {error}"),
-    }
+    mismatch(format!("the {of} in the checkpoint cannot be read: {error}"))
 }

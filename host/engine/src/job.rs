@@ -27,6 +27,7 @@ use cofferdam_sandbox::{
     Component, ComponentError, GuestError, Host, InstanceSetup, Level, Limits, Sandbox,
     SandboxError, SandboxOptions,
 };
+use cofferdam_settings::{Code, Problem};
 use tokio::sync::mpsc;
 use twox_hash::XxHash3_64;
 
@@ -66,7 +67,6 @@ use crate::{
         poison::Processed,
     },
 };
-use cofferdam_settings::{Code, Problem};
 
 /// What the manifest does not say.
 #[derive(Debug, Clone, Default)]

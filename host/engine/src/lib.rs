@@ -27,10 +27,11 @@ pub use source::generate;
 /// The connectors that are built in: `file` and `generator`, and `file`, `stdout` and `discard`.
 #[must_use]
 pub fn builtin() -> cofferdam_connector::Catalog {
+    use spec::connectors;
     cofferdam_connector::Catalog::default()
-        .source(spec::connectors::FileSourceConnector)
-        .source(spec::connectors::GeneratorConnector)
-        .sink(spec::connectors::FileSinkConnector)
-        .sink(spec::connectors::StdoutConnector)
-        .sink(spec::connectors::DiscardConnector)
+        .source(connectors::FILE_SOURCE)
+        .source(connectors::GENERATOR)
+        .sink(connectors::FILE_SINK)
+        .sink(connectors::STDOUT)
+        .sink(connectors::DISCARD)
 }

@@ -12,8 +12,6 @@ use std::{
     time::Duration,
 };
 
-use cofferdam_sandbox::{Component, GuestError, Image, Limits, MemorySnapshot, Sandbox};
-
 use cofferdam_connector::catalog::SourcePlan;
 use cofferdam_core::{
     graph::Partitioner,
@@ -21,6 +19,9 @@ use cofferdam_core::{
     job::Resume,
     key_group::key_groups_of,
 };
+use cofferdam_sandbox::{Component, GuestError, Image, Limits, MemorySnapshot, Sandbox};
+use cofferdam_settings::{Code, Problem};
+use futures::executor::block_on;
 
 use crate::{
     identity::Lineage,
@@ -38,9 +39,8 @@ use crate::{
         run::{Run, RunBuilder},
         snapshot::{Found, LoadedTask, Share, SnapshotStore},
     },
-    task::local::TaskLocal,
+    task::{local::TaskLocal, node::host_bug},
 };
-use cofferdam_settings::{Code, Problem};
 
 /// A checkpoint or savepoint to begin from, instead of the newest of the state directory.
 #[derive(Debug, Clone)]
@@ -632,10 +632,11 @@ fn check_left_behind(
     store: &SnapshotStore,
 ) -> Result<(), Failed> {
     let is_file_sink = |uid: &str| {
-        let node = tasks.spec.nodes.iter().find(|node| node.uid == uid);
-        let sink =
-            node.and_then(|node| if let NodeKind::Sink(it) = &node.kind { Some(it) } else { None });
-        sink.is_some_and(|sink| sink.directory().is_some())
+        let mut nodes = tasks.spec.nodes.iter();
+        nodes.any(|node| match &node.kind {
+            NodeKind::Sink(sink) => node.uid == uid && sink.directory().is_some(),
+            NodeKind::Source(_) | NodeKind::Operator(_) => false,
+        })
     };
     for (slot, task) in manifest.tasks.iter().enumerate() {
         let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
@@ -743,16 +744,10 @@ fn share(
     let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
     let shares = match kind {
         NodeKind::Source(_) => match tasks.sources.get(name) {
-            Some(source) => {
-                futures::executor::block_on(source.redistribute(&positions(), parallelism))
-            }
-            None => {
-                Err(crate::task::node::host_bug(&format!("source \"{name}\" was not prepared")))
-            }
+            Some(source) => block_on(source.redistribute(&positions(), parallelism)),
+            None => Err(host_bug(&format!("source \"{name}\" was not prepared"))),
         },
-        NodeKind::Sink(sink) => {
-            futures::executor::block_on(sink.redistribute(&positions(), parallelism))
-        }
+        NodeKind::Sink(sink) => block_on(sink.redistribute(&positions(), parallelism)),
         NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
     };
     let shares = shares.map_err(|cause| {

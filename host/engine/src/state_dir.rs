@@ -9,11 +9,12 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use cofferdam_settings::{Code, Problem};
+
 use crate::{
     identity::Id,
     storage::{FOR_OWNER, create_file, make_dir, sync_dir},
 };
-use cofferdam_settings::{Code, Problem};
 
 const LOCK: &str = "LOCK";
 const RECORD: &str = "JOB";

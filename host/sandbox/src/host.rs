@@ -1,7 +1,8 @@
 //! What a guest can ask of whoever embeds the sandbox.
 
-use crate::{Level, Limit};
 use cofferdam_contract::StateChanges;
+
+use crate::{Level, Limit};
 
 /// The answers to a guest's imports. Everything nondeterministic that a guest sees comes through
 /// here, so that it can be recorded.

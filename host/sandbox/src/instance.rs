@@ -5,6 +5,11 @@ use std::{future::Future, io, pin::pin, sync::Arc};
 
 use wasmtime::{Store, UpdateDeadline, component::TypedFunc};
 
+use cofferdam_contract::{
+    Batch, CheckpointRequest, Description, Emission, HandedOver, OpenContext, Processed,
+    StateChanges,
+};
+
 use crate::{
     Component, Host, Limits,
     bindings::Operator,
@@ -17,10 +22,6 @@ use crate::{
     },
     trap::GuestError,
     wasi::State,
-};
-use cofferdam_contract::{
-    Batch, CheckpointRequest, Description, Emission, HandedOver, OpenContext, Processed,
-    StateChanges,
 };
 
 /// The unit in which a guest's memory grows.

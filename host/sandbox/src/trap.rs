@@ -2,8 +2,9 @@
 
 use wasmtime::{Error, Trap, WasmBacktrace};
 
-use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
 use cofferdam_contract::{ErrorClass, OperatorError};
+
+use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
 /// gone: its memory is not state any more.

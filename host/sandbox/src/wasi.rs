@@ -28,13 +28,14 @@ use wasmtime_wasi::{
     random::WasiRandom,
 };
 
+use cofferdam_contract::StateChanges;
+
 use crate::{
     Host, Level, Limits,
     bindings::cofferdam::operator::{clock, logging, metrics, random as guest_random, state, task},
     limits::Meter,
     types,
 };
-use cofferdam_contract::StateChanges;
 
 /// A line of output longer than this is cut into messages.
 const LINE_BYTES_MAX: usize = 8 << 10;

@@ -1,6 +1,6 @@
 //! The rows as others want them: tables of a reference, and a JSON schema for editors.
 
-use std::fmt::Write;
+use std::{collections::BTreeSet, fmt::Write};
 
 use serde_json::{Map, Value, json};
 
@@ -59,7 +59,7 @@ pub fn json_schema(title: &str, tables: &[Table], nodes: &[Table]) -> Value {
     for table in tables {
         table.rows.iter().for_each(|setting| insert(&mut root, *setting));
     }
-    let names: Vec<&str> = nodes.iter().map(|table| table.name).collect();
+    let names: BTreeSet<&str> = nodes.iter().map(|table| table.name).collect();
     let mut arrays = Map::new();
     for name in names {
         let of_node = |table: &&Table| table.name == name;

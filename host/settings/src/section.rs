@@ -93,7 +93,9 @@ impl<'a> Document<'a> {
             None => {
                 // Behind the others of its node, or of its table.
                 let parent = key.rsplit_once('.').map_or("", |(parent, _)| parent);
-                let is_beside = |known: &Effective| known.key.starts_with(parent);
+                let is_beside = |known: &Effective| {
+                    known.key.strip_prefix(parent).is_some_and(|rest| rest.starts_with('.'))
+                };
                 let last = effective.iter().rposition(is_beside);
                 let index = last.map_or(effective.len(), |last| last + 1);
                 effective.insert(index, Effective { key: key.to_owned(), value, place: None });
@@ -327,6 +329,23 @@ impl<'a> Section<'a> {
         self.document.problem(Code::BadValue, span, message)
     }
 
+    /// A problem with a word that is none of those that there are.
+    #[must_use]
+    pub fn not_one_of(
+        &self,
+        key: &str,
+        span: &Range<usize>,
+        text: &str,
+        words: &[&str],
+    ) -> Problem {
+        let why = format!("\"{text}\" is not one of {}", words.join(", "));
+        let problem = self.bad_value(key, span, why);
+        match closest(text, words.iter().copied()) {
+            Some(meant) => problem.hint(format!("did you mean \"{meant}\"?")),
+            None => problem,
+        }
+    }
+
     /// Notes that a value cannot be used; what is read in its place counts.
     pub fn refuse(&self, key: &dyn AnySetting, span: &Range<usize>, why: impl std::fmt::Display) {
         let key = key.row().key;
@@ -356,12 +375,6 @@ impl<'a> Section<'a> {
     /// The value of a setting: the one that is set, or its default.
     pub fn get<T: Clone>(&self, setting: &Setting<T>) -> T {
         self.located(setting).map_or_else(|| setting.default.clone(), |located| located.value)
-    }
-
-    /// The default of a setting.
-    #[must_use]
-    pub fn default<T: Clone>(&self, setting: &Setting<T>) -> T {
-        setting.default.clone()
     }
 
     /// Where a setting is set, if it is.
@@ -406,7 +419,14 @@ impl<'a> Section<'a> {
 
     fn read<T>(&self, key: &Key<T>) -> Option<Located<T>> {
         let Located { value, span } = self.value(&key.row, || key.words())?;
-        key.value(&value).map(|value| Located { value, span })
+        let value = key.value(&value)?;
+        match key.why_not(&value) {
+            Some(why) => {
+                let key = key.row.key;
+                self.mistaken(key, self.bad_value(key, &span, why))
+            }
+            None => Some(Located { value, span }),
+        }
     }
 
     fn value(
@@ -417,7 +437,6 @@ impl<'a> Section<'a> {
         let key = row.key;
         let wanted = wanted(&row.kind);
         if let Some(span) = self.tables.get(key) {
-            self.asked.borrow_mut().insert(key.to_owned());
             let _ = self.has(key);
             return self.mistaken(key, self.wrong_type(key, span, "a table", wanted));
         }
@@ -474,18 +493,7 @@ impl<'a> Section<'a> {
                 let words = words();
                 match words.iter().position(|word| word.eq_ignore_ascii_case(text)) {
                     Some(index) => located(Value::Word(index)),
-                    None => {
-                        let why = format!("\"{text}\" is not one of {}", words.join(", "));
-                        let problem = self.bad_value(key, span, why);
-                        let meant = closest(text, words);
-                        self.mistaken(
-                            key,
-                            match meant {
-                                Some(word) => problem.hint(format!("did you mean \"{word}\"?")),
-                                None => problem,
-                            },
-                        )
-                    }
+                    None => self.mistaken(key, self.not_one_of(key, span, text, &words)),
                 }
             }
             (Kind::Array, DeValue::Array(_)) | (Kind::Free, _) => None,

@@ -90,6 +90,7 @@ pub struct Key<T: 'static> {
     words: Words<T>,
     read: fn(&Value, Words<T>) -> Option<T>,
     show: fn(&T, Words<T>) -> String,
+    why_not: fn(&T) -> Option<&'static str>,
 }
 
 /// A setting with a default.
@@ -115,6 +116,11 @@ pub struct Required<T: 'static> {
     pub(crate) wanted: &'static str,
 }
 
+/// Every value of the type will do.
+fn allowed<T>(_: &T) -> Option<&'static str> {
+    None
+}
+
 fn integer(value: &Value, _: Words<u64>) -> Option<u64> {
     if let Value::Integer(number) = value { Some(*number) } else { None }
 }
@@ -124,21 +130,27 @@ impl Key<u64> {
     #[must_use]
     pub const fn integer(key: &'static str, low: u64, high: u64, means: &'static str) -> Self {
         let row = Row::new(key, Kind::Integer(RangeInclusive::new(low, high)), means);
-        Self { row, words: &[], read: integer, show: |number, _| number.to_string() }
+        Self { row, words: &[], read: integer, show: |it, _| it.to_string(), why_not: allowed }
     }
 
     /// A duration, in milliseconds.
     #[must_use]
     pub const fn duration(key: &'static str, means: &'static str) -> Self {
         let row = Row::new(key, Kind::Duration, means);
-        Self { row, words: &[], read: integer, show: |ms, _| format!("{ms} ms") }
+        Self { row, words: &[], read: integer, show: |it, _| format!("{it} ms"), why_not: allowed }
     }
 
     /// A size, in bytes.
     #[must_use]
     pub const fn bytes(key: &'static str, means: &'static str) -> Self {
         let row = Row::new(key, Kind::Bytes, means);
-        Self { row, words: &[], read: integer, show: |bytes, _| format!("{bytes} bytes") }
+        Self {
+            row,
+            words: &[],
+            read: integer,
+            show: |it, _| format!("{it} bytes"),
+            why_not: allowed,
+        }
     }
 }
 
@@ -151,6 +163,7 @@ impl Key<bool> {
             words: &[],
             read: |value, _| if let Value::Boolean(it) = value { Some(*it) } else { None },
             show: |value, _| value.to_string(),
+            why_not: allowed,
         }
     }
 }
@@ -164,6 +177,7 @@ impl Key<f64> {
             words: &[],
             read: |value, _| if let Value::Number(it) = value { Some(*it) } else { None },
             show: |value, _| value.to_string(),
+            why_not: allowed,
         }
     }
 }
@@ -177,6 +191,7 @@ impl Key<String> {
             words: &[],
             read: |value, _| if let Value::Text(it) = value { Some(it.clone()) } else { None },
             show: |value, _| value.clone(),
+            why_not: allowed,
         }
     }
 }
@@ -186,14 +201,14 @@ impl Key<()> {
     #[must_use]
     pub const fn array(key: &'static str, means: &'static str) -> Self {
         let row = Row::new(key, Kind::Array, means);
-        Self { row, words: &[], read: |_, _| None, show: |(), _| String::new() }
+        Self { row, words: &[], read: |_, _| None, show: |(), _| String::new(), why_not: allowed }
     }
 
     /// A table whose keys are free.
     #[must_use]
     pub const fn free(key: &'static str, means: &'static str) -> Self {
         let row = Row::new(key, Kind::Free, means);
-        Self { row, words: &[], read: |_, _| None, show: |(), _| String::new() }
+        Self { row, words: &[], read: |_, _| None, show: |(), _| String::new(), why_not: allowed }
     }
 }
 
@@ -212,6 +227,7 @@ impl<T: Copy + PartialEq> Key<T> {
                 let word = words.iter().find(|(_, other)| other == value);
                 word.map_or_else(String::new, |(word, _)| (*word).to_owned())
             },
+            why_not: allowed,
         }
     }
 }
@@ -221,6 +237,13 @@ impl<T> Key<T> {
     #[must_use]
     pub const fn aliases(mut self, aliases: &'static [&'static str]) -> Self {
         self.row.aliases = aliases;
+        self
+    }
+
+    /// Which of its values cannot be used, and why.
+    #[must_use]
+    pub const fn unless(mut self, why_not: fn(&T) -> Option<&'static str>) -> Self {
+        self.why_not = why_not;
         self
     }
 
@@ -255,6 +278,10 @@ impl<T> Key<T> {
 
     pub(crate) fn value(&self, value: &Value) -> Option<T> {
         (self.read)(value, self.words)
+    }
+
+    pub(crate) fn why_not(&self, value: &T) -> Option<&'static str> {
+        (self.why_not)(value)
     }
 
     pub(crate) fn shown(&self, value: &T) -> String {

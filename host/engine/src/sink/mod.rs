@@ -15,13 +15,10 @@ use cofferdam_connector::{
     catalog::{OutputContext, SinkPlan, SinkSpec},
     ready,
     sink::{Guarantee, StateWriter},
+    state::mismatch,
 };
 use cofferdam_contract::{Batch, Format};
-use cofferdam_core::{
-    checkpoint::Purpose,
-    failure::{FailureCause, Obstacle},
-    ids::CheckpointId,
-};
+use cofferdam_core::{checkpoint::Purpose, ids::CheckpointId};
 use cofferdam_settings::{Code, Problem};
 
 pub(crate) use self::file::uncommitted;
@@ -58,11 +55,7 @@ impl SinkSpec for FileSinkSpec {
         states: &'a [&'a [u8]],
         parallelism: usize,
     ) -> Answer<'a, Vec<Vec<u8>>> {
-        let shared = file::share(states, parallelism);
-        ready(shared.map_err(|message| FailureCause::Permanent {
-            obstacle: Obstacle::StateMismatch,
-            message,
-        }))
+        ready(file::share(states, parallelism).map_err(mismatch))
     }
 }
 
@@ -96,13 +89,8 @@ impl SinkPlan for FileSinkPlan {
         let (spec, output, index) = (self.spec.clone(), self.output.clone(), task.index);
         let blocking = task.blocking.clone();
         let open = move || file::FileSink::open(output, &spec, index, state.as_deref());
-        let opening = blocking.run(open);
-        Box::pin(async move {
-            let sink = opening.await.map_err(|error| FailureCause::HostBug {
-                message: format!("a file sink panicked: {error}"),
-            })??;
-            Ok(Box::new(OffThread::new(sink, blocking)) as Box<dyn Sink>)
-        })
+        let opening = OffThread::open(blocking, open);
+        Box::pin(async move { Ok(Box::new(opening.await?) as Box<dyn Sink>) })
     }
 }
 

@@ -32,19 +32,17 @@ impl StdoutSink {
     /// Does something with standard output, on a thread that may block.
     async fn print(
         &self,
-        doing: &str,
+        doing: &'static str,
         call: impl FnOnce(&mut io::StdoutLock<'_>) -> io::Result<()> + Send + 'static,
     ) -> Result<(), FailureCause> {
         let turn = TURN.clone().lock_owned().await;
-        let printing = self.blocking.run(move || {
+        let print = move || {
             let printed = call(&mut io::stdout().lock());
             drop(turn);
             printed
-        });
-        let printed = printing.await.map_err(|error| FailureCause::HostBug {
-            message: format!("printing has panicked: {error}"),
-        })?;
-        printed.map_err(|error| FailureCause::Environment { message: format!("{doing}: {error}") })
+                .map_err(|error| FailureCause::Environment { message: format!("{doing}: {error}") })
+        };
+        self.blocking.call(print).await
     }
 }
 

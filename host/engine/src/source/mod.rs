@@ -10,9 +10,9 @@ use cofferdam_connector::{
     blocking::OffThread,
     catalog::{Formats, NodeContext, SourcePlan, SourceSpec},
     ready,
+    state::mismatch,
 };
 use cofferdam_contract::{Batch, Format};
-use cofferdam_core::failure::{FailureCause, Obstacle};
 use cofferdam_settings::Problem;
 
 pub(crate) use self::file::checksum;
@@ -20,11 +20,6 @@ use crate::spec::{FileSourceSpec, GeneratorContent, GeneratorSpec, LineFormat, O
 
 /// The output of records that a source could make no sense of.
 pub(crate) const DEAD_LETTERS: u32 = 1;
-
-/// The failure of states that cannot be distributed.
-fn unfit(message: String) -> FailureCause {
-    FailureCause::Permanent { obstacle: Obstacle::StateMismatch, message }
-}
 
 impl SourceSpec for FileSourceSpec {
     fn formats(&self) -> Formats {
@@ -61,13 +56,8 @@ impl SourcePlan for Files {
         let (index, parallelism) = (task.index, task.parallelism);
         let (plan, blocking) = (self.0.clone(), task.blocking.clone());
         let open = move || file::FileSource::open(&plan, index, parallelism, position.as_deref());
-        let opening = blocking.run(open);
-        Box::pin(async move {
-            let source = opening.await.map_err(|error| FailureCause::HostBug {
-                message: format!("a file source panicked: {error}"),
-            })??;
-            Ok(Box::new(OffThread::new(source, blocking)) as Box<dyn Source>)
-        })
+        let opening = OffThread::open(blocking, open);
+        Box::pin(async move { Ok(Box::new(opening.await?) as Box<dyn Source>) })
     }
 
     fn check_fresh(&self) -> Result<(), Problem> {
@@ -87,7 +77,7 @@ impl SourcePlan for Files {
         positions: &'a [&'a [u8]],
         parallelism: usize,
     ) -> Answer<'a, Vec<Vec<u8>>> {
-        ready(file::share(positions, parallelism).map_err(unfit))
+        ready(file::share(positions, parallelism).map_err(mismatch))
     }
 }
 
@@ -127,7 +117,7 @@ impl SourcePlan for generator::GeneratorPlan {
         positions: &'a [&'a [u8]],
         parallelism: usize,
     ) -> Answer<'a, Vec<Vec<u8>>> {
-        ready(generator::share(positions, parallelism).map_err(unfit))
+        ready(generator::share(positions, parallelism).map_err(mismatch))
     }
 }
 

@@ -7,8 +7,7 @@ use cofferdam_connector::{
     catalog::{SinkConnector, SinkSpec, SourceConnector, SourceSpec},
 };
 use cofferdam_settings::{
-    AnySetting, Located, Optional, Problem, Required, Section, Setting, section::closest,
-    table::Key,
+    AnySetting, Located, Optional, Problem, Required, Section, Setting, table::Key,
 };
 
 use super::{
@@ -30,6 +29,7 @@ static CONNECTOR: Required<String> = Key::text("connector", "where its records c
 static RATE: Optional<f64> =
     Key::number("rate", "records a second, of all tasks together; above 0")
         .of_job()
+        .unless(|rate| (*rate <= 0.0).then_some("it must be above 0 records a second"))
         .or_none("as fast as they are taken");
 
 static SOURCE_PATH: Required<String> = Key::text("path", "a file, or a glob such as `input/*.txt`")
@@ -82,6 +82,9 @@ static DELIMITER: Optional<String> =
 static RECORD_SIZE: Setting<u64> =
     Key::bytes("max-record-size", "a longer record is a bad one; 256 MiB at most")
         .of_job()
+        .unless(|bytes| {
+            (!(1..=RECORD_BYTES_MAX).contains(bytes)).then_some("it must be from 1 byte to 256 MiB")
+        })
         .or(RECORD_BYTES_DEFAULT);
 static ON_BAD_RECORD: Setting<OnBadRecord> = Key::choice(
     "on-bad-record",
@@ -98,6 +101,7 @@ static ON_BAD_RECORD: Setting<OnBadRecord> = Key::choice(
 static SPLIT_SIZE: Setting<u64> =
     Key::bytes("split-size", "a file is shared among tasks in pieces of this size; at least 4 KiB")
         .of_job()
+        .unless(|bytes| (*bytes < 4096).then_some("it must be at least 4 KiB"))
         .or(64 << 20);
 
 static CONTENT: Setting<bool> = Key::choice(
@@ -112,6 +116,7 @@ static VOCABULARY: Setting<u64> =
 static EXPONENT: Setting<f64> =
     Key::number("exponent", "words follow a Zipf law with this exponent, from 0 (all alike) to 10")
         .of_job()
+        .unless(|it| (!(0.0..=10.0).contains(it)).then_some("it must be from 0 to 10"))
         .or(1.0);
 static COUNT: Optional<u64> =
     Key::integer("count", 0, u64::MAX, "how many records, of all tasks together")
@@ -144,6 +149,7 @@ static ROLL_SIZE: Optional<u64> = Key::bytes(
     "a part continues over checkpoints until it has this many bytes, and is visible after that",
 )
 .of_job()
+.unless(|bytes| (*bytes == 0).then_some("it must be above 0"))
 .or_none("none: each checkpoint ends a part");
 static ROLL_INTERVAL: Optional<u64> = Key::duration(
     "roll-interval",
@@ -186,14 +192,9 @@ fn chosen<'c, C: ?Sized>(
         return Err(section.missing(CONNECTOR.row().key, &wanted));
     };
     let found = connectors.iter().find(|it| name(it).eq_ignore_ascii_case(&value));
-    found.map(|found| &**found).ok_or_else(|| {
-        let why = format!("\"{value}\" is not one of {}", names.join(", "));
-        let problem = section.bad_value(CONNECTOR.row().key, &span, why);
-        match closest(&value, names.iter().copied()) {
-            Some(meant) => problem.hint(format!("did you mean \"{meant}\"?")),
-            None => problem,
-        }
-    })
+    found
+        .map(|found| &**found)
+        .ok_or_else(|| section.not_one_of(CONNECTOR.row().key, &span, &value, &names))
 }
 
 pub(super) fn read_source(
@@ -216,90 +217,72 @@ pub(super) fn read_sink(
     connector.read(section, base_dir)
 }
 
-/// Lines of files.
-pub(crate) struct FileSourceConnector;
+/// A connector that is built in: its name, its settings, and what reads them.
+pub(crate) struct BuiltIn<S: ?Sized> {
+    name: &'static str,
+    rows: &'static [&'static dyn AnySetting],
+    read: fn(&Section<'_>, &Path) -> Result<Arc<S>>,
+}
 
-impl SourceConnector for FileSourceConnector {
+impl SourceConnector for BuiltIn<dyn SourceSpec> {
     fn name(&self) -> &'static str {
-        "file"
+        self.name
     }
 
     fn settings(&self) -> &'static [&'static dyn AnySetting] {
-        FILE_SOURCE_ROWS
+        self.rows
     }
 
-    fn read(&self, section: &Section<'_>, _: &Path) -> Result<Arc<dyn SourceSpec>> {
-        Ok(Arc::new(read_file_source(section)?))
+    fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SourceSpec>> {
+        (self.read)(section, base_dir)
     }
 }
 
-/// Records that are made up.
-pub(crate) struct GeneratorConnector;
-
-impl SourceConnector for GeneratorConnector {
+impl SinkConnector for BuiltIn<dyn SinkSpec> {
     fn name(&self) -> &'static str {
-        "generator"
+        self.name
     }
 
     fn settings(&self) -> &'static [&'static dyn AnySetting] {
-        GENERATOR_ROWS
-    }
-
-    fn read(&self, section: &Section<'_>, _: &Path) -> Result<Arc<dyn SourceSpec>> {
-        Ok(Arc::new(read_generator(section)?))
-    }
-}
-
-/// Part files.
-pub(crate) struct FileSinkConnector;
-
-impl SinkConnector for FileSinkConnector {
-    fn name(&self) -> &'static str {
-        "file"
-    }
-
-    fn settings(&self) -> &'static [&'static dyn AnySetting] {
-        FILE_SINK_ROWS
+        self.rows
     }
 
     fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SinkSpec>> {
-        Ok(Arc::new(read_file_sink(section, base_dir)?))
+        (self.read)(section, base_dir)
     }
 }
+
+/// Lines of files.
+pub(crate) const FILE_SOURCE: BuiltIn<dyn SourceSpec> = BuiltIn {
+    name: "file",
+    rows: FILE_SOURCE_ROWS,
+    read: |section, _| Ok(Arc::new(read_file_source(section)?)),
+};
+
+/// Records that are made up.
+pub(crate) const GENERATOR: BuiltIn<dyn SourceSpec> = BuiltIn {
+    name: "generator",
+    rows: GENERATOR_ROWS,
+    read: |section, _| Ok(Arc::new(read_generator(section))),
+};
+
+/// Part files.
+pub(crate) const FILE_SINK: BuiltIn<dyn SinkSpec> = BuiltIn {
+    name: "file",
+    rows: FILE_SINK_ROWS,
+    read: |section, base_dir| Ok(Arc::new(read_file_sink(section, base_dir)?)),
+};
 
 /// Standard output.
-pub(crate) struct StdoutConnector;
-
-impl SinkConnector for StdoutConnector {
-    fn name(&self) -> &'static str {
-        "stdout"
-    }
-
-    fn settings(&self) -> &'static [&'static dyn AnySetting] {
-        STDOUT_ROWS
-    }
-
-    fn read(&self, section: &Section<'_>, _: &Path) -> Result<Arc<dyn SinkSpec>> {
-        Ok(Arc::new(StdoutSpec { line: section.get(&LINE) }))
-    }
-}
+pub(crate) const STDOUT: BuiltIn<dyn SinkSpec> = BuiltIn {
+    name: "stdout",
+    rows: STDOUT_ROWS,
+    read: |section, _| Ok(Arc::new(StdoutSpec { line: section.get(&LINE) })),
+};
 
 /// Nowhere.
-pub(crate) struct DiscardConnector;
-
-impl SinkConnector for DiscardConnector {
-    fn name(&self) -> &'static str {
-        "discard"
-    }
-
-    fn settings(&self) -> &'static [&'static dyn AnySetting] {
-        &[]
-    }
-
-    fn read(&self, _: &Section<'_>, _: &Path) -> Result<Arc<dyn SinkSpec>> {
-        Ok(Arc::new(DiscardSpec))
-    }
-}
+pub(crate) const DISCARD: BuiltIn<dyn SinkSpec> =
+    BuiltIn { name: "discard", rows: &[], read: |_, _| Ok(Arc::new(DiscardSpec)) };
 
 fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     let path = section.require(&SOURCE_PATH)?;
@@ -343,20 +326,9 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     let out_of_orderness_ms = section.get(&OUT_OF_ORDERNESS);
     let idle_timeout = section.find(&IDLE_TIMEOUT);
     let on_bad_record = section.get(&ON_BAD_RECORD);
-    let record_bytes_max = match section.located(&RECORD_SIZE) {
-        Some(Located { value, span }) if !(1..=RECORD_BYTES_MAX).contains(&value) => {
-            let why = "it must be from 1 byte to 256 MiB";
-            return Err(section.bad_value("max-record-size", &span, why));
-        }
-        _ => section.get(&RECORD_SIZE),
-    };
-    let split_bytes = match section.located(&SPLIT_SIZE) {
-        Some(Located { value, span }) if value < 4096 => {
-            return Err(section.bad_value("split-size", &span, "it must be at least 4 KiB"));
-        }
-        _ => section.get(&SPLIT_SIZE),
-    };
-    let rate = read_rate(section)?;
+    let record_bytes_max = section.get(&RECORD_SIZE);
+    let split_bytes = section.get(&SPLIT_SIZE);
+    let rate = section.find(&RATE).map(|rate| rate.value);
     Ok(FileSourceSpec {
         path: path.value,
         format,
@@ -425,24 +397,9 @@ fn read_time_format(section: &Section<'_>, located: Located<String>) -> Result<T
     })
 }
 
-/// Records a second.
-fn read_rate(section: &Section<'_>) -> Result<Option<f64>> {
-    match section.find(&RATE) {
-        Some(Located { value, span }) if value <= 0.0 => {
-            Err(section.bad_value("rate", &span, "it must be above 0 records a second"))
-        }
-        rate => Ok(rate.map(|rate| rate.value)),
-    }
-}
-
-fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
+fn read_generator(section: &Section<'_>) -> GeneratorSpec {
     let is_words = section.get(&CONTENT);
     let vocabulary = section.get(&VOCABULARY);
-    if let Some(Located { value, span }) = section.located(&EXPONENT)
-        && !(0.0..=10.0).contains(&value)
-    {
-        return Err(section.bad_value("exponent", &span, "it must be from 0 to 10"));
-    }
     let exponent = section.get(&EXPONENT);
     let content = match is_words {
         true => GeneratorContent::Words {
@@ -456,10 +413,10 @@ fn read_generator(section: &Section<'_>) -> Result<GeneratorSpec> {
         }
     };
     let count = section.find(&COUNT).map(|number| number.value);
-    let rate = read_rate(section)?;
+    let rate = section.find(&RATE).map(|rate| rate.value);
     let seed = section.get(&SEED);
     let has_timestamps = section.get(&TIMESTAMPS);
-    Ok(GeneratorSpec { content, count, rate, seed, has_timestamps })
+    GeneratorSpec { content, count, rate, seed, has_timestamps }
 }
 
 fn read_file_sink(section: &Section<'_>, base_dir: &Path) -> Result<FileSinkSpec> {
@@ -467,9 +424,6 @@ fn read_file_sink(section: &Section<'_>, base_dir: &Path) -> Result<FileSinkSpec
     let shown = section.shown_key(SINK_PATH.row().key);
     section.document().amend(&shown, path.display().to_string());
     let size = section.find(&ROLL_SIZE);
-    if let Some(Located { value: 0, span }) = &size {
-        return Err(section.bad_value("roll-size", span, "it must be above 0"));
-    }
     let interval = section.find(&ROLL_INTERVAL);
     Ok(FileSinkSpec {
         path,

@@ -72,6 +72,7 @@ static TIMEOUT: Setting<u64> = Key::duration(
     "execution.checkpointing.timeout",
     "a checkpoint that takes longer is aborted; at least 10 ms",
 )
+.unless(|ms| (*ms < INTERVAL_MS_MIN).then_some("it must be at least 10 ms"))
 .or(600_000);
 
 static MIN_PAUSE: Setting<u64> = Key::duration(
@@ -319,12 +320,7 @@ fn read_checkpoint(root: &Section<'_>, warnings: &mut Vec<String>) -> Checkpoint
     }
     settings.min_pause_ms = root.get(&MIN_PAUSE).min(PAUSE_MS_MAX);
     root.document().amend(MIN_PAUSE.row().key, format!("{} ms", settings.min_pause_ms));
-    if let Some(Located { value, span }) = root.located(&TIMEOUT) {
-        if value < INTERVAL_MS_MIN {
-            root.refuse(&TIMEOUT, &span, "it must be at least 10 ms");
-        }
-        settings.timeout_ms = value;
-    }
+    settings.timeout_ms = root.get(&TIMEOUT);
     let failures = u32::try_from(root.get(&TOLERABLE_FAILURES)).unwrap_or(FLINK_INT_MAX);
     // Flink: its largest number stands for any.
     settings.tolerable_failures = (failures != FLINK_INT_MAX).then_some(failures);

@@ -51,8 +51,10 @@ static DEAD_LETTER_AFTER: Optional<u64> =
     Key::integer("dead-letter-after", 2, 1_000, "how many traps at one record that takes")
         .of_job()
         .or_none("3 with `on-trap = \"dead-letter\"`");
-static MEMORY: Setting<u64> =
-    Key::bytes("limits.memory", "linear memory, at most 4 GiB").of_job().or(256 << 20);
+static MEMORY: Setting<u64> = Key::bytes("limits.memory", "linear memory, at most 4 GiB")
+    .of_job()
+    .unless(|bytes| (4 << 30 < *bytes).then_some("a component has at most 4 GiB"))
+    .or(256 << 20);
 static CALL: Setting<u64> =
     Key::duration("limits.call", "running time of one call").of_job().or(1_000);
 static OUTPUT: Setting<u64> =
@@ -91,7 +93,7 @@ pub(super) fn read_operator(
     let document = section.document();
     document.amend(&section.shown_key(COMPONENT.row().key), component.display().to_string());
     let config = section.free(CONFIG.row().key)?;
-    let limits = read_limits(section)?;
+    let limits = read_limits(section);
     let snapshot = section.get(&SNAPSHOT);
     let max_parallelism = match section.find(&MAX_PARALLELISM) {
         Some(number) if number.value < u64::from(parallelism) => {
@@ -132,14 +134,8 @@ fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {
     Ok(Some(u32::try_from(traps).unwrap_or(u32::MAX)))
 }
 
-fn read_limits(section: &Section<'_>) -> Result<Limits> {
-    if let Some(memory) = section.located(&MEMORY)
-        && 4 << 30 < memory.value
-    {
-        let why = "a component has at most 4 GiB";
-        return Err(section.bad_value(MEMORY.row().key, &memory.span, why));
-    }
-    Ok(Limits {
+fn read_limits(section: &Section<'_>) -> Limits {
+    Limits {
         memory_bytes_max: section.get(&MEMORY),
         call_max: Duration::from_millis(section.get(&CALL)),
         output_bytes_max: section.get(&OUTPUT),
@@ -148,7 +144,7 @@ fn read_limits(section: &Section<'_>) -> Result<Limits> {
         state_bytes_max: section.get(&STATE),
         partition_bytes_max: section.get(&PARTITION),
         log_bytes_per_second_max: section.get(&LOG),
-    })
+    }
 }
 
 #[cfg(test)]
@@ -158,7 +154,7 @@ mod tests {
     #[test]
     fn limits_that_are_not_set_are_those_of_the_sandbox() {
         let document = cofferdam_settings::Document::new(Path::new("job.toml"), "");
-        let limits = read_limits(&Section::root(&document, &[])).expect("defaults");
+        let limits = read_limits(&Section::root(&document, &[]));
         assert_eq!(format!("{limits:?}"), format!("{:?}", Limits::default()));
     }
 }

@@ -8,6 +8,10 @@ use cofferdam_settings::{AnySetting, Located, Optional, Section, Setting, table:
 
 use super::{RestartSpec, execution::FLINK_INT_MAX};
 
+fn is_zero(ms: &u64) -> Option<&'static str> {
+    (*ms == 0).then_some("it must be at least 1 ms")
+}
+
 static MERGE_FAILURES: Setting<bool> = Key::boolean(
     "restart-strategy.merge-failures",
     "failures of one incident count as one, with every strategy (not Flink's)",
@@ -52,6 +56,7 @@ static RATE_INTERVAL: Setting<u64> = Key::duration(
     "restart-strategy.failure-rate.failure-rate-interval",
     "the interval in which failures are counted",
 )
+.unless(|ms| (*ms == 0).then_some("it must be above 0"))
 .or(60_000);
 static RATE_DELAY: Setting<u64> =
     Key::duration("restart-strategy.failure-rate.delay", "time before each restart").or(1_000);
@@ -59,26 +64,31 @@ static INITIAL_BACKOFF: Setting<u64> = Key::duration(
     "restart-strategy.exponential-delay.initial-backoff",
     "time before the first restart",
 )
+.unless(is_zero)
 .or(1_000);
 static MAX_BACKOFF: Setting<u64> = Key::duration(
     "restart-strategy.exponential-delay.max-backoff",
     "the longest time before a restart",
 )
+.unless(is_zero)
 .or(60_000);
 static MULTIPLIER: Setting<f64> = Key::number(
     "restart-strategy.exponential-delay.backoff-multiplier",
     "the factor by which the time grows with each failure; above 1",
 )
+.unless(|factor| (*factor <= 1.0).then_some("it must be above 1"))
 .or(1.5);
 static RESET_THRESHOLD: Setting<u64> = Key::duration(
     "restart-strategy.exponential-delay.reset-backoff-threshold",
     "after this time without a failure the time before a restart is the initial one again",
 )
+.unless(is_zero)
 .or(3_600_000);
 static JITTER: Setting<f64> = Key::number(
     "restart-strategy.exponential-delay.jitter-factor",
     "the share of the time that is random, from 0 to 1",
 )
+.unless(|share| (!(0.0..=1.0).contains(share)).then_some("it must be from 0 to 1"))
 .or(0.1);
 static RESET_ATTEMPTS: Optional<u64> = Key::integer(
     "restart-strategy.exponential-delay.attempts-before-reset-backoff",
@@ -144,7 +154,7 @@ pub(super) fn read(root: &Section<'_>) -> Strategies {
         },
         failure_rate: RestartStrategy::FailureRate {
             failures_per_interval_max: u32::try_from(root.get(&RATE_FAILURES)).unwrap_or(u32::MAX),
-            interval_ms: positive(root, &RATE_INTERVAL, "it must be above 0"),
+            interval_ms: root.get(&RATE_INTERVAL),
             delay_ms: root.get(&RATE_DELAY),
         },
         exponential: read_exponential(root),
@@ -188,49 +198,22 @@ impl Strategies {
     }
 }
 
-fn positive(root: &Section<'_>, setting: &Setting<u64>, why: &str) -> u64 {
-    match root.located(setting) {
-        Some(Located { value: 0, span }) => {
-            root.refuse(setting, &span, why);
-            1
-        }
-        Some(located) => located.value,
-        None => root.default(setting),
-    }
-}
-
 fn read_exponential(root: &Section<'_>) -> ExponentialDelay {
-    let positive = |setting| positive(root, setting, "it must be at least 1 ms");
-    let mut settings = ExponentialDelay {
-        initial_backoff_ms: positive(&INITIAL_BACKOFF),
-        reset_threshold_ms: positive(&RESET_THRESHOLD),
-        ..ExponentialDelay::default()
-    };
-    let max_backoff = root.located(&MAX_BACKOFF);
-    settings.backoff_ms_max =
-        max_backoff.as_ref().map_or(root.default(&MAX_BACKOFF), |located| located.value);
-    if let Some(Located { value: 0, span }) = &max_backoff {
-        root.refuse(&MAX_BACKOFF, span, "it must be at least 1 ms");
-    } else if settings.backoff_ms_max < settings.initial_backoff_ms {
-        let span =
-            max_backoff.map(|located| located.span).or_else(|| root.span_of(&INITIAL_BACKOFF));
+    let initial_backoff_ms = root.get(&INITIAL_BACKOFF);
+    let backoff_ms_max = root.get(&MAX_BACKOFF);
+    if backoff_ms_max < initial_backoff_ms {
+        let span = root.span_of(&MAX_BACKOFF).or_else(|| root.span_of(&INITIAL_BACKOFF));
         let span = span.unwrap_or_else(|| root.span.clone());
         root.refuse(&MAX_BACKOFF, &span, "it is below initial-backoff");
     }
-    if let Some(Located { value, span }) = root.located(&MULTIPLIER) {
-        if value <= 1.0 {
-            root.refuse(&MULTIPLIER, &span, "it must be above 1");
-        }
-        settings.backoff_multiplier = value;
+    ExponentialDelay {
+        initial_backoff_ms,
+        backoff_ms_max,
+        backoff_multiplier: root.get(&MULTIPLIER),
+        reset_threshold_ms: root.get(&RESET_THRESHOLD),
+        jitter_factor: root.get(&JITTER),
+        attempts_max: root.find(&RESET_ATTEMPTS).map(|number| number.value),
     }
-    if let Some(Located { value, span }) = root.located(&JITTER) {
-        if !(0.0..=1.0).contains(&value) {
-            root.refuse(&JITTER, &span, "it must be from 0 to 1");
-        }
-        settings.jitter_factor = value;
-    }
-    settings.attempts_max = root.find(&RESET_ATTEMPTS).map(|number| number.value);
-    settings
 }
 
 /// What restarts when a task fails, and after how many failovers more does.

@@ -1,11 +1,15 @@
 //! What a manifest says about where declared state is kept while the job runs.
 
-use cofferdam_settings::{AnySetting, Located, Section, Setting, table::Key};
+use cofferdam_settings::{AnySetting, Section, Setting, table::Key};
 
 use super::{SledBackend, StateBackend};
 
 /// Below this a cache or buffer would hold next to nothing.
 const BYTES_MIN: u64 = 4 << 10;
+
+fn too_small(bytes: &u64) -> Option<&'static str> {
+    (*bytes < BYTES_MIN).then_some("it must be at least 4 KiB")
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Name {
@@ -31,32 +35,27 @@ static TYPE: Setting<Name> = Key::choice(
 
 static CACHE: Setting<u64> =
     Key::bytes("state.backend.sled.cache", "the database's cache, for all tasks of the job")
+        .unless(too_small)
         .or(256 << 20);
 static WRITE_BUFFER: Setting<u64> =
     Key::bytes("state.backend.sled.write-buffer", "of each task: changes that are not on disk yet")
+        .unless(too_small)
         .or(64 << 20);
 static GUEST_CACHE: Setting<u64> = Key::bytes(
     "state.backend.sled.guest-cache",
     "of each instance: what it keeps in its own memory, at most a quarter of `limits.memory`",
 )
+.unless(too_small)
 .or(16 << 20);
 
 pub(super) static ROWS: &[&dyn AnySetting] = &[&TYPE, &CACHE, &WRITE_BUFFER, &GUEST_CACHE];
 
 pub(super) fn read(root: &Section<'_>, warnings: &mut Vec<String>) -> StateBackend {
     let name = root.get(&TYPE);
-    let bytes = |setting: &Setting<u64>| match root.located(setting) {
-        Some(Located { value, span }) if value < BYTES_MIN => {
-            root.refuse(setting, &span, "it must be at least 4 KiB");
-            BYTES_MIN
-        }
-        Some(located) => located.value,
-        None => root.default(setting),
-    };
     let backend = SledBackend {
-        cache_bytes: bytes(&CACHE),
-        write_buffer_bytes: bytes(&WRITE_BUFFER),
-        guest_cache_bytes: bytes(&GUEST_CACHE),
+        cache_bytes: root.get(&CACHE),
+        write_buffer_bytes: root.get(&WRITE_BUFFER),
+        guest_cache_bytes: root.get(&GUEST_CACHE),
     };
     let given = match name {
         Name::Hashmap => {

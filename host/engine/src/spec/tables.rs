@@ -7,7 +7,7 @@ use cofferdam_settings::{AnySetting, Table, schema};
 use super::{connectors, execution, nodes, operator, restart, state};
 
 const fn table(title: &'static str, rows: &'static [&'static dyn AnySetting]) -> Table {
-    Table { name: "", connector: None, title, rows }
+    node("", title, rows)
 }
 
 const fn node(

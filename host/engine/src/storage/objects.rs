@@ -25,11 +25,12 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 use twox_hash::XxHash3_64;
 
+use cofferdam_settings::problem::with_sources;
+
 use super::{
     FOR_ALL, GENERATION, Generation, Result, SEGMENT, Storage, StorageError, make_dir,
     manifest::{FORMAT, is_readable},
 };
-use cofferdam_settings::problem::with_sources;
 
 /// A segment is written when it has this many bytes, or at a flush.
 const SEGMENT_BYTES: usize = 8 << 20;

@@ -25,6 +25,7 @@ use cofferdam_sandbox::{
     Component, GuestError, Host, Instance, InstanceSetup, Level, MemorySnapshot, RestoreError,
     SnapshotError, StateError,
 };
+use cofferdam_settings::problem::{shown, with_sources};
 
 use super::{
     TaskFailure,
@@ -43,7 +44,6 @@ use crate::{
         writer::cause_of as storage_cause,
     },
 };
-use cofferdam_settings::problem::{shown, with_sources};
 
 type Result<T> = std::result::Result<T, FailureCause>;
 

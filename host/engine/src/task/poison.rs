@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use cofferdam_contract::{Batch, Emission, Processed as Answer};
+use cofferdam_contract::{Batch, Emission, Processed as Answer, RecordRef};
 use cofferdam_core::{failure::FailureCause, isolate::Isolation};
 use cofferdam_sandbox::{GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
@@ -20,7 +20,6 @@ use super::{
     },
 };
 use crate::{clock::micros, progress::Progress, storage::writer::cause_of as storage_cause};
-use cofferdam_contract::RecordRef;
 
 type Result<T> = std::result::Result<T, FailureCause>;
 

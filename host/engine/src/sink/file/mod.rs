@@ -23,7 +23,7 @@ use std::{
 
 use cofferdam_connector::{
     blocking::BlockingSink,
-    state::{decode_all, encode_all},
+    state::{decode_all, encode_all, unreadable},
 };
 use cofferdam_contract::Batch;
 use cofferdam_core::{
@@ -31,6 +31,7 @@ use cofferdam_core::{
     failure::{FailureCause, Obstacle},
     ids::CheckpointId,
 };
+use cofferdam_settings::{Code, Problem};
 use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +43,6 @@ use crate::{
     spec::{FileSinkSpec, LineContent, Rolling},
     storage::sync_dir,
 };
-use cofferdam_settings::{Code, Problem};
 
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -275,10 +275,7 @@ impl FileSink {
     ) -> Result<Self, FailureCause> {
         let state: State = match state {
             Some(bytes) => {
-                postcard::from_bytes(bytes).map_err(|error| FailureCause::Permanent {
-                    obstacle: Obstacle::StateMismatch,
-                    message: format!("the sink's state in the checkpoint cannot be read: {error}"),
-                })?
+                postcard::from_bytes(bytes).map_err(|error| unreadable("sink's state", error))?
             }
             None => State::default(),
         };

@@ -17,6 +17,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use cofferdam_connector::catalog::Conflicts;
+use cofferdam_settings::{Code, Problem};
 
 use crate::{
     identity::{Id, Lineage},
@@ -25,7 +26,6 @@ use crate::{
     state_dir::{is_locked, try_lock, write_whole},
     storage::{FOR_ALL, make_dir, sync_dir},
 };
-use cofferdam_settings::{Code, Problem};
 
 const FOLDER: &str = ".cofferdam";
 const OWNER: &str = "owner.json";

@@ -1,12 +1,13 @@
 //! The life of a part, case by case.
 
+use cofferdam_connector::catalog::Conflicts;
+use cofferdam_contract::RecordRef;
+
 use super::*;
 use crate::{
     identity::Lineage,
     spec::{IfExists, Rolling},
 };
-use cofferdam_connector::catalog::Conflicts;
-use cofferdam_contract::RecordRef;
 
 /// A job's sink in a directory, with a state directory beside it.
 struct Setup {

@@ -26,8 +26,9 @@ use cofferdam_connector::{
     pace::Pace,
     state::{decode_all, encode_all, unreadable},
 };
-use cofferdam_contract::Batch;
+use cofferdam_contract::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX, Batch, RecordRef};
 use cofferdam_core::failure::{FailureCause, Obstacle};
+use cofferdam_settings::{Code, Problem, problem::shown};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -37,8 +38,6 @@ use self::{
     plan::{Changed, FileId, LineNumbers, Listing, Stamp, byte_order_mark},
 };
 use crate::spec::{FileSourceSpec, LineFormat, OnBadRecord};
-use cofferdam_contract::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX, RecordRef};
-use cofferdam_settings::{Code, Problem, problem::shown};
 
 const BUFFER_BYTES: usize = 256 << 10;
 

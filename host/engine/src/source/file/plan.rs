@@ -14,8 +14,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::FileSourceSpec;
 use cofferdam_settings::{Code, Problem};
+
+use crate::spec::FileSourceSpec;
 
 /// How much of the beginning and of the end of a file tells it apart from others.
 const SAMPLE_BYTES: u64 = 4096;
