@@ -29,6 +29,7 @@ use cofferdam_core::{
     job::{Event, TaskAttempt},
     watermark::{Clock, MAX_WATERMARK, Watermarks},
 };
+use futures::future::try_join_all;
 use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
@@ -230,10 +231,14 @@ impl Worker {
     /// Opens every node, from its state where there is one. True if all of them had processed the
     /// end of their inputs by then.
     async fn open(&mut self) -> Result<bool> {
-        for node in &mut self.nodes {
-            let opened = node.open(&self.shared, self.restore_from, &self.blocking).await;
-            opened.map_err(|cause| TaskFailure { task: node.task, cause })?;
-        }
+        let (shared, restore_from, blocking) = (&self.shared, self.restore_from, &self.blocking);
+        // The last one first: a connector opens on another thread while an operator opens on this one.
+        let opened = self.nodes.iter_mut().rev().map(|node| async move {
+            let task = node.task;
+            let opened = node.open(shared, restore_from, blocking).await;
+            opened.map_err(|cause| TaskFailure { task, cause })
+        });
+        try_join_all(opened).await?;
         Ok(self.nodes.iter().all(|node| node.is_drained))
     }
 
