@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use cofferdam_connectors::{GeneratorContent, GeneratorSpec};
 use cofferdam_contract::Batch;
-use cofferdam_engine::spec::{GeneratorContent, GeneratorSpec};
 use cofferdam_sdk::runtime::Task;
 use cofferdam_tests::guest;
 use counter::Counter;
@@ -63,7 +63,7 @@ fn batches(size: usize, records: usize) -> Vec<Batch> {
     };
     let mut out = Vec::new();
     let mut current = Batch::empty();
-    for batch in cofferdam_engine::generate(&spec, 0, 1) {
+    for batch in cofferdam_connectors::generate(&spec, 0, 1) {
         for record in batch.records() {
             current.push(record);
             if current.record_count() == size {

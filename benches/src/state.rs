@@ -11,11 +11,8 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use cofferdam_connectors::{GeneratorContent, GeneratorSpec, generate};
 use cofferdam_core::random::Random;
-use cofferdam_engine::{
-    generate,
-    spec::{GeneratorContent, GeneratorSpec},
-};
 use cofferdam_tests::{guest, job::run_manifest};
 
 use crate::support::{after_restarts, median};

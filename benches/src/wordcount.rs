@@ -7,14 +7,11 @@ use std::{
 };
 
 use anyhow::Result;
+use cofferdam_connectors::{GeneratorContent, GeneratorSpec, generate};
 use cofferdam_contract::Batch;
 use cofferdam_core::{
     key_group::{key_group, task_index},
     random::Random,
-};
-use cofferdam_engine::{
-    generate,
-    spec::{GeneratorContent, GeneratorSpec},
 };
 use cofferdam_sdk::runtime::Task;
 use cofferdam_tests::{guest, job::run_manifest};

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cofferdam_engine::storage::manifest::FORMAT;
+use cofferdam_store::manifest::FORMAT;
 use cofferdam_tests::archive;
 
 #[test]

@@ -6,14 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use cofferdam_connector::catalog::Conflicts;
 use cofferdam_core::{job::Outcome, random::Random};
 use cofferdam_engine::{
-    Conflicts,
     job::JobOptions,
     progress::Progress,
     restore::{RestoreFrom, open_named},
-    storage::{Storage, faulty::Faults, sled::SledStorage},
 };
+use cofferdam_store::{Storage, faulty::Faults, sled::SledStorage};
 use cofferdam_tests::{
     disk::copy_dir,
     job::{

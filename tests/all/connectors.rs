@@ -24,12 +24,14 @@ use cofferdam_connector::{
     state::{decode_all, encode_all, unreadable},
     testing::{SinkUnderTest, check_sink, check_source},
 };
+use cofferdam_connectors::builtin;
 use cofferdam_contract::{Batch, Format, RecordRef};
 use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId, job::Outcome};
-use cofferdam_engine::{builtin, job::JobOptions, restore::RestoreFrom, spec::JobSpec};
+use cofferdam_engine::{job::JobOptions, restore::RestoreFrom};
 use cofferdam_settings::{
     AnySetting, Document, Optional, Problem, Required, Section, Setting, table::Key,
 };
+use cofferdam_spec::JobSpec;
 use cofferdam_tests::job::{block_on, run_with_catalog};
 use serde::{Deserialize, Serialize};
 
@@ -609,9 +611,10 @@ fn settings_of_a_connector_are_checked_and_listed_like_all_others() {
         all.contains("did you mean `sink.book`?") && all.contains("`sink.book` is missing"),
         "{all}"
     );
-    let unknown = JobSpec::read(&path).expect_err("it is not built in").to_string();
+    let unknown =
+        JobSpec::read_with(&path, None, &builtin()).expect_err("it is not built in").to_string();
     assert!(unknown.contains("\"growing\" is not one of file, generator"), "{unknown}");
-    let schema = cofferdam_engine::spec::tables::json_schema(&catalog).to_string();
+    let schema = cofferdam_spec::tables::json_schema(&catalog).to_string();
     assert!(schema.contains("the name of the ledger"));
 }
 

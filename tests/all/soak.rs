@@ -11,13 +11,13 @@ use std::{
 };
 
 use cofferdam_core::random::Random;
-use cofferdam_engine::storage::{
+use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
+use cofferdam_store::{
     Storage,
     objects::ObjectStorage,
     sled::SledStorage,
     snapshot::{SnapshotStore, TaskSnapshot},
 };
-use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
 use cofferdam_tests::{
     guest,
     job::{Harness, lone_task, rounds},

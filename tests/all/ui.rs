@@ -8,8 +8,8 @@ use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
     job::{CheckedJob, Job, JobOptions},
     problem::{Code, Problem},
-    spec::JobSpec,
 };
+use cofferdam_spec::JobSpec;
 use cofferdam_tests::{
     guest,
     job::{Harness, sandbox},
@@ -17,7 +17,10 @@ use cofferdam_tests::{
 
 fn prepare(manifest: &Path, options: &JobOptions) -> Result<Job, Problem> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    let checked = runtime.block_on(CheckedJob::new(JobSpec::read(manifest)?, sandbox()))?;
+    let checked = runtime.block_on(CheckedJob::new(
+        JobSpec::read_with(manifest, None, &cofferdam_connectors::builtin())?,
+        sandbox(),
+    ))?;
     Job::prepare(checked, options, Arc::new(()))
 }
 

@@ -8,8 +8,8 @@ use cofferdam_engine::{
     problem::Code,
     progress::Progress,
     restore::{RestoreFrom, open_named},
-    spec::JobSpec,
 };
+use cofferdam_spec::JobSpec;
 use cofferdam_tests::{
     disk::copy_dir,
     guest,
@@ -516,7 +516,8 @@ fn state_is_read_from_outside() {
 /// Makes a job ready, and lets it die before it runs: what it takes over is in its store by then.
 fn prepared_and_killed(manifest: &Path) {
     block_on(async {
-        let spec = JobSpec::read(manifest).expect("a manifest");
+        let spec = JobSpec::read_with(manifest, None, &cofferdam_connectors::builtin())
+            .expect("a manifest");
         let checked = CheckedJob::new(spec, sandbox()).await.expect("it is right");
         drop(Job::prepare(checked, &JobOptions::default(), Arc::new(())).expect("it fits"));
     });

@@ -9,17 +9,17 @@ use std::{
 };
 
 use cofferdam_connector::Catalog;
+use cofferdam_connectors::builtin;
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
-    builtin,
     control::JobHandle,
     job::{CheckedJob, Job, JobOptions},
     problem::Problem,
     progress::{Observer, Progress},
-    spec::JobSpec,
-    storage::manifest::TaskIdentity,
 };
 use cofferdam_sandbox::{Sandbox, SandboxOptions};
+use cofferdam_spec::JobSpec;
+use cofferdam_store::manifest::TaskIdentity;
 
 use crate::guest;
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use cofferdam_engine::{problem::Problem, spec::host::HostSettings};
+use cofferdam_engine::problem::Problem;
+use cofferdam_spec::host::HostSettings;
 
 /// Runs stream-processing jobs whose tasks are WebAssembly components, each in a sandbox of its
 /// own, exactly once whatever fails.

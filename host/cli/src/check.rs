@@ -1,15 +1,15 @@
 //! `cofferdam check`: everything that can be known about a job before it runs.
 
-use cofferdam_connector::sink::Guarantee;
+use cofferdam_connector::{catalog::Conflicts, sink::Guarantee};
+use cofferdam_connectors::builtin;
 use cofferdam_engine::{
-    Conflicts, builtin,
     job::{self, CheckedJob, JobOptions},
     problem::Problem,
     progress::{Observer, Progress},
     restore::{Restorable, RestoreFrom, Takeover},
-    spec::{JobSpec, NodeKind, partitioner_name},
 };
 use cofferdam_settings::section::Effective;
+use cofferdam_spec::{JobSpec, NodeKind, partitioner_name};
 use serde_json::json;
 
 use crate::{args::CheckArguments, report};

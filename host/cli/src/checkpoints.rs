@@ -11,11 +11,10 @@ use cofferdam_engine::{
     control::KeptCheckpoint,
     problem::{Code, Problem},
     state_dir::{Ended, JobRecord},
-    storage::{
-        self,
-        manifest::Manifest,
-        snapshot::{Found, SnapshotStore, TaskReport},
-    },
+};
+use cofferdam_store::{
+    manifest::Manifest,
+    snapshot::{Found, SnapshotStore, TaskReport},
 };
 use serde_json::json;
 
@@ -87,7 +86,7 @@ impl Opened {
     pub(crate) fn new(job: &JobArgument) -> Result<Self, Problem> {
         let Places { state_dir, checkpoints: dir } = places(job)?;
         let lock = lock(&state_dir)?;
-        let opened = storage::open_at(&dir).and_then(SnapshotStore::open_existing);
+        let opened = cofferdam_store::open_at(&dir).and_then(SnapshotStore::open_existing);
         let (store, found) = opened.map_err(|error| {
             if let Ok(Some(ended)) =
                 JobRecord::read(&state_dir).map(|it| it.and_then(|it| it.ended))

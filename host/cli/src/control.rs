@@ -5,12 +5,10 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use cofferdam_engine::{
-    builtin,
-    problem::{Code, Problem},
-    spec::{JobSpec, StorageSpec},
-    storage::is_url,
-};
+use cofferdam_connectors::builtin;
+use cofferdam_engine::problem::{Code, Problem};
+use cofferdam_spec::{JobSpec, StorageSpec};
+use cofferdam_store::is_url;
 use indicatif::HumanDuration;
 use serde_json::json;
 

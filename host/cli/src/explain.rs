@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use cofferdam_connectors::builtin;
 use cofferdam_core::{
     exchange::ExchangeType,
     failover::{
@@ -17,11 +18,8 @@ use cofferdam_core::{
     random::Random,
     restart::RestartStrategy,
 };
-use cofferdam_engine::{
-    builtin,
-    problem::{Code, Problem},
-    spec::{JobSpec, partitioner_name, restart_of},
-};
+use cofferdam_engine::problem::{Code, Problem};
+use cofferdam_spec::{JobSpec, partitioner_name, restart_of};
 use serde_json::{Value, json};
 
 use crate::{

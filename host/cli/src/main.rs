@@ -68,7 +68,7 @@ fn main() -> ExitCode {
         }
         Verb::Explain(arguments) => explain::run(&arguments, is_json),
         Verb::Schema => {
-            say!("{:#}", cofferdam_engine::spec::tables::json_schema(&cofferdam_engine::builtin()));
+            say!("{:#}", cofferdam_spec::tables::json_schema(&cofferdam_connectors::builtin()));
             Ok(())
         }
         Verb::Checkpoints { verb } => checkpoints::run(&verb, is_json),

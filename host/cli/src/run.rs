@@ -11,17 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cofferdam_connector::catalog::Conflicts;
+use cofferdam_connectors::builtin;
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
-    Conflicts, builtin,
     control::JobHandle,
     job::{self, CheckedJob, Job, JobOptions},
     metrics::{Metrics, Reading},
     problem::{Code, Problem},
     progress::{Observer, Progress},
     restore::RestoreFrom,
-    spec::{JobSpec, NodeKind},
 };
+use cofferdam_spec::{JobSpec, NodeKind};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 use tokio::{

@@ -7,12 +7,12 @@ use cofferdam_engine::{
     problem::{Code, Problem},
     restore::each_declared,
     schema::to_json,
-    storage::{
-        declared::DeclaredKey,
-        manifest::{Manifest, TaskIdentity},
-    },
 };
 use cofferdam_sandbox::Sandbox;
+use cofferdam_store::{
+    declared::DeclaredKey,
+    manifest::{Manifest, TaskIdentity},
+};
 use serde_json::{Value, json};
 
 use crate::{

@@ -125,6 +125,13 @@ pub trait SinkConnector: Send + Sync {
     /// # Errors
     /// What is wrong with them.
     fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SinkSpec>, Problem>;
+
+    /// What the state of one of its tasks has still to commit, for example the name of a file; `None`: nothing, or
+    /// the state is not of this kind of sink. Asked before a job continues without the sink.
+    fn uncommitted(&self, state: &[u8]) -> Option<String> {
+        let _ = state;
+        None
+    }
 }
 
 /// A sink as the manifest has it.
@@ -252,6 +259,12 @@ impl Catalog {
     #[must_use]
     pub fn sources(&self) -> &[Arc<dyn SourceConnector>] {
         &self.sources
+    }
+
+    /// What the state of a sink that the job does not have any more has still to commit; `None`: nothing.
+    #[must_use]
+    pub fn uncommitted(&self, state: &[u8]) -> Option<String> {
+        self.sinks.iter().find_map(|connector| connector.uncommitted(state))
     }
 
     /// Every kind of sink.

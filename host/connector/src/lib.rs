@@ -19,7 +19,7 @@ pub mod testing;
 
 pub use catalog::Catalog;
 pub use sink::Sink;
-pub use source::{Source, Step};
+pub use source::{DEAD_LETTER, Source, Step};
 
 use cofferdam_core::failure::FailureCause;
 

@@ -7,6 +7,12 @@ use cofferdam_core::ids::CheckpointId;
 
 use crate::{Answer, Result, ready};
 
+/// The output of isolated and of bad records. A node that has one has it from the host.
+pub const DEAD_LETTER: &str = "dead-letter";
+
+/// The number of that output, of a source.
+pub const DEAD_LETTER_OUTPUT: u32 = 1;
+
 /// What a source gives.
 #[derive(Debug)]
 pub enum Step {

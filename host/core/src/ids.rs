@@ -73,3 +73,9 @@ impl Millis {
         self.0.saturating_sub(earlier.0)
     }
 }
+
+/// A duration in microseconds; the most there are, if it has more.
+#[must_use]
+pub fn micros(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

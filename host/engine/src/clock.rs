@@ -11,8 +11,3 @@ pub(crate) fn since_epoch() -> Duration {
 pub(crate) fn now_ms() -> u64 {
     since_epoch().as_millis() as u64
 }
-
-/// A duration in microseconds.
-pub(crate) fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}

@@ -7,10 +7,9 @@ use std::{
 };
 
 use cofferdam_core::{ids::CheckpointId, job::Event};
+use cofferdam_store::{manifest::Manifest, savepoint};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
-
-use crate::storage::{manifest::Manifest, savepoint};
 
 /// The way to a running job. Cloning it gives another way to the same job.
 #[derive(Clone)]

@@ -23,6 +23,7 @@ use cofferdam_core::{
     job::{Effect, Event, Job, Outcome, TaskAttempt},
     watermark::Clock,
 };
+use cofferdam_store::{manifest::SnapshotStats, snapshot::TaskSnapshot};
 use futures::FutureExt;
 use tokio::{
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
@@ -42,14 +43,10 @@ use crate::{
     metrics::Metrics,
     progress::{Observer, Progress},
     rehearsal::Rehearsal,
-    storage::{
-        manifest::SnapshotStats,
-        snapshot::TaskSnapshot,
-        writer::{Report, StorageHandle},
-    },
+    state::local::TaskLocal,
+    storage::{Report, StorageHandle},
     task::{
         Control, Head, Opening, Origin, Worker,
-        local::TaskLocal,
         node::{Node, Target, host_bug},
     },
 };

@@ -10,8 +10,11 @@ use std::{
     time::Duration,
 };
 
-use cofferdam_connector::catalog::{
-    Conflicts, Formats, NodeContext, OutputContext, SinkPlan, SourcePlan,
+use cofferdam_connector::{
+    DEAD_LETTER,
+    catalog::{Conflicts, Formats, NodeContext, OutputContext, SinkPlan, SourcePlan},
+    identity::Id,
+    source::DEAD_LETTER_OUTPUT,
 };
 use cofferdam_contract::{Description, Format, Port, StateDeclaration};
 use cofferdam_core::{
@@ -23,11 +26,25 @@ use cofferdam_core::{
     ids::{Attempt, CheckpointId, OperatorId, TaskId},
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
+use cofferdam_files::resolved;
 use cofferdam_sandbox::{
     Component, ComponentError, GuestError, Host, InstanceSetup, Level, Limits, Sandbox,
     SandboxError, SandboxOptions,
 };
 use cofferdam_settings::{Code, Problem};
+use cofferdam_spec::{
+    InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend, StorageSpec,
+};
+use cofferdam_store::{
+    self, Storage, StorageError,
+    declared::OwnKeys,
+    faulty::Faults,
+    manifest::{Manifest, StateIdentity, TaskIdentity},
+    memory::MemoryStorage,
+    sled::SledStorage,
+    snapshot::{Found, SnapshotStore},
+    table::Tables,
+};
 use tokio::sync::mpsc;
 use twox_hash::XxHash3_64;
 
@@ -37,32 +54,18 @@ use crate::{
     driver::{Driver, Stats, WriterReport},
     exchange::{link::Links, partition::Partitions},
     history::Recorder,
-    identity::Id,
     metrics::{Metrics, OperatorMetrics},
     progress::{Observer, Progress},
     read_out::{OwnComponent, OwnComponents},
     rehearsal::Untried,
     restore::{self, Restorable, RestoreFrom},
-    source,
-    spec::{
-        DEAD_LETTER, InputSpec, JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend,
-        StorageSpec,
+    state::{
+        keyed::{KeyedLimits, KeyedState},
+        local::TaskLocal,
     },
     state_dir::{self, Ended, JobRecord},
-    storage::{
-        self, Storage, StorageError,
-        declared::OwnKeys,
-        faulty::Faults,
-        keyed::{KeyedLimits, KeyedState},
-        manifest::{Manifest, StateIdentity, TaskIdentity},
-        memory::MemoryStorage,
-        sled::SledStorage,
-        snapshot::{Found, SnapshotStore},
-        table::Tables,
-        writer::StorageHandle,
-    },
+    storage::StorageHandle,
     task::{
-        local::TaskLocal,
         node::{Node, OperatorTask, Work},
         poison::Processed,
     },
@@ -396,27 +399,6 @@ fn check_outputs(spec: &JobSpec) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A path without links and dots, as far as it is there.
-pub(crate) fn resolved(path: &Path) -> PathBuf {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let mut missing = Vec::new();
-    let mut known = path.as_path();
-    loop {
-        if let Ok(real) = known.canonicalize() {
-            return missing.iter().rev().fold(real, |path, name| match name {
-                std::path::Component::ParentDir => {
-                    path.parent().map(Path::to_owned).unwrap_or(path)
-                }
-                name => path.join(name),
-            });
-        }
-        let Some(name) = known.components().next_back() else { return path.clone() };
-        missing.push(name);
-        let Some(parent) = known.parent() else { return path.clone() };
-        known = parent;
-    }
-}
-
 /// Refuses what does not go together with exchanges that may lose records.
 fn check_approximate(spec: &JobSpec) -> Result<(), Problem> {
     let mut edges = spec.graph.edges().iter();
@@ -708,7 +690,7 @@ fn output_of(
         let NodeKind::Source(source) = &node.kind else { return Err(unknown(String::new())) };
         let has_letters = has_dead_letters(spec, from);
         if name == Some(DEAD_LETTER) && has_letters {
-            return Ok((source::DEAD_LETTERS, Formats { key: None, value: Format::Json }));
+            return Ok((DEAD_LETTER_OUTPUT, Formats { key: None, value: Format::Json }));
         }
         if name.is_some_and(|name| name != "out") {
             let known = if has_letters { format!("out, {DEAD_LETTER}") } else { "out".to_owned() };
@@ -1376,7 +1358,7 @@ fn is_nothing_there(spec: &StorageSpec, state_dir: &Path) -> bool {
     match spec {
         StorageSpec::Objects { location, .. } => {
             let location = Path::new(location);
-            !storage::is_url(location) && !location.exists()
+            !cofferdam_store::is_url(location) && !location.exists()
         }
         StorageSpec::Sled(_) | StorageSpec::Memory => !state_dir.exists(),
     }
@@ -1388,7 +1370,7 @@ fn storage_at(
     state_dir: Option<&Path>,
 ) -> Result<Box<dyn Storage>, StorageError> {
     match (spec, state_dir) {
-        (StorageSpec::Objects { location, .. }, _) => storage::objects_at(location),
+        (StorageSpec::Objects { location, .. }, _) => cofferdam_store::objects_at(location),
         (_, Some(dir)) => Ok(Box::new(SledStorage::new(dir.to_owned()))),
         (_, None) => Ok(Box::new(MemoryStorage::default())),
     }
@@ -1406,8 +1388,8 @@ fn open_storage(
 }
 
 fn remove_claimed(place: &Path) -> Result<(), StorageError> {
-    if storage::is_url(place) {
-        let (store, _) = storage::open_at(place).and_then(SnapshotStore::open_existing)?;
+    if cofferdam_store::is_url(place) {
+        let (store, _) = cofferdam_store::open_at(place).and_then(SnapshotStore::open_existing)?;
         return store.clear();
     }
     fs::remove_dir_all(place).map_err(|error| StorageError::store("remove a directory", error))

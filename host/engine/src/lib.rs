@@ -13,25 +13,9 @@ mod read_out;
 mod rehearsal;
 pub mod restore;
 pub mod schema;
-mod sink;
-mod source;
-pub mod spec;
+mod state;
 pub mod state_dir;
-pub mod storage;
+mod storage;
 mod task;
 
-pub use cofferdam_connector::{catalog::Conflicts, identity};
 pub use cofferdam_settings::problem;
-pub use source::generate;
-
-/// The connectors that are built in: `file` and `generator`, and `file`, `stdout` and `discard`.
-#[must_use]
-pub fn builtin() -> cofferdam_connector::Catalog {
-    use spec::connectors;
-    cofferdam_connector::Catalog::default()
-        .source(connectors::FILE_SOURCE)
-        .source(connectors::GENERATOR)
-        .sink(connectors::FILE_SINK)
-        .sink(connectors::STDOUT)
-        .sink(connectors::DISCARD)
-}

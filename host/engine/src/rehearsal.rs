@@ -20,7 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::{
     progress::{Observer, Progress},
     read_out::OwnComponent,
-    task::local::TaskLocal,
+    state::local::TaskLocal,
 };
 
 /// A task whose state was not read out yet.

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use cofferdam_connector::catalog::SourcePlan;
+use cofferdam_connector::{catalog::SourcePlan, identity::Lineage};
 use cofferdam_core::{
     graph::Partitioner,
     ids::{CheckpointId, TaskId},
@@ -21,25 +21,24 @@ use cofferdam_core::{
 };
 use cofferdam_sandbox::{Component, GuestError, Image, Limits, MemorySnapshot, Sandbox};
 use cofferdam_settings::{Code, Problem};
+use cofferdam_spec::{JobSpec, NodeKind, NodeSpec};
+use cofferdam_store::{
+    self, StorageError,
+    declared::{DeclaredKey, Entries, Entry, OwnKeys, changes_of},
+    in_flight::{ChannelState, InFlight},
+    manifest::{Manifest, StateIdentity, TaskIdentity},
+    run::{Run, RunBuilder},
+    snapshot::{Found, LoadedTask, Share, SnapshotStore},
+};
 use futures::executor::block_on;
 
 use crate::{
-    identity::Lineage,
     job::limits_of,
     progress::{Observer, Progress, RestoreStep},
     read_out::{OwnComponent, on_instance},
-    sink,
-    spec::{JobSpec, NodeKind, NodeSpec},
+    state::local::TaskLocal,
     state_dir::JobRecord,
-    storage::{
-        self, StorageError,
-        declared::{DeclaredKey, Entries, Entry, OwnKeys, changes_of},
-        in_flight::{ChannelState, InFlight},
-        manifest::{Manifest, StateIdentity, TaskIdentity},
-        run::{Run, RunBuilder},
-        snapshot::{Found, LoadedTask, Share, SnapshotStore},
-    },
-    task::{local::TaskLocal, node::host_bug},
+    task::node::host_bug,
 };
 
 /// A checkpoint or savepoint to begin from, instead of the newest of the state directory.
@@ -270,7 +269,7 @@ fn choose_newest(
 
 /// A path as it is found again from another directory.
 pub(crate) fn absolute(dir: &Path) -> Option<PathBuf> {
-    match storage::is_url(dir) {
+    match cofferdam_store::is_url(dir) {
         true => Some(dir.to_owned()),
         false => std::path::absolute(dir).ok(),
     }
@@ -307,7 +306,7 @@ pub fn open_named(dir: &Path) -> Result<(SnapshotStore, Manifest), Problem> {
         .detail(detail)
         .hint("name the directory that `cofferdam savepoint` wrote, or a job's state directory")
     };
-    let (store, found) = storage::open_at(dir)
+    let (store, found) = cofferdam_store::open_at(dir)
         .and_then(SnapshotStore::open_existing)
         .map_err(|error| missing(error.to_string()))?;
     match found.manifests.into_iter().next_back() {
@@ -644,13 +643,12 @@ fn check_left_behind(
             continue;
         }
         let state = store.load(slot, manifest.checkpoint)?.state;
-        if let Some(path) =
-            Some(&*state).filter(|it| !it.is_empty()).and_then(|it| sink::uncommitted(&[it]))
-        {
+        let uncommitted = Some(&*state).filter(|state| !state.is_empty());
+        if let Some(example) = uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state)) {
             let message =
                 format!("sink \"{operator}\" is no more, and what it has written is not committed");
             let problem = Problem::new(Code::OutputTaken, message)
-                .detail(format!("for example {}", path.display()))
+                .detail(format!("for example {example}"))
                 .hint(format!("put it back; or say which sink it is now, with uid = \"{uid}\""));
             return Err(Failed::Problem(Box::new(problem)));
         }

@@ -1,26 +1,19 @@
 //! The directory that belongs to one job: its lock, and the record that makes it the job's.
 
 use std::{
-    fs::{self, File, TryLockError},
-    io::{self, Write},
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
-
+use cofferdam_connector::identity::Id;
+use cofferdam_files::{FOR_OWNER, UNFINISHED, is_locked, make_dir, try_lock, write_whole};
 use cofferdam_settings::{Code, Problem};
-
-use crate::{
-    identity::Id,
-    storage::{FOR_OWNER, create_file, make_dir, sync_dir},
-};
+use serde::{Deserialize, Serialize};
 
 const LOCK: &str = "LOCK";
 const RECORD: &str = "JOB";
 const FORMAT: u32 = 1;
-/// How the name of a file begins that was not renamed yet.
-const UNFINISHED: &str = ".unfinished-";
 
 /// What a state directory says of its job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,50 +77,6 @@ impl JobRecord {
     /// Where that is not certain.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         write_whole(&dir.join(RECORD), &serde_json::to_vec_pretty(self)?)
-    }
-}
-
-/// Replaces a file: whoever looks finds the old content or the new, also after a crash.
-pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(dir)?;
-    file.write_all(content)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    sync_dir(dir)
-}
-
-/// How often, and after which pause, a lock is tried again: a tenth of a second in all.
-const LOCK_RETRIES: u32 = 10;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
-
-/// Locks a file, which is made if it is not there; `None`: somebody else has it.
-pub(crate) fn try_lock(path: &Path) -> io::Result<Option<File>> {
-    let file = create_file(path)?;
-    // A run that has just ended, or a child that it has forked off, may hold it for a moment.
-    for retry in 0..=LOCK_RETRIES {
-        match file.try_lock() {
-            Ok(()) => return Ok(Some(file)),
-            Err(TryLockError::Error(error)) => return Err(error),
-            Err(TryLockError::WouldBlock) if retry < LOCK_RETRIES => {
-                std::thread::sleep(LOCK_PAUSE);
-            }
-            Err(TryLockError::WouldBlock) => {}
-        }
-    }
-    Ok(None)
-}
-
-/// Whether somebody has a lock. Changes nothing.
-pub(crate) fn is_locked(path: &Path) -> io::Result<bool> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        file => file?,
-    };
-    match file.try_lock_shared() {
-        Ok(()) => Ok(false),
-        Err(TryLockError::WouldBlock) => Ok(true),
-        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

@@ -28,10 +28,10 @@ use cofferdam_core::{
     failure::FailureCause,
     ids::{ChannelId, CheckpointId},
 };
+use cofferdam_store::in_flight::InFlight;
 use tokio::sync::Notify;
 
 use self::{link::Link, partition::PartitionWriter};
-use crate::storage::in_flight::InFlight;
 
 /// Bytes a channel holds before its sender waits: some tens of batches, so that neither side waits
 /// for the other in a steady stream, and few enough for a barrier to pass in milliseconds.

@@ -21,16 +21,14 @@ use cofferdam_core::{
     job::Event,
 };
 use cofferdam_sandbox::Limit;
+use cofferdam_store::{
+    in_flight::InFlight,
+    manifest::{seal, unseal},
+};
 use tokio::sync::Notify;
 
 use super::{Element, Sender};
-use crate::{
-    driver::Shared,
-    storage::{
-        in_flight::InFlight,
-        manifest::{seal, unseal},
-    },
-};
+use crate::driver::Shared;
 
 /// What all readers of a partition have waiting in memory, at most: the rest is on disk.
 const BUFFERED_BYTES_MAX: usize = 8 << 20;

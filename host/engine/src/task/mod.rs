@@ -5,7 +5,6 @@
 //! dropped at one of its awaits; in each case its instances are gone and the next attempt begins
 //! with fresh ones.
 
-pub(crate) mod local;
 pub(crate) mod node;
 pub(crate) mod poison;
 
@@ -19,29 +18,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cofferdam_connector::{Step, blocking::Blocking};
+use cofferdam_connector::{Step, blocking::Blocking, source::DEAD_LETTER_OUTPUT};
 use cofferdam_contract::{Batch, Emission};
 use cofferdam_core::{
     align::{AlignStep, Barriers},
     checkpoint::{AbortReason, Purpose},
     failure::FailureCause,
-    ids::{Attempt, ChannelId, CheckpointId, TaskId},
+    ids::{Attempt, ChannelId, CheckpointId, TaskId, micros},
     job::{Event, TaskAttempt},
     watermark::{Clock, MAX_WATERMARK, Watermarks},
+};
+use cofferdam_store::{
+    in_flight::{ChannelState, InFlight},
+    snapshot::TaskSnapshot,
 };
 use futures::future::try_join_all;
 use tokio::sync::mpsc;
 
 use self::node::{Node, SnapshotOutcome, Target};
 use crate::{
-    clock::{micros, now_ms},
+    clock::now_ms,
     driver::Shared,
     exchange::{Element, Gate, writer::Writer},
-    source,
-    storage::{
-        in_flight::{ChannelState, InFlight},
-        snapshot::TaskSnapshot,
-    },
 };
 
 /// What the driver tells a worker.
@@ -349,7 +347,7 @@ impl Worker {
             Step::Records { batch, letters, bad, watermark } => {
                 self.end_idleness(quiet);
                 self.nodes[0].count_bad(&self.shared, bad);
-                let letters = letters.map(|letters| (source::DEAD_LETTERS, *letters));
+                let letters = letters.map(|letters| (DEAD_LETTER_OUTPUT, *letters));
                 let emissions = [(0, batch)].into_iter().chain(letters);
                 let emissions = emissions.map(|(output, records)| Emission { output, records });
                 self.route(0, emissions.collect()).await?;

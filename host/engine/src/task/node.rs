@@ -18,7 +18,7 @@ use cofferdam_contract::{Batch, Emission, OpenContext, StateChanges};
 use cofferdam_core::{
     checkpoint::Purpose,
     failure::{FailureCause, Obstacle},
-    ids::{Attempt, CheckpointId, TaskId},
+    ids::{Attempt, CheckpointId, TaskId, micros},
     random::mix,
 };
 use cofferdam_sandbox::{
@@ -26,23 +26,23 @@ use cofferdam_sandbox::{
     SnapshotError, StateError,
 };
 use cofferdam_settings::problem::{shown, with_sources};
+use cofferdam_spec::OperatorSpec;
+use cofferdam_store::{
+    changes::Changes,
+    declared::{self, OwnKeys},
+    snapshot::TaskSnapshot,
+};
 
 use super::{
     TaskFailure,
-    local::TaskLocal,
     poison::{Guard, Processed},
 };
 use crate::{
-    clock::{micros, now_ms},
+    clock::now_ms,
     driver::Shared,
     metrics::Metrics,
-    spec::OperatorSpec,
-    storage::{
-        declared::{self, Changes, OwnKeys},
-        keyed::KeyedState,
-        snapshot::TaskSnapshot,
-        writer::cause_of as storage_cause,
-    },
+    state::{keyed::KeyedState, local::TaskLocal},
+    storage::cause_of as storage_cause,
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;

@@ -9,17 +9,14 @@ use std::time::Instant;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use cofferdam_contract::{Batch, Emission, Processed as Answer, RecordRef};
-use cofferdam_core::{failure::FailureCause, isolate::Isolation};
+use cofferdam_core::{failure::FailureCause, ids::micros, isolate::Isolation};
 use cofferdam_sandbox::{GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
 
-use super::{
-    local::TaskLocal,
-    node::{
-        Context, OperatorTask, about_record, cause_of, host_bug, restore_cause, snapshot_cause,
-    },
+use super::node::{
+    Context, OperatorTask, about_record, cause_of, host_bug, restore_cause, snapshot_cause,
 };
-use crate::{clock::micros, progress::Progress, storage::writer::cause_of as storage_cause};
+use crate::{progress::Progress, state::local::TaskLocal, storage::cause_of as storage_cause};
 
 type Result<T> = std::result::Result<T, FailureCause>;
 

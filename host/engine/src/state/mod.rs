@@ -1,0 +1,4 @@
+//! What a process keeps of a job's tasks between their attempts, and of declared state while the job runs.
+
+pub(crate) mod keyed;
+pub(crate) mod local;

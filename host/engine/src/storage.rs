@@ -1,0 +1,351 @@
+//! The one thread that writes checkpoints: what it has written and flushed, it reports.
+//!
+//! Snapshots that arrive while it is busy are written together and cost one flush.
+
+use std::{
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+};
+
+use cofferdam_core::{
+    checkpoint::AbortReason,
+    failure::{FailureCause, Obstacle},
+    ids::{Attempt, CheckpointId, TaskId},
+    job::Event,
+};
+use cofferdam_store::{
+    StorageError,
+    declared::Entries,
+    savepoint,
+    snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
+};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::{clock::now_ms, task::node::host_bug};
+
+enum Command {
+    Begin { slots: Vec<usize>, restored_from: Option<u64> },
+    Write(Snapshot),
+    Complete(u64),
+    Export { checkpoint: u64, dir: PathBuf },
+    Subsume { checkpoint: u64, newest: u64, oldest_pending: Option<u64> },
+    Release { needed_from: u64 },
+}
+
+struct Snapshot {
+    slot: usize,
+    task: TaskId,
+    attempt: Attempt,
+    checkpoint: CheckpointId,
+    content: Arc<TaskSnapshot>,
+}
+
+/// What the writer tells beside the core's events.
+pub(crate) trait Report: Send + 'static {
+    /// To the core.
+    fn event(&self, event: Event);
+    /// So many bytes were written for a checkpoint.
+    fn written(&self, checkpoint: CheckpointId, bytes: u64);
+    /// Something went wrong that ends nothing.
+    fn warning(&self, message: String);
+}
+
+/// The way to the writer, and to the store for reading.
+pub(crate) struct StorageHandle {
+    store: Arc<Mutex<SnapshotStore>>,
+    commands: UnboundedSender<Command>,
+}
+
+/// The thread, to be joined when the job is over.
+pub(crate) struct StorageThread {
+    store: Arc<Mutex<SnapshotStore>>,
+    thread: JoinHandle<()>,
+}
+
+impl StorageHandle {
+    /// Starts the thread.
+    pub(crate) fn start(
+        store: SnapshotStore,
+        report: impl Report,
+    ) -> std::io::Result<(Self, StorageThread)> {
+        let store = Arc::new(Mutex::new(store));
+        let (commands, receiver) = unbounded_channel();
+        let thread = std::thread::Builder::new().name("cofferdam-storage".to_owned()).spawn({
+            let store = store.clone();
+            move || {
+                let ran = catch_unwind(AssertUnwindSafe(|| run(&store, receiver, &report)));
+                // Nothing would be written any more, and nobody would hear of it.
+                if ran.is_err() {
+                    let cause = host_bug("the storage thread panicked");
+                    report.event(Event::TaskFailed { task: None, cause, lost: None });
+                }
+            }
+        })?;
+        Ok((Self { store: store.clone(), commands }, StorageThread { store, thread }))
+    }
+
+    /// Writes a snapshot. Answer: `SnapshotAcked` or `SnapshotDeclined`.
+    pub(crate) fn write(
+        &self,
+        slot: usize,
+        task: TaskId,
+        attempt: Attempt,
+        checkpoint: CheckpointId,
+        content: Arc<TaskSnapshot>,
+    ) {
+        self.send(Command::Write(Snapshot { slot, task, attempt, checkpoint, content }));
+    }
+
+    /// Tasks begin a new attempt; what is written for them from now on is its own.
+    pub(crate) fn begin(&self, slots: Vec<usize>, restored_from: Option<CheckpointId>) {
+        self.send(Command::Begin { slots, restored_from: restored_from.map(|id| id.0) });
+    }
+
+    /// Writes a manifest. Answer: `ManifestDurable` or `ManifestLost`.
+    pub(crate) fn complete(&self, checkpoint: CheckpointId) {
+        self.send(Command::Complete(checkpoint.0));
+    }
+
+    /// Writes a savepoint into a directory. Answer: `SavepointDurable` or `SavepointLost`.
+    pub(crate) fn export(&self, checkpoint: CheckpointId, dir: PathBuf) {
+        self.send(Command::Export { checkpoint: checkpoint.0, dir });
+    }
+
+    /// A completed checkpoint is no longer needed. Answer: `CheckpointCleaned`.
+    pub(crate) fn subsume(
+        &self,
+        checkpoint: CheckpointId,
+        newest: CheckpointId,
+        oldest_pending: Option<CheckpointId>,
+    ) {
+        self.send(Command::Subsume {
+            checkpoint: checkpoint.0,
+            newest: newest.0,
+            oldest_pending: oldest_pending.map(|id| id.0),
+        });
+    }
+
+    /// A checkpoint was given up: pending ones from `needed_from` on are all that may still complete. Answer:
+    /// `CheckpointCleaned`, when what was handed in before is written.
+    pub(crate) fn release(&self, needed_from: CheckpointId) {
+        self.send(Command::Release { needed_from: needed_from.0 });
+    }
+
+    /// Reads a task's state. Blocks.
+    pub(crate) fn load(&self, slot: usize, checkpoint: u64) -> Result<LoadedTask, FailureCause> {
+        lock(&self.store).load(slot, checkpoint).map_err(cause_of)
+    }
+
+    /// Reads a task's declared state, entry by entry; that of some key groups alone, where they are given.
+    /// Blocks, and the writer waits meanwhile.
+    pub(crate) fn read_declared<T>(
+        &self,
+        slot: usize,
+        checkpoint: u64,
+        key_groups: Option<Range<u32>>,
+        read: impl FnOnce(Entries<'_>) -> cofferdam_store::Result<T>,
+    ) -> Result<T, FailureCause> {
+        let store = lock(&self.store);
+        store.declared_within(slot, checkpoint, key_groups).and_then(read).map_err(cause_of)
+    }
+
+    fn send(&self, command: Command) {
+        // The thread ends only after this sender; if it has panicked, its join tells.
+        let _ = self.commands.send(command);
+    }
+}
+
+impl StorageThread {
+    /// Waits for the thread, whose handle must be gone, and gives the store back.
+    pub(crate) fn join(self) -> Option<SnapshotStore> {
+        self.thread.join().ok()?;
+        Arc::into_inner(self.store)
+            .map(|store| store.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What an error of the storage means for a task.
+pub(crate) fn cause_of(error: StorageError) -> FailureCause {
+    let message = error.to_string();
+    match error {
+        StorageError::Store { .. } | StorageError::Unreachable { .. } => {
+            FailureCause::Environment { message }
+        }
+        StorageError::Damaged { .. } | StorageError::Format { .. } => {
+            FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }
+        }
+        StorageError::InDoubt { .. } => {
+            FailureCause::Permanent { obstacle: Obstacle::StoreInDoubt, message }
+        }
+    }
+}
+
+fn lock(store: &Mutex<SnapshotStore>) -> MutexGuard<'_, SnapshotStore> {
+    store.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run(
+    store: &Mutex<SnapshotStore>,
+    mut commands: UnboundedReceiver<Command>,
+    report: &impl Report,
+) {
+    let mut next = commands.blocking_recv();
+    while let Some(command) = next.take() {
+        let (mut snapshots, mut releases) = (Vec::new(), 0);
+        match command {
+            Command::Write(snapshot) => {
+                snapshots.push(snapshot);
+                loop {
+                    match commands.try_recv() {
+                        Ok(Command::Write(snapshot)) => snapshots.push(snapshot),
+                        // Of what waits it says what may be written together.
+                        Ok(Command::Release { needed_from }) => {
+                            lock(store).release(needed_from);
+                            releases += 1;
+                        }
+                        Ok(other) => {
+                            next = Some(other);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+            }
+            other => perform(&mut lock(store), other, report),
+        }
+        if !snapshots.is_empty() {
+            write(&mut lock(store), snapshots, report);
+            (0..releases).for_each(|_| report.event(Event::CheckpointCleaned));
+        }
+        if next.is_none() {
+            next = commands.blocking_recv();
+        }
+    }
+    // What was deleted last must not be there again for the next run.
+    if let Err(error) = lock(store).flush() {
+        report.warning(format!("make durable what was deleted: {error}"));
+    }
+}
+
+fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Report) {
+    let contents = snapshots
+        .iter()
+        .map(|snapshot| (snapshot.slot, snapshot.checkpoint.0, snapshot.content.clone()))
+        .collect();
+    let written = store.write(contents);
+    for (place, snapshot) in snapshots.iter().enumerate() {
+        let Snapshot { task, attempt, checkpoint, .. } = *snapshot;
+        match &written {
+            Ok(bytes) => {
+                report.written(checkpoint, bytes[place]);
+                report.event(Event::SnapshotAcked { task, attempt, checkpoint });
+            }
+            Err(error) => {
+                let message = error.to_string();
+                let reason = AbortReason::SnapshotNotStored { task: Some(task), message };
+                report.event(Event::SnapshotDeclined { task, attempt, checkpoint, reason });
+            }
+        }
+    }
+}
+
+fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
+    match command {
+        Command::Write(_) => {}
+        Command::Begin { slots, restored_from } => {
+            if let Err(error) = store.begin_attempt(&slots, restored_from) {
+                let cause = FailureCause::Environment { message: error.to_string() };
+                report.event(Event::TaskFailed { task: None, cause, lost: None });
+            }
+        }
+        Command::Complete(id) => {
+            let checkpoint = CheckpointId(id);
+            report.event(match store.complete(id, now_ms()) {
+                Ok(()) => Event::ManifestDurable { checkpoint },
+                // To restart now would be to choose. The next run sees what is there.
+                Err(error @ StorageError::InDoubt { .. }) => {
+                    let (obstacle, message) = (Obstacle::StoreInDoubt, error.to_string());
+                    let cause = FailureCause::Permanent { obstacle, message };
+                    Event::TaskFailed { task: None, cause, lost: None }
+                }
+                Err(error) => Event::ManifestLost { checkpoint, message: error.to_string() },
+            });
+        }
+        Command::Export { checkpoint: id, dir } => {
+            let checkpoint = CheckpointId(id);
+            report.event(match savepoint::write(store, id, now_ms(), &dir) {
+                Ok(()) => Event::SavepointDurable { checkpoint },
+                Err(error) => Event::SavepointLost { checkpoint, message: error.to_string() },
+            });
+        }
+        Command::Subsume { checkpoint, newest, oldest_pending } => {
+            if let Err(error) = store.subsume(checkpoint, newest, oldest_pending) {
+                report.warning(format!("reclaim the space of checkpoint {checkpoint}: {error}"));
+            }
+            report.event(Event::CheckpointCleaned);
+        }
+        Command::Release { needed_from } => {
+            store.release(needed_from);
+            report.event(Event::CheckpointCleaned);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use cofferdam_store::{manifest::TaskIdentity, memory::MemoryStorage};
+
+    use super::*;
+
+    struct Clumsy(mpsc::Sender<Event>);
+
+    impl Report for Clumsy {
+        fn event(&self, event: Event) {
+            let _ = self.0.send(event);
+        }
+
+        fn written(&self, _: CheckpointId, _: u64) {
+            panic!("it was to be expected");
+        }
+
+        fn warning(&self, _: String) {}
+    }
+
+    #[test]
+    fn a_job_whose_storage_thread_has_panicked_fails() {
+        let task = TaskId { operator: cofferdam_core::ids::OperatorId(0), index: 0 };
+        let identity = TaskIdentity {
+            operator: "count".to_owned(),
+            uid: "count".to_owned(),
+            index: 0,
+            parallelism: 1,
+            max_parallelism: 128,
+            digest: Some([1; 16]),
+            has_memory: true,
+            has_declared: true,
+            has_host_state: false,
+            is_sink: false,
+            config: 0,
+            is_keyed: true,
+            states: Vec::new(),
+        };
+        let store = SnapshotStore::open(Box::new(MemoryStorage::default()), "job", vec![identity]);
+        let (sender, events) = mpsc::channel();
+        let (handle, thread) =
+            StorageHandle::start(store.expect("opens").0, Clumsy(sender)).expect("a thread");
+        handle.write(0, task, Attempt(0), CheckpointId(1), Arc::default());
+        let event = events.recv().expect("somebody says so");
+        let is_told = matches!(
+            event,
+            Event::TaskFailed { task: None, cause: FailureCause::HostBug { .. }, .. }
+        );
+        assert!(is_told, "{event:?}");
+        drop(handle);
+        assert!(thread.join().is_some(), "the store comes back");
+    }
+}

@@ -1,0 +1,676 @@
+//! From the text of a manifest to a [`JobSpec`]: every setting checked, every name resolved.
+//!
+//! Settings carry Flink's names, values and defaults. Each has a row beside the code that reads it, and
+//! [`tables`] lists them all. What is wrong comes out together, each as a [`Problem`] with its place.
+
+mod connector;
+mod execution;
+mod flink;
+pub mod host;
+mod nodes;
+mod operator;
+mod restart;
+mod state;
+pub mod tables;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use cofferdam_connector::{
+    Catalog,
+    catalog::{SinkSpec, SourceSpec},
+    sink::Guarantee,
+};
+use cofferdam_core::{
+    checkpoint::{CheckpointSettings, retention::Retention},
+    exchange::ExchangeType,
+    failover::FailoverStrategy,
+    graph::{JobGraph, Partitioner},
+    ids::OperatorId,
+    restart::{RestartState, RestartStrategy},
+};
+use cofferdam_sandbox::Limits;
+use cofferdam_settings::{
+    AnySetting, Code, Document, Problem, Required, Section, Setting, section::Effective, table::Key,
+};
+use toml::de::DeTable;
+
+use self::host::HostSettings;
+pub use self::nodes::partitioner_name;
+
+type Result<T> = std::result::Result<T, Problem>;
+
+/// Flink's upper bound of the parallelism.
+const PARALLELISM_MAX: u64 = 1 << 15;
+
+static NAME: Required<String> =
+    Key::text("job.name", "letters, digits, `-`, `_`; names the state directory `NAME.cofferdam`")
+        .of_job()
+        .required("give the job a name");
+static PARALLELISM: Setting<u64> = Key::integer(
+    "job.parallelism",
+    1,
+    PARALLELISM_MAX,
+    "tasks of each node without a `parallelism` of its own",
+)
+.aliases(&["parallelism.default"])
+.or(1);
+
+static ROWS: &[&dyn AnySetting] = &[&NAME, &PARALLELISM];
+
+/// A job, checked as far as its manifest goes.
+#[derive(Debug, Clone)]
+pub struct JobSpec {
+    /// The job's name.
+    pub name: String,
+    /// Where relative paths begin: the manifest's directory.
+    pub base_dir: PathBuf,
+    /// When checkpoints are taken.
+    pub checkpoint: CheckpointSettings,
+    /// False: barriers block no channel, and records may be processed twice after a restart.
+    pub is_exactly_once: bool,
+    /// Whether snapshots are compressed.
+    pub is_compressing: bool,
+    /// A source whose event time is further behind the clock works off a backlog; `None`: none does.
+    pub backlog_lag_ms: Option<u64>,
+    /// Whether completed checkpoints outlive the job.
+    pub retention: Retention,
+    /// Where savepoints go unless somebody says otherwise.
+    pub savepoint_dir: Option<PathBuf>,
+    /// Where checkpoints are kept.
+    pub storage: StorageSpec,
+    /// Where declared state is kept while the job runs.
+    pub state_backend: StateBackend,
+    /// What a failure leads to.
+    pub restart: RestartSpec,
+    /// What restarts when a task fails.
+    pub failover: FailoverStrategy,
+    /// After so many failovers in a row without a new checkpoint everything restarts.
+    pub escalates_after: Option<u32>,
+    /// How many tasks a node has that says nothing of its own.
+    pub parallelism: u32,
+    /// The operators and edges.
+    pub graph: JobGraph,
+    /// What each node of the graph is, by its id.
+    pub nodes: Vec<NodeSpec>,
+    /// The connectors that its nodes were read with.
+    pub catalog: Catalog,
+    /// Settings that were left out, and why.
+    pub warnings: Vec<String>,
+    /// Every setting that was read, as it counts.
+    pub effective: Vec<Effective>,
+}
+
+/// What failures lead to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RestartSpec {
+    /// When tasks restart, and when the job is given up.
+    pub strategy: RestartStrategy,
+    /// Failures of one incident count as one; see [`RestartState::merging`].
+    pub is_merging_failures: bool,
+}
+
+impl RestartSpec {
+    /// The strategy before the first failure.
+    #[must_use]
+    pub fn state(&self) -> RestartState {
+        RestartState::new(self.strategy.clone()).merging(self.is_merging_failures)
+    }
+}
+
+/// Where checkpoints are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StorageSpec {
+    /// In sled, in this directory.
+    Sled(PathBuf),
+    /// As objects.
+    Objects {
+        /// A directory or a URL.
+        location: String,
+        /// What belongs to one machine: the lock, the socket, the history.
+        state_dir: PathBuf,
+    },
+    /// In memory: a job whose process ends begins anew.
+    Memory,
+}
+
+impl StorageSpec {
+    /// The directory of the lock, the socket and the history.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<&Path> {
+        match self {
+            Self::Sled(dir) | Self::Objects { state_dir: dir, .. } => Some(dir),
+            Self::Memory => None,
+        }
+    }
+}
+
+/// Where declared state is kept while a job runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StateBackend {
+    /// In the memory of each guest.
+    Hashmap,
+    /// By the host, on disk: it may be larger than the memory.
+    Sled(SledBackend),
+}
+
+/// What state on disk takes of the memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SledBackend {
+    /// The database's cache, for all tasks together; beside it, it takes some 20 bytes a key.
+    pub cache_bytes: u64,
+    /// What a task has changed since the last checkpoint and is not on disk yet.
+    pub write_buffer_bytes: u64,
+    /// What a guest keeps in its own memory, at most a quarter of `limits.memory`.
+    pub guest_cache_bytes: u64,
+}
+
+impl Default for SledBackend {
+    fn default() -> Self {
+        Self { cache_bytes: 256 << 20, write_buffer_bytes: 64 << 20, guest_cache_bytes: 16 << 20 }
+    }
+}
+
+impl StateBackend {
+    /// Its name in a manifest.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hashmap => "hashmap",
+            Self::Sled(_) => "sled",
+        }
+    }
+}
+
+/// One node of the job graph.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Its name in the manifest.
+    pub name: String,
+    /// What it does.
+    pub kind: NodeKind,
+    /// What its state is matched by when the job resumes: the name, unless the manifest says
+    /// otherwise.
+    pub uid: String,
+    /// Where its records come from, in the order of the manifest.
+    pub inputs: Vec<InputSpec>,
+}
+
+/// One input of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputSpec {
+    /// The node it comes from.
+    pub from: OperatorId,
+    /// The producer's output by name; `None`: its first.
+    pub output: Option<String>,
+    /// How records find their task.
+    pub partitioner: Partitioner,
+    /// Where it stands in the manifest.
+    pub place: String,
+}
+
+/// What a node does.
+#[derive(Debug, Clone)]
+pub enum NodeKind {
+    /// Brings records in.
+    Source(Arc<dyn SourceSpec>),
+    /// Runs a component.
+    Operator(Box<OperatorSpec>),
+    /// Takes records out.
+    Sink(Arc<dyn SinkSpec>),
+}
+
+/// A component and how it is run.
+#[derive(Debug, Clone)]
+pub struct OperatorSpec {
+    /// The component's file.
+    pub component: PathBuf,
+    /// What it is told in `open`.
+    pub config: Vec<(String, String)>,
+    /// What each instance may use.
+    pub limits: Limits,
+    /// What a checkpoint holds of it.
+    pub snapshot: SnapshotMode,
+    /// How many key groups it has.
+    pub max_parallelism: u32,
+    /// What an instance keeps of declared state where the host has it all.
+    pub state_cache_bytes: u64,
+    /// A record at which it has trapped so often is isolated and goes to its output
+    /// [`DEAD_LETTER`]; `None`: a trap is a failure, however often.
+    pub dead_letter_after: Option<u32>,
+}
+
+/// What a checkpoint holds of an operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotMode {
+    /// Its linear memory.
+    Memory,
+    /// Its declared state.
+    Declared,
+    /// Both; a restart restores the memory.
+    Both,
+}
+
+impl SnapshotMode {
+    /// Whether linear memory is in it.
+    #[must_use]
+    pub fn has_memory(self) -> bool {
+        matches!(self, Self::Memory | Self::Both)
+    }
+
+    /// Whether declared state is in it.
+    #[must_use]
+    pub fn has_declared(self) -> bool {
+        matches!(self, Self::Declared | Self::Both)
+    }
+}
+
+impl JobSpec {
+    /// Reads the manifest at `path`; what it leaves out, the host's settings may say. Its sources and sinks are
+    /// of the catalog's kinds.
+    ///
+    /// # Errors
+    /// All that is wrong: the first problem, with the others behind it.
+    pub fn read_with(path: &Path, host: Option<&HostSettings>, catalog: &Catalog) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Problem::new(
+                Code::ManifestUnreadable,
+                format!("cannot read the manifest {}", path.display()),
+            )
+            .detail(error)
+            .hint("name the job's TOML file, for example `cofferdam run job.toml`")
+        })?;
+        Self::parse(path, &text, host, catalog)
+    }
+
+    /// Reads the text of a manifest; `path` says where relative paths begin.
+    ///
+    /// # Errors
+    /// All that is wrong: the first problem, with the others behind it.
+    pub fn parse(
+        path: &Path,
+        text: &str,
+        host: Option<&HostSettings>,
+        catalog: &Catalog,
+    ) -> Result<Self> {
+        let mut document = Document::new(path, text);
+        let host_start =
+            host.map(|host| document.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
+        let table = document.parse(text, 0)?;
+        let host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
+        let mut layers = vec![(&table, 0)];
+        if let Some(table) = &host_table {
+            refuse_nodes(&document, table, host_start)?;
+            layers.push((table, host_start));
+        }
+        let root = Section::root(&document, &layers);
+        let base_dir = path.parent().unwrap_or(Path::new("")).to_owned();
+        let mut spec = read_job(&root, &base_dir, catalog)?;
+        spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
+        spec.effective = document.effective();
+        Ok(spec)
+    }
+
+    /// Whether the records of a node come to its tasks by their key. Over a forward edge they do not,
+    /// whatever comes before it: an operator gives its records keys of its own.
+    #[must_use]
+    pub fn is_keyed(&self, id: OperatorId) -> bool {
+        let inputs = &self.node(id).inputs;
+        let is_by_key = |input: &InputSpec| input.partitioner == Partitioner::Hash;
+        !inputs.is_empty() && inputs.iter().all(is_by_key)
+    }
+
+    /// What a reader of a sink's output can rely on after a failure: what the sink promises, as far as checkpoints
+    /// do. `None`: it is not a sink, or an approximate exchange may lose records on the way to one.
+    #[must_use]
+    pub fn guarantee(&self, id: OperatorId) -> Option<Guarantee> {
+        let NodeKind::Sink(sink) = &self.node(id).kind else { return None };
+        match sink.guarantee() {
+            _ if self.graph.has_exchange(ExchangeType::is_approximate) => None,
+            Guarantee::ExactlyOnce if !self.is_exactly_once => Some(Guarantee::AtLeastOnce),
+            guarantee => Some(guarantee),
+        }
+    }
+
+    /// The spec of a node.
+    ///
+    /// # Panics
+    /// If the id is not of this job.
+    #[must_use]
+    pub fn node(&self, id: OperatorId) -> &NodeSpec {
+        &self.nodes[id.0 as usize]
+    }
+}
+
+/// Nodes are a job's own.
+fn refuse_nodes(document: &Document<'_>, table: &DeTable<'_>, start: usize) -> Result<()> {
+    for node in ["source", "operator", "sink"] {
+        if let Some((key, _)) = table.get_key_value(node) {
+            let span = key.span().start + start..key.span().end + start;
+            let message = format!("the host's settings cannot have a [[{node}]]");
+            return Err(document
+                .problem(Code::BadValue, &span, message)
+                .hint("what a job consists of is in its manifest"));
+        }
+    }
+    Ok(())
+}
+
+/// The job's name and parallelism.
+fn read_head(root: &Section<'_>) -> Result<(String, u32)> {
+    if !root.has_table("job") {
+        return Err(root.missing("job", "a manifest begins with [job] and its name"));
+    }
+    let parallelism = u32::try_from(root.get(&PARALLELISM)).unwrap_or(1);
+    let name = root.require(&NAME)?;
+    if !is_name(&name.value) {
+        let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
+        return Err(root.bad_value(NAME.row().key, &name.span, why));
+    }
+    Ok((name.value, parallelism))
+}
+
+fn read_job(root: &Section<'_>, base_dir: &Path, catalog: &Catalog) -> Result<JobSpec> {
+    let document = root.document();
+    let head = document.noted(read_head(root));
+    let (name, parallelism) = head.unwrap_or_else(|| ("job".to_owned(), 1));
+    let mut execution = execution::read(root, base_dir, &name);
+    let backlog_lag_ms = execution::read_backlog_lag(root);
+    let mut warnings = std::mem::take(&mut execution.warnings);
+    let state_backend = state::read(root, &mut warnings);
+    let nodes = nodes::read_nodes(root, base_dir, parallelism, catalog);
+    let strategies = restart::read(root);
+    let (failover, escalation) = restart::read_failover(root);
+    root.finish();
+    document.mistakes()?;
+    let Some(nodes) = nodes else {
+        return Err(Problem::new(Code::HostBug, "a manifest without a mistake was not read"));
+    };
+
+    if execution.checkpoint.backlog_interval_ms.is_some() && backlog_lag_ms.is_none() {
+        let key = "execution.checkpointing.interval-during-backlog";
+        let lag = execution::BACKLOG_LAG.row().key;
+        warnings.push(format!("`{key}` means nothing without `{lag}`: no source has a backlog"));
+    }
+    let (graph, mut nodes) = nodes::resolve(root, nodes, parallelism, &execution.mode)?;
+    warn_of_doubles(&nodes, &mut warnings);
+    let is_batch = graph.has_exchange(ExchangeType::has_partition);
+    if is_batch && execution.checkpoint.interval_ms.take().is_some() {
+        let key = "execution.checkpointing.interval";
+        document.amend(key, "none");
+        let why =
+            "regions that run one after the other have nothing to go back to but their inputs";
+        warnings
+            .push(format!("`{key}` means nothing with exchanges that are not pipelined: {why}"));
+    }
+    let is_checkpointed = execution.checkpoint.interval_ms.is_some();
+    let restart = strategies.resolve(root, is_checkpointed);
+    let escalates_after = restart::resolve_escalation(root, escalation, is_checkpointed);
+    if let StateBackend::Sled(backend) = &state_backend {
+        for node in &mut nodes {
+            if let NodeKind::Operator(operator) = &mut node.kind {
+                let bytes_max = operator.limits.memory_bytes_max / 4;
+                operator.state_cache_bytes = backend.guest_cache_bytes.min(bytes_max);
+                let shown = format!("{} bytes", operator.state_cache_bytes);
+                document.amend(&format!("operator.{}.state-cache", node.name), shown);
+            }
+        }
+    }
+    document.mistakes()?;
+    Ok(JobSpec {
+        name,
+        base_dir: base_dir.to_owned(),
+        checkpoint: execution.checkpoint,
+        is_exactly_once: execution.is_exactly_once,
+        is_compressing: execution.is_compressing,
+        backlog_lag_ms,
+        retention: execution.retention,
+        savepoint_dir: execution.savepoint_dir,
+        storage: execution.storage,
+        state_backend,
+        restart,
+        failover,
+        escalates_after,
+        parallelism,
+        graph,
+        nodes,
+        catalog: catalog.clone(),
+        warnings,
+        effective: Vec::new(),
+    })
+}
+
+/// The restart strategy that settings of the form `restart-strategy.type`, `fixed-delay` lead to.
+///
+/// # Errors
+/// Everything that is wrong, with the setting it is in.
+pub fn restart_of(settings: &[(String, String)]) -> Result<RestartSpec> {
+    let text: String = settings.iter().map(|(key, value)| setting_line(key, value)).collect();
+    let document = Document::new(Path::new("--set"), &text);
+    let table = document.parse(&text, 0)?;
+    let root = Section::root(&document, &[(&table, 0)]);
+    let execution = execution::read(&root, Path::new(""), "job");
+    let strategies = restart::read(&root);
+    root.finish();
+    document.mistakes()?;
+    Ok(strategies.resolve(&root, execution.checkpoint.interval_ms.is_some()))
+}
+
+/// A setting as a line of TOML. Flink's older spelling of the strategy's name is taken, too.
+fn setting_line(key: &str, value: &str) -> String {
+    let key = if key == "restart-strategy" { "restart-strategy.type" } else { key };
+    // Numbers as Flink takes them: "010" is ten.
+    let value = match (value.parse::<i64>(), value.parse::<f64>(), value.parse::<bool>()) {
+        (Ok(number), ..) => toml::Value::Integer(number),
+        (_, Ok(number), _) if number.is_finite() => toml::Value::Float(number),
+        (_, _, Ok(flag)) => toml::Value::Boolean(flag),
+        _ => toml::Value::String(value.to_owned()),
+    };
+    format!("{key} = {value}\n")
+}
+
+fn is_name(text: &str) -> bool {
+    text.starts_with(|letter: char| letter.is_ascii_alphabetic())
+        && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter))
+}
+
+/// An input that is named twice is no mistake where a stream meets itself, and mostly one elsewhere.
+fn warn_of_doubles(nodes: &[NodeSpec], warnings: &mut Vec<String>) {
+    for node in nodes {
+        for (place, input) in node.inputs.iter().enumerate() {
+            let is_same =
+                |other: &&InputSpec| (other.from, &other.output) == (input.from, &input.output);
+            if node.inputs[..place].iter().any(|other| is_same(&other)) {
+                let producer = &nodes[input.from.0 as usize].name;
+                warnings.push(format!(
+                    "\"{}\" has \"{producer}\" among its inputs more than once: each record comes as often",
+                    node.name
+                ));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Which strategy applies, row by row of Flink's own tests of its loaders.
+
+    use cofferdam_core::{graph::Edge, restart::ExponentialDelay};
+
+    use super::*;
+
+    fn spec(job: &str, host: Option<&str>) -> Result<JobSpec> {
+        let text = format!(
+            "[job]\nname = \"j\"\n\n[[source]]\nname = \"s\"\nconnector = \"generator\"\n\n{job}"
+        );
+        let host = host.map(|text| HostSettings {
+            path: PathBuf::from("cofferdam.toml"),
+            text: text.to_owned(),
+            has_lines: true,
+            warnings: Vec::new(),
+        });
+        JobSpec::parse(
+            Path::new("job.toml"),
+            &text,
+            host.as_ref(),
+            &cofferdam_connectors::builtin(),
+        )
+    }
+
+    /// What counts of a setting.
+    fn counts(spec: &JobSpec, key: &str) -> String {
+        let found = spec.effective.iter().find(|it| it.key == key);
+        found.map_or_else(String::new, |it| it.value.clone())
+    }
+
+    fn strategy(job: Option<&str>, host: Option<&str>, is_checkpointed: bool) -> Result<String> {
+        let lines = |name: &str| format!("[restart-strategy]\ntype = \"{name}\"\n");
+        let interval = match is_checkpointed {
+            true => "[execution.checkpointing]\ninterval = \"1s\"\n",
+            false => "",
+        };
+        let job = job.map_or(String::new(), lines) + interval;
+        let host = host.map(lines);
+        spec(&job, host.as_deref()).map(|spec| counts(&spec, "restart-strategy.type"))
+    }
+
+    /// P for each edge that is pipelined and B for each that is blocking, in the order of the manifest.
+    fn exchanges(mode: &str, nodes: &str) -> String {
+        let execution = format!(
+            "[execution]\nruntime-mode = \"BATCH\"\nbatch-shuffle-mode = \"{mode}\"\n\n{nodes}"
+        );
+        let spec = spec(&execution, None).expect("a job");
+        let letter = |edge: &Edge| if edge.exchange.must_be_pipelined() { 'P' } else { 'B' };
+        spec.graph.edges().iter().map(letter).collect()
+    }
+
+    #[test]
+    fn approximate_local_recovery_is_for_streams_and_edges_that_say_nothing() {
+        let nodes = operator("a", "{ from = \"s\", partition = \"hash\" }")
+            + &operator("b", "\"a\"")
+            + &operator("c", "{ from = \"b\", partition = \"hash\", exchange = \"pipelined\" }");
+        let names = |lines: &str| -> Vec<&'static str> {
+            let spec = spec(&format!("{lines}{nodes}"), None).expect("a job");
+            spec.graph.edges().iter().map(|edge| edge.exchange.name()).collect()
+        };
+        let on = "[execution.state-recovery]\napproximate-local-recovery = true\n";
+        assert_eq!(names(on), ["pipelined-approximate", "pipelined-bounded", "pipelined"]);
+        let batch = format!("[execution]\nruntime-mode = \"BATCH\"\n{on}");
+        assert_eq!(names(&batch), ["blocking", "pipelined-bounded", "pipelined"]);
+        assert_eq!(names(""), ["pipelined-bounded", "pipelined-bounded", "pipelined"]);
+    }
+
+    fn operator(name: &str, inputs: &str) -> String {
+        format!("[[operator]]\nname = \"{name}\"\ncomponent = \"c.wasm\"\ninputs = [{inputs}]\n\n")
+    }
+
+    const MODES: [&str; 4] = ["PIPELINED_FORCED", "PIPELINED", "BATCH", "BATCH_FORCED"];
+
+    #[test]
+    fn data_exchange_mode_forward_test() {
+        // To a map, a filter, by key to a reduce, to a sink; without the combiner, which is none here.
+        let nodes = [
+            operator("map", "\"s\""),
+            operator("filter", "\"map\""),
+            operator("reduce", "{ from = \"filter\", partition = \"hash\" }"),
+            "[[sink]]\nname = \"out\"\nconnector = \"discard\"\ninputs = [\"reduce\"]\n".to_owned(),
+        ];
+        let found = MODES.map(|mode| exchanges(mode, &nodes.concat()));
+        assert_eq!(found, ["PPPP", "PPPP", "PPBP", "BBBB"]);
+    }
+
+    #[test]
+    fn branches_that_meet_again_break_the_pipeline_once() {
+        let nodes = [
+            operator("left", "\"s\""),
+            operator("right", "{ from = \"s\", partition = \"hash\" }"),
+            operator("join", "\"left\", \"right\""),
+        ];
+        let found = MODES.map(|mode| exchanges(mode, &nodes.concat()));
+        assert_eq!(found, ["PPPP", "PPPB", "PBPB", "BBBB"]);
+    }
+
+    #[test]
+    fn restart_backoff_time_strategy_factory_loader_test() {
+        let rows = [
+            (Some("none"), Some("fixed-delay"), "none"),
+            (Some("fixed-delay"), Some("exponential-delay"), "fixed-delay"),
+            (Some("exponential-delay"), Some("failure-rate"), "exponential-delay"),
+            (Some("failure-rate"), Some("fixed-delay"), "failure-rate"),
+            (None, Some("none"), "none"),
+            (None, Some("fixed-delay"), "fixed-delay"),
+            (None, Some("exponential-delay"), "exponential-delay"),
+            (None, Some("failure-rate"), "failure-rate"),
+            (None, None, "none"),
+        ];
+        for (job, host, expected) in rows {
+            assert_eq!(strategy(job, host, false).as_deref(), Ok(expected), "{job:?}, {host:?}");
+        }
+        for (job, host) in [(Some("invalid-strategy"), None), (None, Some("invalid-strategy"))] {
+            let problem = strategy(job, host, false).expect_err("no such strategy");
+            assert_eq!(problem.code, Code::BadValue);
+        }
+        let checkpointed = spec("[execution.checkpointing]\ninterval = \"1s\"\n", None);
+        assert_eq!(
+            checkpointed.expect("a job").restart.strategy,
+            RestartStrategy::ExponentialDelay(ExponentialDelay {
+                initial_backoff_ms: 1_000,
+                backoff_ms_max: 60_000,
+                backoff_multiplier: 1.5,
+                reset_threshold_ms: 3_600_000,
+                jitter_factor: 0.1,
+                attempts_max: None,
+            })
+        );
+    }
+
+    #[test]
+    fn failover_strategy_factory_loader_test() {
+        let load = |name: &str| {
+            spec(&format!("[jobmanager.execution]\nfailover-strategy = \"{name}\"\n"), None)
+                .map(|spec| spec.failover)
+        };
+        assert_eq!(load("full"), Ok(FailoverStrategy::Full));
+        assert_eq!(load("region"), Ok(FailoverStrategy::Region));
+        assert_eq!(spec("", None).map(|spec| spec.failover), Ok(FailoverStrategy::Region));
+        assert_eq!(load("invalidStrategy").map_err(|problem| problem.code), Err(Code::BadValue));
+    }
+
+    #[test]
+    fn failures_may_merge_and_failovers_escalate() {
+        let lines = "[execution.checkpointing]\ninterval = \"1s\"\n\
+                     [restart-strategy]\nmerge-failures = true\n\
+                     [jobmanager.execution]\nfailover-escalation = 3\n";
+        let both = spec(lines, None).expect("a job");
+        assert_eq!((both.restart.is_merging_failures, both.escalates_after), (true, Some(3)));
+        let plain = spec("", None).expect("a job");
+        assert_eq!((plain.restart.is_merging_failures, plain.escalates_after), (false, None));
+        let unchecked = spec("[jobmanager.execution]\nfailover-escalation = 3\n", None);
+        assert_eq!(unchecked.map_err(|problem| problem.code).err(), Some(Code::BadValue));
+    }
+
+    #[test]
+    fn settings_of_one_strategy_may_come_from_job_and_host() {
+        let job = "[restart-strategy.fixed-delay]\nattempts = 7\n";
+        let host = "[restart-strategy]\ntype = \"fixed-delay\"\nfixed-delay = { attempts = 2, delay = \"3s\" }\n";
+        let spec = spec(job, Some(host)).expect("a job");
+        assert_eq!(
+            spec.restart.strategy,
+            RestartStrategy::FixedDelay { attempts: 7, delay_ms: 3_000 }
+        );
+        let is_delay = |it: &&Effective| it.key == "restart-strategy.fixed-delay.delay";
+        let origin = &spec.effective.iter().find(is_delay).expect("it counts").place;
+        assert!(
+            origin.as_ref().is_some_and(|place| place.starts_with("cofferdam.toml:3:")),
+            "{origin:?}"
+        );
+    }
+
+    #[test]
+    fn host_cannot_have_nodes() {
+        let problem = spec("", Some("[[sink]]\nname = \"x\"\n")).expect_err("a node");
+        assert!(problem.message.contains("[[sink]]"), "{problem}");
+    }
+}

@@ -1,0 +1,389 @@
+//! The nodes of a manifest and how they are joined: from names to a graph.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use cofferdam_connector::Catalog;
+use cofferdam_core::{
+    exchange::ExchangeType,
+    graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
+    ids::OperatorId,
+};
+use cofferdam_settings::{
+    AnySetting, Code, Document, Located, Optional, Problem, Required, Section, section::closest,
+    table::Key,
+};
+use toml::de::DeValue;
+
+use super::{
+    InputSpec, NodeKind, NodeSpec, PARALLELISM_MAX,
+    connector::{read_sink, read_source},
+    execution::RuntimeMode,
+    is_name,
+    operator::read_operator,
+};
+
+type Result<T> = std::result::Result<T, Problem>;
+
+static NAME: Required<String> = Key::text("name", "what other nodes call it")
+    .of_job()
+    .required("other nodes refer to it by name");
+static UID: Optional<String> = Key::text(
+    "uid",
+    "what its state is matched by when the job resumes: with its old name here a node may have a new one",
+)
+.of_job()
+.or_none("the name");
+static PARALLELISM: Optional<u64> = Key::integer(
+    "parallelism",
+    1,
+    PARALLELISM_MAX,
+    "how many tasks it has; a sink without one follows its input",
+)
+.of_job()
+.or_none("`job.parallelism`");
+static INPUTS: Optional<()> =
+    Key::array("inputs", "names of nodes, `\"node.output\"`, or tables with the keys of an input")
+        .of_job()
+        .or_none("required");
+static FROM: Required<String> = Key::text("from", "the node, or `\"node.output\"`")
+    .of_job()
+    .required("name the node it comes from");
+static PARTITION: Optional<Partitioner> =
+    Key::choice("partition", PARTITIONERS, "how records find their task")
+        .of_job()
+        .or_none("`forward` at equal parallelism, else `rebalance`");
+static EXCHANGE: Optional<ExchangeType> = Key::choice(
+    "exchange",
+    EXCHANGES,
+    "how records travel, and whether their readers can restart without their writers",
+)
+.of_job()
+.or_none("by `execution.runtime-mode`");
+
+pub(super) static SOURCE_ROWS: &[&dyn AnySetting] = &[&NAME, &UID, &PARALLELISM];
+pub(super) static NODE_ROWS: &[&dyn AnySetting] = &[&NAME, &UID, &PARALLELISM, &INPUTS];
+pub(super) static INPUT_ROWS: &[&dyn AnySetting] = &[&FROM, &PARTITION, &EXCHANGE];
+
+static EXCHANGES: &[(&str, ExchangeType)] = &{
+    let all = ExchangeType::ALL;
+    let mut words = [("", all[0]); ExchangeType::ALL.len()];
+    let mut index = 0;
+    while index < all.len() {
+        words[index] = (all[index].name(), all[index]);
+        index += 1;
+    }
+    words
+};
+
+/// A node as it was read, before names are resolved.
+pub(super) struct RawNode {
+    name: Located<String>,
+    uid: Option<Located<String>>,
+    parallelism: Option<u32>,
+    kind: NodeKind,
+    inputs: Vec<RawInput>,
+}
+
+pub(super) struct RawInput {
+    from: Located<String>,
+    partitioner: Option<Partitioner>,
+    exchange: Option<ExchangeType>,
+}
+
+/// The nodes, or `None` where something is wrong with one.
+pub(super) fn read_nodes(
+    root: &Section<'_>,
+    base_dir: &Path,
+    parallelism: u32,
+    catalog: &Catalog,
+) -> Option<Vec<RawNode>> {
+    let mut raw = Vec::new();
+    let sources = root.document().noted(root.sections("source"))?;
+    if sources.is_empty() {
+        raw.push(
+            root.document()
+                .noted(Err(root.missing("source", "a job needs at least one [[source]]"))),
+        );
+    }
+    for section in sources {
+        let node = read_node(&section, None, |_| {
+            Ok(NodeKind::Source(read_source(&section, base_dir, catalog)?))
+        });
+        raw.push(root.document().noted(node));
+    }
+    for section in root.document().noted(root.sections("operator"))? {
+        let node = read_inputs(&section).and_then(|inputs| {
+            read_node(&section, Some(inputs), |own| {
+                let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
+                Ok(NodeKind::Operator(Box::new(spec)))
+            })
+        });
+        raw.push(root.document().noted(node));
+    }
+    for section in root.document().noted(root.sections("sink"))? {
+        let node = read_inputs(&section).and_then(|inputs| {
+            let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir, catalog)?));
+            read_node(&section, Some(inputs), kind)
+        });
+        raw.push(root.document().noted(node));
+    }
+    raw.into_iter().collect()
+}
+
+fn read_node(
+    section: &Section<'_>,
+    inputs: Option<Vec<RawInput>>,
+    kind: impl FnOnce(Option<u32>) -> Result<NodeKind>,
+) -> Result<RawNode> {
+    let name = section.require(&NAME)?;
+    // It is part of the keys of everything else that is listed.
+    let listed = section.shown_key("name");
+    section.document().forget(|key| key == listed);
+    if !is_name(&name.value) {
+        let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
+        return Err(section.bad_value("name", &name.span, why));
+    }
+    section.call(&name.value);
+    let uid = section.find(&UID);
+    if let Some(Located { value, span }) = &uid
+        && (value.is_empty() || 200 < value.len())
+    {
+        return Err(section.bad_value("uid", span, "it has from 1 to 200 bytes"));
+    }
+    let parallelism = section.find(&PARALLELISM);
+    let parallelism = parallelism.map(|it| u32::try_from(it.value).unwrap_or(1));
+    let kind = kind(parallelism).inspect_err(|_| section.finish_early())?;
+    section.finish();
+    Ok(RawNode { name, uid, parallelism, kind, inputs: inputs.unwrap_or_default() })
+}
+
+static PARTITIONERS: &[(&str, Partitioner)] = &[
+    ("forward", Partitioner::Forward),
+    ("hash", Partitioner::Hash),
+    ("rebalance", Partitioner::Rebalance),
+    ("rescale", Partitioner::Rescale),
+    ("broadcast", Partitioner::Broadcast),
+    ("global", Partitioner::Global),
+];
+
+/// A partitioner's name in a manifest.
+#[must_use]
+pub fn partitioner_name(partitioner: Partitioner) -> &'static str {
+    let found = PARTITIONERS.iter().find(|(_, other)| *other == partitioner);
+    found.map_or("", |(name, _)| name)
+}
+
+fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
+    let mut inputs = Vec::new();
+    for (value, span) in section.items("inputs")? {
+        inputs.push(match value {
+            DeValue::String(from) => {
+                let from = Located { value: from.to_string(), span };
+                RawInput { from, partitioner: None, exchange: None }
+            }
+            DeValue::Table(table) => {
+                let input = section.nested("inputs", span, table);
+                let from = input.require(&FROM)?;
+                let partitioner = input.find(&PARTITION).map(|choice| choice.value);
+                let exchange = input.find(&EXCHANGE).map(|choice| choice.value);
+                input.finish();
+                // What counts of them is listed with their node, when the graph is known.
+                section.document().forget(|key| key.starts_with("inputs."));
+                RawInput { from, partitioner, exchange }
+            }
+            _ => {
+                let why = "an input is a name or { from = \"name\", partition = \"hash\" }";
+                return Err(section.bad_value("inputs", &span, why));
+            }
+        });
+    }
+    if inputs.is_empty() {
+        return Err(section.missing("inputs", "name the nodes whose records it takes"));
+    }
+    Ok(inputs)
+}
+
+pub(super) fn resolve(
+    root: &Section<'_>,
+    raw: Vec<RawNode>,
+    parallelism: u32,
+    mode: &RuntimeMode,
+) -> Result<(JobGraph, Vec<NodeSpec>)> {
+    let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
+    for (id, node) in (0..).map(OperatorId).zip(&raw) {
+        if ids.insert(&node.name.value, id).is_some() {
+            let message = format!("there are two nodes called \"{}\"", node.name.value);
+            let problem = root.document().problem(Code::DuplicateName, &node.name.span, message);
+            return Err(problem.hint("sources, operators and sinks share their names"));
+        }
+    }
+    // A sink without a parallelism of its own follows its input, so that the two are chained.
+    let mut operators: Vec<Operator> = Vec::new();
+    for node in &raw {
+        let followed = match (&node.kind, node.inputs.as_slice()) {
+            (NodeKind::Sink(_), [only]) => {
+                let producer = only.from.value.split('.').next().unwrap_or_default();
+                ids.get(producer)
+                    .and_then(|id| operators.get(id.0 as usize))
+                    .map(|operator| operator.parallelism)
+            }
+            _ => None,
+        };
+        let parallelism = node.parallelism.or(followed).unwrap_or(parallelism);
+        operators.push(Operator { name: node.name.value.clone(), parallelism });
+    }
+    let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+    for (to, node) in (0..).map(OperatorId).zip(&raw) {
+        let mut inputs = Vec::new();
+        for (input, raw_input) in (0..).zip(&node.inputs) {
+            let (producer, output) = match raw_input.from.value.split_once('.') {
+                Some((producer, output)) => (producer, Some(output.to_owned())),
+                None => (raw_input.from.value.as_str(), None),
+            };
+            let Some(&from) = ids.get(producer) else {
+                return Err(unknown_input(root, node, raw_input, producer, ids.keys().copied()));
+            };
+            let is_sink = matches!(raw[from.0 as usize].kind, NodeKind::Sink(_));
+            if is_sink {
+                let message = format!("\"{producer}\" is a sink: nothing comes out of it");
+                return Err(root.document().problem(
+                    Code::UnknownInput,
+                    &raw_input.from.span,
+                    message,
+                ));
+            }
+            let is_equal =
+                operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
+            let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
+            let partitioner = raw_input.partitioner.unwrap_or(default);
+            // Which output a name means is known once the component has been asked.
+            let exchange = raw_input.exchange.unwrap_or_else(|| {
+                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, inputs.len());
+                mode.exchange(partitioner, breaks_pipeline, || raw.iter().all(RawNode::is_bounded))
+            });
+            edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
+            spans.push(raw_input.from.span.clone());
+            let place = root.document().place(&raw_input.from.span);
+            inputs.push(InputSpec { from, output, partitioner, place });
+        }
+        let name = node.name.value.clone();
+        let uid = node.uid.as_ref().map_or_else(|| name.clone(), |uid| uid.value.clone());
+        if let Some(other) = nodes.iter().find(|other: &&NodeSpec| other.uid == uid) {
+            let span = node.uid.as_ref().map_or(&node.name.span, |uid| &uid.span);
+            let message = format!("\"{}\" and \"{name}\" have the same uid \"{uid}\"", other.name);
+            return Err(root
+                .document()
+                .problem(Code::DuplicateName, span, message)
+                .hint("state is matched by it: give each its own"));
+        }
+        nodes.push(NodeSpec { name, uid, kind: node.kind.clone(), inputs });
+    }
+    let graph = JobGraph::new(operators, edges.clone()).map_err(|error| match error {
+        GraphError::Cycle(cycle) => {
+            let names: Vec<&str> =
+                cycle.iter().map(|id| raw[id.0 as usize].name.value.as_str()).collect();
+            let first = cycle.first().map_or(0, |id| id.0 as usize);
+            let path =
+                format!("{} -> {}", names.join(" -> "), names.first().copied().unwrap_or_default());
+            root.document()
+                .problem(
+                    Code::Cycle,
+                    &raw[first].name.span,
+                    format!("the inputs form a cycle: {path}"),
+                )
+                .hint("a job's records flow one way; remove one of these inputs")
+        }
+        GraphError::ForwardNeedsEqualParallelism(edge) => {
+            let place = edges.iter().position(|other| *other == edge).unwrap_or(0);
+            let (from, to) =
+                (&raw[edge.from.0 as usize].name.value, &raw[edge.to.0 as usize].name.value);
+            let message =
+                format!("a forward edge needs equal parallelism: \"{from}\" and \"{to}\" differ");
+            root.document().problem(Code::ForwardParallelism, &spans[place], message).hint(
+                "use partition = \"rebalance\" or \"hash\", or give both the same parallelism",
+            )
+        }
+    })?;
+    list(root.document(), &graph, &nodes);
+    Ok((graph, nodes))
+}
+
+impl RawNode {
+    /// Whether its records come to an end, if those of all others do.
+    fn is_bounded(&self) -> bool {
+        match &self.kind {
+            NodeKind::Source(source) => source.is_bounded(),
+            NodeKind::Operator(_) | NodeKind::Sink(_) => true,
+        }
+    }
+}
+
+/// Lists what counts for nodes beside what they are set to: it follows from the graph.
+fn list(document: &Document<'_>, graph: &JobGraph, nodes: &[NodeSpec]) {
+    for ((id, operator), node) in graph.operators().zip(nodes) {
+        let kind = match node.kind {
+            NodeKind::Source(_) => "source",
+            NodeKind::Operator(_) => "operator",
+            NodeKind::Sink(_) => "sink",
+        };
+        let list = |key: &str, value: String| {
+            document.amend(&format!("{kind}.{}.{key}", node.name), value);
+        };
+        list("uid", node.uid.clone());
+        list("parallelism", operator.parallelism.to_string());
+        for (index, input) in node.inputs.iter().enumerate() {
+            let producer = &nodes[input.from.0 as usize].name;
+            let output = input.output.as_ref().map_or(String::new(), |output| format!(".{output}"));
+            let partition = partitioner_name(input.partitioner);
+            let edge = graph.inputs(id).find(|edge| edge.input as usize == index);
+            let exchange = edge.map_or("", |edge| edge.exchange.name());
+            list(
+                &format!("inputs[{index}]"),
+                format!("{producer}{output}, {partition}, {exchange}"),
+            );
+        }
+    }
+}
+
+/// Whether what comes in by an input has an origin in common with an input before it: a node that reads
+/// one of both to its end first would wait for ever if both were pipelined.
+fn breaks_pipeline(
+    nodes: &[RawNode],
+    ids: &BTreeMap<&str, OperatorId>,
+    node: &RawNode,
+    input: usize,
+) -> bool {
+    let origins = |input: &RawInput| {
+        let (mut found, mut waiting) = (BTreeSet::new(), vec![input]);
+        while let Some(input) = waiting.pop() {
+            let producer = input.from.value.split('.').next().unwrap_or_default();
+            if let Some(id) = ids.get(producer)
+                && found.insert(*id)
+            {
+                waiting.extend(&nodes[id.0 as usize].inputs);
+            }
+        }
+        found
+    };
+    let own = origins(&node.inputs[input]);
+    node.inputs[..input].iter().any(|before| !own.is_disjoint(&origins(before)))
+}
+
+fn unknown_input<'n>(
+    root: &Section<'_>,
+    node: &RawNode,
+    input: &RawInput,
+    producer: &str,
+    names: impl Iterator<Item = &'n str> + Clone,
+) -> Problem {
+    let message =
+        format!("\"{}\" takes its input from \"{producer}\", which is not there", node.name.value);
+    let problem = root.document().problem(Code::UnknownInput, &input.from.span, message);
+    match closest(producer, names.clone()) {
+        Some(name) => problem.hint(format!("did you mean \"{name}\"?")),
+        None => problem.hint(format!("there are: {}", names.collect::<Vec<_>>().join(", "))),
+    }
+}

@@ -1,0 +1,170 @@
+//! What a store must be able to do, and how it fails.
+
+/// Why a store could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The store's own reason.
+    #[error("{doing}: {reason}")]
+    Store {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+    /// It cannot be reached; what is in it may be whole.
+    #[error("{doing}: {reason}")]
+    Unreachable {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+    /// Nobody knows whether a manifest is there.
+    #[error("it is not known whether checkpoint {checkpoint} is complete: {reason}")]
+    InDoubt {
+        /// The checkpoint.
+        checkpoint: u64,
+        /// Why not.
+        reason: String,
+    },
+    /// Something that was written is not there, or is not what was written.
+    #[error("{what} is damaged: {why}")]
+    Damaged {
+        /// Which manifest or snapshot.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Written by a version of this program that writes differently.
+    #[error("{what} has format {found}, this program reads format {known}")]
+    Format {
+        /// Which manifest.
+        what: String,
+        /// Its version.
+        found: u16,
+        /// The version this program reads.
+        known: u16,
+    },
+}
+
+impl StorageError {
+    /// A failure of the store itself.
+    pub fn store(doing: &'static str, reason: impl ToString) -> Self {
+        Self::Store { doing, reason: reason.to_string() }
+    }
+
+    /// Something that is not what was written.
+    pub fn damaged(what: impl ToString, why: impl ToString) -> Self {
+        Self::Damaged { what: what.to_string(), why: why.to_string() }
+    }
+}
+
+/// A result of the storage.
+pub type Result<T> = std::result::Result<T, StorageError>;
+
+/// A row of generations.
+pub trait Storage: Send {
+    /// The numbers of all generations, ascending.
+    ///
+    /// # Errors
+    /// Where they cannot be listed.
+    fn generations(&self) -> Result<Vec<u64>>;
+
+    /// Opens a generation; makes an empty one where it is not there. It has once reached as far as
+    /// `end`: where something is missing of that, it is looked for elsewhere.
+    ///
+    /// # Errors
+    /// Where it cannot be read or made.
+    fn open(&mut self, number: u64, end: u64) -> Result<Box<dyn Generation>>;
+
+    /// Opens a generation that is there to look into it. Nothing is written, wherever it lies.
+    ///
+    /// # Errors
+    /// Where it is not there, or cannot be read.
+    fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>>;
+
+    /// The copies of the head that there are; see [`head`].
+    ///
+    /// # Errors
+    /// Where they cannot be read.
+    fn heads(&self) -> Result<Vec<Vec<u8>>>;
+
+    /// Writes one of two copies of the head, durably.
+    ///
+    /// # Errors
+    /// Where nobody knows whether it is there.
+    fn write_head(&mut self, copy: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Puts a damaged generation where it is in nobody's way, for people to look at.
+    ///
+    /// # Errors
+    /// Where it is still there.
+    fn set_aside(&mut self, _number: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// Removes a generation that nobody has open.
+    ///
+    /// # Errors
+    /// Where it is still there.
+    fn remove(&mut self, number: u64) -> Result<()>;
+
+    /// Removes both copies of the head: there is no store any more.
+    ///
+    /// # Errors
+    /// Where one is still there.
+    fn remove_heads(&mut self) -> Result<()>;
+
+    /// Where it is, for messages.
+    fn location(&self) -> String;
+}
+
+/// A key-value store. What was put is durable after the next `flush`, not before. After an error
+/// everything since the last flush is undone, and the store is opened again by the next write.
+pub trait Generation: Send {
+    /// Writes a value.
+    ///
+    /// # Errors
+    /// Where it was not taken.
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()>;
+
+    /// Reads a value.
+    ///
+    /// # Errors
+    /// Where it cannot be read; a key that is not there is `Ok(None)`.
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
+
+    /// Removes a value.
+    ///
+    /// # Errors
+    /// Where it was not removed.
+    fn delete(&mut self, key: &[u8]) -> Result<()>;
+
+    /// Every key that begins with `prefix`, ascending.
+    ///
+    /// # Errors
+    /// Where they cannot be listed.
+    fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>>;
+
+    /// Makes everything durable that was put.
+    ///
+    /// # Errors
+    /// Where that is not certain.
+    fn flush(&mut self) -> Result<()>;
+
+    /// Opens the store again if an error has closed it.
+    ///
+    /// # Errors
+    /// Where it still cannot be.
+    fn reopen(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// How far it reaches as of the last flush: ascends with each.
+    fn end(&self) -> u64;
+
+    /// What of it is damaged, though all of it can still be read.
+    fn flaws(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
