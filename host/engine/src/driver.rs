@@ -39,6 +39,7 @@ use crate::{
         partition::{PartitionChannel, PartitionReader},
         writer::Writer,
     },
+    failure::host_bug,
     job::Plan,
     metrics::Metrics,
     progress::{Observer, Progress},
@@ -47,7 +48,7 @@ use crate::{
     storage::{Report, StorageHandle},
     task::{
         Control, Head, Opening, Origin, Worker,
-        node::{Node, Target, host_bug},
+        node::{Node, Target},
     },
 };
 

@@ -66,8 +66,9 @@ use crate::{
     state_dir::{self, Ended, JobRecord},
     storage::StorageHandle,
     task::{
-        node::{Node, OperatorTask, Work},
-        poison::Processed,
+        Processed,
+        node::{Node, Work},
+        operator::OperatorTask,
     },
 };
 

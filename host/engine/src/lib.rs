@@ -5,6 +5,7 @@ mod clock;
 pub mod control;
 mod driver;
 mod exchange;
+mod failure;
 pub mod history;
 pub mod job;
 pub mod metrics;

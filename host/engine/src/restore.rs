@@ -33,12 +33,12 @@ use cofferdam_store::{
 use futures::executor::block_on;
 
 use crate::{
+    failure::host_bug,
     job::limits_of,
     progress::{Observer, Progress, RestoreStep},
     read_out::{OwnComponent, on_instance},
     state::local::TaskLocal,
     state_dir::JobRecord,
-    task::node::host_bug,
 };
 
 /// A checkpoint or savepoint to begin from, instead of the newest of the state directory.

@@ -24,7 +24,10 @@ use cofferdam_store::{
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::{clock::now_ms, task::node::host_bug};
+use crate::{
+    clock::now_ms,
+    failure::{host_bug, storage_cause},
+};
 
 enum Command {
     Begin { slots: Vec<usize>, restored_from: Option<u64> },
@@ -136,7 +139,7 @@ impl StorageHandle {
 
     /// Reads a task's state. Blocks.
     pub(crate) fn load(&self, slot: usize, checkpoint: u64) -> Result<LoadedTask, FailureCause> {
-        lock(&self.store).load(slot, checkpoint).map_err(cause_of)
+        lock(&self.store).load(slot, checkpoint).map_err(storage_cause)
     }
 
     /// Reads a task's declared state, entry by entry; that of some key groups alone, where they are given.
@@ -149,7 +152,7 @@ impl StorageHandle {
         read: impl FnOnce(Entries<'_>) -> cofferdam_store::Result<T>,
     ) -> Result<T, FailureCause> {
         let store = lock(&self.store);
-        store.declared_within(slot, checkpoint, key_groups).and_then(read).map_err(cause_of)
+        store.declared_within(slot, checkpoint, key_groups).and_then(read).map_err(storage_cause)
     }
 
     fn send(&self, command: Command) {
@@ -164,22 +167,6 @@ impl StorageThread {
         self.thread.join().ok()?;
         Arc::into_inner(self.store)
             .map(|store| store.into_inner().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// What an error of the storage means for a task.
-pub(crate) fn cause_of(error: StorageError) -> FailureCause {
-    let message = error.to_string();
-    match error {
-        StorageError::Store { .. } | StorageError::Unreachable { .. } => {
-            FailureCause::Environment { message }
-        }
-        StorageError::Damaged { .. } | StorageError::Format { .. } => {
-            FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }
-        }
-        StorageError::InDoubt { .. } => {
-            FailureCause::Permanent { obstacle: Obstacle::StoreInDoubt, message }
-        }
     }
 }
 

@@ -13,10 +13,15 @@ use cofferdam_core::{failure::FailureCause, ids::micros, isolate::Isolation};
 use cofferdam_sandbox::{GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
 
-use super::node::{
-    Context, OperatorTask, about_record, cause_of, host_bug, restore_cause, snapshot_cause,
+use crate::{progress::Progress, state::local::TaskLocal};
+
+use super::{
+    guard::Guard,
+    operator::{Context, OperatorTask},
 };
-use crate::{progress::Progress, state::local::TaskLocal, storage::cause_of as storage_cause};
+use crate::failure::{
+    about_record, cause_of, host_bug, restore_cause, snapshot_cause, storage_cause,
+};
 
 type Result<T> = std::result::Result<T, FailureCause>;
 
@@ -26,44 +31,6 @@ const GUARDED_RECORDS_MIN: u64 = 4096;
 /// Snapshots that wait for a checkpoint before they are merged into one, so that they take no more
 /// than a few times the memory.
 const UNSAVED_MAX: usize = 16;
-
-/// An operator's memory as of its last call that ended well.
-pub(crate) struct Guard {
-    image: Image,
-    records_left: u64,
-}
-
-/// How many records an operator has processed, and as of which checkpoints.
-#[derive(Debug, Default)]
-pub(crate) struct Processed {
-    total: u64,
-    /// Checkpoints that are not complete, with the total at their barriers.
-    barriers: Vec<(u64, u64)>,
-    /// The total at the barrier of the last one that is.
-    completed: u64,
-}
-
-impl Processed {
-    pub(crate) fn add(&mut self, records: usize) {
-        self.total += records as u64;
-    }
-
-    pub(crate) fn on_barrier(&mut self, checkpoint: u64) {
-        self.barriers.push((checkpoint, self.total));
-    }
-
-    pub(crate) fn on_complete(&mut self, checkpoint: u64) {
-        if let Some((_, total)) = self.barriers.iter().rfind(|(id, _)| *id <= checkpoint) {
-            self.completed = *total;
-        }
-        self.barriers.retain(|(id, _)| checkpoint < *id);
-    }
-
-    /// Records that a restart now would bring again.
-    fn since_completed(&self) -> u64 {
-        self.total - self.completed
-    }
-}
 
 /// Whether another try without one of its records may help.
 fn is_about_records(error: &GuestError) -> bool {

@@ -1,0 +1,117 @@
+//! Every error of a task has its class here, once: what a guest, a store or the environment says, as the cause of
+//! a failure that the core decides about.
+
+use cofferdam_contract::Batch;
+use cofferdam_core::{
+    failure::{FailureCause, Obstacle},
+    ids::TaskId,
+};
+use cofferdam_sandbox::{GuestError, RestoreError, SnapshotError};
+use cofferdam_settings::problem::{shown, with_sources};
+
+use cofferdam_store::StorageError;
+
+type Result<T> = std::result::Result<T, FailureCause>;
+
+/// The failure of one task.
+#[derive(Debug)]
+pub(crate) struct TaskFailure {
+    pub(crate) task: TaskId,
+    pub(crate) cause: FailureCause,
+}
+
+/// Runs something that blocks where that harms nobody.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.unwrap_or_else(|error| Err(host_bug(&format!("a blocking call panicked: {error}"))))
+}
+
+pub(crate) fn host_bug(message: &str) -> FailureCause {
+    FailureCause::HostBug { message: message.to_owned() }
+}
+
+/// The class of a guest's error in a batch, with the record that it is about.
+pub(crate) fn cause_with_record(error: GuestError, batch: &Batch) -> FailureCause {
+    match error {
+        GuestError::Rejected { message, record: Some(place) } => {
+            FailureCause::Rejected { message: about_record(&message, batch, place) }
+        }
+        GuestError::Failed { message, record: Some(place) } => FailureCause::Trap {
+            message: about_record(&message, batch, place),
+            backtrace: Vec::new(),
+        },
+        error => cause_of(error),
+    }
+}
+
+/// A message with the record that it is about, shortened.
+pub(crate) fn about_record(message: &str, batch: &Batch, place: u32) -> String {
+    let Some(record) = batch.records().nth(place as usize) else { return message.to_owned() };
+    let key = record.key.map_or(String::new(), |key| format!("key {}, ", shown(key)));
+    let time = record.timestamp.map_or(String::new(), |time| format!(", time {time}"));
+    format!("{message}: record with {key}value {}{time}", shown(record.value))
+}
+
+/// The class of a guest's error.
+pub(crate) fn cause_of(error: GuestError) -> FailureCause {
+    let at = |message: String, record: Option<u32>| match record {
+        Some(record) => format!("{message} (record {record} of its batch)"),
+        None => message,
+    };
+    match error {
+        GuestError::Trap { message, backtrace } => FailureCause::Trap { message, backtrace },
+        GuestError::Limit(limit) => FailureCause::LimitExceeded { message: limit.to_string() },
+        GuestError::Rejected { message, record } => {
+            FailureCause::Rejected { message: at(message, record) }
+        }
+        GuestError::Failed { message, record } => {
+            FailureCause::Trap { message: at(message, record), backtrace: Vec::new() }
+        }
+        GuestError::ForeignKey(message) => foreign_key(message),
+        GuestError::Unavailable(message) => FailureCause::Environment { message },
+        other => FailureCause::HostBug { message: other.to_string() },
+    }
+}
+
+pub(crate) fn foreign_key(message: String) -> FailureCause {
+    FailureCause::Permanent { obstacle: Obstacle::ForeignKey, message }
+}
+
+pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
+    match error {
+        SnapshotError::Guest(error) => cause_of(error),
+        error => {
+            let message = format!("snapshot a guest's memory: {}", with_sources(&error));
+            FailureCause::Environment { message }
+        }
+    }
+}
+
+pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
+    match error {
+        RestoreError::Guest(error) => cause_of(error),
+        RestoreError::Map(_) => FailureCause::Environment { message: with_sources(&error) },
+        other => FailureCause::Permanent {
+            obstacle: Obstacle::StateMismatch,
+            message: format!("restore a guest's memory: {other}"),
+        },
+    }
+}
+
+/// What an error of the storage means for a task.
+pub(crate) fn storage_cause(error: StorageError) -> FailureCause {
+    let message = error.to_string();
+    match error {
+        StorageError::Store { .. } | StorageError::Unreachable { .. } => {
+            FailureCause::Environment { message }
+        }
+        StorageError::Damaged { .. } | StorageError::Format { .. } => {
+            FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }
+        }
+        StorageError::InDoubt { .. } => {
+            FailureCause::Permanent { obstacle: Obstacle::StoreInDoubt, message }
+        }
+    }
+}
