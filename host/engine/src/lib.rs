@@ -2,21 +2,17 @@
 //! core and does what it says. Decides nothing that a restart or a checkpoint depends on.
 
 mod clock;
-pub mod control;
-mod driver;
 mod exchange;
 mod failure;
-pub mod history;
 pub mod job;
-pub mod metrics;
-pub mod progress;
-mod read_out;
-mod rehearsal;
-pub mod restore;
 pub mod schema;
 mod state;
-pub mod state_dir;
 mod storage;
 mod task;
+mod watch;
 
+pub use self::{
+    job::{restore, state_dir},
+    watch::{control, history, metrics, progress},
+};
 pub use cofferdam_settings::problem;

@@ -43,7 +43,7 @@ mod bindings {
 pub use bindings::cofferdam::operator::logging::Level;
 pub use component::{Component, ComponentError, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
-pub use host::{Host, StateError};
+pub use host::{Host, QuietHost, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
 pub use instrument::INVENTORY;
 pub use limits::{Limit, Limits};

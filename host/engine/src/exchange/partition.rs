@@ -28,7 +28,7 @@ use cofferdam_store::{
 use tokio::sync::Notify;
 
 use super::{Element, Sender};
-use crate::driver::Shared;
+use crate::watch::monitor::Monitor;
 
 /// What all readers of a partition have waiting in memory, at most: the rest is on disk.
 const BUFFERED_BYTES_MAX: usize = 8 << 20;
@@ -295,12 +295,12 @@ pub(crate) struct PartitionChannel {
 
 impl PartitionReader {
     /// Feeds one channel after the other; a partition that cannot be read is reported as lost.
-    pub(crate) async fn run(self, shared: Arc<Shared>) {
+    pub(crate) async fn run(self, monitor: Arc<Monitor>) {
         for channel in self.channels {
             if let Err(message) = channel.feed().await {
                 let cause = FailureCause::Environment { message };
                 let task = Some((self.task, self.attempt));
-                return shared.report(Event::TaskFailed { task, cause, lost: Some(channel.id) });
+                return monitor.report(Event::TaskFailed { task, cause, lost: Some(channel.id) });
             }
         }
     }

@@ -73,7 +73,7 @@ impl Worker {
             alignment.announced = announced;
             // Nobody knows the trigger of one that was given up.
             alignment.overtakes_at =
-                self.shared.triggered_at(checkpoint).map(|triggered| triggered + after);
+                self.monitor.triggered_at(checkpoint).map(|triggered| triggered + after);
         }
         if alignment.overtakes_at.is_none_or(|at| Instant::now() < at) {
             return Ok(());
@@ -175,7 +175,7 @@ impl Worker {
         began: Instant,
         alignment: Duration,
     ) -> Result<Vec<SnapshotOutcome>> {
-        let triggered = self.shared.triggered_at(checkpoint);
+        let triggered = self.monitor.triggered_at(checkpoint);
         let start_delay =
             triggered.map_or(Duration::ZERO, |at| began.saturating_duration_since(at));
         let paused = Instant::now();
@@ -190,7 +190,7 @@ impl Worker {
             }
             taken.push(outcome);
         }
-        self.shared.note_pause(checkpoint, paused.elapsed());
+        self.monitor.note_pause(checkpoint, paused.elapsed());
         Ok(taken)
     }
 
@@ -206,13 +206,13 @@ impl Worker {
             SnapshotOutcome::Taken(snapshot) => {
                 let snapshot: Arc<TaskSnapshot> = Arc::from(snapshot);
                 node.keep(checkpoint, snapshot.clone());
-                self.shared.note_snapshot(checkpoint, &snapshot);
-                self.shared.storage.write(node.slot, task, attempt, checkpoint, snapshot);
+                self.monitor.note_snapshot(checkpoint, &snapshot);
+                self.monitor.storage.write(node.slot, task, attempt, checkpoint, snapshot);
             }
             SnapshotOutcome::Declined(message) => {
                 let reason = AbortReason::Declined { task: Some(task), message };
                 let event = Event::SnapshotDeclined { task, attempt, checkpoint, reason };
-                self.shared.report(event);
+                self.monitor.report(event);
             }
         }
     }

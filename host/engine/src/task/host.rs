@@ -12,7 +12,11 @@ use cofferdam_core::{
 };
 use cofferdam_sandbox::{Host, Level, StateError};
 
-use crate::{clock::now_ms, driver::Shared, metrics::Metrics, state::keyed::KeyedState};
+use crate::{
+    clock::now_ms,
+    state::keyed::KeyedState,
+    watch::{metrics::Metrics, monitor::Monitor},
+};
 
 /// The host as one task's guest sees it.
 pub(super) struct TaskHost {
@@ -28,7 +32,7 @@ pub(super) struct TaskHost {
 
 impl TaskHost {
     pub(super) fn new(
-        shared: &Shared,
+        monitor: &Monitor,
         task: TaskId,
         operator: &str,
         attempt: Attempt,
@@ -39,7 +43,7 @@ impl TaskHost {
             name: format!("{operator}/{}", task.index),
             operator: task.operator.0 as usize,
             attempt,
-            metrics: shared.metrics.clone(),
+            metrics: monitor.metrics.clone(),
             random: AtomicU64::new(random_seed),
             keyed,
             is_open: AtomicBool::new(false),

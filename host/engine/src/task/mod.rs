@@ -22,11 +22,12 @@ use cofferdam_core::{
     job::{Event, TaskAttempt},
 };
 
+use crate::{failure::TaskFailure, watch::monitor::Monitor};
+
 pub(crate) use self::{
     guard::Processed,
     worker::{Head, Origin, Worker},
 };
-use crate::{driver::Shared, failure::TaskFailure};
 
 /// What the driver tells a worker.
 #[derive(Debug, Clone, Copy)]
@@ -53,9 +54,9 @@ impl Opening {
         Self { workers: AtomicUsize::new(workers), tasks }
     }
 
-    fn done(&self, shared: &Shared) {
+    fn done(&self, monitor: &Monitor) {
         if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 {
-            shared.report(Event::TasksStarted { tasks: self.tasks.clone() });
+            monitor.report(Event::TasksStarted { tasks: self.tasks.clone() });
         }
     }
 }

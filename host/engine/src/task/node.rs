@@ -21,9 +21,9 @@ use cofferdam_store::{declared, snapshot::TaskSnapshot};
 
 use super::operator::{Context, OperatorTask};
 use crate::{
-    driver::Shared,
     failure::{TaskFailure, blocking, cause_of, cause_with_record, host_bug, storage_cause},
     state::local::TaskLocal,
+    watch::monitor::Monitor,
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;
@@ -71,14 +71,14 @@ impl Node {
     /// Makes the node ready, in the state of a checkpoint where there is one.
     pub(crate) async fn open(
         &mut self,
-        shared: &Arc<Shared>,
+        monitor: &Arc<Monitor>,
         restore_from: Option<CheckpointId>,
         blocking: &Blocking,
     ) -> Result<()> {
         let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
         // Checkpoints are counted from 1.
-        self.fetch_state(shared, checkpoint.unwrap_or(0)).await?;
-        self.fetch_keyed(shared, checkpoint.unwrap_or(0)).await?;
+        self.fetch_state(monitor, checkpoint.unwrap_or(0)).await?;
+        self.fetch_keyed(monitor, checkpoint.unwrap_or(0)).await?;
         let (state, is_drained) = {
             let local = self.local.lock();
             // A node that the checkpoint does not know begins anew: a real state is never empty.
@@ -87,7 +87,7 @@ impl Node {
         };
         let (index, parallelism) = (self.task.index, self.parallelism);
         let (local, task, attempt) = (&self.local, self.task, self.attempt);
-        let context = Context { shared, local, task, attempt, parallelism };
+        let context = Context { monitor, local, task, attempt, parallelism };
         let connector = TaskContext { index, parallelism, blocking: blocking.clone() };
         match &mut self.work {
             Work::Source { plan, source } => {
@@ -124,11 +124,11 @@ impl Node {
     }
 
     /// Brings the local copy of the state to a checkpoint, from the storage if need be.
-    async fn fetch_state(&mut self, shared: &Arc<Shared>, checkpoint: u64) -> Result<()> {
+    async fn fetch_state(&mut self, monitor: &Arc<Monitor>, checkpoint: u64) -> Result<()> {
         let Some(turn) = self.local.lock().rewind(checkpoint) else { return Ok(()) };
-        let (local, slot, shared) = (self.local.clone(), self.slot, shared.clone());
+        let (local, slot, monitor) = (self.local.clone(), self.slot, monitor.clone());
         blocking(move || {
-            let loaded = shared.storage.load(slot, checkpoint)?;
+            let loaded = monitor.storage.load(slot, checkpoint)?;
             local.lock().load(turn, checkpoint, &loaded).map_err(|error| {
                 FailureCause::Environment { message: format!("make the image of a task: {error}") }
             })
@@ -137,15 +137,15 @@ impl Node {
     }
 
     /// Brings the declared state that the host keeps to a checkpoint.
-    async fn fetch_keyed(&mut self, shared: &Arc<Shared>, checkpoint: u64) -> Result<()> {
+    async fn fetch_keyed(&mut self, monitor: &Arc<Monitor>, checkpoint: u64) -> Result<()> {
         let Some(keyed) = self.local.keyed.clone() else { return Ok(()) };
         let Some(turn) = keyed.rewind(checkpoint) else { return Ok(()) };
-        let (slot, shared) = (self.slot, shared.clone());
+        let (slot, monitor) = (self.slot, monitor.clone());
         blocking(move || {
             let load = |entries: declared::Entries<'_>| keyed.load(turn, checkpoint, entries);
             match checkpoint {
                 0 => load(Box::new(std::iter::empty())).map_err(storage_cause),
-                _ => shared.storage.read_declared(slot, checkpoint, None, load),
+                _ => monitor.storage.read_declared(slot, checkpoint, None, load),
             }
         })
         .await
@@ -160,11 +160,11 @@ impl Node {
 
     pub(crate) async fn process(
         &mut self,
-        shared: &Arc<Shared>,
+        monitor: &Arc<Monitor>,
         input: u32,
         batch: Batch,
     ) -> Result<Vec<Emission>> {
-        shared.metrics.operators[self.task.operator.0 as usize].add_in(batch.record_count());
+        monitor.metrics.operators[self.task.operator.0 as usize].add_in(batch.record_count());
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = match operator.instance()?.process(input, &batch).await {
@@ -173,13 +173,13 @@ impl Node {
                         operator.secure(&self.local, batch.record_count()).await?;
                         let (local, task, attempt) = (&self.local, self.task, self.attempt);
                         let parallelism = self.parallelism;
-                        let context = Context { shared, local, task, attempt, parallelism };
+                        let context = Context { monitor, local, task, attempt, parallelism };
                         operator.accept(&context, input, &batch, processed)?
                     }
                     Err(error) if operator.guard.is_some() => {
                         let (local, task, attempt) = (&self.local, self.task, self.attempt);
                         let parallelism = self.parallelism;
-                        let context = Context { shared, local, task, attempt, parallelism };
+                        let context = Context { monitor, local, task, attempt, parallelism };
                         operator.isolate(&context, input, &batch, error).await?
                     }
                     Err(error) => {
@@ -190,7 +190,7 @@ impl Node {
                     }
                 };
                 self.local.unmap_buried();
-                shared.note_processed(self.task);
+                monitor.note_processed(self.task);
                 Ok(emissions)
             }
             Work::Sink { sink: Some(sink), .. } => {
@@ -203,10 +203,10 @@ impl Node {
 
     pub(crate) async fn advance(
         &mut self,
-        shared: &Shared,
+        monitor: &Monitor,
         watermark: i64,
     ) -> Result<Vec<Emission>> {
-        shared.metrics.operators[self.task.operator.0 as usize].set_watermark(watermark);
+        monitor.metrics.operators[self.task.operator.0 as usize].set_watermark(watermark);
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = operator.instance()?.advance(watermark).await.map_err(cause_of)?;
@@ -217,11 +217,11 @@ impl Node {
         }
     }
 
-    pub(crate) async fn finish(&mut self, shared: &Shared) -> Result<Vec<Emission>> {
+    pub(crate) async fn finish(&mut self, monitor: &Monitor) -> Result<Vec<Emission>> {
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = operator.instance()?.finish().await.map_err(cause_of)?;
-                shared.note_processed(self.task);
+                monitor.note_processed(self.task);
                 Ok(emissions)
             }
             Work::Source { .. } | Work::Sink { .. } => Ok(Vec::new()),
@@ -229,21 +229,21 @@ impl Node {
     }
 
     /// Counts records that a source could make no sense of.
-    pub(crate) fn count_bad(&self, shared: &Shared, records: u64) {
+    pub(crate) fn count_bad(&self, monitor: &Monitor, records: u64) {
         if 0 < records {
-            let metrics = &shared.metrics.operators[self.task.operator.0 as usize];
+            let metrics = &monitor.metrics.operators[self.task.operator.0 as usize];
             metrics.bad_records.fetch_add(records, Ordering::Relaxed);
         }
     }
 
     /// Notes how many records a source has still to read, if it knows.
-    pub(crate) fn set_records_behind(&self, shared: &Shared, records: Option<u64>) {
-        let metrics = &shared.metrics.operators[self.task.operator.0 as usize];
+    pub(crate) fn set_records_behind(&self, monitor: &Monitor, records: Option<u64>) {
+        let metrics = &monitor.metrics.operators[self.task.operator.0 as usize];
         metrics.set_records_behind(self.task.index, records);
     }
 
-    pub(crate) fn count_out(&self, shared: &Shared, records: &Batch) {
-        shared.metrics.operators[self.task.operator.0 as usize].add_out(records.record_count());
+    pub(crate) fn count_out(&self, monitor: &Monitor, records: &Batch) {
+        monitor.metrics.operators[self.task.operator.0 as usize].add_out(records.record_count());
     }
 
     /// Where records of an output go: nowhere, if nobody reads it. They must be what was described.

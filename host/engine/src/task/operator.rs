@@ -23,9 +23,9 @@ use super::{
     host::TaskHost,
 };
 use crate::{
-    driver::Shared,
     failure::{blocking, cause_of, foreign_key, host_bug, restore_cause, snapshot_cause},
     state::local::TaskLocal,
+    watch::monitor::Monitor,
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;
@@ -63,7 +63,7 @@ pub(crate) struct OperatorTask {
 
 /// What an operator's calls need to know of its task.
 pub(crate) struct Context<'a> {
-    pub(crate) shared: &'a Arc<Shared>,
+    pub(crate) monitor: &'a Arc<Monitor>,
     pub(crate) local: &'a Arc<TaskLocal>,
     pub(crate) task: TaskId,
     pub(crate) attempt: Attempt,
@@ -83,13 +83,13 @@ impl OperatorTask {
     }
 
     pub(crate) async fn open(&mut self, context: &Context<'_>) -> Result<Instance> {
-        let Context { shared, task, attempt, parallelism, .. } = *context;
+        let Context { monitor, task, attempt, parallelism, .. } = *context;
         let index = task.index;
         let keyed = context.local.keyed.clone();
         // What is done again after a restart is done with the same numbers; what comes later with others.
         let random_seed = mix(self.random_seed ^ mix(self.restored_from));
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
-        let host = Arc::new(TaskHost::new(shared, task, &self.name, attempt, keyed, random_seed));
+        let host = Arc::new(TaskHost::new(monitor, task, &self.name, attempt, keyed, random_seed));
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
@@ -123,7 +123,7 @@ impl OperatorTask {
         checkpoint: u64,
         instance: &mut Instance,
     ) -> Result<()> {
-        let Context { shared, local, .. } = context;
+        let Context { monitor, local, .. } = context;
         if self.spec.snapshot.has_memory() {
             let lent = local.lend_image();
             if !lent.image.is_empty() {
@@ -137,11 +137,11 @@ impl OperatorTask {
         // A part at a time: all of it need not fit into the memory beside the guest's.
         let mut next_group = Some(0);
         while let Some(group) = next_group {
-            let shared = Arc::clone(shared);
+            let monitor = Arc::clone(monitor);
             let read = move || {
                 let part =
                     |entries: declared::Entries<'_>| declared::first_part(entries, RESTORE_BYTES);
-                shared.storage.read_declared(slot, checkpoint, Some(group..u32::MAX), part)
+                monitor.storage.read_declared(slot, checkpoint, Some(group..u32::MAX), part)
             };
             let (entries, next) = blocking(read).await?;
             for part in entries.chunks(RESTORE_ENTRIES_MAX) {

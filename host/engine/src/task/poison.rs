@@ -13,14 +13,14 @@ use cofferdam_core::{failure::FailureCause, ids::micros, isolate::Isolation};
 use cofferdam_sandbox::{GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
 
-use crate::{progress::Progress, state::local::TaskLocal};
-
 use super::{
     guard::Guard,
     operator::{Context, OperatorTask},
 };
-use crate::failure::{
-    about_record, cause_of, host_bug, restore_cause, snapshot_cause, storage_cause,
+use crate::{
+    failure::{about_record, cause_of, host_bug, restore_cause, snapshot_cause, storage_cause},
+    state::local::TaskLocal,
+    watch::progress::Progress,
 };
 
 type Result<T> = std::result::Result<T, FailureCause>;
@@ -132,7 +132,7 @@ impl OperatorTask {
             let value = self.dead_letter(context, input, Some(record), &cause, 0);
             letters.push(RecordRef { key: None, value: value.as_bytes(), timestamp: None });
         }
-        let metrics = &context.shared.metrics.operators[context.task.operator.0 as usize];
+        let metrics = &context.monitor.metrics.operators[context.task.operator.0 as usize];
         metrics.change_custom("rejected-records", |count| *count += rejected.len() as f64);
         emissions.push(Emission { output: self.dead_letter_output, records: letters });
         Ok(emissions)
@@ -166,7 +166,7 @@ impl OperatorTask {
                 emissions.push(Emission { output: self.dead_letter_output, records: letter });
                 let task = context.name(&self.name);
                 let isolation_us = micros(began.elapsed());
-                context.shared.observe(Progress::dead_letter(task, &cause, traps, isolation_us));
+                context.monitor.observe(Progress::dead_letter(task, &cause, traps, isolation_us));
             }
             error = loop {
                 let Some(part) = search.next_part() else { return Ok(emissions) };

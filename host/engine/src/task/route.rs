@@ -23,7 +23,7 @@ impl Worker {
             if self.nodes[node].is_drained {
                 continue;
             }
-            let finished = self.nodes[node].finish(&self.shared).await;
+            let finished = self.nodes[node].finish(&self.monitor).await;
             let task = self.nodes[node].task;
             let emissions = finished.map_err(|cause| TaskFailure { task, cause })?;
             self.route(node, emissions).await?;
@@ -47,7 +47,7 @@ impl Worker {
                 let closed = node.close().await;
                 closed.map_err(|cause| TaskFailure { task: node.task, cause })?;
             }
-            self.shared.report(Event::TaskDrained { task: node.task, attempt: self.attempt });
+            self.monitor.report(Event::TaskDrained { task: node.task, attempt: self.attempt });
         }
         Ok(())
     }
@@ -60,7 +60,7 @@ impl Worker {
             if self.nodes[node].is_drained {
                 continue;
             }
-            let advanced = self.nodes[node].advance(&self.shared, watermark).await;
+            let advanced = self.nodes[node].advance(&self.monitor, watermark).await;
             let task = self.nodes[node].task;
             let emissions = advanced.map_err(|cause| TaskFailure { task, cause })?;
             self.route(node, emissions).await?;
@@ -73,7 +73,7 @@ impl Worker {
     pub(super) async fn deliver(&mut self, node: usize, input: u32, batch: Batch) -> Result<()> {
         let mut waiting = vec![(node, input, batch)];
         while let Some((node, input, batch)) = waiting.pop() {
-            let processed = self.nodes[node].process(&self.shared, input, batch).await;
+            let processed = self.nodes[node].process(&self.monitor, input, batch).await;
             let task = self.nodes[node].task;
             let emissions = processed.map_err(|cause| TaskFailure { task, cause })?;
             self.send(node, emissions, &mut waiting)?;
@@ -101,7 +101,7 @@ impl Worker {
     ) -> Result<()> {
         let first = waiting.len();
         for Emission { output, records } in emissions {
-            self.nodes[node].count_out(&self.shared, &records);
+            self.nodes[node].count_out(&self.monitor, &records);
             if records.value_ends.is_empty() {
                 continue;
             }

@@ -158,7 +158,7 @@ impl Worker {
         match step {
             Step::Records { batch, letters, bad, watermark } => {
                 self.end_idleness(quiet);
-                self.nodes[0].count_bad(&self.shared, bad);
+                self.nodes[0].count_bad(&self.monitor, bad);
                 let letters = letters.map(|letters| (DEAD_LETTER_OUTPUT, *letters));
                 let emissions = [(0, batch)].into_iter().chain(letters);
                 let emissions = emissions.map(|(output, records)| Emission { output, records });
@@ -225,7 +225,7 @@ impl Worker {
     fn note_lag(&mut self, watermark: Option<i64>) -> Result<()> {
         let (task, attempt) = (self.nodes[0].task, self.attempt);
         let lag = self.nodes[0].source().map_err(|cause| TaskFailure { task, cause })?.lag();
-        self.nodes[0].set_records_behind(&self.shared, lag.records);
+        self.nodes[0].set_records_behind(&self.monitor, lag.records);
         let lags = |(lag_ms, watermark): (u64, i64)| {
             let now = i64::try_from(now_ms()).unwrap_or(i64::MAX);
             i64::try_from(lag_ms).unwrap_or(i64::MAX) < now.saturating_sub(watermark)
@@ -233,7 +233,7 @@ impl Worker {
         let by_clock = || self.backlog_lag_ms.zip(watermark).map(lags);
         let Some(is_backlog) = lag.is_backlog.or_else(by_clock) else { return Ok(()) };
         if is_backlog != std::mem::replace(&mut self.is_backlog, is_backlog) {
-            self.shared.report(Event::BacklogChanged { task, attempt, is_backlog });
+            self.monitor.report(Event::BacklogChanged { task, attempt, is_backlog });
         }
         Ok(())
     }

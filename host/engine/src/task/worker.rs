@@ -21,9 +21,9 @@ use tokio::sync::mpsc;
 
 use super::{Control, Opening, Result, align::Held, node::Node};
 use crate::{
-    driver::Shared,
     exchange::{Gate, writer::Writer},
     failure::TaskFailure,
+    watch::monitor::Monitor,
 };
 
 /// Where a chain's records come from.
@@ -50,7 +50,7 @@ pub(crate) struct Origin {
 /// One chain of one attempt.
 pub(crate) struct Worker {
     pub(crate) attempt: Attempt,
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) monitor: Arc<Monitor>,
     pub(crate) head: Head,
     /// In topological order: a node's targets come after it.
     pub(crate) nodes: Vec<Node>,
@@ -100,7 +100,7 @@ pub(super) enum Intake {
 impl Worker {
     pub(crate) async fn run(mut self) -> Result<()> {
         let was_drained = self.open().await?;
-        self.opening.done(&self.shared);
+        self.opening.done(&self.monitor);
         match &self.head {
             Head::Source => self.run_source(was_drained).await?,
             Head::Gate { gate, channels, barriers } => {
@@ -111,7 +111,7 @@ impl Worker {
         for mut node in self.nodes.drain(..) {
             let task = node.task;
             node.close().await.map_err(|cause| TaskFailure { task, cause })?;
-            self.shared.report(Event::TaskFinished { task, attempt: self.attempt });
+            self.monitor.report(Event::TaskFinished { task, attempt: self.attempt });
         }
         Ok(())
     }
@@ -119,11 +119,11 @@ impl Worker {
     /// Opens every node, from its state where there is one. True if all of them had processed the
     /// end of their inputs by then.
     async fn open(&mut self) -> Result<bool> {
-        let (shared, restore_from, blocking) = (&self.shared, self.restore_from, &self.blocking);
+        let (monitor, restore_from, blocking) = (&self.monitor, self.restore_from, &self.blocking);
         // The last one first: a connector opens on another thread while an operator opens on this one.
         let opened = self.nodes.iter_mut().rev().map(|node| async move {
             let task = node.task;
-            let opened = node.open(shared, restore_from, blocking).await;
+            let opened = node.open(monitor, restore_from, blocking).await;
             opened.map_err(|cause| TaskFailure { task, cause })
         });
         try_join_all(opened).await?;

@@ -8,15 +8,14 @@ use std::sync::Arc;
 
 use cofferdam_contract::StateChanges;
 use cofferdam_sandbox::{
-    Component, GuestError, Image, Instance, InstanceSetup, Limits, RestoreError, memory::PAGE_BYTES,
+    Component, GuestError, Image, Instance, InstanceSetup, Limits, QuietHost, RestoreError,
+    memory::PAGE_BYTES,
 };
 use cofferdam_store::{
     declared::OwnKeys,
     run::{Run, RunBuilder},
     snapshot::ReadOut,
 };
-
-use crate::job::QuietHost;
 
 /// Memory that a component may take on top of the image while it hands over.
 const HEADROOM_BYTES: u64 = 64 << 20;

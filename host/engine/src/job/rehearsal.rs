@@ -18,9 +18,9 @@ use cofferdam_sandbox::GuestError;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
-    progress::{Observer, Progress},
-    read_out::OwnComponent,
+    job::read_out::OwnComponent,
     state::local::TaskLocal,
+    watch::progress::{Observer, Progress},
 };
 
 /// A task whose state was not read out yet.

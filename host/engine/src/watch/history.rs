@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::now_ms,
-    progress::{Observer, Progress},
+    watch::progress::{Observer, Progress},
 };
 
 const FILE: &str = "history.jsonl";

@@ -83,7 +83,7 @@ impl JobRecord {
 /// Makes a state directory and locks it for one run. A directory with anything else in it is nobody's
 /// state: what a job would remove there is not its own.
 pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
-    let unusable = |error: io::Error| crate::job::unusable_state(Some(dir), &error);
+    let unusable = |error: io::Error| super::files::unusable_state(Some(dir), &error);
     make_dir(dir, FOR_OWNER).map_err(unusable)?;
     check_ours(dir)?;
     let lock = try_lock(&dir.join(LOCK)).map_err(unusable)?;
@@ -100,11 +100,11 @@ pub(crate) fn is_in_use(dir: &Path) -> Result<bool, Problem> {
         return Ok(false);
     }
     check_ours(dir)?;
-    is_locked(&dir.join(LOCK)).map_err(|error| crate::job::unusable_state(Some(dir), &error))
+    is_locked(&dir.join(LOCK)).map_err(|error| super::files::unusable_state(Some(dir), &error))
 }
 
 fn check_ours(dir: &Path) -> Result<(), Problem> {
-    let unusable = |error: io::Error| crate::job::unusable_state(Some(dir), &error);
+    let unusable = |error: io::Error| super::files::unusable_state(Some(dir), &error);
     if !dir.join(RECORD).exists() {
         for entry in fs::read_dir(dir).map_err(unusable)? {
             let entry = entry.map_err(unusable)?;

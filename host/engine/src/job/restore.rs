@@ -34,11 +34,13 @@ use futures::executor::block_on;
 
 use crate::{
     failure::host_bug,
-    job::limits_of,
-    progress::{Observer, Progress, RestoreStep},
-    read_out::{OwnComponent, on_instance},
+    job::{
+        plan::limits_of,
+        read_out::{OwnComponent, on_instance},
+        state_dir::JobRecord,
+    },
     state::local::TaskLocal,
-    state_dir::JobRecord,
+    watch::progress::{Observer, Progress, RestoreStep},
 };
 
 /// A checkpoint or savepoint to begin from, instead of the newest of the state directory.

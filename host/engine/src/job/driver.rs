@@ -1,0 +1,381 @@
+//! The one loop of a job: receive an event or reach a deadline, step the core, perform the effects.
+//!
+//! Performing starts work; its result comes back as an event. Nothing here decides.
+
+use std::{
+    collections::BTreeMap,
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cofferdam_connector::blocking::CallsEnded;
+use cofferdam_core::{
+    checkpoint::Purpose,
+    failover::RestartReason,
+    failure::FailureCause,
+    ids::{CheckpointId, Millis, TaskId},
+    job::{Effect, Event, Job, Outcome, TaskAttempt},
+};
+use futures::FutureExt;
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, UnboundedSender},
+    task::JoinHandle,
+};
+
+use super::wiring::PreparedWorker;
+use crate::{
+    clock::now_ms,
+    exchange::{Element, Sender},
+    failure::host_bug,
+    job::{plan::Plan, rehearsal::Rehearsal},
+    state::local::TaskLocal,
+    storage::StorageHandle,
+    task::{Control, Head},
+    watch::{
+        control::{Desk, KeptCheckpoint},
+        metrics::Metrics,
+        monitor::{Monitor, WriterReport},
+        progress::Progress,
+    },
+};
+
+/// One running job.
+pub(crate) struct Driver {
+    plan: Plan,
+    core: Job,
+    monitor: Arc<Monitor>,
+    inbox: UnboundedReceiver<Event>,
+    started: Instant,
+    workers: Vec<RunningWorker>,
+    failed_at: Option<Instant>,
+    /// The newest checkpoint that was given up: tasks that begin later know nothing of it.
+    given_up: Option<CheckpointId>,
+    outcome: Option<Outcome>,
+    desk: Arc<Desk>,
+    rehearsal: Arc<Rehearsal>,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.rehearsal.end();
+    }
+}
+
+struct RunningWorker {
+    tasks: Vec<TaskId>,
+    is_source: bool,
+    control: UnboundedSender<Control>,
+    handle: JoinHandle<()>,
+    /// Feeds the channels that begin at partitions.
+    reader: Option<JoinHandle<()>>,
+    partition_channels: Vec<Sender>,
+    /// Ends with the last call of its connectors that blocks.
+    calls_ended: CallsEnded,
+}
+
+/// After this long a call that blocks is left behind: an attempt that waits for it would wait with it.
+const CALLS_WAIT: Duration = Duration::from_secs(30);
+
+impl Driver {
+    pub(crate) fn new(
+        mut plan: Plan,
+        core: Job,
+        storage: StorageHandle,
+        report: &WriterReport,
+        inbox: UnboundedReceiver<Event>,
+        metrics: Arc<Metrics>,
+        desk: Arc<Desk>,
+    ) -> Self {
+        let untried = std::mem::take(&mut plan.untried);
+        let rehearsal = Rehearsal::new(untried, report.events.clone(), report.observer.clone());
+        let monitor = Monitor::new(report, storage, metrics);
+        Self {
+            plan,
+            core,
+            monitor: Arc::new(monitor),
+            inbox,
+            started: Instant::now(),
+            workers: Vec::new(),
+            failed_at: None,
+            given_up: None,
+            outcome: None,
+            desk,
+            rehearsal: Arc::new(rehearsal),
+        }
+    }
+
+    /// Runs the job to its end. `first` is the core's first effect.
+    pub(crate) async fn run(mut self, first: Effect) -> Outcome {
+        self.perform(first);
+        let mut effects = Vec::new();
+        loop {
+            let event = self.next_event().await;
+            if let Event::TaskFailed { task, .. } = &event
+                && task.is_none_or(|(task, attempt)| self.core.attempt(task) == Some(attempt))
+            {
+                self.failed_at.get_or_insert_with(Instant::now);
+            }
+            self.core.step(self.now(), event, &mut effects);
+            for effect in effects.drain(..) {
+                self.perform(effect);
+            }
+            if let Some(outcome) = self.outcome.take() {
+                return outcome;
+            }
+        }
+    }
+
+    fn now(&self) -> Millis {
+        Millis(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    async fn next_event(&mut self) -> Event {
+        let Some(deadline) = self.core.next_deadline() else {
+            return self.inbox.recv().await.unwrap_or(Event::Tick);
+        };
+        let until = self.started + Duration::from_millis(deadline.0);
+        tokio::select! {
+            biased;
+            event = self.inbox.recv() => event.unwrap_or(Event::Tick),
+            () = tokio::time::sleep_until(until.into()) => Event::Tick,
+        }
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::StartTasks { tasks, restore_from } => self.start_tasks(tasks, restore_from),
+            Effect::InjectBarrier { checkpoint, purpose } => {
+                self.monitor.note_triggered(checkpoint);
+                self.tell_sources(Control::Barrier(checkpoint, purpose));
+                // No barrier travels through a partition: its readers have it from here.
+                for sender in self.workers.iter().flat_map(|worker| &worker.partition_channels) {
+                    sender.send(Element::Barrier(checkpoint, purpose));
+                }
+            }
+            Effect::ReleasePartitions { partitions } => {
+                let known = self.plan.partitions.iter();
+                known.for_each(|known| partitions.iter().for_each(|id| known.release(*id)));
+            }
+            Effect::EndInput => self.tell_sources(Control::EndInput),
+            Effect::PersistManifest { checkpoint } => self.monitor.storage.complete(checkpoint),
+            Effect::PersistSavepoint { checkpoint, ticket } => match self.desk.dir(ticket) {
+                Some(dir) => self.monitor.storage.export(checkpoint, dir),
+                None => {
+                    let message = "nobody said where to write it".to_owned();
+                    self.monitor.report(Event::SavepointLost { checkpoint, message });
+                }
+            },
+            Effect::AnswerSavepoint { ticket, result } => {
+                self.desk.answer(ticket, result.map_err(|reason| reason.message()));
+            }
+            Effect::NotifyComplete { checkpoint, purpose } => {
+                self.notify_complete(checkpoint, purpose)
+            }
+            Effect::Subsume { checkpoint } => {
+                self.desk.forget(checkpoint);
+                if let Some(newest) = self.core.last_completed() {
+                    let oldest_pending = self.core.oldest_pending();
+                    self.monitor.storage.subsume(checkpoint, newest, oldest_pending);
+                }
+            }
+            Effect::Discard { checkpoint, reason } => {
+                self.given_up = self.given_up.max(Some(checkpoint));
+                tell(&self.workers, Control::Abort(checkpoint));
+                self.monitor.note_given_up(checkpoint);
+                self.release(checkpoint);
+                let task = reason.task().map(|task| self.plan.graph.task_name(task));
+                let words = match task {
+                    Some(task) => format!("{task} {}", reason.message()),
+                    None => reason.message(),
+                };
+                self.observe(Progress::checkpoint_failed(checkpoint, reason.name(), words));
+            }
+            Effect::CancelTasks { tasks } => self.cancel_tasks(tasks),
+            Effect::AnnounceRestart { task, cause, delay_ms, is_new_attempt, remaining, tasks } => {
+                self.announce_restart(task, &cause, delay_ms, is_new_attempt, remaining, &tasks);
+            }
+            Effect::Finish { outcome } => self.outcome = Some(outcome),
+        }
+    }
+
+    fn tell_sources(&self, control: Control) {
+        tell(self.workers.iter().filter(|worker| worker.is_source), control);
+    }
+
+    fn observe(&self, progress: Progress) {
+        self.monitor.observe(progress);
+    }
+
+    fn announce_restart(
+        &mut self,
+        task: Option<TaskAttempt>,
+        cause: &FailureCause,
+        delay_ms: u64,
+        is_new_attempt: bool,
+        remaining: Option<u64>,
+        restarting: &BTreeMap<TaskId, RestartReason>,
+    ) {
+        let task = task.map(|(task, _)| task);
+        let failed_at = self.failed_at.take().unwrap_or_else(Instant::now);
+        let delay = Duration::from_millis(delay_ms);
+        self.monitor.note_restart(task.map(|task| task.operator), failed_at, delay);
+        let task = task.map(|task| self.plan.graph.task_name(task));
+        let graph = &self.plan.graph;
+        let because = restarting
+            .iter()
+            .map(|(task, reason)| (graph.task_name(*task), reason.words(graph)))
+            .collect();
+        let count = self.plan.locals.len();
+        self.observe(Progress::restarting(
+            task,
+            cause,
+            delay_ms,
+            is_new_attempt,
+            remaining,
+            because,
+            count,
+        ));
+    }
+
+    fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
+        tell(&self.workers, Control::Complete(checkpoint, purpose));
+        self.plan.links.complete(checkpoint);
+        self.desk.keep(KeptCheckpoint {
+            checkpoint: checkpoint.0,
+            job: self.plan.job.clone(),
+            tasks: self.plan.locals.len(),
+            written_at_ms: now_ms(),
+        });
+        self.monitor.note_complete(checkpoint);
+        let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
+        let rehearsal = (purpose == Purpose::Periodic).then(|| self.rehearsal.clone());
+        tokio::task::spawn_blocking(move || {
+            for local in locals {
+                if let Err(error) = local.lock().settle(checkpoint.0) {
+                    tracing::warn!(%error, "bring the local image forward: a restart will read the storage");
+                }
+                if let Some(keyed) = &local.keyed
+                    && let Err(error) = keyed.complete(checkpoint.0)
+                {
+                    tracing::warn!(%error, "bring the declared state forward: it is tried again");
+                }
+            }
+            if let Some(rehearsal) = rehearsal {
+                rehearsal.run();
+            }
+        });
+    }
+
+    /// What a checkpoint that was given up has taken counts only as far as later ones stand on it.
+    fn release(&self, aborted: CheckpointId) {
+        let next = CheckpointId(aborted.0 + 1);
+        let needed_from = self.core.oldest_pending().map_or(next, |oldest| oldest.min(next));
+        self.monitor.storage.release(needed_from);
+        let completed = self.core.last_completed().map_or(0, |completed| completed.0);
+        let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
+        tokio::task::spawn_blocking(move || {
+            for local in locals {
+                local.lock().fold(completed, needed_from.0);
+                if let Some(keyed) = &local.keyed
+                    && let Err(error) = keyed.fold(completed, needed_from.0)
+                {
+                    tracing::warn!(%error, "make one of what was given up: it is tried again");
+                }
+            }
+        });
+    }
+
+    fn start_tasks(&mut self, tasks: Vec<TaskAttempt>, restore_from: Option<CheckpointId>) {
+        self.failed_at = None;
+        let slots = tasks.iter().map(|(task, _)| self.plan.slot(*task)).collect();
+        self.monitor.storage.begin(slots, restore_from);
+        self.observe(Progress::Started {
+            attempt: tasks.iter().map(|(_, attempt)| attempt.0).max().unwrap_or(0),
+            restored_from: restore_from.map(|checkpoint| checkpoint.0),
+            tasks: tasks.len(),
+        });
+        let workers = self.plan.workers(tasks, restore_from, self.given_up, &self.monitor);
+        self.workers.extend(workers.into_iter().map(run));
+    }
+
+    fn cancel_tasks(&mut self, tasks: Vec<TaskAttempt>) {
+        let is_meant =
+            |worker: &RunningWorker| tasks.iter().any(|(task, _)| worker.tasks.contains(task));
+        let (ending, others) =
+            std::mem::take(&mut self.workers).into_iter().partition(|worker| is_meant(worker));
+        self.workers = others;
+        let ending: Vec<RunningWorker> = ending;
+        for worker in &ending {
+            worker.handle.abort();
+            worker.reader.iter().for_each(JoinHandle::abort);
+        }
+        self.plan.links.disconnect(|consumer| tasks.iter().any(|(task, _)| *task == consumer));
+        let monitor = self.monitor.clone();
+        tokio::spawn(async move {
+            let mut are_ended = Vec::with_capacity(ending.len());
+            for worker in ending {
+                // An abort is what was asked for, and a panic was reported by the worker itself.
+                let _ = worker.handle.await;
+                are_ended.push(worker.calls_ended);
+            }
+            let calls = async {
+                for ended in &mut are_ended {
+                    ended.wait().await;
+                }
+            };
+            if tokio::time::timeout(CALLS_WAIT, calls).await.is_err() {
+                let seconds = CALLS_WAIT.as_secs();
+                monitor.observe(Progress::Warning {
+                    message: format!(
+                        "a source or a sink has blocked for {seconds} s after its task was cancelled; \
+                         the job continues without it"
+                    ),
+                });
+            }
+            monitor.report(Event::TasksStopped { tasks });
+        });
+    }
+}
+
+fn tell<'w>(workers: impl IntoIterator<Item = &'w RunningWorker>, control: Control) {
+    for worker in workers {
+        // A worker that has ended needs to know nothing more.
+        let _ = worker.control.send(control);
+    }
+}
+
+fn run(prepared: PreparedWorker) -> RunningWorker {
+    let PreparedWorker { worker, control, reader, calls_ended } = prepared;
+    let channels = reader.iter().flat_map(|reader| &reader.channels);
+    let partition_channels = channels.map(|channel| channel.sender.clone()).collect();
+    let is_source = matches!(worker.head, Head::Source);
+    let (monitor, attempt) = (worker.monitor.clone(), worker.attempt);
+    let tasks: Vec<TaskId> = worker.nodes.iter().map(|node| node.task).collect();
+    let first = tasks[0];
+    let reader = reader.and_then(|reader| match worker.restore_from {
+        None => Some(tokio::spawn(reader.run(monitor.clone()))),
+        // The last checkpoint of a job is after the end of everything that there was to read.
+        Some(_) => {
+            for channel in &reader.channels {
+                channel.sender.send(Element::EndOfInput);
+            }
+            None
+        }
+    });
+    let handle = tokio::spawn(async move {
+        let ended = AssertUnwindSafe(worker.run()).catch_unwind().await;
+        let (task, cause) = match ended {
+            Ok(Ok(())) => return,
+            Ok(Err(failure)) => (failure.task, failure.cause),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text =
+                    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+                (first, host_bug(text))
+            }
+        };
+        monitor.report(Event::TaskFailed { task: Some((task, attempt)), cause, lost: None });
+    });
+    RunningWorker { tasks, is_source, control, handle, reader, partition_channels, calls_ended }
+}

@@ -1,0 +1,144 @@
+//! Where a job keeps what it needs: its storage, and the scratch directories of a run.
+
+use std::fs;
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use cofferdam_core::{exchange::ExchangeType, ids::TaskId};
+use cofferdam_sandbox::Limits;
+use cofferdam_settings::{Code, Problem};
+use cofferdam_spec::{JobSpec, NodeKind, StateBackend, StorageSpec};
+use cofferdam_store::{
+    Storage, StorageError, manifest::TaskIdentity, memory::MemoryStorage, sled::SledStorage,
+    snapshot::SnapshotStore, table::Tables,
+};
+
+use super::plan::own_keys;
+use crate::{
+    exchange::partition::Partitions,
+    state::{
+        keyed::{KeyedLimits, KeyedState},
+        local::TaskLocal,
+    },
+};
+
+/// In the state directory: tables of the state that the host keeps while the job runs.
+const WORKING: &str = "working";
+
+/// And the results of exchanges that are not pipelined.
+const PARTITIONS: &str = "partitions";
+
+/// And what file sinks have committed.
+pub(super) const OUTPUTS: &str = "outputs";
+
+/// A directory of this run alone, which it removes.
+fn scratch_dir(state_dir: Option<&Path>, name: &str) -> io::Result<PathBuf> {
+    match state_dir {
+        Some(dir) => Ok(dir.join(name)),
+        None => {
+            let dir = tempfile::Builder::new().prefix("cofferdam-").tempdir()?;
+            Ok(dir.keep())
+        }
+    }
+}
+
+/// Where the results of exchanges that are not pipelined lie.
+pub(super) fn partitions(
+    spec: &JobSpec,
+    state_dir: Option<&Path>,
+) -> io::Result<Option<Arc<Partitions>>> {
+    if !spec.graph.has_exchange(ExchangeType::has_partition) {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(Partitions::new(&scratch_dir(state_dir, PARTITIONS)?)?)))
+}
+
+/// What this process keeps of each task: nothing yet, and a place for state that the host keeps.
+pub(super) fn locals(
+    tasks: &[TaskId],
+    identities: &[TaskIdentity],
+    spec: &JobSpec,
+    state_dir: Option<&Path>,
+) -> Result<BTreeMap<TaskId, Arc<TaskLocal>>, StorageError> {
+    let tables = match &spec.state_backend {
+        StateBackend::Sled(backend) if identities.iter().any(|task| task.has_host_state) => {
+            let dir = scratch_dir(state_dir, WORKING)
+                .map_err(|error| StorageError::store("make room for state", error))?;
+            Some((Tables::new(&dir, backend.cache_bytes)?, backend.write_buffer_bytes))
+        }
+        _ => None,
+    };
+    let local = |(task, identity): (&TaskId, &TaskIdentity)| {
+        let limits = match &spec.node(task.operator).kind {
+            NodeKind::Operator(operator) => operator.limits.clone(),
+            _ => Limits::default(),
+        };
+        let keyed = tables.as_ref().filter(|_| identity.has_host_state);
+        let keyed = keyed.map(|(tables, write_buffer_bytes)| {
+            let limits = KeyedLimits {
+                bytes_max: limits.state_bytes_max,
+                write_buffer_bytes: *write_buffer_bytes,
+                max_parallelism: identity.max_parallelism,
+                own_keys: own_keys(&spec.graph, *task, identity.is_keyed, identity.max_parallelism),
+            };
+            KeyedState::new(tables.clone(), limits).map(Arc::new)
+        });
+        Ok((*task, Arc::new(TaskLocal::new(keyed.transpose()?))))
+    };
+    tasks.iter().zip(identities).map(local).collect()
+}
+
+pub(crate) fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Problem {
+    let place = location.map_or("memory".to_owned(), |path| path.display().to_string());
+    Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
+        .detail(error)
+        .hint(
+            "set --state-dir, or execution.checkpointing.dir, to a directory that you can write to",
+        )
+}
+
+/// Whether a job has no storage yet: not even to look into it one is made.
+pub(super) fn is_nothing_there(spec: &StorageSpec, state_dir: &Path) -> bool {
+    match spec {
+        StorageSpec::Objects { location, .. } => {
+            let location = Path::new(location);
+            !cofferdam_store::is_url(location) && !location.exists()
+        }
+        StorageSpec::Sled(_) | StorageSpec::Memory => !state_dir.exists(),
+    }
+}
+
+/// The storage of a job, to look into it.
+pub(super) fn storage_at(
+    spec: &StorageSpec,
+    state_dir: Option<&Path>,
+) -> Result<Box<dyn Storage>, StorageError> {
+    match (spec, state_dir) {
+        (StorageSpec::Objects { location, .. }, _) => cofferdam_store::objects_at(location),
+        (_, Some(dir)) => Ok(Box::new(SledStorage::new(dir.to_owned()))),
+        (_, None) => Ok(Box::new(MemoryStorage::default())),
+    }
+}
+
+/// The same, to write to it: what an earlier run was still removing goes.
+pub(super) fn open_storage(
+    spec: &StorageSpec,
+    state_dir: Option<&Path>,
+) -> Result<Box<dyn Storage>, StorageError> {
+    if let (StorageSpec::Sled(_) | StorageSpec::Memory, Some(dir)) = (spec, state_dir) {
+        SledStorage::new(dir.to_owned()).finish_removals()?;
+    }
+    storage_at(spec, state_dir)
+}
+
+pub(super) fn remove_claimed(place: &Path) -> Result<(), StorageError> {
+    if cofferdam_store::is_url(place) {
+        let (store, _) = cofferdam_store::open_at(place).and_then(SnapshotStore::open_existing)?;
+        return store.clear();
+    }
+    fs::remove_dir_all(place).map_err(|error| StorageError::store("remove a directory", error))
+}

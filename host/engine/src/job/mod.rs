@@ -1,0 +1,365 @@
+//! From a checked spec to a running job: opens the state directory, and hands everything to the driver.
+
+pub(crate) mod check;
+pub(crate) mod driver;
+mod edges;
+mod ending;
+pub(crate) mod files;
+pub(crate) mod plan;
+mod read_out;
+pub(super) mod rehearsal;
+pub mod restore;
+mod resume;
+pub mod state_dir;
+mod wiring;
+
+pub use self::{
+    check::{CheckedJob, describe, load_component, sandbox},
+    resume::JobOptions,
+};
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use cofferdam_core::{
+    failure::FailureCause,
+    ids::{OperatorId, TaskId},
+    job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
+};
+use cofferdam_settings::{Code, Problem};
+use cofferdam_spec::JobSpec;
+use cofferdam_store::{manifest::TaskIdentity, snapshot::SnapshotStore};
+use tokio::sync::mpsc;
+
+use self::{
+    ending::{end_of, failure, note_end, remedy},
+    files::{locals, open_storage, partitions, remove_claimed, storage_at, unusable_state},
+    plan::{
+        NodePlan, Plan, components_of, digest_of, identity, keyed_outputs, own_components,
+        prepare_nodes, sources_of, untried,
+    },
+    resume::{Before, Resumption, claim_outputs, look},
+};
+use crate::{
+    exchange::link::Links,
+    job::driver::Driver,
+    storage::StorageHandle,
+    watch::{
+        control::{Desk, JobHandle, KeptCheckpoint},
+        history::Recorder,
+        metrics::{Metrics, OperatorMetrics},
+        monitor::{Stats, WriterReport},
+        progress::{Observer, Progress},
+    },
+};
+
+/// A job that is ready to run: its state directory is locked, its store open.
+pub struct Job {
+    plan: Plan,
+    spec: JobSpec,
+    store: SnapshotStore,
+    resume: Resume,
+    _lock: Option<File>,
+    /// What it began from and owns.
+    claimed: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    seed: u64,
+    observer: Arc<dyn Observer>,
+    metrics: Arc<Metrics>,
+    events: mpsc::UnboundedSender<Event>,
+    inbox: mpsc::UnboundedReceiver<Event>,
+    desk: Arc<Desk>,
+    /// See [`digest_of`].
+    digest: String,
+}
+
+impl Job {
+    /// Opens the state directory, finds what to resume, and prepares sources and sinks.
+    ///
+    /// # Errors
+    /// The first problem. What was committed by sinks is as it was; damaged checkpoints may have
+    /// been left behind, and the state may lie in a new generation.
+    pub fn prepare(
+        checked: CheckedJob,
+        options: &JobOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, Problem> {
+        let CheckedJob { spec, operators } = checked;
+        let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
+        let identities: Vec<TaskIdentity> =
+            tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
+        let mut nodes = prepare_nodes(&spec, &operators)?;
+        let ids = (0..).map(OperatorId).zip(&spec.nodes);
+        let keyed = ids.map(|(id, node)| keyed_outputs(node, operators.get(&id))).collect();
+        let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
+        let state_dir = state_dir.map(Path::to_owned);
+        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir.as_deref(), error);
+        let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
+        let digest = digest_of(&identities, &spec);
+        let open = || open_storage(&spec.storage, state_dir.as_deref());
+        let mut targets = restore::Tasks {
+            spec: &spec,
+            identities: &identities,
+            locals: &BTreeMap::new(),
+            sources: &sources_of(&spec, &nodes),
+            components: &components_of(&spec, &operators),
+            observer: &*observer,
+        };
+        // A refused run leaves everything as it was: what is there is looked at before it is opened.
+        let storage = storage_at(&spec.storage, state_dir.as_deref());
+        let storage = storage.map_err(|error| unusable(&error))?;
+        let resumption = look(&targets, storage, state_dir.as_deref(), options, &digest)?;
+        let Resumption { mut record, before, is_over, looked, chosen } = resumption;
+        // Everything that may be refused is refused by now, or here.
+        let mut outputs =
+            claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options, false)?;
+        for message in &chosen.warnings {
+            observer.observe(Progress::Warning { message: message.clone() });
+        }
+        drop(looked);
+        // Before an output is said to be this job's.
+        if let Some(dir) = &state_dir
+            && matches!(before, Before::Nothing)
+        {
+            record.write(dir).map_err(|error| unusable(&error))?;
+        }
+        let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
+            .map_err(|error| unusable(&error))?;
+        let partitions =
+            partitions(&spec, state_dir.as_deref()).map_err(|error| unusable(&error))?;
+        targets.locals = &locals;
+        let storage = open().map_err(|error| unusable(&error))?;
+        let storage = match is_over {
+            true => {
+                let (over, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
+                    .map_err(|error| unusable(&error))?;
+                over.clear().and_then(|()| open()).map_err(|error| unusable(&error))?
+            }
+            false => storage,
+        };
+        let storage = match &options.faults {
+            Some(faults) => faults.around(storage),
+            None => storage,
+        };
+        let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
+            .map_err(|error| unusable(&error))?;
+        store.compress(spec.is_compressing);
+        let own = own_components(&spec, &operators, &tasks, &identities);
+        let untried = untried(&spec, &identities, &chosen, &locals, &own);
+        let components = operators.values().map(|operator| operator.component.clone());
+        store.set_components(components.collect(), Arc::new(own));
+        let resume = restore::adopt(&targets, &mut store, &chosen)?;
+        outputs.values().try_for_each(|output| output.begin())?;
+        for (node, work) in spec.nodes.iter().zip(&mut nodes) {
+            if let NodePlan::Sink { plan } = work {
+                *plan = outputs.remove(&node.name).map(Arc::from);
+            }
+        }
+        if let Some(dir) = &state_dir {
+            record.job = chosen.lineage.job;
+            if let Some(from) = &options.from {
+                record.begun_from = restore::absolute(&from.dir);
+            }
+            record.write(dir).map_err(|error| unusable(&error))?;
+        }
+        let desk = Arc::<Desk>::default();
+        for checkpoint in &resume.completed {
+            let manifest = store.manifest(checkpoint.0).map_err(|error| unusable(&error))?;
+            desk.keep(KeptCheckpoint::from(&manifest));
+        }
+        let slots = tasks.iter().copied().zip(0..).collect();
+        let metrics = Metrics {
+            operators: spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect(),
+            ..Metrics::default()
+        };
+        let (events, inbox) = mpsc::unbounded_channel();
+        let (graph, is_exactly_once) = (spec.graph.clone(), spec.is_exactly_once);
+        let job = spec.name.clone();
+        let unaligned_after = spec.checkpoint.unaligned_after_ms.map(Duration::from_millis);
+        Ok(Self {
+            plan: Plan {
+                job,
+                secret: *blake3::hash(chosen.lineage.job.bytes()).as_bytes(),
+                graph,
+                nodes,
+                slots,
+                outputs: keyed,
+                is_exactly_once,
+                unaligned_after,
+                backlog_lag_ms: spec.backlog_lag_ms,
+                links: Links::default(),
+                partitions,
+                locals,
+                untried,
+            },
+            spec,
+            store,
+            resume,
+            _lock: lock,
+            claimed: options.from.as_ref().filter(|from| from.claim).map(|from| from.dir.clone()),
+            state_dir,
+            seed: options.seed,
+            observer,
+            metrics: Arc::new(metrics),
+            events,
+            inbox,
+            desk,
+            digest,
+        })
+    }
+
+    /// The job's counters.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.clone()
+    }
+
+    /// The job's spec.
+    #[must_use]
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
+    /// The directory that it has locked; `None` where its state is in memory.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
+    }
+
+    /// The checkpoint it goes on from.
+    #[must_use]
+    pub fn resumes_from(&self) -> Option<u64> {
+        self.resume.completed.last().map(|checkpoint| checkpoint.0)
+    }
+
+    /// The way to it while it runs.
+    #[must_use]
+    pub fn handle(&self) -> JobHandle {
+        JobHandle::new(self.events.clone(), self.desk.clone())
+    }
+
+    /// Runs the job to its end, on a tokio runtime with several threads.
+    ///
+    /// # Errors
+    /// Where the job failed: the failure that the restart strategy did not allow to restart.
+    pub async fn run(self) -> Result<Outcome, Problem> {
+        let settings = JobSettings {
+            graph: self.plan.graph.clone(),
+            failover: self.spec.failover,
+            checkpoint: self.spec.checkpoint.clone(),
+            restart: self.spec.restart.strategy.clone(),
+            is_merging_failures: self.spec.restart.is_merging_failures,
+            escalates_after: self.spec.escalates_after,
+            seed: self.seed,
+        };
+        let resumed_from = self.resume.completed.last().copied();
+        let (core, first) = CoreJob::new(settings, self.resume);
+        let recorder =
+            self.state_dir.as_deref().map(|dir| Recorder::start(dir, self.observer.clone()));
+        let (observer, history): (Arc<dyn Observer>, _) = match recorder {
+            Some(Ok((recorder, writer))) => (Arc::new(recorder), Some(writer)),
+            Some(Err(error)) => {
+                let message = format!("failures are not written down: {error}");
+                self.observer.observe(Progress::Warning { message });
+                (self.observer.clone(), None)
+            }
+            None => (self.observer.clone(), None),
+        };
+        let stats = Arc::new(Stats::default());
+        let report = || WriterReport {
+            events: self.events.clone(),
+            observer: observer.clone(),
+            stats: stats.clone(),
+        };
+        let (storage, thread) = StorageHandle::start(self.store, report()).map_err(|error| {
+            Problem::new(Code::CannotStart, "start the storage thread").detail(error)
+        })?;
+        let graph = self.plan.graph.clone();
+        let desk = self.desk.clone();
+        let driver =
+            Driver::new(self.plan, core, storage, &report(), self.inbox, self.metrics, self.desk);
+        // On the runtime's own threads, next to the workers: a failure is answered without waking
+        // another thread.
+        let outcome = match tokio::spawn(driver.run(first)).await {
+            Ok(outcome) => outcome,
+            Err(panic) => {
+                let message = format!("the driver of the job panicked: {panic}");
+                return Err(Problem::new(Code::HostBug, message));
+            }
+        };
+        desk.close();
+        // The driver's handle is gone, but blocking calls of tasks that have ended may still have
+        // the store: joining waits for them.
+        let store = tokio::task::spawn_blocking(move || thread.join()).await.ok().flatten();
+        if let Outcome::Failed { task, cause, .. } = &outcome {
+            observer.observe(Progress::failed(task.map(|task| graph.task_name(task)), cause));
+        }
+        drop(observer);
+        if let Some(history) = history {
+            history.join();
+        }
+        let end = end_of(&outcome);
+        let noted = match self.state_dir.as_deref() {
+            Some(dir) => note_end(dir, &outcome, &self.digest, desk.last_saved()),
+            None => Ok(()),
+        };
+        if let Err(error) = &noted {
+            // Without its last checkpoint the next run would begin anew.
+            let message = format!(
+                "the end of the job could not be recorded: {error}; its last checkpoint is kept, and the \
+                 next run resumes from it"
+            );
+            self.observer.observe(Progress::Warning { message });
+        }
+        // What this run has added nothing to is not its own to remove: it may not even fit.
+        let is_untouched = matches!(
+            &outcome,
+            Outcome::Failed { checkpoint, .. } if checkpoint.is_some() && *checkpoint == resumed_from
+        );
+        let is_needed = is_untouched || noted.is_err();
+        let is_kept = is_needed || end.is_none_or(|end| self.spec.retention.keeps(end));
+        if let Some(claimed) = self.claimed.filter(|_| !is_needed)
+            && let Err(error) = remove_claimed(&claimed)
+        {
+            let message = format!("remove {}, which was claimed: {error}", claimed.display());
+            self.observer.observe(Progress::Warning { message });
+        }
+        if !is_kept
+            && let Some(store) = store
+            && let Err(error) = store.clear()
+        {
+            let message = format!("remove the state of the job: {error}");
+            self.observer.observe(Progress::Warning { message });
+        }
+        match outcome {
+            Outcome::Failed { task, cause, checkpoint } => {
+                let problem = failure(&graph, task, &cause);
+                let first = match &cause {
+                    FailureCause::Permanent { obstacle, .. } => remedy(*obstacle),
+                    _ => "",
+                };
+                Err(problem.hint(match checkpoint {
+                    Some(id) if is_kept && !first.is_empty() => {
+                        format!("{first}; then run it again, and it goes on from checkpoint {id}")
+                    }
+                    None if !first.is_empty() => format!("{first}; then run it again"),
+                    Some(id) if is_kept => {
+                        format!("run it again and it goes on from checkpoint {id}")
+                    }
+                    Some(_) => format!(
+                        "its checkpoints were removed, as externalized-checkpoint-retention = \"{}\" says; \
+                         with RETAIN_ON_CANCELLATION they are kept",
+                        self.spec.retention.name()
+                    ),
+                    None => "no checkpoint was completed: run again, it begins anew".to_owned(),
+                }))
+            }
+            ended => Ok(ended),
+        }
+    }
+}
