@@ -4,8 +4,8 @@ use std::io::{self, BufWriter, Write};
 
 use cofferdam_engine::{
     job,
+    job::each_declared,
     problem::{Code, Problem},
-    restore::each_declared,
     schema::to_json,
 };
 use cofferdam_sandbox::Sandbox;

@@ -222,6 +222,17 @@ pub enum NodeKind {
     Sink(Arc<dyn SinkSpec>),
 }
 
+impl NodeKind {
+    /// The limits of its instances; the defaults where it has none.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        match self {
+            Self::Operator(operator) => operator.limits.clone(),
+            Self::Source(_) | Self::Sink(_) => Limits::default(),
+        }
+    }
+}
+
 /// A component and how it is run.
 #[derive(Debug, Clone)]
 pub struct OperatorSpec {

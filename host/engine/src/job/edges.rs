@@ -11,7 +11,7 @@ use cofferdam_core::{
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{InputSpec, JobSpec, NodeKind, NodeSpec, StateBackend};
 
-use super::{check::CheckedOperator, plan::dead_letter_output};
+use super::{component::CheckedOperator, plan::dead_letter_output};
 
 fn formats_of(port: &Port) -> Formats {
     Formats { key: port.key, value: port.value }

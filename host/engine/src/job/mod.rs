@@ -1,22 +1,21 @@
 //! From a checked spec to a running job: opens the state directory, and hands everything to the driver.
 
 pub(crate) mod check;
+mod component;
 pub(crate) mod driver;
 mod edges;
 mod ending;
 pub(crate) mod files;
+mod fit;
 pub(crate) mod plan;
 mod read_out;
-pub(super) mod rehearsal;
+mod redistribute;
+pub(crate) mod rehearsal;
 pub mod restore;
 mod resume;
 pub mod state_dir;
+mod target;
 mod wiring;
-
-pub use self::{
-    check::{CheckedJob, describe, load_component, sandbox},
-    resume::JobOptions,
-};
 
 use std::{
     collections::BTreeMap,
@@ -33,17 +32,30 @@ use cofferdam_core::{
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::{manifest::TaskIdentity, snapshot::SnapshotStore};
+use cofferdam_store::{
+    Storage, manifest::TaskIdentity, memory::MemoryStorage, snapshot::SnapshotStore,
+};
 use tokio::sync::mpsc;
 
+pub use self::{
+    check::CheckedJob,
+    component::{describe, load_component, sandbox},
+    read_out::each_declared,
+    resume::JobOptions,
+};
 use self::{
     ending::{end_of, failure, note_end, remedy},
-    files::{locals, open_storage, partitions, remove_claimed, storage_at, unusable_state},
+    files::{
+        is_nothing_there, locals, open_storage, partitions, remove_claimed, storage_at,
+        unusable_state,
+    },
     plan::{
         NodePlan, Plan, components_of, digest_of, identity, keyed_outputs, own_components,
         prepare_nodes, sources_of, untried,
     },
+    restore::Restorable,
     resume::{Before, Resumption, claim_outputs, look},
+    target::Tasks,
 };
 use crate::{
     exchange::link::Links,
@@ -57,6 +69,56 @@ use crate::{
         progress::{Observer, Progress},
     },
 };
+
+impl CheckedJob {
+    /// Whether a run can begin from the savepoint or state directory that `options` name, and what it would
+    /// take over; `None` where they name none. Changes nothing. While a run uses the state directory, that
+    /// and the output are left out: both will be others when it has ended.
+    ///
+    /// # Errors
+    /// What `cofferdam run --from` would be refused for.
+    pub fn check_from(
+        &self,
+        options: &JobOptions,
+        observer: &dyn Observer,
+    ) -> Result<Option<Restorable>, Problem> {
+        let Some(from) = &options.from else { return Ok(None) };
+        let tasks = self.spec.graph.tasks();
+        let identity = |task: &TaskId| identity(&self.spec, &self.operators, *task);
+        let identities: Vec<TaskIdentity> = tasks.iter().map(identity).collect();
+        let nodes = prepare_nodes(&self.spec, &self.operators)?;
+        let tasks = Tasks {
+            spec: &self.spec,
+            identities: &identities,
+            locals: &BTreeMap::new(),
+            sources: &sources_of(&self.spec, &nodes),
+            components: &components_of(&self.spec, &self.operators),
+            observer,
+        };
+        let state_dir = options.state_dir.as_deref().or(self.spec.storage.state_dir());
+        if state_dir.map_or(Ok(false), state_dir::is_in_use)? {
+            let mut restorable = restore::check_from(&tasks, from)?;
+            restorable.warnings.push(
+                "a run uses the state directory: what is in it then, and what the output allows, is \
+                 known when that has ended"
+                    .to_owned(),
+            );
+            return Ok(Some(restorable));
+        }
+        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
+        let storage: Box<dyn Storage> = match state_dir {
+            Some(dir) if is_nothing_there(&self.spec.storage, dir) => {
+                Box::new(MemoryStorage::default())
+            }
+            _ => storage_at(&self.spec.storage, state_dir).map_err(|error| unusable(&error))?,
+        };
+        let digest = digest_of(&identities, &self.spec);
+        let Resumption { chosen, .. } = look(&tasks, storage, state_dir, options, &digest)?;
+        claim_outputs(&self.spec, &identities, &chosen, state_dir, options, true)?;
+        let restorable = |manifest| restore::restorable(&tasks, manifest, chosen.warnings.clone());
+        Ok(chosen.manifest.as_ref().map(restorable))
+    }
+}
 
 /// A job that is ready to run: its state directory is locked, its store open.
 pub struct Job {
@@ -102,7 +164,7 @@ impl Job {
         let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
         let digest = digest_of(&identities, &spec);
         let open = || open_storage(&spec.storage, state_dir.as_deref());
-        let mut targets = restore::Tasks {
+        let mut targets = Tasks {
             spec: &spec,
             identities: &identities,
             locals: &BTreeMap::new(),

@@ -1,6 +1,5 @@
 //! What is needed to build the workers of an attempt.
 
-use super::restore;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cofferdam_connector::catalog::{NodeContext, SinkPlan, SourcePlan};
@@ -10,7 +9,7 @@ use cofferdam_core::{
     graph::JobGraph,
     ids::{Attempt, CheckpointId, OperatorId, TaskId},
 };
-use cofferdam_sandbox::{Component, Limits};
+use cofferdam_sandbox::Component;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend};
 use cofferdam_store::{
@@ -19,7 +18,7 @@ use cofferdam_store::{
 };
 use twox_hash::XxHash3_64;
 
-use super::check::CheckedOperator;
+use super::{component::CheckedOperator, restore};
 use crate::{
     exchange::{link::Links, partition::Partitions},
     job::{
@@ -254,14 +253,6 @@ pub(super) fn own_keys(
     OwnKeys { index: task.index, parallelism, max_parallelism }.if_any(is_keyed)
 }
 
-/// The limits of an operator's instances.
-pub(crate) fn limits_of(kind: &NodeKind) -> Limits {
-    match kind {
-        NodeKind::Operator(operator) => operator.limits.clone(),
-        NodeKind::Source(_) | NodeKind::Sink(_) => Limits::default(),
-    }
-}
-
 /// How the declared state of each task is read out of its memory.
 pub(super) fn own_components(
     spec: &JobSpec,
@@ -275,7 +266,7 @@ pub(super) fn own_components(
             component: operators.get(&task.operator)?.component.clone(),
             max_parallelism,
             own_keys: own_keys(&spec.graph, *task, is_keyed, max_parallelism),
-            limits: limits_of(&spec.node(task.operator).kind),
+            limits: spec.node(task.operator).kind.limits(),
         })
     };
     OwnComponents { tasks: tasks.iter().zip(identities).map(own).collect() }

@@ -4,18 +4,23 @@
 //! `open` is not called: what it was given is not stored, and it may act. Whatever the guest says or
 //! counts meanwhile goes nowhere.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cofferdam_contract::StateChanges;
 use cofferdam_sandbox::{
-    Component, GuestError, Image, Instance, InstanceSetup, Limits, QuietHost, RestoreError,
-    memory::PAGE_BYTES,
+    Component, GuestError, Image, Instance, InstanceSetup, Limits, MemorySnapshot, QuietHost,
+    RestoreError, Sandbox, memory::PAGE_BYTES,
 };
+use cofferdam_settings::{Code, Problem};
 use cofferdam_store::{
-    declared::OwnKeys,
+    self, StorageError,
+    declared::{DeclaredKey, Entries, OwnKeys},
+    manifest::{Manifest, TaskIdentity},
     run::{Run, RunBuilder},
-    snapshot::ReadOut,
+    snapshot::{ReadOut, SnapshotStore},
 };
+
+use super::target::Failed;
 
 /// Memory that a component may take on top of the image while it hands over.
 const HEADROOM_BYTES: u64 = 64 << 20;
@@ -132,4 +137,85 @@ impl ReadOut for OwnComponents {
             _ => Err("it has no component".to_owned()),
         }
     }
+}
+
+/// Gives every entry of a task's declared state as of a checkpoint, in the order of its keys, until `give`
+/// says that it has seen enough. What lies in the image of the memory alone is read out of it.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn each_declared(
+    sandbox: &Sandbox,
+    store: &SnapshotStore,
+    manifest: &Manifest,
+    slot: usize,
+    mut give: impl FnMut(&DeclaredKey, &[u8]) -> bool,
+) -> Result<(), Problem> {
+    let checkpoint = manifest.checkpoint;
+    let damaged = |error: StorageError| {
+        let message = format!("checkpoint {checkpoint} in {} is damaged", store.location());
+        Problem::new(Code::StoreDamaged, message).detail(error)
+    };
+    let mut each = |entries: Entries<'_>| {
+        for entry in entries {
+            let (key, value) = entry.map_err(damaged)?;
+            if value.is_some_and(|value| !give(&key, &value)) {
+                break;
+            }
+        }
+        Ok(())
+    };
+    if store.is_in_image(slot, checkpoint).map_err(damaged)? {
+        let task = store.load(slot, checkpoint).map_err(damaged)?;
+        // Nobody waits for it.
+        let limits = Limits {
+            call_max: Duration::from_secs(600),
+            output_bytes_max: 2 << 30,
+            ..Limits::default()
+        };
+        let run = read_out_task(Some(sandbox), limits, manifest, store, slot, task.memory);
+        let run = run.map_err(|failed| match failed {
+            Failed::Problem(problem) => *problem,
+            Failed::Storage(error) => damaged(error),
+        })?;
+        return each(run.into_entries());
+    }
+    each(store.declared(slot, checkpoint).map_err(damaged)?)
+}
+
+/// Reads the declared state of a task of the checkpoint out of its memory, with the component that it ran.
+pub(super) fn read_out_task(
+    sandbox: Option<&Sandbox>,
+    limits: Limits,
+    manifest: &Manifest,
+    store: &SnapshotStore,
+    slot: usize,
+    memory: Vec<MemorySnapshot>,
+) -> Result<Run, Failed> {
+    let identity = &manifest.tasks[slot].identity;
+    let refused = |what: String| {
+        let message = format!("the declared state of {} cannot be read", identity.name());
+        let problem = Problem::new(Code::StateMismatch, message)
+            .detail(what)
+            .detail("it lies in the image of the task's memory, and the component that it ran reads it out")
+            .hint("resume with that component, the same parallelism and snapshot = \"both\"");
+        Failed::Problem(Box::new(problem))
+    };
+    let bytes = store.component(slot, manifest.checkpoint).map_err(|error| match error {
+        StorageError::Damaged { .. } => refused(error.to_string()),
+        error => Failed::Storage(error),
+    })?;
+    let Some(sandbox) = sandbox else {
+        return Err(refused("the job has no operator any more".to_owned()));
+    };
+    let component = sandbox.load(&bytes);
+    let component = component
+        .map_err(|error| refused(format!("this version refuses the component: {error}")))?;
+    let TaskIdentity { index, parallelism, max_parallelism, is_keyed, .. } = *identity;
+    let own_keys = OwnKeys { index, parallelism, max_parallelism }.if_any(is_keyed);
+    let image = Image::of(memory)
+        .map_err(|error| StorageError::store("make the image of a memory", error))?;
+    let own = OwnComponent { component, max_parallelism, own_keys, limits };
+    own.read_out(&image)
+        .map_err(|error| refused(format!("the component {}: {error}", own.component.digest())))
 }

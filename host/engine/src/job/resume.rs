@@ -1,6 +1,7 @@
 //! What a run resumes from, or why it is refused; and the outputs that it claims. Looks, and changes nothing.
 
 use super::restore;
+use super::target::Tasks;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -80,7 +81,7 @@ pub(super) struct Resumption {
 
 /// Finds out what a run would go on from, or why it is refused. Changes nothing.
 pub(super) fn look(
-    tasks: &restore::Tasks<'_>,
+    tasks: &Tasks<'_>,
     storage: Box<dyn Storage>,
     state_dir: Option<&Path>,
     options: &JobOptions,

@@ -1,5 +1,6 @@
 //! Barriers: when a chain takes its snapshots, and what of the records in flight goes into them.
 
+use super::worker::Held;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -25,14 +26,6 @@ use crate::{
     exchange::{Element, Gate},
     failure::TaskFailure,
 };
-
-/// The snapshot of a chain's first node, to which the records that its barrier has overtaken are
-/// still to be added.
-pub(crate) struct Held {
-    pub(super) checkpoint: CheckpointId,
-    pub(super) snapshot: Box<TaskSnapshot>,
-    began: Instant,
-}
 
 /// What a worker knows of the barriers that have arrived.
 pub(super) struct Alignment {

@@ -3,6 +3,7 @@
 //! A worker is one future. It ends by a failure, by the last checkpoint, or by being dropped at one of its awaits;
 //! in each case its instances are gone and the next attempt begins with fresh ones.
 
+use cofferdam_store::snapshot::TaskSnapshot;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use cofferdam_core::{
 use futures::future::try_join_all;
 use tokio::sync::mpsc;
 
-use super::{Control, Opening, Result, align::Held, node::Node};
+use super::{Control, Opening, Result, node::Node};
 use crate::{
     exchange::{Gate, writer::Writer},
     failure::TaskFailure,
@@ -74,6 +75,14 @@ pub(crate) struct Worker {
     pub(crate) idle_after: Option<Duration>,
     /// Runs the calls of connectors that block.
     pub(crate) blocking: Blocking,
+}
+
+/// The snapshot of a chain's first node, to which the records that its barrier has overtaken are
+/// still to be added.
+pub(crate) struct Held {
+    pub(super) checkpoint: CheckpointId,
+    pub(super) snapshot: Box<TaskSnapshot>,
+    pub(super) began: Instant,
 }
 
 /// What a turn of the loop leads to.

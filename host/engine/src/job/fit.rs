@@ -1,0 +1,229 @@
+//! Whether the state of a checkpoint can become the state of these tasks.
+
+use cofferdam_sandbox::Limits;
+use cofferdam_settings::{Code, Problem};
+use cofferdam_store::{
+    self,
+    manifest::{Manifest, StateIdentity, TaskIdentity},
+};
+
+use super::target::Tasks;
+use crate::job::read_out::on_instance;
+
+/// What to do with a type that does not fit.
+pub(super) const HOW_TO_GROW: &str = "keep the type, or let it grow: a new field has #[serde(default)], an integer may \
+                           become wider; or give a state of another type another name";
+
+/// Whether a checkpoint's state can become the state of these tasks.
+pub(super) fn check_fit(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    ignore_unclaimed_state: bool,
+) -> Result<(), Problem> {
+    let mismatch =
+        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    if manifest.job != tasks.spec.name {
+        return mismatch(
+            format!(
+                "the checkpoint is of job \"{}\", not of \"{}\"",
+                manifest.job, tasks.spec.name
+            ),
+            "to begin anew, move the state directory away or choose another with --state-dir",
+        );
+    }
+    let stored = || manifest.tasks.iter().map(|task| &task.identity);
+    for task in tasks.identities {
+        if let Some(known) = stored().find(|known| known.uid == task.uid) {
+            check_operator(tasks, known, task, ignore_unclaimed_state)?;
+        }
+    }
+    let is_known = |known: &TaskIdentity| tasks.identities.iter().any(|task| task.uid == known.uid);
+    match stored().find(|known| !is_known(known)) {
+        Some(extra) if !ignore_unclaimed_state => mismatch(
+            format!(
+                "the checkpoint has state of \"{}\", which is not in the manifest",
+                extra.operator
+            ),
+            &format!(
+                "put it back; or say which node it is now, with uid = \"{}\"; or leave its state behind \
+                 with --from DIR --ignore-unclaimed-state",
+                extra.uid
+            ),
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn check_operator(
+    tasks: &Tasks<'_>,
+    known: &TaskIdentity,
+    task: &TaskIdentity,
+    ignore_unclaimed_state: bool,
+) -> Result<(), Problem> {
+    let name = &task.operator;
+    let mismatch =
+        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
+    if known.has_declared && task.has_declared {
+        check_states(tasks, known, task)?;
+        let is_taken = |before: &StateIdentity| {
+            let found = task.states.iter().filter_map(|state| state.find(&known.states));
+            found.into_iter().any(|found| found.name == before.name)
+        };
+        if let Some(left) = known.states.iter().find(|before| !is_taken(before))
+            && !ignore_unclaimed_state
+        {
+            let what = format!(
+                "the checkpoint has state \"{}\" of \"{name}\", which its component does not have",
+                left.name
+            );
+            let hint = format!(
+                "if it has another name now, say so: #[state(renamed_from = \"{}\")]; or leave it behind \
+                 with --from DIR --ignore-unclaimed-state",
+                left.name
+            );
+            return mismatch(what, &hint);
+        }
+    }
+    if known.max_parallelism != task.max_parallelism {
+        let what = format!(
+            "the checkpoint has \"{name}\" with max-parallelism {}, the manifest with {}",
+            known.max_parallelism, task.max_parallelism
+        );
+        let hint = format!(
+            "its key groups are those of the checkpoint for ever: set max-parallelism = {}",
+            known.max_parallelism
+        );
+        return mismatch(what, &hint);
+    }
+    if !task.has_memory {
+        let loses_memory = known.has_memory && !known.has_declared;
+        return match loses_memory && !ignore_unclaimed_state {
+            false => Ok(()),
+            true => mismatch(
+                format!("the checkpoint of \"{name}\" holds linear memory and no declared state"),
+                "set snapshot back, with the component that wrote it and its parallelism; or, if the operator \
+                 keeps nothing in its memory that counts, leave that behind with --from DIR \
+                 --ignore-unclaimed-state",
+            ),
+        };
+    }
+    let by_declared_state = match known.has_declared {
+        true => "; or set snapshot = \"declared\" to go on from its declared state alone",
+        false => {
+            "; or, if the operator keeps nothing in its memory that counts, set snapshot = \"declared\" and \
+             leave the memory behind with --from DIR --ignore-unclaimed-state"
+        }
+    };
+    // What it has not declared was given up when that was written.
+    if !known.has_memory && known.has_declared && task.has_declared {
+        return Ok(());
+    }
+    if !known.has_memory {
+        return mismatch(
+            format!("the checkpoint of \"{name}\" holds no linear memory"),
+            "set snapshot = \"declared\", as it was when the checkpoint was taken",
+        );
+    }
+    let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
+    let foreign = if known.digest != task.digest {
+        let (then, now) = (digest_text(known.digest), digest_text(task.digest));
+        let what = format!("was written by another component ({then} then, {now} now)");
+        Some((what, "component that wrote it: put that one back"))
+    } else if known.has_host_state != task.has_host_state {
+        let (then, now) = (backend(known.has_host_state), backend(task.has_host_state));
+        let what =
+            format!("was taken with state.backend.type = \"{then}\", the manifest has \"{now}\"");
+        Some((what, "state backend that it was written with: set that one back"))
+    } else {
+        None
+    };
+    if let Some((what, fits)) = foreign {
+        let hint = format!("linear memory fits only the {fits}{by_declared_state}");
+        return mismatch(format!("the checkpoint of \"{name}\" {what}"), &hint);
+    }
+    if known.parallelism != task.parallelism {
+        let what = format!(
+            "the checkpoint has \"{name}\" with parallelism {}, the manifest with {}",
+            known.parallelism, task.parallelism
+        );
+        let hint = format!(
+            "linear memory cannot be shared out: set the parallelism back{by_declared_state}"
+        );
+        return mismatch(what, &hint);
+    }
+    Ok(())
+}
+
+/// How a schema names a type that says nothing of what its values look like.
+const OPAQUE: &str = "opaque ";
+
+/// Declared state is matched by name, and must look as it did, or be convertible.
+fn check_states(
+    tasks: &Tasks<'_>,
+    known: &TaskIdentity,
+    task: &TaskIdentity,
+) -> Result<(), Problem> {
+    let name = &task.operator;
+    for (number, state) in (0..).zip(&task.states) {
+        let Some(before) = state.find(&known.states) else { continue };
+        // What nobody can look into is the same only in the same component.
+        let is_known = !before.schema.contains(OPAQUE) || known.digest == task.digest;
+        if before.schema == state.schema && is_known {
+            continue;
+        }
+        let mismatch = |what: String| {
+            let message = format!("state \"{}\" of \"{name}\" has another schema", state.name);
+            Problem::new(Code::SchemaMismatch, message)
+                .detail(format!("in the checkpoint: {}", before.schema))
+                .detail(format!("in the component:  {}", state.schema))
+                .detail(what)
+                .hint(HOW_TO_GROW)
+        };
+        if !is_known {
+            let what =
+                "serde does not tell what values of it look like, and the component is another";
+            return Err(mismatch(what.to_owned()));
+        }
+        let Some(component) = tasks.components.get(name) else { continue };
+        let answer = on_instance(component, Limits::default(), async |instance| {
+            instance.converts(number, &before.schema).await
+        });
+        match answer {
+            Ok(Ok(())) => {}
+            Ok(Err(what)) => return Err(mismatch(what)),
+            Err(error) => return Err(mismatch(error.to_string())),
+        }
+    }
+    let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };
+    let without_keys = |message: String| {
+        Problem::new(Code::StateWithoutKeys, message)
+            .detail("state that does not lie with the keys of its records stays with its task")
+    };
+    if known.is_keyed != task.is_keyed {
+        let message = format!(
+            "records came to \"{name}\" {} when its declared state was written, and come {} now",
+            by(known.is_keyed),
+            by(task.is_keyed)
+        );
+        return Err(without_keys(message).hint("set the partition of its inputs back"));
+    }
+    if !task.is_keyed && known.parallelism != task.parallelism {
+        let message = format!(
+            "\"{name}\" has declared state, its records come not by their key, and its parallelism \
+             was {} and is {}",
+            known.parallelism, task.parallelism
+        );
+        return Err(without_keys(message)
+            .hint(
+                "set the parallelism back; to change it, begin anew with partition = \"hash\" in another \
+                 state directory",
+            ));
+    }
+    Ok(())
+}
+
+fn digest_text(digest: Option<[u8; 16]>) -> String {
+    digest.map_or("none".to_owned(), |digest| {
+        cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned()
+    })
+}

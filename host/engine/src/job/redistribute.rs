@@ -1,0 +1,372 @@
+//! Distributes the state of a checkpoint over the tasks of now.
+//!
+//! Declared state moves by key group. Linear memory fits only the component and the parallelism that wrote it.
+//! Positions of sources and transactions of sinks say themselves how they are distributed.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use cofferdam_core::{graph::Partitioner, key_group::key_groups_of};
+use cofferdam_sandbox::{Component, GuestError, Limits, MemorySnapshot};
+use cofferdam_settings::{Code, Problem};
+use cofferdam_spec::{NodeKind, NodeSpec};
+use cofferdam_store::{declared::{Entry, changes_of}, in_flight::{ChannelState, InFlight}, manifest::{Manifest, StateIdentity, TaskIdentity}, run::RunBuilder, self, snapshot::{LoadedTask, Share, SnapshotStore}};
+use futures::executor::block_on;
+
+use crate::{failure::host_bug, job::read_out::on_instance, watch::progress::RestoreStep};
+use super::{fit::HOW_TO_GROW, read_out::read_out_task, target::{Failed, Tasks}};
+
+/// What every task takes over, by slot.
+pub(crate) type Shares = Vec<Share>;
+
+/// Converts declared state whose schema has changed: the component of now reads it, and hands it over.
+fn convert(
+    tasks: &Tasks<'_>,
+    from: &SnapshotStore,
+    manifest: &Manifest,
+    shares: &mut Shares,
+) -> Result<(), Failed> {
+    let known = |uid: &str| manifest.tasks.iter().find(|task| task.identity.uid == uid);
+    for (slot, task) in tasks.identities.iter().enumerate() {
+        let Some(known) = known(&task.uid).filter(|_| task.has_declared) else { continue };
+        let before = |state: &StateIdentity| state.find(&known.identity.states).cloned();
+        let numbered = (0..).zip(&task.states).filter_map(|(number, state)| {
+            let before = before(state)?;
+            (before.schema != state.schema).then_some((number, before.schema))
+        });
+        let schemas: Vec<(u32, String)> = numbered.collect();
+        let Some(component) = tasks.components.get(&task.operator) else { continue };
+        if schemas.is_empty() {
+            continue;
+        }
+        let schemas: Vec<(u32, &str)> =
+            schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
+        let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
+        let limits = node.map_or_else(Limits::default, |node| node.kind.limits());
+        tasks.tell(manifest.checkpoint, RestoreStep::Convert { task: task.name() });
+        let mut entries = shares[slot].entries(from, manifest.checkpoint)?;
+        let mut builder = RunBuilder::new(task.max_parallelism);
+        // An instance holds a part at a time: state that the host keeps may be larger than its memory.
+        loop {
+            let part: Vec<Entry> =
+                entries.by_ref().take(CONVERTED_BY_ONE).collect::<Result<_, _>>()?;
+            if part.is_empty() {
+                break;
+            }
+            let converted = on_instance(component, limits.clone(), async |instance| {
+                for part in part.chunks(CONVERTED_AT_ONCE) {
+                    instance.take_back(&changes_of(part.iter()), &schemas).await?;
+                }
+                let take = |piece| {
+                    builder.push(piece).map_err(|error| GuestError::Host(error.to_string()))
+                };
+                instance.hand_over_to(manifest.checkpoint, true, u64::MAX, take).await
+            });
+            converted.map_err(|what| {
+                let message =
+                    format!("the declared state of \"{}\" cannot be converted", task.operator);
+                let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
+                Failed::Problem(Box::new(problem.hint(HOW_TO_GROW)))
+            })?;
+        }
+        drop(entries);
+        shares[slot].converted = Some(builder.finish()?);
+    }
+    Ok(())
+}
+
+/// Entries that a guest takes in one call.
+const CONVERTED_AT_ONCE: usize = 4096;
+
+/// Entries that one instance converts.
+const CONVERTED_BY_ONE: usize = 16 * CONVERTED_AT_ONCE;
+
+/// Loads every old task, and shares its state out among the new ones. Declared state is only read
+/// through: it may be larger than the memory.
+pub(super) fn redistribute(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    store: &SnapshotStore,
+    warnings: &mut Vec<String>,
+) -> Result<Shares, Failed> {
+    let mut shares: Shares = Vec::with_capacity(tasks.identities.len());
+    for node in &tasks.spec.nodes {
+        let new: Vec<&TaskIdentity> =
+            tasks.identities.iter().filter(|identity| identity.operator == node.name).collect();
+        let uid = new.first().map_or(node.name.as_str(), |identity| &identity.uid);
+        let old = manifest.tasks.iter().enumerate();
+        let old: Vec<usize> =
+            old.filter(|(_, task)| task.identity.uid == uid).map(|(slot, _)| slot).collect();
+        let takes_memory = match &node.kind {
+            NodeKind::Operator(operator) => operator.snapshot.has_memory(),
+            _ => true,
+        };
+        let old_first = old.first().copied();
+        let mut loaded = Vec::with_capacity(old.len());
+        let mut read_outs = BTreeMap::new();
+        let mut is_in_image = false;
+        for slot in &old {
+            let mut task = store.load(*slot, manifest.checkpoint)?;
+            let is_image_alone = store.is_in_image(*slot, manifest.checkpoint)?;
+            if !is_image_alone {
+                store.check_declared(*slot, manifest.checkpoint)?;
+            } else if takes_memory {
+                is_in_image = true;
+            } else {
+                let sandbox = tasks.components.values().next().map(Component::sandbox);
+                let limits = node.kind.limits();
+                let memory = std::mem::take(&mut task.memory);
+                let bytes = memory.last().map_or(0, MemorySnapshot::size_bytes);
+                let name = manifest.tasks[*slot].identity.name();
+                tasks.tell(manifest.checkpoint, RestoreStep::ReadOut { task: name, bytes });
+                let run = read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, memory)?;
+                read_outs.insert(*slot, Arc::new(run));
+            }
+            if !takes_memory {
+                task.memory.clear();
+            }
+            loaded.push(task);
+        }
+        for task in &mut loaded {
+            forget_watermarks(tasks, manifest, task);
+        }
+        if loaded.is_empty() {
+            shares.extend(new.iter().map(|_| Share::default()));
+        } else if loaded.len() == new.len() {
+            let states = state_numbers(manifest, old.first(), new.first());
+            shares.extend(loaded.into_iter().zip(old).map(|(state, slot)| Share {
+                state,
+                declared_from: vec![slot],
+                key_groups: None,
+                states: states.clone(),
+                converted: None,
+                read_out: read_outs.clone(),
+                is_in_image,
+            }));
+        } else {
+            let numbers = state_numbers(manifest, old.first(), new.first());
+            // What a task that has finished had is finished: no record of its keys will come, and it must
+            // not finish again. Where all have, their state is what is left of the operator.
+            let has_finished = |(_, task): &(&usize, &LoadedTask)| task.is_drained;
+            let all_have = loaded.iter().all(|task| task.is_drained);
+            let old: Vec<usize> = old
+                .iter()
+                .zip(&loaded)
+                .filter(|pair| all_have || !has_finished(pair))
+                .map(|(slot, _)| *slot)
+                .collect();
+            let states = share(tasks, node, loaded, &new);
+            let states = states.map_err(|problem| Failed::Problem(Box::new(problem)))?;
+            shares.extend(states.into_iter().zip(&new).map(|(state, identity)| {
+                let TaskIdentity { index, parallelism, max_parallelism, .. } = **identity;
+                let has_groups = 0 < max_parallelism;
+                let key_groups =
+                    has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
+                let (declared_from, states) = (old.clone(), numbers.clone());
+                let (read_out, converted) = (read_outs.clone(), None);
+                Share { state, declared_from, key_groups, states, converted, read_out, is_in_image }
+            }));
+        }
+        let own = &shares[shares.len() - new.len()..];
+        check_config(manifest, old_first, &new, warnings);
+        if let Some(source) = tasks.sources.get(&node.name) {
+            let positions: Vec<&[u8]> =
+                own.iter().map(|share| &*share.state.state).filter(|it| !it.is_empty()).collect();
+            let checked = match positions.is_empty() {
+                true => source.check_fresh().map(|()| Vec::new()),
+                false => source.check_positions(&positions),
+            };
+            warnings.extend(checked.map_err(|problem| Failed::Problem(Box::new(problem)))?);
+        }
+        let in_flight = own.iter();
+        let in_flight = in_flight.flat_map(|share| &*share.state.in_flight);
+        check_in_flight(tasks, node, in_flight)
+            .map_err(|problem| Failed::Problem(Box::new(problem)))?;
+    }
+    check_left_behind(tasks, manifest, store)?;
+    convert(tasks, store, manifest, &mut shares)?;
+    let is_over = !shares.is_empty() && shares.iter().all(|share| share.state.is_drained);
+    if is_over {
+        warnings.push(
+            "every task had processed the end of its inputs (`stop --drain`, or the last checkpoint): \
+             nothing more is read"
+                .to_owned(),
+        );
+    }
+    Ok(shares)
+}
+
+/// Parts that no sink commits any more would be lost.
+fn check_left_behind(
+    tasks: &Tasks<'_>,
+    manifest: &Manifest,
+    store: &SnapshotStore,
+) -> Result<(), Failed> {
+    let is_file_sink = |uid: &str| {
+        let mut nodes = tasks.spec.nodes.iter();
+        nodes.any(|node| match &node.kind {
+            NodeKind::Sink(sink) => node.uid == uid && sink.directory().is_some(),
+            NodeKind::Source(_) | NodeKind::Operator(_) => false,
+        })
+    };
+    for (slot, task) in manifest.tasks.iter().enumerate() {
+        let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
+        if !is_sink || is_file_sink(uid) {
+            continue;
+        }
+        let state = store.load(slot, manifest.checkpoint)?.state;
+        let uncommitted = Some(&*state).filter(|state| !state.is_empty());
+        if let Some(example) = uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state)) {
+            let message =
+                format!("sink \"{operator}\" is no more, and what it has written is not committed");
+            let problem = Problem::new(Code::OutputTaken, message)
+                .detail(format!("for example {example}"))
+                .hint(format!("put it back; or say which sink it is now, with uid = \"{uid}\""));
+            return Err(Failed::Problem(Box::new(problem)));
+        }
+    }
+    Ok(())
+}
+
+/// What `open` was given is part of linear memory: a changed `config` has no effect on it.
+fn check_config(
+    manifest: &Manifest,
+    old: Option<usize>,
+    new: &[&TaskIdentity],
+    warnings: &mut Vec<String>,
+) {
+    let (Some(old), Some(new)) = (old, new.first()) else { return };
+    let old = &manifest.tasks[old].identity;
+    if new.has_memory && old.has_memory && old.config != new.config {
+        warnings.push(format!(
+            "operator \"{}\" has another config than its checkpoint, and its linear memory is restored, \
+             with what it has read of the old one; snapshot = \"declared\" restores the declared state \
+             alone",
+            new.operator
+        ));
+    }
+}
+
+/// The number that each of the old declared states has now; `None`: it is there no more.
+fn state_numbers(
+    manifest: &Manifest,
+    old: Option<&usize>,
+    new: Option<&&TaskIdentity>,
+) -> Vec<Option<u32>> {
+    let old = old.and_then(|slot| manifest.tasks.get(*slot));
+    let old = old.map_or(&[][..], |task| &task.identity.states);
+    let number = |state: &StateIdentity| {
+        let new = new.into_iter().flat_map(|identity| &identity.states);
+        let is_it = |it: &StateIdentity| it.find(old).is_some_and(|found| found.name == state.name);
+        (0..).zip(new).find(|(_, it)| is_it(it)).map(|(number, _)| number)
+    };
+    old.iter().map(number).collect()
+}
+
+/// Event time in flight counts for one producing task; where there are others now, they tell it
+/// again.
+fn forget_watermarks(tasks: &Tasks<'_>, manifest: &Manifest, task: &mut LoadedTask) {
+    let parallelism = |identity: &TaskIdentity| identity.parallelism;
+    let is_other = |channel: &ChannelState| {
+        let before = manifest.tasks.iter().map(|task| &task.identity);
+        let before = before.filter(|it| it.operator == channel.from).map(parallelism).next();
+        let now = tasks.identities.iter().filter(|it| it.operator == channel.from);
+        before != now.map(parallelism).next()
+    };
+    if task.in_flight.iter().any(is_other) {
+        let mut channels = task.in_flight.to_vec();
+        for channel in channels.iter_mut().filter(|channel| is_other(channel)) {
+            channel.elements.retain(|element| matches!(element, InFlight::Records(_)));
+        }
+        task.in_flight = Arc::new(channels);
+    }
+}
+
+/// Records in flight belong to an edge: it must still be there.
+fn check_in_flight<'a>(
+    tasks: &Tasks<'_>,
+    node: &NodeSpec,
+    mut in_flight: impl Iterator<Item = &'a ChannelState>,
+) -> Result<(), Problem> {
+    let fits = |channel: &ChannelState| {
+        let input = node.inputs.get(channel.place as usize);
+        input.is_some_and(|input| tasks.spec.node(input.from).name == channel.from)
+    };
+    let Some(channel) = in_flight.find(|channel| !fits(channel)) else { return Ok(()) };
+    let message = format!(
+        "the checkpoint holds records on their way from \"{}\" to input {} of \"{}\"",
+        channel.from, channel.place, node.name
+    );
+    Err(Problem::new(Code::StateMismatch, message)
+        .detail("the manifest has no such edge any more")
+        .hint("put the edge back, or change it with a savepoint, which holds no records in flight"))
+}
+
+fn share(
+    tasks: &Tasks<'_>,
+    node: &NodeSpec,
+    old: Vec<LoadedTask>,
+    new: &[&TaskIdentity],
+) -> Result<Vec<LoadedTask>, Problem> {
+    let NodeSpec { name, kind, .. } = node;
+    let parallelism = new.len();
+    let is_drained = old.iter().all(|task| task.is_drained);
+    let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
+    let shares = match kind {
+        NodeKind::Source(_) => match tasks.sources.get(name) {
+            Some(source) => block_on(source.redistribute(&positions(), parallelism)),
+            None => Err(host_bug(&format!("source \"{name}\" was not prepared"))),
+        },
+        NodeKind::Sink(sink) => block_on(sink.redistribute(&positions(), parallelism)),
+        NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
+    };
+    let shares = shares.map_err(|cause| {
+        Problem::new(Code::StateMismatch, format!("the state of \"{name}\" cannot be shared out"))
+            .detail(cause.message())
+    })?;
+    if shares.len() != parallelism {
+        let message = format!("the connector of \"{name}\" has shared its state out wrongly");
+        return Err(Problem::new(Code::HostBug, message)
+            .detail(format!("it gave {} states for {parallelism} tasks", shares.len())));
+    }
+    let mut states: Vec<LoadedTask> = shares
+        .into_iter()
+        .map(|state| LoadedTask { state, is_drained, ..LoadedTask::default() })
+        .collect();
+    let in_flight = share_in_flight(node, &old, new)?;
+    for (state, in_flight) in states.iter_mut().zip(in_flight) {
+        state.in_flight = Arc::new(in_flight);
+    }
+    Ok(states)
+}
+
+fn share_in_flight(
+    node: &NodeSpec,
+    old: &[LoadedTask],
+    new: &[&TaskIdentity],
+) -> Result<Vec<Vec<ChannelState>>, Problem> {
+    let mut shared: Vec<Vec<ChannelState>> = vec![Vec::new(); new.len()];
+    let parallelism = u32::try_from(new.len()).unwrap_or(u32::MAX);
+    // A sink has no key groups: whichever task takes a record, it is written once.
+    let groups = new.first().map_or(1, |task| task.max_parallelism).max(parallelism);
+    for (receiver, task) in (0..).zip(old) {
+        for channel in task.in_flight.iter() {
+            let input = node.inputs.get(channel.place as usize);
+            let partitioner = input.map_or(Partitioner::Rebalance, |input| input.partitioner);
+            let shares = channel.clone().share(receiver, partitioner, parallelism, groups);
+            let shares = shares.ok_or_else(|| {
+                let message = format!(
+                    "the checkpoint holds records on their way from \"{}\" to every task of \"{}\"",
+                    channel.from, node.name
+                );
+                Problem::new(Code::StateMismatch, message)
+                    .detail("some of its tasks have processed them, and others have not")
+                    .hint(
+                        "set the parallelism back, or change it with a savepoint, which holds no \
+                         records in flight",
+                    )
+            })?;
+            shares.into_iter().for_each(|(task, share)| shared[task as usize].push(share));
+        }
+    }
+    Ok(shared)
+}
