@@ -5,10 +5,7 @@ use std::{fs::File, io::Write, sync::Arc, time::Instant};
 use anyhow::Result;
 use cofferdam_contract::{Batch, RecordRef};
 use cofferdam_sandbox::MemorySnapshot;
-use cofferdam_store::{
-    sled::SledStorage,
-    snapshot::{SnapshotStore, TaskSnapshot},
-};
+use cofferdam_store::{SnapshotStore, sled::SledStorage, snapshot::TaskSnapshot};
 use cofferdam_tests::{guest, job::lone_task};
 
 use crate::support::{block_on, disk_bytes, load, median, open, sandbox};

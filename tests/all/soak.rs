@@ -13,10 +13,7 @@ use std::{
 use cofferdam_core::random::Random;
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
 use cofferdam_store::{
-    Storage,
-    objects::ObjectStorage,
-    sled::SledStorage,
-    snapshot::{SnapshotStore, TaskSnapshot},
+    SnapshotStore, Storage, objects::ObjectStorage, sled::SledStorage, snapshot::TaskSnapshot,
 };
 use cofferdam_tests::{
     guest,

@@ -1,6 +1,7 @@
 //! What the architecture promises, as far as a search through the sources can tell.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -42,17 +43,162 @@ fn every_file_begins_by_saying_what_it_is_for() {
 
 #[test]
 fn only_the_sandbox_names_wasmtime() {
-    assert_eq!(named_in("host/core", "wasmtime"), Vec::<PathBuf>::new());
-    assert_eq!(named_in("host/engine", "wasmtime"), Vec::<PathBuf>::new());
-    assert_eq!(named_in("host/cli", "wasmtime"), Vec::<PathBuf>::new());
+    for dir in HOST_CRATES.iter().filter(|name| !["sandbox", "contract"].contains(name)) {
+        assert_eq!(named_in(&format!("host/{dir}"), "wasmtime"), Vec::<PathBuf>::new());
+    }
 }
 
 #[test]
-fn only_two_files_use_sled() {
-    let mut found = named_in("host", "sled::Config");
-    found.sort();
-    let storage = Path::new("host/engine/src/storage");
-    assert_eq!(found, [storage.join("sled.rs"), storage.join("table.rs")]);
+fn only_the_store_names_sled() {
+    let store = Path::new("host/store/src");
+    for word in ["sled::Config", "sled::Db"] {
+        let named = named_in("host", word);
+        assert!(
+            named.iter().all(|path| path.starts_with(store.join("sled"))
+                || *path == store.join("sled.rs")
+                || *path == store.join("table.rs")),
+            "{named:?} name {word}"
+        );
+    }
+}
+
+/// The crates of the host, each below those that come after it.
+const HOST_CRATES: [&str; 11] = [
+    "core",
+    "contract",
+    "files",
+    "settings",
+    "connector",
+    "sandbox",
+    "store",
+    "spec",
+    "connectors",
+    "engine",
+    "cli",
+];
+
+/// The crates of the host that one depends on, beside its tests.
+fn dependencies(name: &str) -> Vec<String> {
+    let path = guest::root().join("host").join(name).join("Cargo.toml");
+    let text = fs::read_to_string(path).expect("readable");
+    let (_, behind) = text.split_once("[dependencies]").unwrap_or((&text, ""));
+    let section = behind.split("\n[").next().unwrap_or_default();
+    let own = section.lines().filter_map(|line| line.strip_prefix("cofferdam-"));
+    own.filter_map(|line| line.split(['.', ' ']).next()).map(str::to_owned).collect()
+}
+
+#[test]
+fn crates_depend_on_those_below_them_alone() {
+    let mut folders: Vec<String> = fs::read_dir(guest::root().join("host"))
+        .expect("listed")
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    folders.sort();
+    let mut known = HOST_CRATES.map(str::to_owned);
+    known.sort();
+    assert_eq!(folders, known, "the list of crates is not what there is");
+    for (number, name) in HOST_CRATES.iter().enumerate() {
+        for other in dependencies(name) {
+            assert!(
+                HOST_CRATES[..number].contains(&&*other),
+                "{name} depends on {other}, which is not below it"
+            );
+        }
+    }
+    // What a program may replace, the engine does not know.
+    assert!(!dependencies("engine").contains(&"connectors".to_owned()));
+    assert!(!dependencies("spec").contains(&"connectors".to_owned()));
+}
+
+/// The modules of a crate that are named by `use crate::` and `use super::` outside of its tests, by file.
+fn imports(source: &Path) -> BTreeMap<String, BTreeSet<String>> {
+    let mut files = BTreeMap::new();
+    for (path, text) in sources(&source.display().to_string()) {
+        let path = path.strip_prefix(guest::root().join(source)).expect("inside");
+        let name = path.with_extension("").display().to_string().replace('/', "::");
+        let name = name.strip_suffix("::mod").unwrap_or(&name).to_owned();
+        let name = if ["lib", "main"].contains(&&*name) { String::new() } else { name };
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default().to_owned();
+        files.insert(name, code);
+    }
+    let find = |path: &[&str]| {
+        let prefixes = (1..=path.len()).rev().map(|len| path[..len].join("::"));
+        prefixes.into_iter().find(|name| files.contains_key(name))
+    };
+    let mut found = BTreeMap::new();
+    for (name, code) in &files {
+        let mut named = BTreeSet::new();
+        let own: Vec<&str> = name.split("::").filter(|part| !part.is_empty()).collect();
+        for statement in code.split("use ").skip(1) {
+            let statement = statement.split(';').next().unwrap_or_default();
+            for used in flattened(statement) {
+                let parts: Vec<&str> = used.split("::").collect();
+                let path: Vec<&str> = match parts[0] {
+                    "crate" => parts[1..].to_vec(),
+                    "super" => {
+                        let up = parts.iter().take_while(|part| **part == "super").count();
+                        let above = &own[..own.len().saturating_sub(up)];
+                        above.iter().copied().chain(parts[up..].iter().copied()).collect()
+                    }
+                    _ => continue,
+                };
+                // A module that re-exports what is below it is no arrow of its own.
+                let other = find(&path).filter(|other| other != name);
+                named.extend(other.filter(|other| !name.starts_with(&format!("{other}::"))));
+            }
+        }
+        found.insert(name.clone(), named);
+    }
+    found
+}
+
+/// The single paths of `a::{b, c::{d, e}}`.
+fn flattened(tree: &str) -> Vec<String> {
+    let tree: String = tree.chars().filter(|letter| !letter.is_whitespace()).collect();
+    let Some((prefix, list)) = tree.split_once('{') else { return vec![tree] };
+    let list = list.strip_suffix('}').unwrap_or(list);
+    let (mut depth, mut begin, mut parts) = (0, 0, Vec::new());
+    for (at, letter) in list.char_indices() {
+        match letter {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(&list[begin..at]);
+                begin = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&list[begin..]);
+    let paths = parts.into_iter().filter(|part| !part.is_empty()).flat_map(flattened);
+    paths.map(|path| format!("{prefix}{path}")).collect()
+}
+
+#[test]
+fn no_modules_import_each_other_in_a_circle() {
+    let crates = HOST_CRATES.iter().map(|name| format!("host/{name}/src"));
+    for source in crates.chain(["guest-sdk/src".to_owned()]) {
+        let mut rest = imports(Path::new(&source));
+        assert!(!rest.is_empty(), "{source} has no modules");
+        // What imports nothing that is left is in no circle.
+        loop {
+            let left: BTreeSet<String> = rest.keys().cloned().collect();
+            let before = rest.len();
+            rest.retain(|_, named| named.iter().any(|other| left.contains(other)));
+            if rest.len() == before {
+                break;
+            }
+        }
+        assert!(rest.is_empty(), "{source} has a circle among {:?}", rest.keys());
+    }
+}
+
+#[test]
+fn paths_of_imports_are_taken_apart() {
+    let paths = flattened("crate::{a, b::{self, C},\n d::{e::F, G}}");
+    let expected = ["crate::a", "crate::b::self", "crate::b::C", "crate::d::e::F", "crate::d::G"];
+    assert_eq!(paths, expected);
 }
 
 #[test]
@@ -65,18 +211,9 @@ fn the_core_has_no_dependencies() {
 #[test]
 fn every_folder_stands_in_the_architecture() {
     let text = fs::read_to_string(guest::root().join("ARCHITECTURE.md")).expect("readable");
-    for folder in [
-        "host/core",
-        "host/sandbox",
-        "host/engine",
-        "host/cli",
-        "guest-sdk",
-        "wit",
-        "examples",
-        "tests",
-        "benches",
-        "xtask",
-    ] {
+    let crates = HOST_CRATES.iter().map(|name| format!("host/{name}"));
+    let others = ["guest-sdk", "wit", "examples", "tests", "benches", "xtask"];
+    for folder in crates.chain(others.map(str::to_owned)) {
         assert!(text.contains(&format!("`{folder}")), "{folder} is not in ARCHITECTURE.md");
     }
 }

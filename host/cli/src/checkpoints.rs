@@ -12,10 +12,7 @@ use cofferdam_engine::{
     problem::{Code, Problem},
     state_dir::{Ended, JobRecord},
 };
-use cofferdam_store::{
-    manifest::Manifest,
-    snapshot::{Found, SnapshotStore, TaskReport},
-};
+use cofferdam_store::{Found, SnapshotStore, inspect::TaskReport, manifest::Manifest};
 use serde_json::json;
 
 use crate::{

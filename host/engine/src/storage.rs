@@ -17,10 +17,10 @@ use cofferdam_core::{
     job::Event,
 };
 use cofferdam_store::{
-    StorageError,
+    SnapshotStore, StorageError,
     declared::Entries,
     savepoint,
-    snapshot::{LoadedTask, SnapshotStore, TaskSnapshot},
+    snapshot::{LoadedTask, TaskSnapshot},
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 

@@ -7,25 +7,40 @@
 
 mod chain;
 pub mod changes;
+mod compact;
 pub mod declared;
 pub mod faulty;
+mod generations;
 pub mod head;
 pub mod in_flight;
+pub mod inspect;
+mod key;
 mod log;
 pub mod manifest;
 pub mod memory;
+mod merge;
 #[cfg(feature = "objects")]
 pub mod objects;
 mod open;
+mod pack;
 pub mod run;
 pub mod savepoint;
 pub mod sled;
 pub mod snapshot;
 mod storage;
+mod store;
 pub mod table;
+mod unpack;
+mod unwritten;
+mod write;
+
+#[cfg(test)]
+mod tests;
 
 pub use self::{
     chain::are_worth_merging,
+    generations::Found,
     open::{is_url, objects_at, open_at},
     storage::{Generation, Result, Storage, StorageError},
+    store::SnapshotStore,
 };

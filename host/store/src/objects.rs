@@ -290,7 +290,7 @@ struct Index {
 /// A segment that is being filled, or on its way.
 #[derive(Debug, Default)]
 struct Segment {
-    number: u64,
+    pub(crate) number: u64,
     values: Arc<Vec<u8>>,
     /// What lies behind the values, once it is on its way.
     tail: bytes::Bytes,

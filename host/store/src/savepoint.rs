@@ -11,9 +11,7 @@ use std::{
 
 use cofferdam_files::{FOR_ALL, make_dir, sync_dir};
 
-use crate::{
-    Result, Storage, StorageError, is_url, objects_at, sled::SledStorage, snapshot::SnapshotStore,
-};
+use crate::{Result, SnapshotStore, Storage, StorageError, is_url, objects_at, sled::SledStorage};
 
 /// Writes the state as of a checkpoint that all tasks have acked.
 pub fn write(store: &SnapshotStore, checkpoint: u64, written_at_ms: u64, dir: &Path) -> Result<()> {

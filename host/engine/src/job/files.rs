@@ -1,9 +1,8 @@
 //! Where a job keeps what it needs: its storage, and the scratch directories of a run.
 
-use std::fs;
 use std::{
     collections::BTreeMap,
-    io,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,8 +12,8 @@ use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, StateBackend, StorageSpec};
 use cofferdam_store::{
-    Storage, StorageError, manifest::TaskIdentity, memory::MemoryStorage, sled::SledStorage,
-    snapshot::SnapshotStore, table::Tables,
+    SnapshotStore, Storage, StorageError, manifest::TaskIdentity, memory::MemoryStorage,
+    sled::SledStorage, table::Tables,
 };
 
 use super::plan::own_keys;

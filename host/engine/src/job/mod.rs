@@ -32,17 +32,9 @@ use cofferdam_core::{
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::{
-    Storage, manifest::TaskIdentity, memory::MemoryStorage, snapshot::SnapshotStore,
-};
+use cofferdam_store::{SnapshotStore, Storage, manifest::TaskIdentity, memory::MemoryStorage};
 use tokio::sync::mpsc;
 
-pub use self::{
-    check::CheckedJob,
-    component::{describe, load_component, sandbox},
-    read_out::each_declared,
-    resume::JobOptions,
-};
 use self::{
     ending::{end_of, failure, note_end, remedy},
     files::{
@@ -68,6 +60,13 @@ use crate::{
         monitor::{Stats, WriterReport},
         progress::{Observer, Progress},
     },
+};
+
+pub use self::{
+    check::CheckedJob,
+    component::{describe, load_component, sandbox},
+    read_out::each_declared,
+    resume::JobOptions,
 };
 
 impl CheckedJob {

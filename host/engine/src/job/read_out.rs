@@ -13,11 +13,11 @@ use cofferdam_sandbox::{
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_store::{
-    self, StorageError,
+    self, SnapshotStore, StorageError,
     declared::{DeclaredKey, Entries, OwnKeys},
     manifest::{Manifest, TaskIdentity},
     run::{Run, RunBuilder},
-    snapshot::{ReadOut, SnapshotStore},
+    snapshot::ReadOut,
 };
 
 use super::target::Failed;

@@ -9,11 +9,22 @@ use cofferdam_core::{graph::Partitioner, key_group::key_groups_of};
 use cofferdam_sandbox::{Component, GuestError, Limits, MemorySnapshot};
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{NodeKind, NodeSpec};
-use cofferdam_store::{declared::{Entry, changes_of}, in_flight::{ChannelState, InFlight}, manifest::{Manifest, StateIdentity, TaskIdentity}, run::RunBuilder, self, snapshot::{LoadedTask, Share, SnapshotStore}};
+use cofferdam_store::{
+    self, SnapshotStore,
+    declared::{Entry, changes_of},
+    in_flight::{ChannelState, InFlight},
+    manifest::{Manifest, StateIdentity, TaskIdentity},
+    run::RunBuilder,
+    snapshot::{LoadedTask, Share},
+};
 use futures::executor::block_on;
 
+use super::{
+    fit::HOW_TO_GROW,
+    read_out::read_out_task,
+    target::{Failed, Tasks},
+};
 use crate::{failure::host_bug, job::read_out::on_instance, watch::progress::RestoreStep};
-use super::{fit::HOW_TO_GROW, read_out::read_out_task, target::{Failed, Tasks}};
 
 /// What every task takes over, by slot.
 pub(crate) type Shares = Vec<Share>;

@@ -12,9 +12,7 @@ use cofferdam_core::{ids::CheckpointId, job::Resume};
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::NodeSpec;
 use cofferdam_store::{
-    self, StorageError,
-    manifest::Manifest,
-    snapshot::{Found, Share, SnapshotStore},
+    self, Found, SnapshotStore, StorageError, manifest::Manifest, snapshot::Share,
 };
 
 use super::{

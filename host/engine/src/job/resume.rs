@@ -1,7 +1,5 @@
 //! What a run resumes from, or why it is refused; and the outputs that it claims. Looks, and changes nothing.
 
-use super::restore;
-use super::target::Tasks;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -16,13 +14,16 @@ use cofferdam_files::resolved;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind};
 use cofferdam_store::{
-    Storage,
+    Found, SnapshotStore, Storage,
     faulty::Faults,
     manifest::{Manifest, TaskIdentity},
-    snapshot::{Found, SnapshotStore},
 };
 
-use super::files::{OUTPUTS, unusable_state};
+use super::{
+    files::{OUTPUTS, unusable_state},
+    restore,
+    target::Tasks,
+};
 use crate::job::{
     restore::RestoreFrom,
     state_dir::{Ended, JobRecord},

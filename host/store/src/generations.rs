@@ -1,0 +1,130 @@
+//! What is in the generations of a store: which checkpoints, and what is damaged.
+
+use crate::{
+    Generation, Result, Storage, StorageError,
+    head::{Head, Kept},
+    key::manifest_key,
+    manifest::{Manifest, unseal},
+};
+
+/// What opening a store has found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The manifests that are whole, oldest first.
+    pub manifests: Vec<Manifest>,
+    /// Checkpoints that were complete and cannot be used, and whatever else is wrong.
+    pub damaged: Vec<String>,
+    /// Nobody knows what the store has held: its head is lost.
+    pub is_headless: bool,
+}
+
+/// An open generation.
+pub(crate) struct Place {
+    pub(crate) number: u64,
+    pub(crate) generation: Box<dyn Generation>,
+    /// The checkpoints whose manifests are in it, ascending.
+    pub(crate) checkpoints: Vec<u64>,
+}
+
+/// Opens the generations that the head names for reading, and compares each of their manifests with
+/// what it says.
+pub(crate) fn open_places(
+    storage: &dyn Storage,
+    head: &Head,
+    found: &mut Found,
+) -> Result<Vec<Place>> {
+    let mut places: Vec<Place> = Vec::new();
+    for Kept { checkpoint, generation: number, checksum, .. } in &head.checkpoints {
+        let place = match places.iter().position(|place| place.number == *number) {
+            Some(place) => &mut places[place],
+            None => {
+                match storage.read(*number, head.end_of(*number)) {
+                    Ok(generation) => {
+                        let checkpoints = Vec::new();
+                        places.push(Place { number: *number, generation, checkpoints });
+                        let last = places.len() - 1;
+                        &mut places[last]
+                    }
+                    // What cannot be reached may be whole: an older one must not be taken for it.
+                    Err(error @ StorageError::Unreachable { .. }) => return Err(error),
+                    Err(error) => {
+                        found.damaged.push(format!("checkpoint {checkpoint}: {error}"));
+                        continue;
+                    }
+                }
+            }
+        };
+        match read_manifest_as_stored(&*place.generation, &manifest_key(*checkpoint)) {
+            Ok((manifest, found_checksum)) if found_checksum == *checksum => {
+                place.checkpoints.push(*checkpoint);
+                found.manifests.push(manifest);
+            }
+            Ok(_) => found.damaged.push(format!("checkpoint {checkpoint}: it is another one")),
+            Err(error @ StorageError::Unreachable { .. }) => return Err(error),
+            Err(error) => found.damaged.push(format!("checkpoint {checkpoint}: {error}")),
+        }
+    }
+    found.manifests.sort_by_key(|manifest| manifest.checkpoint);
+    places.retain(|place| !place.checkpoints.is_empty());
+    Ok(places)
+}
+
+/// A store whose head is lost: what its generations say has to do.
+pub(crate) fn head_of_generations(
+    storage: &dyn Storage,
+    numbers: &[u64],
+    found: &mut Found,
+) -> Head {
+    let mut head = Head::default();
+    for &number in numbers {
+        let manifests = storage.read(number, 0).and_then(|generation| {
+            let keys = generation.keys(b"m")?;
+            let read = |key: &Vec<u8>| read_manifest_as_stored(&*generation, key);
+            Ok(keys.iter().map(read).collect::<Vec<_>>())
+        });
+        match manifests {
+            Ok(manifests) => {
+                for manifest in manifests {
+                    match manifest {
+                        Ok((Manifest { checkpoint, .. }, checksum)) => {
+                            head.checkpoints.retain(|kept| kept.checkpoint != checkpoint);
+                            head.checkpoints.push(Kept {
+                                checkpoint,
+                                generation: number,
+                                end: 0,
+                                checksum,
+                            });
+                        }
+                        Err(error) => found.damaged.push(error.to_string()),
+                    }
+                }
+            }
+            Err(error) => found.damaged.push(format!("generation {number}: {error}")),
+        }
+    }
+    head.generation = numbers.last().copied().unwrap_or(0);
+    head.highest_id = head.checkpoints.iter().map(|kept| kept.checkpoint).max().unwrap_or(0);
+    head
+}
+
+pub(crate) fn manifest_checksum(manifest: &Manifest) -> Result<u64> {
+    Ok(twox_hash::XxHash3_64::oneshot(&manifest.encode()?))
+}
+
+pub(crate) fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
+    read_manifest_as_stored(generation, key).map(|(manifest, _)| manifest)
+}
+
+/// A manifest, and the checksum of its bytes, which may be of an earlier format.
+pub(crate) fn read_manifest_as_stored(
+    generation: &dyn Generation,
+    key: &[u8],
+) -> Result<(Manifest, u64)> {
+    let checkpoint = key.last_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+    let name = format!("the manifest of checkpoint {checkpoint}");
+    let Some(framed) = generation.get(key)? else {
+        return Err(StorageError::damaged(name, "it is not there"));
+    };
+    let bytes = unseal(&name, key, &framed)?;
+    Ok((Manifest::decode(&name, bytes)?, twox_hash::XxHash3_64::oneshot(bytes)))
+}

@@ -1,0 +1,177 @@
+//! Writes snapshots: a header, and packs of pages, of entries and of records in flight.
+
+use cofferdam_sandbox::{INVENTORY, MemorySnapshot};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Generation, Result, StorageError,
+    chain::{PackPages, Written},
+    declared::{Entries, Entry, each_block},
+    in_flight::ChannelState,
+    key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
+    manifest::seal_into,
+    snapshot::TaskSnapshot,
+};
+
+/// Pages in one stored value: 256 KiB.
+pub(crate) const PACK_PAGES: usize = 64;
+
+/// Bytes of declared state in one stored value.
+pub(crate) const PACK_BYTES: usize = 64 << 10;
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Header {
+    pub(crate) state: Vec<u8>,
+    pub(crate) is_drained: bool,
+    /// See [`INVENTORY`].
+    pub(crate) inventory: u16,
+    pub(crate) globals: Vec<i64>,
+    pub(crate) monotonic_ns: u64,
+    /// Size and changed pages of each memory.
+    pub(crate) memories: Vec<(u64, u64)>,
+    pub(crate) memory_packs: u32,
+    pub(crate) declared_packs: u32,
+    pub(crate) is_declared_whole: bool,
+    /// Packs of declared state belong to this snapshot, though there may be none. If not, and it has pages,
+    /// declared state is in the image alone: packs of earlier snapshots are older than it.
+    pub(crate) holds_declared: bool,
+    pub(crate) in_flight_packs: u32,
+    /// Every pack is an LZ4 block behind its size.
+    pub(crate) is_compressed: bool,
+}
+
+pub(crate) struct PackWriter<'a> {
+    generation: &'a mut dyn Generation,
+    task: usize,
+    checkpoint: u64,
+    is_compressing: bool,
+    pub(crate) bytes: u64,
+    /// One value, with its checksum in front.
+    framed: Vec<u8>,
+}
+
+impl<'a> PackWriter<'a> {
+    pub(crate) fn new(
+        generation: &'a mut dyn Generation,
+        task: usize,
+        checkpoint: u64,
+        is_compressing: bool,
+    ) -> Self {
+        Self { generation, task, checkpoint, is_compressing, bytes: 0, framed: Vec::new() }
+    }
+
+    /// Writes all of a snapshot, with this run of declared state.
+    pub(crate) fn snapshot(
+        &mut self,
+        snapshot: &TaskSnapshot,
+        declared: Option<Entries<'_>>,
+    ) -> Result<Written> {
+        let declared_packs = declared.map(|run| self.declared(0, run)).transpose()?;
+        self.snapshot_with(snapshot, declared_packs)
+    }
+
+    /// The same where the packs of declared state are written already.
+    pub(crate) fn snapshot_with(
+        &mut self,
+        snapshot: &TaskSnapshot,
+        declared_packs: Option<u32>,
+    ) -> Result<Written> {
+        let holds_declared = declared_packs.is_some();
+        let declared_packs = declared_packs.unwrap_or(0);
+        let packs = match &snapshot.memory {
+            Some(memory) => self.memory(memory)?,
+            None => Vec::new(),
+        };
+        let in_flight_packs = self.in_flight(&snapshot.in_flight)?;
+        let memory = snapshot.memory.as_deref();
+        let sizes = |memory: &MemorySnapshot| {
+            memory
+                .memories
+                .iter()
+                .map(|delta| (delta.size_bytes(), delta.page_count() as u64))
+                .collect()
+        };
+        let header = Header {
+            state: snapshot.state.clone(),
+            is_drained: snapshot.is_drained,
+            inventory: INVENTORY,
+            globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
+            monotonic_ns: memory.map_or(0, |memory| memory.monotonic_ns),
+            memories: memory.map_or_else(Vec::new, sizes),
+            memory_packs: packs.len() as u32,
+            declared_packs,
+            is_declared_whole: snapshot.is_declared_whole,
+            holds_declared,
+            in_flight_packs,
+            is_compressed: self.is_compressing,
+        };
+        let payload = postcard::to_stdvec(&header)
+            .map_err(|error| StorageError::store("encode a header", error))?;
+        self.put(KIND_HEADER, 0, |value| value.extend_from_slice(&payload))?;
+        let is_lasting = 0 < declared_packs || snapshot.is_declared_whole;
+        Ok(Written { bytes: self.bytes, packs, is_lasting, replaces: Vec::new() })
+    }
+
+    fn put(&mut self, kind: u8, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
+        let key = value_key(self.checkpoint, self.task, kind, sequence);
+        seal_into(&mut self.framed, &key, fill);
+        self.bytes += (key.len() + self.framed.len()) as u64;
+        self.generation.put(&key, &self.framed)
+    }
+
+    fn put_pack(&mut self, kind: u8, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
+        if !self.is_compressing {
+            return self.put(kind, sequence, fill);
+        }
+        let mut payload = Vec::new();
+        fill(&mut payload);
+        let packed = lz4_flex::compress_prepend_size(&payload);
+        self.put(kind, sequence, |value| value.extend_from_slice(&packed))
+    }
+
+    /// A pack is what was on its way in one channel.
+    fn in_flight(&mut self, channels: &[ChannelState]) -> Result<u32> {
+        for (sequence, channel) in (0..).zip(channels) {
+            let payload = postcard::to_stdvec(channel)
+                .map_err(|error| StorageError::store("encode records in flight", error))?;
+            self.put_pack(KIND_IN_FLIGHT, sequence, |value| value.extend_from_slice(&payload))?;
+        }
+        Ok(channels.len() as u32)
+    }
+
+    /// A pack is the memory's number, a count, that many page numbers, and the pages. Gives the pages of
+    /// each.
+    fn memory(&mut self, snapshot: &MemorySnapshot) -> Result<Vec<PackPages>> {
+        let mut packs = Vec::new();
+        for (memory, delta) in (0u32..).zip(&snapshot.memories) {
+            let pages: Vec<(u32, &[u8])> = delta.pages().collect();
+            for pack in pages.chunks(PACK_PAGES) {
+                self.put_pack(KIND_MEMORY, packs.len() as u32, |value| {
+                    value.extend_from_slice(&memory.to_le_bytes());
+                    value.extend_from_slice(&(pack.len() as u32).to_le_bytes());
+                    pack.iter().for_each(|(page, _)| value.extend_from_slice(&page.to_le_bytes()));
+                    pack.iter().for_each(|(_, bytes)| value.extend_from_slice(bytes));
+                })?;
+                packs.push((memory, pack.iter().map(|(page, _)| *page).collect()));
+            }
+        }
+        Ok(packs)
+    }
+
+    /// A pack is a list of entries in the order of their keys; no value: removed. Gives the number behind the
+    /// last one.
+    pub(crate) fn declared(&mut self, mut sequence: u32, run: Entries<'_>) -> Result<u32> {
+        each_block(run, PACK_BYTES, |pack| {
+            self.declared_pack(sequence, pack)?;
+            sequence += 1;
+            Ok(())
+        })?;
+        Ok(sequence)
+    }
+
+    fn declared_pack(&mut self, sequence: u32, pack: &[Entry]) -> Result<()> {
+        let payload = postcard::to_stdvec(pack)
+            .map_err(|error| StorageError::store("encode declared state", error))?;
+        self.put_pack(KIND_DECLARED, sequence, |value| value.extend_from_slice(&payload))
+    }
+}
