@@ -100,8 +100,8 @@ pub(crate) fn put_state(changes: &StateChanges) {
     wit::state::put(changes);
     #[cfg(not(target_arch = "wasm32"))]
     KEPT.with_borrow_mut(|kept| {
-        for (state, key, value) in crate::runtime::entries(changes) {
-            use crate::state::Keyed;
+        for (state, key, value) in crate::changes::entries(changes) {
+            use crate::key::Keyed;
             let namespace = key.namespace_bytes();
             let bytes = [key.key_bytes(), namespace].concat();
             let key = (state, namespace.len() as u32, bytes);
@@ -119,7 +119,7 @@ pub(crate) fn scan_state(state: u32, after: Option<&(Vec<u8>, u32)>) -> StateCha
     return wit::state::scan(state, after.map(|(key, namespace)| (key.as_slice(), *namespace)));
     #[cfg(not(target_arch = "wasm32"))]
     KEPT.with_borrow(|kept| {
-        let mut page = crate::runtime::empty_changes();
+        let mut page = crate::changes::empty_changes();
         let follows = |namespace: u32, key: &Vec<u8>| {
             after.is_none_or(|(after, of)| (*of, after) < (namespace, key))
         };

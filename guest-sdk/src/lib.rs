@@ -39,9 +39,11 @@
 //! [`ValueState`](state::ValueState) is *also* handed to the host by key, so that it outlives a
 //! new version of the operator and another parallelism.
 
+mod changes;
 mod codec;
 pub mod host;
 mod index;
+mod key;
 mod operator;
 mod output;
 #[doc(hidden)]

@@ -6,8 +6,9 @@ use crate::{
         self, Batch, CheckpointRequest, Description, Emission, ErrorClass, HandedOver, OpenContext,
         OperatorError, Processed, Rejection, StateChanges, StateDeclaration,
     },
+    changes::{column, empty_changes, entries},
     output::Ports,
-    state::{Changes, NamedState, StateKey, encoding},
+    state::{Changes, NamedState, encoding},
 };
 
 /// One task: the operator and its outputs.
@@ -216,41 +217,6 @@ fn wit_port(port: Port) -> types::Port {
 
 fn decode<'a, T: Decode<'a>>(bytes: &'a [u8], what: &str) -> Result<T, crate::Error> {
     T::decode(bytes).map_err(|error| crate::Error::rejected(format!("{what} is {error}")))
-}
-
-/// The host guarantees that ends ascend and lie within their column.
-#[inline]
-fn column(bytes: &[u8], start: u32, end: u32) -> &[u8] {
-    &bytes[start as usize..end as usize]
-}
-
-pub(crate) fn empty_changes() -> StateChanges {
-    StateChanges {
-        states: Vec::new(),
-        keys: Vec::new(),
-        key_ends: Vec::new(),
-        namespaces: Vec::new(),
-        values: Vec::new(),
-        value_ends: Vec::new(),
-        removed: Vec::new(),
-    }
-}
-
-/// State, key and value of each change; no value where the entry was removed.
-pub(crate) fn entries(
-    changes: &StateChanges,
-) -> impl Iterator<Item = (u32, StateKey<'_>, Option<&[u8]>)> {
-    let mut start = (0, 0);
-    changes.states.iter().enumerate().map(move |(place, &state)| {
-        let (key_end, value_end) = (changes.key_ends[place], changes.value_ends[place]);
-        let namespace = changes.namespaces.get(place).copied().unwrap_or(0);
-        let middle = key_end.saturating_sub(namespace).max(start.0);
-        let key = StateKey::new(column(&changes.keys, start.0, middle));
-        let key = key.with(column(&changes.keys, middle, key_end));
-        let value = column(&changes.values, start.1, value_end);
-        start = (key_end, value_end);
-        (state, key, (!changes.removed[place]).then_some(value))
-    })
 }
 
 /// An empty write makes wasi-libc look its handle up and keep it; a panic sends its message to

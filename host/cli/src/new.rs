@@ -21,9 +21,34 @@ const SDK: &[(&str, &str)] = &[
     (".cofferdam/guest-sdk/src/operator.rs", include_str!("../../../guest-sdk/src/operator.rs")),
     (".cofferdam/guest-sdk/src/output.rs", include_str!("../../../guest-sdk/src/output.rs")),
     (".cofferdam/guest-sdk/src/runtime.rs", include_str!("../../../guest-sdk/src/runtime.rs")),
-    (".cofferdam/guest-sdk/src/schema.rs", include_str!("../../../guest-sdk/src/schema.rs")),
+    (".cofferdam/guest-sdk/src/changes.rs", include_str!("../../../guest-sdk/src/changes.rs")),
+    (".cofferdam/guest-sdk/src/key.rs", include_str!("../../../guest-sdk/src/key.rs")),
+    (
+        ".cofferdam/guest-sdk/src/schema/mod.rs",
+        include_str!("../../../guest-sdk/src/schema/mod.rs"),
+    ),
+    (
+        ".cofferdam/guest-sdk/src/schema/text.rs",
+        include_str!("../../../guest-sdk/src/schema/text.rs"),
+    ),
+    (
+        ".cofferdam/guest-sdk/src/schema/trace.rs",
+        include_str!("../../../guest-sdk/src/schema/trace.rs"),
+    ),
+    (
+        ".cofferdam/guest-sdk/src/schema/tests.rs",
+        include_str!("../../../guest-sdk/src/schema/tests.rs"),
+    ),
     (".cofferdam/guest-sdk/src/short.rs", include_str!("../../../guest-sdk/src/short.rs")),
-    (".cofferdam/guest-sdk/src/state.rs", include_str!("../../../guest-sdk/src/state.rs")),
+    (".cofferdam/guest-sdk/src/state/mod.rs", include_str!("../../../guest-sdk/src/state/mod.rs")),
+    (
+        ".cofferdam/guest-sdk/src/state/value.rs",
+        include_str!("../../../guest-sdk/src/state/value.rs"),
+    ),
+    (
+        ".cofferdam/guest-sdk/src/state/tests.rs",
+        include_str!("../../../guest-sdk/src/state/tests.rs"),
+    ),
     (".cofferdam/guest-sdk/src/testing.rs", include_str!("../../../guest-sdk/src/testing.rs")),
     (
         ".cofferdam/guest-sdk/macros/Cargo.toml",
