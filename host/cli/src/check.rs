@@ -8,7 +8,7 @@ use cofferdam_engine::{
     progress::{Observer, Progress},
     restore::{Restorable, RestoreFrom, Takeover},
 };
-use cofferdam_settings::section::Effective;
+use cofferdam_settings::Effective;
 use cofferdam_spec::{JobSpec, NodeKind, partitioner_name};
 use serde_json::json;
 

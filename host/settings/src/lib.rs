@@ -6,12 +6,16 @@
 //!
 //! Nothing here knows a job.
 
+mod document;
 pub mod problem;
 pub mod schema;
 pub mod section;
 pub mod table;
 pub mod value;
+mod words;
 
+pub use document::{Document, Effective};
 pub use problem::{Code, Problem};
-pub use section::{Document, Located, Section};
+pub use section::{Located, Section};
 pub use table::{AnySetting, Optional, Required, Setting, Table};
+pub use words::closest;

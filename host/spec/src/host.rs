@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use cofferdam_settings::{AnySetting, Code, Problem, section::closest};
+use cofferdam_settings::{AnySetting, Code, Problem, closest};
 
 use super::{flink::MEANINGLESS, tables};
 

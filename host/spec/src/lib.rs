@@ -33,11 +33,12 @@ use cofferdam_core::{
 };
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{
-    AnySetting, Code, Document, Problem, Required, Section, Setting, section::Effective, table::Key,
+    AnySetting, Code, Document, Effective, Problem, Required, Section, Setting, table::Key,
 };
 use toml::de::DeTable;
 
 use self::host::HostSettings;
+
 pub use self::nodes::partitioner_name;
 
 type Result<T> = std::result::Result<T, Problem>;

@@ -12,8 +12,7 @@ use cofferdam_core::{
     ids::OperatorId,
 };
 use cofferdam_settings::{
-    AnySetting, Code, Document, Located, Optional, Problem, Required, Section, section::closest,
-    table::Key,
+    AnySetting, Code, Document, Located, Optional, Problem, Required, Section, closest, table::Key,
 };
 use toml::de::DeValue;
 

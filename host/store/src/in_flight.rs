@@ -93,8 +93,9 @@ impl ChannelState {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use cofferdam_contract::RecordRef;
+
+    use super::*;
 
     fn channel() -> ChannelState {
         let mut batch = Batch::empty();

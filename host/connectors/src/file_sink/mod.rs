@@ -10,6 +10,8 @@
 //! **Invariant:** a part belongs to one job, sink, task and timeline. What was committed is the reader's,
 //! and may be gone at any time.
 
+mod committed;
+mod names;
 mod output;
 mod spec;
 
@@ -24,6 +26,7 @@ use std::{
 
 use cofferdam_connector::{
     blocking::BlockingSink,
+    identity::Id,
     state::{decode_all, encode_all, unreadable},
 };
 use cofferdam_contract::Batch;
@@ -32,20 +35,22 @@ use cofferdam_core::{
     failure::{FailureCause, Obstacle},
     ids::CheckpointId,
 };
+use cofferdam_files::sync_dir;
 use cofferdam_settings::{Code, Problem};
 use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 
-use self::output::{Claim, Claimant, Output};
-use self::output::{CommittedNames, Logs, writer_of_pending};
 pub(crate) use self::spec::FileSinkConnector;
 pub use self::spec::{FileSinkSpec, IfExists, Rolling};
+use self::{
+    committed::{CommittedNames, Logs},
+    names::writer_of_pending,
+    output::{Claim, Claimant, Output},
+};
 use crate::{
     file_source::checksum,
     line::{LineContent, push_lines},
 };
-use cofferdam_connector::identity::Id;
-use cofferdam_files::sync_dir;
 
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -222,7 +227,7 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
             Found::Nowhere if committed.names.contains(&part.name()) => {}
             // A later checkpoint has committed the whole of it: what is discarded becomes this again.
             Found::Nowhere if committed.files.contains(&part.file()) => {
-                if let Some(path) = output::visible_of(&output.dir, &part.file()) {
+                if let Some(path) = names::visible_of(&output.dir, &part.file()) {
                     let verified = part.verify(&path);
                     verified.map_err(|what| taken(what).hint("use another checkpoint"))?;
                     kept.names.insert(part.pending());

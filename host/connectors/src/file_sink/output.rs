@@ -9,31 +9,29 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
+use cofferdam_connector::{
+    catalog::Conflicts,
+    identity::{Id, Lineage},
+};
+use cofferdam_files::{FOR_ALL, is_locked, make_dir, resolved, sync_dir, try_lock, write_whole};
+use cofferdam_settings::{Code, Problem};
 use serde::{Deserialize, Serialize};
 
-use cofferdam_connector::catalog::Conflicts;
-use cofferdam_settings::{Code, Problem};
+use super::{
+    committed::{
+        Committed, CommittedNames, Line, Listed, Log, Logs, Noted, line_of, remove_logs, unseen_in,
+    },
+    names::{file_of, is_older_part, is_part, names_in, writer_of_pending},
+    spec::IfExists,
+};
 
-use cofferdam_connector::identity::{Id, Lineage};
-use cofferdam_files::{FOR_ALL, is_locked, make_dir, resolved, sync_dir, try_lock, write_whole};
-
-use super::spec::IfExists;
-
-const FOLDER: &str = ".cofferdam";
+pub(super) const FOLDER: &str = ".cofferdam";
 const OWNER: &str = "owner.json";
-/// A log larger than this forgets its oldest parts, but not up to where they went.
-const LOG_BYTES_MAX: u64 = 1 << 20;
-/// And keeps so many.
-const LISTED_MAX: usize = 1_000;
-/// And so many writers from before these.
-const WRITERS_MAX: usize = 100;
-/// Writers that are noted at once.
-const SPARE_WRITERS: usize = 4;
 /// How many parts a message names.
 const NAMED_MAX: usize = 10;
 
@@ -54,172 +52,6 @@ impl Owner {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
-    }
-}
-
-/// One line of a log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "what")]
-enum Line {
-    /// A task begins to write: its parts that are not committed are this timeline's.
-    Writer { writer: Id, timeline: Id },
-    /// A part becomes visible, in this directory.
-    Part {
-        name: String,
-        #[serde(flatten)]
-        part: Listed,
-    },
-    /// Parts that were forgotten reached up to here.
-    Through { timeline: Id, checkpoint: u64 },
-    /// A part was removed because its timeline was left.
-    Discarded { name: String },
-}
-
-/// A part that was committed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Listed {
-    timeline: Id,
-    checkpoint: u64,
-    bytes: u64,
-    dir: PathBuf,
-    /// It is the beginning of a file that was still written to.
-    is_cut: bool,
-}
-
-/// What a log says.
-#[derive(Debug, Default)]
-struct Committed {
-    writers: BTreeMap<Id, Id>,
-    parts: BTreeMap<String, Listed>,
-    through: BTreeMap<Id, u64>,
-}
-
-impl Committed {
-    fn read(dir: &Path) -> io::Result<Self> {
-        let mut committed = Self::default();
-        let entries = match fs::read_dir(dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(committed),
-            entries => entries?,
-        };
-        // The logs are of several tasks: what one has discarded may stand in another.
-        let mut discarded = Vec::new();
-        for entry in entries {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "log") {
-                committed.add(lines_of(&path)?, &mut discarded);
-            }
-        }
-        for name in discarded {
-            committed.parts.remove(&name);
-        }
-        Ok(committed)
-    }
-
-    fn add(&mut self, lines: Vec<Line>, discarded: &mut Vec<String>) {
-        for line in lines {
-            match line {
-                Line::Writer { writer, timeline } => {
-                    self.writers.insert(writer, timeline);
-                }
-                Line::Part { name, part } => {
-                    self.parts.insert(name, part);
-                }
-                Line::Through { timeline, checkpoint } => {
-                    reach(&mut self.through, timeline, checkpoint);
-                }
-                Line::Discarded { name } => discarded.push(name),
-            }
-        }
-    }
-}
-
-/// The lines of a log. One that was cut short by a crash says nothing that was promised.
-fn lines_of(path: &Path) -> io::Result<Vec<Line>> {
-    let bytes = fs::read(path)?;
-    let text = String::from_utf8_lossy(&bytes);
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
-}
-
-fn reach(through: &mut BTreeMap<Id, u64>, timeline: Id, checkpoint: u64) {
-    let known = through.entry(timeline).or_default();
-    *known = checkpoint.max(*known);
-}
-
-/// A log that this task appends to.
-#[derive(Debug)]
-struct Log {
-    path: PathBuf,
-    file: File,
-    bytes: u64,
-    /// After an error nobody knows which file that is: it is opened again before the next line.
-    is_broken: bool,
-}
-
-impl Log {
-    fn open(dir: &Path, name: &str) -> io::Result<Self> {
-        make_dir(dir, FOR_ALL)?;
-        let path = dir.join(name).with_extension("log");
-        let file = File::options().create(true).append(true).open(&path)?;
-        let bytes = file.metadata()?.len();
-        sync_dir(dir)?;
-        Ok(Self { path, file, bytes, is_broken: false })
-    }
-
-    fn append(&mut self, lines: &[Line]) -> io::Result<()> {
-        if self.is_broken {
-            self.file = File::options().create(true).append(true).open(&self.path)?;
-            self.bytes = self.file.metadata()?.len();
-        }
-        self.is_broken = true;
-        self.append_lines(lines)?;
-        self.is_broken = false;
-        Ok(())
-    }
-
-    fn append_lines(&mut self, lines: &[Line]) -> io::Result<()> {
-        let mut text = String::new();
-        // A line of a write that failed half-way must not run into the next one.
-        text.push('\n');
-        for line in lines {
-            text.push_str(&serde_json::to_string(line)?);
-            text.push('\n');
-        }
-        self.file.write_all(text.as_bytes())?;
-        self.file.sync_data()?;
-        self.bytes += text.len() as u64;
-        if LOG_BYTES_MAX < self.bytes { self.shorten() } else { Ok(()) }
-    }
-
-    fn shorten(&mut self) -> io::Result<()> {
-        let lines = lines_of(&self.path)?;
-        let old = lines.len().saturating_sub(LISTED_MAX);
-        // The newest of them writes just now, perhaps since long.
-        let is_writer = |line: &&Line| matches!(line, Line::Writer { .. });
-        let writers = lines[..old].iter().filter(is_writer);
-        let dropped = writers.clone().count().saturating_sub(WRITERS_MAX);
-        let writers = writers.skip(dropped).cloned();
-        let mut through: BTreeMap<Id, u64> = BTreeMap::new();
-        for line in &lines[..old] {
-            match line {
-                Line::Part { part, .. } => reach(&mut through, part.timeline, part.checkpoint),
-                Line::Through { timeline, checkpoint } => {
-                    reach(&mut through, *timeline, *checkpoint);
-                }
-                Line::Writer { .. } | Line::Discarded { .. } => {}
-            }
-        }
-        let through = through
-            .into_iter()
-            .map(|(timeline, checkpoint)| Line::Through { timeline, checkpoint });
-        let mut short = String::new();
-        for line in through.chain(writers).chain(lines[old..].iter().cloned()) {
-            short.push_str(&serde_json::to_string(&line)?);
-            short.push('\n');
-        }
-        write_whole(&self.path, short.as_bytes())?;
-        self.file = File::options().append(true).open(&self.path)?;
-        self.bytes = short.len() as u64;
-        Ok(())
     }
 }
 
@@ -257,50 +89,6 @@ pub(crate) struct Output {
     /// Held as long as the run writes: of this directory, and of those that parts of the restored state
     /// still lie in.
     locks: Vec<Lock>,
-}
-
-/// A part's name once it is visible, or `None` for any other file. `part-TASK-CHECKPOINT-NUMBER-WRITER`.
-pub(super) fn is_part(name: &str) -> bool {
-    let numbers_and_writer = name.strip_prefix("part-").and_then(|rest| rest.rsplit_once('-'));
-    numbers_and_writer.is_some_and(|(numbers, writer)| are_numbers(numbers, 3) && is_writer(writer))
-}
-
-/// A part as an earlier version has named it.
-fn is_older_part(name: &str) -> bool {
-    name.strip_prefix("part-").is_some_and(|numbers| are_numbers(numbers, 2))
-}
-
-/// So many numbers, with `-` between them.
-fn are_numbers(text: &str, count: usize) -> bool {
-    let is_number =
-        |piece: &str| !piece.is_empty() && piece.bytes().all(|byte| byte.is_ascii_digit());
-    text.split('-').count() == count && text.split('-').all(is_number)
-}
-
-fn is_writer(text: &str) -> bool {
-    text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-/// The writer of a part that is not committed: `.part-TASK-NUMBER-WRITER.pending`.
-pub(super) fn writer_of_pending(name: &str) -> Option<(u32, Id)> {
-    let mut pieces = name.strip_prefix(".part-")?.strip_suffix(".pending")?.split('-');
-    let task = pieces.next()?.parse().ok()?;
-    pieces.next()?.parse::<u64>().ok()?;
-    let writer = pieces.next().filter(|text| is_writer(text))?.parse().ok()?;
-    pieces.next().is_none().then_some((task, writer))
-}
-
-fn names_in(dir: &Path) -> io::Result<Vec<String>> {
-    let mut names = Vec::new();
-    let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(names),
-        entries => entries?,
-    };
-    for entry in entries {
-        names.extend(entry?.file_name().into_string().ok());
-    }
-    names.sort();
-    Ok(names)
 }
 
 /// Whether a run takes directories, or somebody asks whether it could.
@@ -680,125 +468,4 @@ pub(super) fn note_elsewhere<'p>(
     parts: impl Iterator<Item = &'p super::Part>,
 ) -> io::Result<()> {
     Log::open(&dir.join(FOLDER), "elsewhere")?.append(&parts.map(line_of).collect::<Vec<_>>())
-}
-
-fn line_of(part: &super::Part) -> Line {
-    let listed = Listed {
-        timeline: part.timeline,
-        checkpoint: part.checkpoint,
-        bytes: part.bytes,
-        dir: part.dir.clone(),
-        is_cut: part.is_open,
-    };
-    Line::Part { name: part.name(), part: listed }
-}
-
-fn remove_logs(folder: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "log") {
-            fs::remove_file(path)?;
-        }
-    }
-    Ok(())
-}
-
-/// What tells the file of a part from all others, by its visible name: task, number and writer.
-fn file_of(name: &str) -> Option<String> {
-    let mut pieces = name.split('-').skip(1);
-    let (task, _, number, writer) =
-        (pieces.next()?, pieces.next()?, pieces.next()?, pieces.next()?);
-    Some(format!("{task}-{number}-{writer}"))
-}
-
-/// A part of the same file as one that is visible in a directory.
-pub(super) fn visible_of(dir: &Path, file: &str) -> Option<PathBuf> {
-    let names = names_in(dir).ok()?;
-    let is_it = |name: &String| is_part(name) && file_of(name).as_deref() == Some(file);
-    names.into_iter().find(is_it).map(|name| dir.join(name))
-}
-
-/// What is known to have been committed.
-#[derive(Debug, Default)]
-pub(super) struct CommittedNames {
-    pub(super) names: BTreeSet<String>,
-    /// What tells their files from all others; see [`file_of`].
-    pub(super) files: BTreeSet<String>,
-}
-
-/// The hidden file of a part that was not renamed yet, by its visible name.
-fn unseen_in(dir: &Path, name: &str, is_cut: bool) -> Option<PathBuf> {
-    let file = file_of(name)?;
-    let hidden = |end: &str| dir.join(format!(".part-{file}.{end}"));
-    // What a savepoint holds of a part that was cut is the whole file, and says nothing of this.
-    let other = if is_cut { super::copy_of(dir, name) } else { hidden("savepoint") };
-    let found = [hidden("pending"), other].into_iter().find(|path| path.is_file());
-    found.filter(|_| !dir.join(name).exists())
-}
-
-/// The logs of one task, in all of its attempts.
-#[derive(Debug)]
-pub(super) struct Logs {
-    timeline: Id,
-    noted: Mutex<Noted>,
-}
-
-#[derive(Debug)]
-struct Noted {
-    logs: Vec<Log>,
-    /// Writers that are in the logs, for attempts that are yet to begin: none of those waits for a disk.
-    spares: Vec<Id>,
-}
-
-impl Logs {
-    fn lock(&self) -> MutexGuard<'_, Noted> {
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A writer that nobody has been. It is in the logs: what it leaves behind is known as the job's own.
-    fn writer(&self) -> io::Result<Id> {
-        let mut noted = self.lock();
-        if let Some(writer) = noted.spares.pop() {
-            return Ok(writer);
-        }
-        noted.refill(self.timeline)?;
-        Ok(noted.spares.pop().unwrap_or_default())
-    }
-
-    /// Sees to it that the next attempt need not wait.
-    pub(super) fn prepare(&self) -> io::Result<()> {
-        let mut noted = self.lock();
-        if noted.spares.is_empty() { noted.refill(self.timeline) } else { Ok(()) }
-    }
-
-    /// These parts become visible now. Durable before any of them is.
-    pub(super) fn commit<'p>(
-        &self,
-        parts: impl Iterator<Item = &'p super::Part>,
-    ) -> io::Result<()> {
-        let lines: Vec<Line> = parts.map(line_of).collect();
-        self.lock().append(&lines)
-    }
-}
-
-#[cfg(test)]
-impl Logs {
-    /// As after an error.
-    pub(super) fn fail(&self) {
-        self.lock().logs.iter_mut().for_each(|log| log.is_broken = true);
-    }
-}
-
-impl Noted {
-    fn append(&mut self, lines: &[Line]) -> io::Result<()> {
-        self.logs.iter_mut().try_for_each(|log| log.append(lines))
-    }
-
-    fn refill(&mut self, timeline: Id) -> io::Result<()> {
-        let spares: Vec<Id> = (0..SPARE_WRITERS).map(|_| Id::new()).collect();
-        let line = |writer: &Id| Line::Writer { writer: *writer, timeline };
-        self.append(&spares.iter().map(line).collect::<Vec<_>>())?;
-        self.spares.extend(spares);
-        Ok(())
-    }
 }

@@ -8,8 +8,10 @@ use chrono::{
 };
 use regex::bytes::Regex;
 
-use super::plan::byte_order_mark;
-use super::spec::{FileSourceSpec, LineFormat, TimeFormat};
+use super::{
+    plan::byte_order_mark,
+    spec::{FileSourceSpec, LineFormat, TimeFormat},
+};
 
 /// From here on a number of JSON may be an integer that does not fit into 64 bits.
 const EXACT_MAX: f64 = 9.2e18;

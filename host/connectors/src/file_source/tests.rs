@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use proptest::prelude::*;
 
-use super::spec::TimeFormat;
-use super::*;
+use super::{spec::TimeFormat, *};
 
 /// A source of text, one split a file unless somebody says otherwise.
 fn spec(format: LineFormat) -> FileSourceSpec {

@@ -3,14 +3,16 @@
 
 use super::*;
 use crate::{
+    checkpoint::CheckpointSettings,
     exchange::ExchangeType::{
         self, Blocking, BlockingPersistent, HybridFull, HybridSelective, PipelinedBounded,
     },
     graph::{
-        Edge, Operator,
+        Edge, JobGraph, Operator,
         Partitioner::{self, Forward, Hash},
     },
     ids::OperatorId,
+    restart::RestartStrategy,
 };
 
 /// A job whose shell does at once what it is told.

@@ -198,12 +198,11 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use cofferdam_contract::Batch;
+    use cofferdam_contract::{Batch, RecordRef};
     use cofferdam_core::{checkpoint::Purpose, ids::OperatorId};
 
     use super::*;
     use crate::exchange::Gate;
-    use cofferdam_contract::RecordRef;
 
     const ID: LinkId = LinkId {
         edge: 0,

@@ -349,8 +349,9 @@ fn element_bytes(element: &Element) -> usize {
 mod tests {
     use std::time::Duration;
 
-    use super::*;
     use cofferdam_contract::RecordRef;
+
+    use super::*;
 
     fn records(bytes: usize) -> Element {
         let mut batch = Batch::empty();

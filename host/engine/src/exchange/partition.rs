@@ -343,12 +343,11 @@ impl PartitionChannel {
 
 #[cfg(test)]
 mod tests {
-    use cofferdam_contract::Batch;
+    use cofferdam_contract::{Batch, RecordRef};
     use cofferdam_core::ids::OperatorId;
 
     use super::*;
     use crate::exchange::Gate;
-    use cofferdam_contract::RecordRef;
 
     const ID: PartitionId =
         PartitionId { edge: 3, producer: TaskId { operator: OperatorId(1), index: 2 } };

@@ -190,9 +190,10 @@ impl Outgoing {
 mod tests {
     use std::collections::BTreeMap;
 
+    use cofferdam_contract::RecordRef;
+
     use super::*;
     use crate::exchange::{Gate, Sender};
-    use cofferdam_contract::RecordRef;
 
     /// Writes 3,000 records through a partitioner to 3 tasks; gives the keys that each received.
     fn received(partitioner: Partitioner) -> Vec<Vec<String>> {

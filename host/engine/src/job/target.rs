@@ -1,14 +1,13 @@
 //! The tasks that the state of a checkpoint is to become.
 
-use cofferdam_settings::Problem;
-use cofferdam_store::StorageError;
 use std::{collections::BTreeMap, sync::Arc};
 
 use cofferdam_connector::catalog::SourcePlan;
 use cofferdam_core::ids::TaskId;
 use cofferdam_sandbox::Component;
+use cofferdam_settings::Problem;
 use cofferdam_spec::JobSpec;
-use cofferdam_store::{self, manifest::TaskIdentity};
+use cofferdam_store::{self, StorageError, manifest::TaskIdentity};
 
 use crate::{
     state::local::TaskLocal,

@@ -1,6 +1,5 @@
 //! Barriers: when a chain takes its snapshots, and what of the records in flight goes into them.
 
-use super::worker::Held;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -20,7 +19,7 @@ use cofferdam_store::{
 use super::{
     Result,
     node::SnapshotOutcome,
-    worker::{Origin, Worker},
+    worker::{Held, Origin, Worker},
 };
 use crate::{
     exchange::{Element, Gate},

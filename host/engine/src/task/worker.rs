@@ -3,7 +3,6 @@
 //! A worker is one future. It ends by a failure, by the last checkpoint, or by being dropped at one of its awaits;
 //! in each case its instances are gone and the next attempt begins with fresh ones.
 
-use cofferdam_store::snapshot::TaskSnapshot;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -17,6 +16,7 @@ use cofferdam_core::{
     job::Event,
     watermark::Clock,
 };
+use cofferdam_store::snapshot::TaskSnapshot;
 use futures::future::try_join_all;
 use tokio::sync::mpsc;
 

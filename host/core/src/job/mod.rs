@@ -1,0 +1,524 @@
+//! Composes the decisions of a job: one `step(now, Event, &mut Vec<Effect>)` for all of it.
+//!
+//! The shell performs effects and reports events; it decides nothing. Every message of a task
+//! carries its attempt, and one of an earlier attempt is ignored. A failure makes an *incident*:
+//! the tasks that restart together, after a delay, once all of them have stopped. A task that a
+//! later incident wants as well restarts with that one (Flink: vertex versions).
+//!
+//! **Invariant:** the restore point is chosen only after the fate of a manifest in flight is
+//! known. Restarting from checkpoint `n - 1` while the manifest of `n` turns out durable would
+//! commit the sinks' records of `n` and then produce them again.
+
+mod ending;
+mod event;
+mod failover;
+mod regions;
+mod settings;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    checkpoint::{AbortReason, Coordinator, Purpose, SavepointPurpose, Step, Trigger},
+    exchange::ExchangeType,
+    failover::{
+        FailoverStrategy,
+        topology::{PartitionId, Topology},
+    },
+    failure::FailureCause,
+    ids::{Attempt, CheckpointId, Millis, TaskId},
+    random::Random,
+    restart::RestartState,
+};
+
+pub use self::{
+    event::{Effect, Event, Outcome, TaskAttempt},
+    settings::{JobSettings, Resume},
+};
+
+/// After a failed last checkpoint, the time until the next try.
+const LAST_CHECKPOINT_RETRY_MS: u64 = 1_000;
+
+/// What the core knows of a task.
+#[derive(Debug, Clone)]
+struct TaskRun {
+    attempt: Attempt,
+    state: TaskState,
+    is_drained: bool,
+    /// The incident that restarts it.
+    incident: Option<u64>,
+}
+
+impl TaskRun {
+    fn has_begun(&self) -> bool {
+        matches!(self.state, TaskState::Starting | TaskState::Running)
+    }
+
+    /// It has processed the end of its inputs, and nothing takes that back. Its word may come before
+    /// that of all who were started with it.
+    fn has_ended(&self) -> bool {
+        self.is_drained && self.has_begun()
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TaskState {
+    /// Waits for what its region reads to be there.
+    Created,
+    Starting,
+    Running,
+    /// Being cancelled.
+    Stopping,
+    /// Gone; an incident starts it again.
+    Stopped,
+    /// Has committed the last checkpoint and closed.
+    Finished,
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    Active,
+    /// The last checkpoint is complete; tasks commit it and close.
+    Ending {
+        outcome: Outcome,
+        checkpoint: CheckpointId,
+    },
+    /// Everything is being cancelled.
+    Cancelling(Outcome),
+    Over,
+}
+
+/// What a stop was asked for with.
+#[derive(Debug, Clone, Copy)]
+struct Stop {
+    savepoint: Option<u64>,
+    drain: bool,
+    /// Somebody asked again, without a savepoint: the job ends whatever comes of this one.
+    is_urgent: bool,
+}
+
+/// The decisions of one running job.
+#[derive(Debug, Clone)]
+pub struct Job {
+    tasks: BTreeMap<TaskId, TaskRun>,
+    topology: Topology,
+    failover: FailoverStrategy,
+    coordinator: Coordinator,
+    restart: RestartState,
+    escalates_after: Option<u32>,
+    /// Failovers since the last completed checkpoint.
+    failovers: u32,
+    random: Random,
+    phase: Phase,
+    /// When each incident's delay is over.
+    incidents: BTreeMap<u64, Millis>,
+    next_incident: u64,
+    /// After a failed last checkpoint: not before this.
+    retry_at: Option<Millis>,
+    stop: Option<Stop>,
+    /// Whoever waits for the savepoint of the stop.
+    stop_ticket: Option<u64>,
+    /// Some regions read result partitions: they run one after the other, and no checkpoint but the
+    /// last holds the state of the job.
+    is_batch: bool,
+    /// Some tasks may restart without those that they read from.
+    is_approximate: bool,
+    /// Partitions that were given up because every reader had finished.
+    released: BTreeSet<PartitionId>,
+}
+
+impl Job {
+    /// A job whose tasks are to be started: perform the effect that is given back.
+    #[must_use]
+    pub fn new(settings: JobSettings, resume: Resume) -> (Self, Effect) {
+        let JobSettings {
+            graph,
+            failover,
+            checkpoint,
+            restart,
+            is_merging_failures,
+            escalates_after,
+            seed,
+        } = settings;
+        let fresh = |task| {
+            let (attempt, state) = (Attempt(0), TaskState::Created);
+            (task, TaskRun { attempt, state, is_drained: false, incident: None })
+        };
+        let is_batch = graph.has_exchange(ExchangeType::has_partition);
+        let is_approximate = graph.has_exchange(ExchangeType::is_approximate);
+        let mut job = Self {
+            tasks: graph.tasks().into_iter().map(fresh).collect(),
+            topology: Topology::new(&graph),
+            failover,
+            coordinator: Coordinator::new(checkpoint, &resume.completed, resume.next_id),
+            restart: RestartState::new(restart).merging(is_merging_failures),
+            escalates_after,
+            failovers: 0,
+            random: Random::new(seed),
+            phase: Phase::Active,
+            incidents: BTreeMap::new(),
+            next_incident: 0,
+            retry_at: None,
+            stop: None,
+            stop_ticket: None,
+            is_batch,
+            is_approximate,
+            released: BTreeSet::new(),
+        };
+        let (tasks, restore_from) = (job.start_ready(), job.coordinator.last_completed());
+        (job, Effect::StartTasks { tasks, restore_from })
+    }
+
+    /// The attempt of a task that runs or is about to.
+    #[must_use]
+    pub fn attempt(&self, task: TaskId) -> Option<Attempt> {
+        self.tasks.get(&task).map(|run| run.attempt)
+    }
+
+    /// The checkpoint a restart would restore.
+    #[must_use]
+    pub fn last_completed(&self) -> Option<CheckpointId> {
+        self.coordinator.last_completed()
+    }
+
+    /// The oldest checkpoint whose snapshots may still be needed for it.
+    #[must_use]
+    pub fn oldest_pending(&self) -> Option<CheckpointId> {
+        self.coordinator.oldest_pending()
+    }
+
+    /// True once `Finish` has been given out.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Over)
+    }
+
+    /// When to send a `Tick` at the latest; `None` where only an event can change anything.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Millis> {
+        if !matches!(self.phase, Phase::Active) {
+            return None;
+        }
+        let retry_at = self.retry_at.filter(|_| self.wants_last());
+        let incidents = self.incidents.iter().filter(|(id, _)| self.is_stopped(**id));
+        let restart_at = incidents.map(|(_, at)| *at).min();
+        let restart_at = restart_at.filter(|_| !self.coordinator.is_in_doubt());
+        [self.coordinator.next_deadline(), retry_at, restart_at].into_iter().flatten().min()
+    }
+
+    /// Takes one event in and gives the effects out, in the order they are to be performed.
+    pub fn step(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        let mut steps = Vec::new();
+        match event {
+            Event::Tick => {}
+            Event::TasksStarted { tasks } => self.on_started(now, &tasks, effects),
+            Event::TaskDrained { task, attempt } => {
+                if let Some(run) = self.current(task, attempt) {
+                    run.is_drained = true;
+                    self.coordinator.set_backlog(now, task, false);
+                    self.on_drained(task, effects);
+                }
+            }
+            Event::BacklogChanged { task, attempt, is_backlog } => {
+                if self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping) {
+                    self.coordinator.set_backlog(now, task, is_backlog);
+                }
+            }
+            Event::SnapshotAcked { task, attempt, checkpoint } => {
+                if self.current(task, attempt).is_some() {
+                    self.coordinator.ack(task, checkpoint, &mut steps);
+                }
+            }
+            Event::SnapshotDeclined { task, attempt, checkpoint, reason } => {
+                if self.current(task, attempt).is_some()
+                    && self.coordinator.is_collecting(checkpoint)
+                {
+                    self.coordinator.abort(checkpoint, reason, &mut steps);
+                }
+            }
+            Event::ManifestDurable { checkpoint } => {
+                self.coordinator.complete(now, checkpoint, &mut steps);
+            }
+            Event::ManifestLost { checkpoint, message }
+            | Event::SavepointLost { checkpoint, message } => {
+                if self.coordinator.persisting(checkpoint).is_some() {
+                    let reason = AbortReason::NotFinalized { message };
+                    self.coordinator.abort(checkpoint, reason, &mut steps);
+                }
+            }
+            Event::SavepointDurable { checkpoint } => {
+                self.on_savepoint_durable(now, checkpoint, &mut steps, effects);
+            }
+            Event::CheckpointCleaned => self.coordinator.on_cleaned(),
+            Event::TaskFailed { task, cause, lost } => {
+                let is_current = task.is_none_or(|(task, attempt)| {
+                    self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping)
+                });
+                if is_current {
+                    self.on_failure(now, task, cause, lost, effects);
+                }
+            }
+            Event::TaskFinished { task, attempt } => self.on_finished(task, attempt, effects),
+            Event::TasksStopped { tasks } => self.on_stopped(&tasks, effects),
+            Event::SavepointRequested { ticket } => {
+                self.on_savepoint_requested(now, ticket, &mut steps)
+            }
+            Event::StopRequested { savepoint, drain } => {
+                let stop = Stop { savepoint, drain, is_urgent: false };
+                self.on_stop_requested(now, stop, effects);
+            }
+            Event::CancelRequested => {
+                let checkpoint = self.coordinator.last_completed();
+                self.give_up(now, Outcome::Canceled { checkpoint }, effects);
+            }
+        }
+        self.apply(now, steps, effects);
+        self.act_on_time(now, effects);
+    }
+
+    /// A task that runs in this attempt.
+    fn current(&mut self, task: TaskId, attempt: Attempt) -> Option<&mut TaskRun> {
+        let run = self.tasks.get_mut(&task).filter(|run| run.attempt == attempt)?;
+        (run.state != TaskState::Stopped).then_some(run)
+    }
+
+    fn task_ids(&self) -> BTreeSet<TaskId> {
+        self.tasks.keys().copied().collect()
+    }
+
+    fn all(&self, is: impl Fn(&TaskRun) -> bool) -> bool {
+        self.tasks.values().all(is)
+    }
+
+    /// What is due now, whatever the event was.
+    fn act_on_time(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        if !matches!(self.phase, Phase::Active) {
+            return;
+        }
+        let mut steps = Vec::new();
+        // Whatever is drained early must not be restored as if its input had ended there.
+        if self.is_ending() || self.stop.is_some() {
+            self.coordinator.stop_periodic(&mut steps);
+        }
+        let tasks = self.task_ids();
+        self.coordinator.on_time(now, &tasks, &mut steps);
+        self.apply(now, std::mem::take(&mut steps), effects);
+        if self.wants_last() && self.retry_at.is_none_or(|at| at <= now) {
+            let savepoint = self.stop.and_then(|stop| stop.savepoint);
+            let trigger = savepoint.map_or(Trigger::Last, |ticket| Trigger::Savepoint {
+                ticket,
+                purpose: SavepointPurpose::Stop,
+            });
+            self.coordinator.begin(now, trigger, tasks, &mut steps);
+            self.apply(now, steps, effects);
+        }
+        self.restart_what_is_due(now, effects);
+    }
+
+    /// True while the only checkpoint to come is the last one.
+    fn is_ending(&self) -> bool {
+        self.all(|run| run.is_drained) || self.stop.is_some_and(|stop| !stop.drain)
+    }
+
+    fn wants_last(&self) -> bool {
+        matches!(self.phase, Phase::Active)
+            && self.is_ending()
+            && self.all(|run| run.state == TaskState::Running)
+            && self.coordinator.is_idle()
+    }
+
+    /// Makes effects of what the coordinator has decided.
+    fn apply(&mut self, now: Millis, steps: Vec<Step>, effects: &mut Vec<Effect>) {
+        for step in steps {
+            match step {
+                Step::Begin { checkpoint, trigger } => {
+                    let purpose = trigger.purpose();
+                    effects.push(Effect::InjectBarrier { checkpoint, purpose });
+                }
+                Step::Persist { checkpoint, trigger } => effects.push(match trigger.ticket() {
+                    Some(ticket) => Effect::PersistSavepoint { checkpoint, ticket },
+                    None => Effect::PersistManifest { checkpoint },
+                }),
+                Step::Completed { checkpoint, trigger } => {
+                    self.on_completed(now, checkpoint, trigger, effects);
+                }
+                Step::Subsumed { checkpoint } => effects.push(Effect::Subsume { checkpoint }),
+                Step::Refused { trigger, reason } => self.answer(trigger, Err(reason), effects),
+                Step::Aborted { checkpoint, trigger, reason } => {
+                    effects.push(Effect::Discard { checkpoint, reason: reason.clone() });
+                    self.on_aborted(now, trigger, reason, effects);
+                }
+                // What restarts already is not to restart for a checkpoint of its last run.
+                Step::Exceeded { .. } if !self.incidents.is_empty() => {}
+                Step::Exceeded { message } => {
+                    let cause = FailureCause::CheckpointsFailed { message };
+                    self.on_failure(now, None, cause, None, effects);
+                }
+            }
+        }
+    }
+
+    /// The savepoint that ends a job is a checkpoint as well: what sinks commit is in its manifest.
+    fn on_savepoint_durable(
+        &mut self,
+        now: Millis,
+        checkpoint: CheckpointId,
+        steps: &mut Vec<Step>,
+        effects: &mut Vec<Effect>,
+    ) {
+        match self.coordinator.persisting(checkpoint).map(Trigger::purpose) {
+            Some(Purpose::Last) if matches!(self.phase, Phase::Active) => {
+                effects.push(Effect::PersistManifest { checkpoint });
+            }
+            Some(Purpose::Last) => {
+                let reason = AbortReason::CoordinatorShutdown;
+                self.coordinator.abort(checkpoint, reason, steps);
+            }
+            Some(_) => self.coordinator.complete(now, checkpoint, steps),
+            None => {}
+        }
+    }
+
+    fn on_completed(
+        &mut self,
+        now: Millis,
+        checkpoint: CheckpointId,
+        trigger: Trigger,
+        effects: &mut Vec<Effect>,
+    ) {
+        let mut purpose = trigger.purpose();
+        // Whoever stops a job with a savepoint has their answer when the sinks have committed.
+        if purpose != Purpose::Last {
+            self.answer(trigger, Ok(checkpoint), effects);
+        }
+        if purpose == Purpose::Savepoint || !matches!(self.phase, Phase::Active) {
+            return;
+        }
+        self.failovers = 0;
+        // Tasks that are being restarted commit it when they are restored from it.
+        if purpose == Purpose::Last {
+            if self.all(|run| run.state == TaskState::Running) {
+                // A job that was at its end already has no savepoint to show.
+                if !matches!(trigger, Trigger::Savepoint { .. })
+                    && let Some(ticket) = self.stop_ticket.take()
+                {
+                    let result = Err(AbortReason::CoordinatorShutdown);
+                    effects.push(Effect::AnswerSavepoint { ticket, result });
+                }
+                let outcome = self.outcome_of_last(checkpoint);
+                self.phase = Phase::Ending { outcome, checkpoint };
+                // It is written; should the job run once more, it needs no second one.
+                self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
+            } else if self.stop.is_some_and(|stop| !stop.drain) {
+                // Nobody is left to commit it; whoever runs the job again begins with that.
+                let message = "tasks were being restarted".to_owned();
+                self.answer(trigger, Err(AbortReason::StopFailed { message }), effects);
+                self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
+                return self.give_up(now, self.stopped_at(checkpoint), effects);
+            } else {
+                purpose = Purpose::Periodic;
+            }
+        }
+        if self.tasks.values().any(|run| run.state == TaskState::Running) {
+            effects.push(Effect::NotifyComplete { checkpoint, purpose });
+        }
+    }
+
+    fn on_aborted(
+        &mut self,
+        now: Millis,
+        trigger: Trigger,
+        reason: AbortReason,
+        effects: &mut Vec<Effect>,
+    ) {
+        let is_restarting = reason == AbortReason::FailoverRegion;
+        let is_last = trigger.purpose() == Purpose::Last && matches!(self.phase, Phase::Active);
+        if is_last && is_restarting && self.stop.is_some_and(|stop| stop.drain) {
+            // The drain goes on when the tasks run again, and so does the wait for its savepoint.
+            return;
+        }
+        self.answer(trigger, Err(reason.clone()), effects);
+        if !is_last {
+            return;
+        }
+        self.retry_at = Some(now.after(LAST_CHECKPOINT_RETRY_MS));
+        match self.stop {
+            Some(Stop { savepoint: Some(_), is_urgent: true, .. }) => {
+                self.stop = Some(Stop { savepoint: None, drain: false, is_urgent: true });
+            }
+            // The sources have ended: only a restart from before brings the rest of their input.
+            Some(Stop { drain: true, .. }) => {
+                self.stop = None;
+                let message = format!("the savepoint of a drain: {}", reason.message());
+                let cause = FailureCause::CheckpointsFailed { message };
+                self.on_failure(now, None, cause, None, effects);
+            }
+            // Whoever wanted a savepoint has their answer; the job goes on as before.
+            Some(Stop { savepoint: Some(_), .. }) => {
+                self.stop = None;
+                if !is_restarting && self.all(|run| run.state == TaskState::Running) {
+                    self.coordinator.start(now, &mut self.random);
+                }
+            }
+            // The last checkpoint of a stop failed: end all the same, from the newest one.
+            Some(_) if !is_restarting => {
+                let checkpoint = self.coordinator.last_completed();
+                let outcome = Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false };
+                self.give_up(now, outcome, effects);
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    /// A job that was asked to stop has finished all the same if nothing was left to do.
+    fn outcome_of_last(&self, checkpoint: CheckpointId) -> Outcome {
+        match self.all(|run| run.is_drained) {
+            true => Outcome::Finished,
+            false => self.stopped_at(checkpoint),
+        }
+    }
+
+    fn stopped_at(&self, checkpoint: CheckpointId) -> Outcome {
+        let has_savepoint = self.stop.is_some_and(|stop| stop.savepoint.is_some());
+        Outcome::Stopped { checkpoint: Some(checkpoint), is_last: true, has_savepoint }
+    }
+
+    fn on_started(&mut self, now: Millis, tasks: &[TaskAttempt], effects: &mut Vec<Effect>) {
+        for (task, attempt) in tasks {
+            if let Some(run) = self.current(*task, *attempt)
+                && run.state == TaskState::Starting
+            {
+                run.state = TaskState::Running;
+            }
+        }
+        if self.all(|run| run.state == TaskState::Running) {
+            self.coordinator.start(now, &mut self.random);
+        }
+        // Sources that start again do not know that they are to end.
+        if self.stop.is_some_and(|stop| stop.drain) {
+            effects.push(Effect::EndInput);
+        }
+    }
+
+    /// Regions that have waited for this partition may begin, and partitions that were read for the
+    /// last time are given up.
+    fn on_drained(&mut self, task: TaskId, effects: &mut Vec<Effect>) {
+        if !self.is_batch {
+            return;
+        }
+        let tasks = self.start_ready();
+        if !tasks.is_empty() {
+            let restore_from = self.coordinator.last_completed();
+            effects.push(Effect::StartTasks { tasks, restore_from });
+        }
+        let partitions = self.unread_partitions(task);
+        if !partitions.is_empty() {
+            self.released.extend(&partitions);
+            effects.push(Effect::ReleasePartitions { partitions });
+        }
+    }
+}
+
+#[cfg(test)]
+mod batch_tests;
+#[cfg(test)]
+mod tests;
