@@ -294,28 +294,7 @@ impl Observer for Watcher {
             Progress::CheckpointFailed { checkpoint, reason, .. } => {
                 tracing::warn!("checkpoint {checkpoint} given up: {reason}");
             }
-            Progress::Restarting {
-                task,
-                class,
-                message,
-                backtrace,
-                delay_ms,
-                new_attempt,
-                remaining_attempts,
-                restarting,
-                tasks,
-            } => {
-                let who = task.unwrap_or_else(|| "the job".to_owned());
-                tracing::warn!("{who}: {class}: {message}");
-                backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
-                let left = remaining_attempts
-                    .map_or(String::new(), |left| format!(", {left} more allowed"));
-                let counted = if new_attempt { "" } else { ", counted with the failure before" };
-                tracing::warn!(
-                    "restarting {} of {tasks} tasks in {delay_ms} ms{left}{counted}",
-                    restarting.len()
-                );
-            }
+            restarting @ Progress::Restarting { .. } => log_restart(restarting),
             // The summary says so, with what to do next.
             Progress::Failed { .. } => {}
             Progress::Recovered { recovery_us } => {
@@ -329,19 +308,7 @@ impl Observer for Watcher {
                 );
             }
             Progress::RecordsLost { from, to, lost, regained, is_exact } => {
-                let at_most = if is_exact { "" } else { "at most " };
-                if 0 < regained {
-                    tracing::warn!(
-                        "{at_most}{regained} records from {from} to {to} count as lost no more: \
-                         {from} has gone back, too"
-                    );
-                }
-                if 0 < lost {
-                    tracing::warn!(
-                        "{at_most}{lost} records from {from} to {to} are lost: {to} has restarted \
-                         without all of {from}"
-                    );
-                }
+                log_losses(&from, &to, lost, regained, is_exact);
             }
             Progress::Warning { message } => tracing::warn!("{message}"),
             other => tracing::info!("{other:?}"),
@@ -502,5 +469,45 @@ impl View {
                 (None, _) => say_aside!("no checkpoint was completed: run again, it begins anew"),
             }
         }
+    }
+}
+
+/// Says that tasks restart, and why.
+fn log_restart(restarting: Progress) {
+    let Progress::Restarting {
+        task,
+        class,
+        message,
+        backtrace,
+        delay_ms,
+        new_attempt,
+        remaining_attempts,
+        restarting,
+        tasks,
+    } = restarting
+    else {
+        return;
+    };
+    let who = task.unwrap_or_else(|| "the job".to_owned());
+    tracing::warn!("{who}: {class}: {message}");
+    backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
+    let left = remaining_attempts.map_or(String::new(), |left| format!(", {left} more allowed"));
+    let counted = if new_attempt { "" } else { ", counted with the failure before" };
+    let count = restarting.len();
+    tracing::warn!("restarting {count} of {tasks} tasks in {delay_ms} ms{left}{counted}");
+}
+
+/// Says how many records an approximate exchange has lost, or will send again after all.
+fn log_losses(from: &str, to: &str, lost: u64, regained: u64, is_exact: bool) {
+    let at_most = if is_exact { "" } else { "at most " };
+    if 0 < regained {
+        tracing::warn!(
+            "{at_most}{regained} records from {from} to {to} will be sent again: {from} was rewound too"
+        );
+    }
+    if 0 < lost {
+        tracing::warn!(
+            "{at_most}{lost} records from {from} to {to} are lost: {to} has restarted without all of {from}"
+        );
     }
 }

@@ -101,6 +101,29 @@ pub(crate) fn instrument(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(out.finish())
 }
 
+/// Counts what an alias makes known.
+fn count_alias(alias: &ComponentAlias<'_>, counts: &mut Counts) {
+    use wasmparser::ComponentOuterAliasKind as Outer;
+    match alias {
+        ComponentAlias::InstanceExport { kind, .. } => match kind {
+            ComponentExternalKind::Module => counts.core_modules += 1,
+            ComponentExternalKind::Func => counts.functions += 1,
+            ComponentExternalKind::Type => counts.types += 1,
+            _ => {}
+        },
+        ComponentAlias::CoreInstanceExport { kind, .. } => {
+            if matches!(kind, ExternalKind::Func | ExternalKind::FuncExact) {
+                counts.core_functions += 1;
+            }
+        }
+        ComponentAlias::Outer { kind, .. } => match kind {
+            Outer::CoreModule => counts.core_modules += 1,
+            Outer::Type => counts.types += 1,
+            Outer::CoreType | Outer::Component => {}
+        },
+    }
+}
+
 fn count(
     payload: &Payload<'_>,
     counts: &mut Counts,
@@ -130,27 +153,7 @@ fn count(
         }
         Payload::ComponentAliasSection(section) => {
             for alias in section.clone() {
-                match alias? {
-                    ComponentAlias::InstanceExport { kind, .. } => match kind {
-                        ComponentExternalKind::Module => counts.core_modules += 1,
-                        ComponentExternalKind::Func => counts.functions += 1,
-                        ComponentExternalKind::Type => counts.types += 1,
-                        _ => {}
-                    },
-                    ComponentAlias::CoreInstanceExport { kind, .. } => {
-                        if matches!(kind, ExternalKind::Func | ExternalKind::FuncExact) {
-                            counts.core_functions += 1;
-                        }
-                    }
-                    ComponentAlias::Outer { kind, .. } => {
-                        use wasmparser::ComponentOuterAliasKind as Kind;
-                        match kind {
-                            Kind::CoreModule => counts.core_modules += 1,
-                            Kind::Type => counts.types += 1,
-                            Kind::CoreType | Kind::Component => {}
-                        }
-                    }
-                }
+                count_alias(&alias?, counts);
             }
         }
         Payload::ComponentCanonicalSection(section) => {

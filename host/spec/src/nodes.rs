@@ -205,23 +205,27 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
     Ok(inputs)
 }
 
-pub(super) fn resolve(
-    root: &Section<'_>,
-    raw: Vec<RawNode>,
-    parallelism: u32,
-    mode: &RuntimeMode,
-) -> Result<(JobGraph, Vec<NodeSpec>)> {
+/// The number of each node, by its name.
+fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> Result<BTreeMap<&'r str, OperatorId>> {
     let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
-    for (id, node) in (0..).map(OperatorId).zip(&raw) {
+    for (id, node) in (0..).map(OperatorId).zip(raw) {
         if ids.insert(&node.name.value, id).is_some() {
             let message = format!("there are two nodes called \"{}\"", node.name.value);
             let problem = root.document().problem(Code::DuplicateName, &node.name.span, message);
             return Err(problem.hint("sources, operators and sinks share their names"));
         }
     }
-    // A sink without a parallelism of its own follows its input, so that the two are chained.
+    Ok(ids)
+}
+
+/// Each node's name and parallelism. A sink without one of its own follows its input, so that the two are chained.
+fn operators_of(
+    raw: &[RawNode],
+    ids: &BTreeMap<&str, OperatorId>,
+    parallelism: u32,
+) -> Vec<Operator> {
     let mut operators: Vec<Operator> = Vec::new();
-    for node in &raw {
+    for node in raw {
         let followed = match (&node.kind, node.inputs.as_slice()) {
             (NodeKind::Sink(_), [only]) => {
                 let producer = only.from.value.split('.').next().unwrap_or_default();
@@ -234,53 +238,55 @@ pub(super) fn resolve(
         let parallelism = node.parallelism.or(followed).unwrap_or(parallelism);
         operators.push(Operator { name: node.name.value.clone(), parallelism });
     }
-    let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
-    for (to, node) in (0..).map(OperatorId).zip(&raw) {
-        let mut inputs = Vec::new();
-        for (input, raw_input) in (0..).zip(&node.inputs) {
-            let (producer, output) = match raw_input.from.value.split_once('.') {
-                Some((producer, output)) => (producer, Some(output.to_owned())),
-                None => (raw_input.from.value.as_str(), None),
-            };
-            let Some(&from) = ids.get(producer) else {
-                return Err(unknown_input(root, node, raw_input, producer, ids.keys().copied()));
-            };
-            let is_sink = matches!(raw[from.0 as usize].kind, NodeKind::Sink(_));
-            if is_sink {
-                let message = format!("\"{producer}\" is a sink: nothing comes out of it");
-                return Err(root.document().problem(
-                    Code::UnknownInput,
-                    &raw_input.from.span,
-                    message,
-                ));
-            }
-            let is_equal =
-                operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
-            let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
-            let partitioner = raw_input.partitioner.unwrap_or(default);
-            // Which output a name means is known once the component has been asked.
-            let exchange = raw_input.exchange.unwrap_or_else(|| {
-                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, inputs.len());
-                mode.exchange(partitioner, breaks_pipeline, || raw.iter().all(RawNode::is_bounded))
-            });
-            edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
-            spans.push(raw_input.from.span.clone());
-            let place = root.document().place(&raw_input.from.span);
-            inputs.push(InputSpec { from, output, partitioner, place });
-        }
-        let name = node.name.value.clone();
-        let uid = node.uid.as_ref().map_or_else(|| name.clone(), |uid| uid.value.clone());
-        if let Some(other) = nodes.iter().find(|other: &&NodeSpec| other.uid == uid) {
-            let span = node.uid.as_ref().map_or(&node.name.span, |uid| &uid.span);
-            let message = format!("\"{}\" and \"{name}\" have the same uid \"{uid}\"", other.name);
-            return Err(root
-                .document()
-                .problem(Code::DuplicateName, span, message)
-                .hint("state is matched by it: give each its own"));
-        }
-        nodes.push(NodeSpec { name, uid, kind: node.kind.clone(), inputs });
+    operators
+}
+
+/// The node that an input names, and its output, if it names one.
+fn producer_of(
+    root: &Section<'_>,
+    raw: &[RawNode],
+    ids: &BTreeMap<&str, OperatorId>,
+    node: &RawNode,
+    input: &RawInput,
+) -> Result<(OperatorId, Option<String>)> {
+    let (producer, output) = match input.from.value.split_once('.') {
+        Some((producer, output)) => (producer, Some(output.to_owned())),
+        None => (input.from.value.as_str(), None),
+    };
+    let Some(&from) = ids.get(producer) else {
+        return Err(unknown_input(root, node, input, producer, ids.keys().copied()));
+    };
+    if matches!(raw[from.0 as usize].kind, NodeKind::Sink(_)) {
+        let message = format!("\"{producer}\" is a sink: nothing comes out of it");
+        return Err(root.document().problem(Code::UnknownInput, &input.from.span, message));
     }
-    let graph = JobGraph::new(operators, edges.clone()).map_err(|error| match error {
+    Ok((from, output))
+}
+
+/// What the state of a node is matched by: no other node may have it.
+fn uid_of(root: &Section<'_>, node: &RawNode, known: &[NodeSpec]) -> Result<String> {
+    let name = &node.name.value;
+    let uid = node.uid.as_ref().map_or_else(|| name.clone(), |uid| uid.value.clone());
+    if let Some(other) = known.iter().find(|other| other.uid == uid) {
+        let span = node.uid.as_ref().map_or(&node.name.span, |uid| &uid.span);
+        let message = format!("\"{}\" and \"{name}\" have the same uid \"{uid}\"", other.name);
+        return Err(root
+            .document()
+            .problem(Code::DuplicateName, span, message)
+            .hint("state is matched by it: give each its own"));
+    }
+    Ok(uid)
+}
+
+/// What is wrong with a graph, where the manifest has it.
+fn graph_problem(
+    root: &Section<'_>,
+    raw: &[RawNode],
+    edges: &[Edge],
+    spans: &[std::ops::Range<usize>],
+    error: GraphError,
+) -> Problem {
+    match error {
         GraphError::Cycle(cycle) => {
             let names: Vec<&str> =
                 cycle.iter().map(|id| raw[id.0 as usize].name.value.as_str()).collect();
@@ -305,7 +311,42 @@ pub(super) fn resolve(
                 "use partition = \"rebalance\" or \"hash\", or give both the same parallelism",
             )
         }
-    })?;
+    }
+}
+
+pub(super) fn resolve(
+    root: &Section<'_>,
+    raw: Vec<RawNode>,
+    parallelism: u32,
+    mode: &RuntimeMode,
+) -> Result<(JobGraph, Vec<NodeSpec>)> {
+    let ids = ids_of(root, &raw)?;
+    let operators = operators_of(&raw, &ids, parallelism);
+    let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+    for (to, node) in (0..).map(OperatorId).zip(&raw) {
+        let mut inputs = Vec::new();
+        for (input, raw_input) in (0..).zip(&node.inputs) {
+            let (from, output) = producer_of(root, &raw, &ids, node, raw_input)?;
+            let is_equal =
+                operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
+            let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
+            let partitioner = raw_input.partitioner.unwrap_or(default);
+            // Which output a name means is known once the component has been asked.
+            let exchange = raw_input.exchange.unwrap_or_else(|| {
+                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, inputs.len());
+                mode.exchange(partitioner, breaks_pipeline, || raw.iter().all(RawNode::is_bounded))
+            });
+            edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
+            spans.push(raw_input.from.span.clone());
+            let place = root.document().place(&raw_input.from.span);
+            inputs.push(InputSpec { from, output, partitioner, place });
+        }
+        let uid = uid_of(root, node, &nodes)?;
+        let name = node.name.value.clone();
+        nodes.push(NodeSpec { name, uid, kind: node.kind.clone(), inputs });
+    }
+    let graph = JobGraph::new(operators, edges.clone())
+        .map_err(|error| graph_problem(root, &raw, &edges, &spans, error))?;
     list(root.document(), &graph, &nodes);
     Ok((graph, nodes))
 }

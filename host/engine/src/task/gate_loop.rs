@@ -15,6 +15,17 @@ use super::{
 };
 use crate::exchange::{Element, Gate};
 
+/// How far a chain is with its channels.
+struct Inputs {
+    alignment: Alignment,
+    watermarks: Watermarks,
+    /// How many channels have not ended.
+    open: usize,
+    intake: Intake,
+    /// The checkpoint that was restored was taken after the end of all channels.
+    was_drained: bool,
+}
+
 impl Worker {
     pub(super) async fn run_gate(
         &mut self,
@@ -23,89 +34,94 @@ impl Worker {
         barriers: Barriers,
         was_drained: bool,
     ) -> Result<()> {
-        let mut alignment =
-            Alignment { barriers, announced: None, overtakes_at: None, began: None };
-        let mut watermarks = Watermarks::new(channels.len());
-        let mut ended = 0;
-        let mut intake = Intake::Open;
-        self.replay_in_flight(channels, &mut watermarks).await?;
+        let mut inputs = Inputs {
+            alignment: Alignment { barriers, announced: None, overtakes_at: None, began: None },
+            watermarks: Watermarks::new(channels.len()),
+            open: channels.len(),
+            intake: Intake::Open,
+            was_drained,
+        };
+        self.replay_in_flight(channels, &mut inputs.watermarks).await?;
         loop {
             // Before the controls: by the time a barrier is there, so is what was told before it.
             let announced = gate.announced();
             // Between two batches, so that a busy stream does not keep sinks from committing.
             while let Ok(control) = self.control.try_recv() {
-                if self.on_gate_control(control, gate, &mut alignment, &mut intake).await?
-                    == Turn::Done
-                {
+                if self.on_gate_control(control, gate, &mut inputs).await? == Turn::Done {
                     return Ok(());
                 }
             }
-            self.on_announced(announced, gate, &mut alignment).await?;
+            self.on_announced(announced, gate, &mut inputs.alignment).await?;
             self.complete_held(gate, channels);
             let has_credit = has_credit(&self.writers);
-            let next = match has_credit.then(|| gate.try_next()).flatten() {
-                Some(next) => Some(next),
-                None => {
-                    // Nothing is held back while there is nothing to do.
-                    self.flush();
-                    let overtakes_at = alignment.overtakes_at;
-                    let control = tokio::select! {
-                        biased;
-                        control = self.control.recv() => Some(control),
-                        () = gate.news() => None,
-                        () = until(overtakes_at) => None,
-                        () = wait_for_credit(&self.writers), if !has_credit => None,
-                        () = gate.readable(), if has_credit => None,
-                    };
-                    if let Some(control) = control {
-                        let Some(control) = control else { return Ok(()) };
-                        if self.on_gate_control(control, gate, &mut alignment, &mut intake).await?
-                            == Turn::Done
-                        {
-                            return Ok(());
-                        }
-                    }
-                    None
-                }
+            if let Some((channel, element)) = has_credit.then(|| gate.try_next()).flatten() {
+                self.take_element(gate, channels, &mut inputs, channel, element).await?;
+                continue;
+            }
+            // Nothing is held back while there is nothing to do.
+            self.flush();
+            let control = tokio::select! {
+                biased;
+                control = self.control.recv() => control,
+                () = gate.news() => continue,
+                () = until(inputs.alignment.overtakes_at) => continue,
+                () = wait_for_credit(&self.writers), if !has_credit => continue,
+                () = gate.readable(), if has_credit => continue,
             };
-            let Some((channel, element)) = next else { continue };
-            match element {
-                Element::Records(batch) => {
-                    self.deliver(0, channels[channel.0 as usize].input, batch).await?;
-                    tokio::task::consume_budget().await;
+            let Some(control) = control else { return Ok(()) };
+            if self.on_gate_control(control, gate, &mut inputs).await? == Turn::Done {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Processes the next element of a channel.
+    async fn take_element(
+        &mut self,
+        gate: &Gate,
+        channels: &[Origin],
+        inputs: &mut Inputs,
+        channel: ChannelId,
+        element: Element,
+    ) -> Result<()> {
+        match element {
+            Element::Records(batch) => {
+                self.deliver(0, channels[channel.0 as usize].input, batch).await?;
+                tokio::task::consume_budget().await;
+            }
+            Element::Watermark(watermark) => {
+                if let Some(watermark) = inputs.watermarks.advance(channel, watermark) {
+                    self.advance_all(watermark).await?;
                 }
-                Element::Watermark(watermark) => {
-                    if let Some(watermark) = watermarks.advance(channel, watermark) {
-                        self.advance_all(watermark).await?;
-                    }
+            }
+            Element::Idle => {
+                if let Some(watermark) = inputs.watermarks.idle(channel) {
+                    self.advance_all(watermark).await?;
                 }
-                Element::Idle => {
-                    if let Some(watermark) = watermarks.idle(channel) {
-                        self.advance_all(watermark).await?;
-                    }
-                    if watermarks.is_idle() {
-                        self.announce(|| Element::Idle);
-                    }
+                if inputs.watermarks.is_idle() {
+                    self.announce(|| Element::Idle);
                 }
-                Element::Barrier(checkpoint, purpose) => {
-                    self.on_barrier(gate, &mut alignment, channel, checkpoint, purpose).await?;
+            }
+            Element::Barrier(checkpoint, purpose) => {
+                let alignment = &mut inputs.alignment;
+                self.on_barrier(gate, alignment, channel, checkpoint, purpose).await?;
+            }
+            Element::EndOfInput => {
+                // What has ended holds nothing back.
+                if let Some(watermark) = inputs.watermarks.advance(channel, MAX_WATERMARK) {
+                    self.advance_all(watermark).await?;
                 }
-                Element::EndOfInput => {
-                    ended += 1;
-                    // What has ended holds nothing back.
-                    if let Some(watermark) = watermarks.advance(channel, MAX_WATERMARK) {
-                        self.advance_all(watermark).await?;
+                inputs.open -= 1;
+                if inputs.open == 0 {
+                    match inputs.was_drained {
+                        true => self.announce_end().await?,
+                        false => self.drain().await?,
                     }
-                    if ended == channels.len() {
-                        match was_drained {
-                            true => self.announce_end().await?,
-                            false => self.drain().await?,
-                        }
-                        intake = Intake::Drained;
-                    }
+                    inputs.intake = Intake::Drained;
                 }
             }
         }
+        Ok(())
     }
 
     /// Processes what the restored checkpoint's barrier had overtaken, before anything newer: so
@@ -151,11 +167,10 @@ impl Worker {
         &mut self,
         control: Control,
         gate: &Gate,
-        alignment: &mut Alignment,
-        intake: &mut Intake,
+        inputs: &mut Inputs,
     ) -> Result<Turn> {
         if let Control::Abort(checkpoint) = control {
-            if alignment.barriers.on_abort(checkpoint) {
+            if inputs.alignment.barriers.on_abort(checkpoint) {
                 gate.unblock_all();
             }
             gate.drop_capture(checkpoint);
@@ -164,6 +179,6 @@ impl Worker {
                 self.hand_over(0, held.checkpoint, SnapshotOutcome::Taken(held.snapshot));
             }
         }
-        self.on_control(control, intake).await
+        self.on_control(control, &mut inputs.intake).await
     }
 }
