@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod exchange;
 pub mod failover;
 pub mod failure;
+pub mod fit;
 pub mod graph;
 pub mod ids;
 pub mod isolate;

@@ -3,6 +3,7 @@
 //! `docs/checkpoint-format.md` draws both byte by byte.
 
 use cofferdam_connector::identity::Lineage;
+use cofferdam_core::fit::{self, OperatorState, StateName};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
@@ -96,6 +97,25 @@ impl TaskIdentity {
     pub fn name(&self) -> String {
         format!("{}/{}", self.operator, self.index)
     }
+
+    /// Its operator, as far as state goes.
+    #[must_use]
+    pub fn state(&self) -> OperatorState {
+        let name = |state: &StateIdentity| StateName {
+            name: state.name.clone(),
+            renamed_from: state.renamed_from.clone(),
+        };
+        OperatorState {
+            parallelism: self.parallelism,
+            max_parallelism: self.max_parallelism,
+            is_keyed: self.is_keyed,
+            has_memory: self.has_memory,
+            has_declared: self.has_declared,
+            has_host_state: self.has_host_state,
+            component: self.digest,
+            states: self.states.iter().map(name).collect(),
+        }
+    }
 }
 
 /// What a declared state is matched by.
@@ -113,8 +133,8 @@ impl StateIdentity {
     /// Whether a state of a checkpoint is this one: by its name, or, if none has that, by the one that
     /// it had before.
     pub fn find<'s>(&self, known: &'s [Self]) -> Option<&'s Self> {
-        let named = |name: &str| known.iter().find(|state| state.name == name);
-        named(&self.name).or_else(|| named(self.renamed_from.as_deref()?))
+        let renamed_from = self.renamed_from.as_deref();
+        fit::origin(&self.name, renamed_from, known, |it| &it.name).map(|place| &known[place])
     }
 }
 

@@ -1,14 +1,12 @@
 //! Whether the state of a checkpoint can become the state of these tasks.
 
+use cofferdam_core::fit::{Misfit, self};
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
-use cofferdam_store::{
-    self,
-    manifest::{Manifest, StateIdentity, TaskIdentity},
-};
+use cofferdam_store::{manifest::{Manifest, TaskIdentity}, self};
 
-use super::target::Tasks;
 use crate::job::read_out::on_instance;
+use super::target::Tasks;
 
 /// What to do with a type that does not fit.
 pub(super) const HOW_TO_GROW: &str = "keep the type, or let it grow: a new field has #[serde(default)], an integer may \
@@ -60,98 +58,115 @@ fn check_operator(
     task: &TaskIdentity,
     ignore_unclaimed_state: bool,
 ) -> Result<(), Problem> {
-    let name = &task.operator;
-    let mismatch =
-        |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
     if known.has_declared && task.has_declared {
         check_states(tasks, known, task)?;
-        let is_taken = |before: &StateIdentity| {
-            let found = task.states.iter().filter_map(|state| state.find(&known.states));
-            found.into_iter().any(|found| found.name == before.name)
-        };
-        if let Some(left) = known.states.iter().find(|before| !is_taken(before))
-            && !ignore_unclaimed_state
-        {
-            let what = format!(
-                "the checkpoint has state \"{}\" of \"{name}\", which its component does not have",
-                left.name
-            );
-            let hint = format!(
-                "if it has another name now, say so: #[state(renamed_from = \"{}\")]; or leave it behind \
-                 with --from DIR --ignore-unclaimed-state",
-                left.name
-            );
-            return mismatch(what, &hint);
-        }
     }
-    if known.max_parallelism != task.max_parallelism {
-        let what = format!(
-            "the checkpoint has \"{name}\" with max-parallelism {}, the manifest with {}",
-            known.max_parallelism, task.max_parallelism
-        );
-        let hint = format!(
-            "its key groups are those of the checkpoint for ever: set max-parallelism = {}",
-            known.max_parallelism
-        );
-        return mismatch(what, &hint);
-    }
-    if !task.has_memory {
-        let loses_memory = known.has_memory && !known.has_declared;
-        return match loses_memory && !ignore_unclaimed_state {
-            false => Ok(()),
-            true => mismatch(
-                format!("the checkpoint of \"{name}\" holds linear memory and no declared state"),
-                "set snapshot back, with the component that wrote it and its parallelism; or, if the operator \
-                 keeps nothing in its memory that counts, leave that behind with --from DIR \
-                 --ignore-unclaimed-state",
+    fit::fit(&known.state(), &task.state(), ignore_unclaimed_state)
+        .map_err(|misfit| problem_of(&misfit, known, task))
+}
+
+/// What a misfit is for the user: what is wrong, and what to do about it.
+fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdentity) -> Problem {
+    let name = &task.operator;
+    let mismatch = |what: String, hint: String| Problem::new(Code::StateMismatch, what).hint(hint);
+    let foreign = |what: String, fits: &str| {
+        let hint = format!("linear memory fits only the {fits}{}", by_declared_state(known));
+        mismatch(format!("the checkpoint of \"{name}\" {what}"), hint)
+    };
+    match misfit {
+        Misfit::KeysChanged | Misfit::StateWithoutKeys => without_keys(misfit, known, task),
+        Misfit::StateLeft { name: left } => mismatch(
+            format!(
+                "the checkpoint has state \"{left}\" of \"{name}\", which its component does not have"
             ),
-        };
+            format!(
+                "if it has another name now, say so: #[state(renamed_from = \"{left}\")]; or leave it behind \
+                 with --from DIR --ignore-unclaimed-state"
+            ),
+        ),
+        Misfit::MaxParallelism => mismatch(
+            format!(
+                "the checkpoint has \"{name}\" with max-parallelism {}, the manifest with {}",
+                known.max_parallelism, task.max_parallelism
+            ),
+            format!(
+                "max-parallelism is fixed by the first checkpoint: set max-parallelism = {}",
+                known.max_parallelism
+            ),
+        ),
+        Misfit::MemoryLeft => mismatch(
+            format!("the checkpoint of \"{name}\" holds linear memory and no declared state"),
+            "set snapshot back, with the component that wrote it and its parallelism; or, if the operator keeps \
+             nothing in its memory that counts, leave that behind with --from DIR --ignore-unclaimed-state"
+                .to_owned(),
+        ),
+        Misfit::NoMemory => mismatch(
+            format!("the checkpoint of \"{name}\" holds no linear memory"),
+            "set snapshot = \"declared\", as it was when the checkpoint was taken".to_owned(),
+        ),
+        Misfit::OtherComponent => {
+            let (then, now) = (digest_text(known.digest), digest_text(task.digest));
+            let what = format!("was written by another component ({then} then, {now} now)");
+            foreign(what, "component that wrote it: put that one back")
+        }
+        Misfit::OtherBackend => {
+            let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
+            let (then, now) = (backend(known.has_host_state), backend(task.has_host_state));
+            let what = format!(
+                "was taken with state.backend.type = \"{then}\", the manifest has \"{now}\""
+            );
+            foreign(what, "state backend that it was written with: set that one back")
+        }
+        Misfit::MemoryParallelism => mismatch(
+            format!(
+                "the checkpoint has \"{name}\" with parallelism {}, the manifest with {}",
+                known.parallelism, task.parallelism
+            ),
+            format!(
+                "linear memory cannot be shared out: set the parallelism back{}",
+                by_declared_state(known)
+            ),
+        ),
     }
-    let by_declared_state = match known.has_declared {
+}
+
+/// The other way for state that lies in linear memory.
+fn by_declared_state(known: &TaskIdentity) -> &'static str {
+    match known.has_declared {
         true => "; or set snapshot = \"declared\" to go on from its declared state alone",
         false => {
             "; or, if the operator keeps nothing in its memory that counts, set snapshot = \"declared\" and \
              leave the memory behind with --from DIR --ignore-unclaimed-state"
         }
+    }
+}
+
+/// Declared state does not lie with the keys of the records that come now.
+fn without_keys(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdentity) -> Problem {
+    let name = &task.operator;
+    let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };
+    let (message, hint) = match misfit {
+        Misfit::KeysChanged => (
+            format!(
+                "records came to \"{name}\" {} when its declared state was written, and come {} now",
+                by(known.is_keyed),
+                by(task.is_keyed)
+            ),
+            "set the partition of its inputs back",
+        ),
+        _ => (
+            format!(
+                "\"{name}\" has declared state, its records come not by their key, and its parallelism \
+                 was {} and is {}",
+                known.parallelism, task.parallelism
+            ),
+            "set the parallelism back; to change it, begin anew with partition = \"hash\" in another state \
+             directory",
+        ),
     };
-    // What it has not declared was given up when that was written.
-    if !known.has_memory && known.has_declared && task.has_declared {
-        return Ok(());
-    }
-    if !known.has_memory {
-        return mismatch(
-            format!("the checkpoint of \"{name}\" holds no linear memory"),
-            "set snapshot = \"declared\", as it was when the checkpoint was taken",
-        );
-    }
-    let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
-    let foreign = if known.digest != task.digest {
-        let (then, now) = (digest_text(known.digest), digest_text(task.digest));
-        let what = format!("was written by another component ({then} then, {now} now)");
-        Some((what, "component that wrote it: put that one back"))
-    } else if known.has_host_state != task.has_host_state {
-        let (then, now) = (backend(known.has_host_state), backend(task.has_host_state));
-        let what =
-            format!("was taken with state.backend.type = \"{then}\", the manifest has \"{now}\"");
-        Some((what, "state backend that it was written with: set that one back"))
-    } else {
-        None
-    };
-    if let Some((what, fits)) = foreign {
-        let hint = format!("linear memory fits only the {fits}{by_declared_state}");
-        return mismatch(format!("the checkpoint of \"{name}\" {what}"), &hint);
-    }
-    if known.parallelism != task.parallelism {
-        let what = format!(
-            "the checkpoint has \"{name}\" with parallelism {}, the manifest with {}",
-            known.parallelism, task.parallelism
-        );
-        let hint = format!(
-            "linear memory cannot be shared out: set the parallelism back{by_declared_state}"
-        );
-        return mismatch(what, &hint);
-    }
-    Ok(())
+    Problem::new(Code::StateWithoutKeys, message)
+        .detail("state that does not lie with the keys of its records stays with its task")
+        .hint(hint)
 }
 
 /// How a schema names a type that says nothing of what its values look like.
@@ -193,31 +208,6 @@ fn check_states(
             Ok(Err(what)) => return Err(mismatch(what)),
             Err(error) => return Err(mismatch(error.to_string())),
         }
-    }
-    let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };
-    let without_keys = |message: String| {
-        Problem::new(Code::StateWithoutKeys, message)
-            .detail("state that does not lie with the keys of its records stays with its task")
-    };
-    if known.is_keyed != task.is_keyed {
-        let message = format!(
-            "records came to \"{name}\" {} when its declared state was written, and come {} now",
-            by(known.is_keyed),
-            by(task.is_keyed)
-        );
-        return Err(without_keys(message).hint("set the partition of its inputs back"));
-    }
-    if !task.is_keyed && known.parallelism != task.parallelism {
-        let message = format!(
-            "\"{name}\" has declared state, its records come not by their key, and its parallelism \
-             was {} and is {}",
-            known.parallelism, task.parallelism
-        );
-        return Err(without_keys(message)
-            .hint(
-                "set the parallelism back; to change it, begin anew with partition = \"hash\" in another \
-                 state directory",
-            ));
     }
     Ok(())
 }
