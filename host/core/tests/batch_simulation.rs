@@ -92,8 +92,8 @@ impl World {
 
     fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::StartTasks { tasks, restore_from: None } => self.start(tasks),
-            Effect::StartTasks { tasks, restore_from: Some(_) } => self.restore(tasks),
+            Effect::StartTasks { tasks, restore_from: None, .. } => self.start(tasks),
+            Effect::StartTasks { tasks, restore_from: Some(_), .. } => self.restore(tasks),
             Effect::CancelTasks { tasks } => {
                 for (id, attempt) in &tasks {
                     let task = self.tasks.get_mut(id).expect("known");

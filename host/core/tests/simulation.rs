@@ -137,6 +137,8 @@ struct World {
     faults: u64,
     /// Tickets of savepoints that were not answered yet.
     tickets: BTreeSet<u64>,
+    /// The newest checkpoint that the job has given up.
+    given_up: Option<CheckpointId>,
 }
 
 fn cause() -> FailureCause {
@@ -165,6 +167,7 @@ impl World {
             outcome: None,
             faults: 0,
             tickets: BTreeSet::new(),
+            given_up: None,
         }
     }
 
@@ -228,7 +231,11 @@ impl World {
     fn perform(&mut self, effect: Effect) {
         self.trace.push(format!("{} {effect:?}", self.now));
         match effect {
-            Effect::StartTasks { tasks, restore_from } => self.start(tasks, restore_from),
+            Effect::StartTasks { tasks, restore_from, ignore_up_to } => {
+                assert!(ignore_up_to <= self.given_up, "ignores what was not given up");
+                assert_eq!(ignore_up_to, self.given_up, "does not know what was given up");
+                self.start(tasks, restore_from);
+            }
             Effect::InjectBarrier { checkpoint, purpose } => self.barrier(checkpoint, purpose),
             Effect::EndInput => {}
             Effect::PersistManifest { checkpoint } => {
@@ -253,17 +260,25 @@ impl World {
                 }
             }
             Effect::NotifyComplete { checkpoint, purpose } => self.complete(checkpoint, purpose),
-            Effect::Discard { checkpoint, .. } => {
+            Effect::Discard { checkpoint, needed_from, completed, .. } => {
+                assert!(
+                    needed_from <= CheckpointId(checkpoint.0 + 1),
+                    "keeps nothing for later ones"
+                );
+                let is_durable = completed.is_none_or(|it| self.manifests.contains(&it));
+                assert!(is_durable, "complete without a durable manifest");
+                self.given_up = self.given_up.max(Some(checkpoint));
                 assert!(!self.manifests.contains(&checkpoint), "gave up what is complete");
                 self.tasks.values_mut().for_each(|task| task.is_held = false);
                 self.later(Event::CheckpointCleaned);
             }
-            Effect::Subsume { checkpoint } => {
+            Effect::Subsume { checkpoint, newest, .. } => {
+                assert!(checkpoint <= newest, "removes what is newer than the newest");
                 assert!(self.manifests.remove(&checkpoint), "subsumed what is not complete");
                 assert!(!self.manifests.is_empty(), "subsumed the last one");
                 self.later(Event::CheckpointCleaned);
             }
-            Effect::AnswerSavepoint { ticket, .. } => {
+            Effect::Answer { ticket, .. } => {
                 assert!(self.tickets.remove(&ticket), "answered twice");
             }
             Effect::CancelTasks { tasks } => {
@@ -441,6 +456,7 @@ impl World {
         self.tasks.values_mut().for_each(|task| *task = Task::default());
         self.completed.clear();
         self.tickets.clear();
+        self.given_up = None;
         let next_id = CheckpointId(self.highest_id + 1);
         Job::new(
             self.settings(seed),
@@ -482,6 +498,9 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
             None if world.strikes(world.options.savepoint_one_in) => {
                 Event::SavepointRequested { ticket: world.ticket() }
             }
+            None if world.strikes(world.options.savepoint_one_in) => {
+                Event::CheckpointRequested { ticket: world.ticket() }
+            }
             None => Event::Tick,
         };
         job.step(Millis(world.now), event, &mut effects);
@@ -501,6 +520,7 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
         assert!(counts.iter().all(Option::is_some), "{task:?} lost records");
     }
     assert!(world.tasks.values().all(|task| !task.is_running));
+    assert!(world.tickets.is_empty(), "unanswered: {:?}\n{}", world.tickets, world.trace.join("\n"));
     (world.trace, world.faults)
 }
 

@@ -20,10 +20,17 @@ pub mod request;
 pub mod retained;
 pub mod retention;
 
+mod reason;
+mod trigger;
+
 use self::{
     failures::{FailureCounter, FailureWeight},
     request::{Choice, Load, QUEUE_MAX, Request, RequestQueue},
     retained::{Kind, Retained},
+};
+pub use self::{
+    reason::AbortReason,
+    trigger::{Purpose, SavepointPurpose, Trigger},
 };
 
 /// When checkpoints are taken and how many may fail. Durations in milliseconds.
@@ -63,214 +70,6 @@ impl Default for CheckpointSettings {
     }
 }
 
-/// Why a checkpoint was given up, or a request for one refused. Flink's
-/// `CheckpointFailureReason`, as far as it can happen on one machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AbortReason {
-    /// Before it began: more requests wait than may.
-    TooManyRequests,
-    /// Before it began: the pause since the last completed checkpoint is not over.
-    MinimumTimeBetweenCheckpoints,
-    /// Before it began: the job is about to end, and takes its last one instead.
-    PeriodicSchedulerShutdown,
-    /// Before it began: tasks are being started or have ended.
-    NotAllTasksRunning,
-    /// It could not be begun.
-    Io {
-        /// The environment's reason.
-        message: String,
-    },
-    /// A task's snapshot could not be stored.
-    SnapshotNotStored {
-        /// The task.
-        task: Option<TaskId>,
-        /// The storage's reason.
-        message: String,
-    },
-    /// Not every task had acked within the timeout.
-    Expired,
-    /// A newer checkpoint is complete.
-    Subsumed,
-    /// A task could not take its snapshot.
-    Declined {
-        /// The task that could not.
-        task: Option<TaskId>,
-        /// Its reason.
-        message: String,
-    },
-    /// The manifest, or the savepoint, could not be made durable.
-    NotFinalized {
-        /// The storage's reason.
-        message: String,
-    },
-    /// The job ends.
-    CoordinatorShutdown,
-    /// The job is not running any more, so what waited is dropped.
-    CoordinatorSuspend,
-    /// Tasks are restarted.
-    FailoverRegion,
-    /// Before it began: regions of the job run one after the other.
-    BlockingOutputExists,
-    /// The savepoint is durable, but the job could not end with it: what its sinks had still to commit
-    /// was not committed. Flink: `StopWithSavepointStoppingException`.
-    StopFailed {
-        /// What failed.
-        message: String,
-    },
-}
-
-impl AbortReason {
-    /// True for the five that `tolerable-failed-checkpoints` counts.
-    #[must_use]
-    pub fn is_counted(&self) -> bool {
-        match self {
-            Self::Io { .. }
-            | Self::SnapshotNotStored { .. }
-            | Self::Expired
-            | Self::Declined { .. }
-            | Self::NotFinalized { .. } => true,
-            Self::TooManyRequests
-            | Self::MinimumTimeBetweenCheckpoints
-            | Self::PeriodicSchedulerShutdown
-            | Self::NotAllTasksRunning
-            | Self::Subsumed
-            | Self::CoordinatorShutdown
-            | Self::CoordinatorSuspend
-            | Self::FailoverRegion
-            | Self::BlockingOutputExists
-            | Self::StopFailed { .. } => false,
-        }
-    }
-
-    /// The reason's name in machine-readable output: Flink's.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::TooManyRequests => "TOO_MANY_CHECKPOINT_REQUESTS",
-            Self::MinimumTimeBetweenCheckpoints => "MINIMUM_TIME_BETWEEN_CHECKPOINTS",
-            Self::PeriodicSchedulerShutdown => "PERIODIC_SCHEDULER_SHUTDOWN",
-            Self::NotAllTasksRunning => "NOT_ALL_REQUIRED_TASKS_RUNNING",
-            Self::Io { .. } => "IO_EXCEPTION",
-            Self::SnapshotNotStored { .. } => "CHECKPOINT_ASYNC_EXCEPTION",
-            Self::Expired => "CHECKPOINT_EXPIRED",
-            Self::Subsumed => "CHECKPOINT_SUBSUMED",
-            Self::Declined { .. } => "CHECKPOINT_DECLINED",
-            Self::NotFinalized { .. } => "FINALIZE_CHECKPOINT_FAILURE",
-            Self::CoordinatorShutdown => "CHECKPOINT_COORDINATOR_SHUTDOWN",
-            Self::CoordinatorSuspend => "CHECKPOINT_COORDINATOR_SUSPEND",
-            Self::FailoverRegion => "JOB_FAILOVER_REGION",
-            Self::BlockingOutputExists => "BLOCKING_OUTPUT_EXIST",
-            Self::StopFailed { .. } => "STOP_WITH_SAVEPOINT_STOPPING",
-        }
-    }
-
-    /// The task that it is about, if it is one's.
-    #[must_use]
-    pub fn task(&self) -> Option<TaskId> {
-        match self {
-            Self::SnapshotNotStored { task, .. } | Self::Declined { task, .. } => *task,
-            _ => None,
-        }
-    }
-
-    /// The reason for people; the task is named by the caller.
-    #[must_use]
-    pub fn message(&self) -> String {
-        match self {
-            Self::TooManyRequests => "too many requests for checkpoints wait".to_owned(),
-            Self::MinimumTimeBetweenCheckpoints => {
-                "the pause since the last completed checkpoint is not over".to_owned()
-            }
-            Self::PeriodicSchedulerShutdown => "the job takes its last checkpoint".to_owned(),
-            Self::NotAllTasksRunning => "not all tasks are running".to_owned(),
-            Self::Io { message } => format!("it could not be begun: {message}"),
-            Self::SnapshotNotStored { message, .. } => {
-                format!("its snapshot was not stored: {message}")
-            }
-            Self::Expired => "not every task acked within the timeout".to_owned(),
-            Self::Subsumed => "a newer checkpoint is complete".to_owned(),
-            Self::Declined { message, .. } => format!("declined: {message}"),
-            Self::NotFinalized { message } => format!("it was not finalized: {message}"),
-            Self::CoordinatorShutdown => "the job ends".to_owned(),
-            Self::CoordinatorSuspend => "the job is not running".to_owned(),
-            Self::FailoverRegion => "tasks were restarted".to_owned(),
-            Self::BlockingOutputExists => {
-                "a job with exchanges that are not pipelined has no state between its regions"
-                    .to_owned()
-            }
-            Self::StopFailed { message } => format!(
-                "the savepoint is complete, but the job did not stop: its sinks had not committed \
-                 everything when it failed ({message})"
-            ),
-        }
-    }
-}
-
-/// What a savepoint is taken for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SavepointPurpose {
-    /// The job goes on.
-    Keep,
-    /// The job ends with it.
-    Stop,
-}
-
-/// What a checkpoint is, by who wants it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trigger {
-    /// The timer.
-    Checkpoint,
-    /// Somebody who waits for the answer under this ticket.
-    Savepoint {
-        /// Names the request in the answer.
-        ticket: u64,
-        /// Whether the job ends with it.
-        purpose: SavepointPurpose,
-    },
-    /// The job itself, whose inputs have ended or who was asked to stop.
-    Last,
-}
-
-impl Trigger {
-    /// The ticket of a savepoint.
-    #[must_use]
-    pub fn ticket(self) -> Option<u64> {
-        match self {
-            Self::Savepoint { ticket, .. } => Some(ticket),
-            Self::Checkpoint | Self::Last => None,
-        }
-    }
-
-    /// How tasks treat its barrier.
-    #[must_use]
-    pub fn purpose(self) -> Purpose {
-        match self {
-            Self::Checkpoint => Purpose::Periodic,
-            Self::Savepoint { purpose: SavepointPurpose::Keep, .. } => Purpose::Savepoint,
-            Self::Savepoint { purpose: SavepointPurpose::Stop, .. } | Self::Last => Purpose::Last,
-        }
-    }
-
-    fn kind(self) -> Kind {
-        match self {
-            Self::Checkpoint | Self::Last => Kind::Checkpoint,
-            Self::Savepoint { purpose: SavepointPurpose::Keep, .. } => Kind::Savepoint,
-            Self::Savepoint { purpose: SavepointPurpose::Stop, .. } => Kind::StopSavepoint,
-        }
-    }
-}
-
-/// What a checkpoint means to the tasks that take it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// One of many.
-    Periodic,
-    /// For a savepoint: nothing is committed when it is complete.
-    Savepoint,
-    /// The job ends with it: sources send nothing behind its barrier.
-    Last,
-}
-
 /// What the coordinator has decided.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
@@ -297,7 +96,7 @@ pub enum Step {
         /// Why.
         reason: AbortReason,
     },
-    /// A request will never begin.
+    /// A request will never begin, or what came of it is of no use any more.
     Refused {
         /// What was wanted.
         trigger: Trigger,
@@ -588,6 +387,9 @@ impl Coordinator {
         if trigger.kind() == Kind::Checkpoint && Some(checkpoint) < self.last_completed() {
             // A newer one was faster, and has said all that this one could say.
             self.cleaning += 1;
+            if matches!(trigger, Trigger::Requested { .. }) {
+                steps.push(Step::Refused { trigger, reason: AbortReason::Subsumed });
+            }
             steps.push(Step::Subsumed { checkpoint });
             return;
         }
@@ -604,7 +406,7 @@ impl Coordinator {
             steps.push(Step::Subsumed { checkpoint: subsumed });
         }
         for older in self.collecting() {
-            let is_savepoint = self.pending[&older].trigger.ticket().is_some();
+            let is_savepoint = self.pending[&older].trigger.savepoint().is_some();
             if older < checkpoint && !is_savepoint {
                 self.abort(older, AbortReason::Subsumed, steps);
             }
@@ -620,7 +422,7 @@ impl Coordinator {
     pub fn abort(&mut self, checkpoint: CheckpointId, reason: AbortReason, steps: &mut Vec<Step>) {
         let Some(Pending { trigger, .. }) = self.pending.remove(&checkpoint) else { return };
         // Whoever asked for a savepoint hears of its failure; the job does not fail by it.
-        let weight = match trigger.ticket() {
+        let weight = match trigger.savepoint() {
             Some(_) => FailureWeight::Tolerated,
             None => self.failures.on_failure(Some(checkpoint), &reason),
         };

@@ -359,7 +359,7 @@ fn job_ends_with_the_checkpoint_of_all_regions_and_nothing_before() {
     let mut effects = Vec::new();
     rig.job.step(Millis(1), Event::SavepointRequested { ticket }, &mut effects);
     let refused = Err(AbortReason::BlockingOutputExists);
-    assert_eq!(effects, [Effect::AnswerSavepoint { ticket, result: refused }]);
+    assert_eq!(effects, [Effect::Answer { ticket, result: refused }]);
     rig.finish("p/0");
     let (task, mut effects) = (rig.task("c/0"), Vec::new());
     let drained = Event::TaskDrained { task, attempt: Attempt(0) };

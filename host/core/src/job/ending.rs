@@ -13,7 +13,7 @@ impl Job {
     pub(super) fn on_stop_requested(&mut self, now: Millis, stop: Stop, effects: &mut Vec<Effect>) {
         let refuse = |reason, effects: &mut Vec<Effect>| {
             if let Some(ticket) = stop.savepoint {
-                effects.push(Effect::AnswerSavepoint { ticket, result: Err(reason) });
+                effects.push(Effect::Answer { ticket, result: Err(reason) });
             }
         };
         if !matches!(self.phase, Phase::Active) {
@@ -53,13 +53,13 @@ impl Job {
         }
     }
 
-    pub(super) fn on_savepoint_requested(
+    /// Somebody wants a checkpoint or a savepoint of the running job.
+    pub(super) fn on_checkpoint_requested(
         &mut self,
         now: Millis,
-        ticket: u64,
+        trigger: Trigger,
         steps: &mut Vec<Step>,
     ) {
-        let trigger = Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep };
         if self.is_batch {
             steps.push(Step::Refused { trigger, reason: AbortReason::BlockingOutputExists });
         } else if matches!(self.phase, Phase::Active) && !self.is_ending() {
@@ -70,20 +70,23 @@ impl Job {
         }
     }
 
-    /// Answers whoever waits for a savepoint, once.
+    /// Answers whoever waits for a checkpoint or a savepoint, once.
     pub(super) fn answer(
         &mut self,
         trigger: Trigger,
         result: Result<CheckpointId, AbortReason>,
         effects: &mut Vec<Effect>,
     ) {
-        let Trigger::Savepoint { ticket, purpose } = trigger else { return };
-        let is_open = match purpose {
-            SavepointPurpose::Keep => true,
-            SavepointPurpose::Stop => self.stop_ticket.take_if(|open| *open == ticket).is_some(),
+        let (ticket, is_open) = match trigger {
+            Trigger::Requested { ticket }
+            | Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep } => (ticket, true),
+            Trigger::Savepoint { ticket, purpose: SavepointPurpose::Stop } => {
+                (ticket, self.stop_ticket.take_if(|open| *open == ticket).is_some())
+            }
+            Trigger::Checkpoint | Trigger::Last => return,
         };
         if is_open {
-            effects.push(Effect::AnswerSavepoint { ticket, result });
+            effects.push(Effect::Answer { ticket, result });
         }
     }
 
@@ -99,7 +102,7 @@ impl Job {
         self.stop = None;
         if let Some(ticket) = self.stop_ticket.take() {
             let result = Err(AbortReason::CoordinatorShutdown);
-            effects.push(Effect::AnswerSavepoint { ticket, result });
+            effects.push(Effect::Answer { ticket, result });
         }
         let all: Vec<TaskId> = self.tasks.keys().copied().collect();
         self.cancel(&all, effects);
@@ -130,7 +133,7 @@ impl Job {
             && self.all(|run| run.state == TaskState::Finished)
         {
             if let Some(ticket) = self.stop_ticket.take() {
-                effects.push(Effect::AnswerSavepoint { ticket, result: Ok(*checkpoint) });
+                effects.push(Effect::Answer { ticket, result: Ok(*checkpoint) });
             }
             effects.push(Effect::Finish { outcome: outcome.clone() });
             self.phase = Phase::Over;

@@ -110,6 +110,11 @@ pub enum Event {
         /// Names the request in the answer.
         ticket: u64,
     },
+    /// Somebody wants a checkpoint of the running job now.
+    CheckpointRequested {
+        /// Names the request in the answer.
+        ticket: u64,
+    },
     /// Somebody wants the job to take a last checkpoint and end.
     StopRequested {
         /// The last checkpoint is to be a savepoint, too; it is answered under this ticket.
@@ -135,6 +140,8 @@ pub enum Effect {
         tasks: Vec<TaskAttempt>,
         /// Whose snapshots they get.
         restore_from: Option<CheckpointId>,
+        /// The newest checkpoint that was given up: whatever they meet of it or an older one is ignored.
+        ignore_up_to: Option<CheckpointId>,
     },
     /// Send a barrier from every source. Answers: `SnapshotAcked` or `SnapshotDeclined`.
     InjectBarrier {
@@ -171,14 +178,23 @@ pub enum Effect {
         checkpoint: CheckpointId,
         /// Why.
         reason: AbortReason,
+        /// The newest one that is complete.
+        completed: Option<CheckpointId>,
+        /// The oldest one that may still be completed, now or later: what was taken for an older one counts only
+        /// as far as later ones stand on it.
+        needed_from: CheckpointId,
     },
     /// Remove a completed checkpoint that is not kept any more. Answer: `CheckpointCleaned`.
     Subsume {
         /// The checkpoint.
         checkpoint: CheckpointId,
+        /// The newest one that is complete.
+        newest: CheckpointId,
+        /// The oldest one that is neither complete nor given up.
+        oldest_pending: Option<CheckpointId>,
     },
-    /// Answer whoever asked for a savepoint.
-    AnswerSavepoint {
+    /// Answer whoever asked for a checkpoint or a savepoint.
+    Answer {
         /// Their ticket.
         ticket: u64,
         /// The checkpoint, or why there is none.

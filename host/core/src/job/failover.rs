@@ -44,7 +44,7 @@ impl Job {
             && let Some(ticket) = self.stop_ticket.take()
         {
             let result = Err(AbortReason::StopFailed { message: cause.to_string() });
-            effects.push(Effect::AnswerSavepoint { ticket, result });
+            effects.push(Effect::Answer { ticket, result });
             self.stop = None;
         }
         // What cannot help to repeat is not even counted.
@@ -190,8 +190,7 @@ impl Job {
             }
             let tasks = self.start_ready();
             if !tasks.is_empty() {
-                let restore_from = self.coordinator.last_completed();
-                effects.push(Effect::StartTasks { tasks, restore_from });
+                effects.push(self.start(tasks));
             }
         }
     }

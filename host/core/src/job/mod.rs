@@ -124,6 +124,8 @@ pub struct Job {
     is_approximate: bool,
     /// Partitions that were given up because every reader had finished.
     released: BTreeSet<PartitionId>,
+    /// The newest checkpoint that was given up.
+    given_up: Option<CheckpointId>,
 }
 
 impl Job {
@@ -163,27 +165,23 @@ impl Job {
             is_batch,
             is_approximate,
             released: BTreeSet::new(),
+            given_up: None,
         };
-        let (tasks, restore_from) = (job.start_ready(), job.coordinator.last_completed());
-        (job, Effect::StartTasks { tasks, restore_from })
+        let tasks = job.start_ready();
+        let first = job.start(tasks);
+        (job, first)
+    }
+
+    /// Starts tasks, as of the newest completed checkpoint.
+    fn start(&self, tasks: Vec<TaskAttempt>) -> Effect {
+        let restore_from = self.coordinator.last_completed();
+        Effect::StartTasks { tasks, restore_from, ignore_up_to: self.given_up }
     }
 
     /// The attempt of a task that runs or is about to.
     #[must_use]
     pub fn attempt(&self, task: TaskId) -> Option<Attempt> {
         self.tasks.get(&task).map(|run| run.attempt)
-    }
-
-    /// The checkpoint a restart would restore.
-    #[must_use]
-    pub fn last_completed(&self) -> Option<CheckpointId> {
-        self.coordinator.last_completed()
-    }
-
-    /// The oldest checkpoint whose snapshots may still be needed for it.
-    #[must_use]
-    pub fn oldest_pending(&self) -> Option<CheckpointId> {
-        self.coordinator.oldest_pending()
     }
 
     /// True once `Finish` has been given out.
@@ -260,7 +258,12 @@ impl Job {
             Event::TaskFinished { task, attempt } => self.on_finished(task, attempt, effects),
             Event::TasksStopped { tasks } => self.on_stopped(&tasks, effects),
             Event::SavepointRequested { ticket } => {
-                self.on_savepoint_requested(now, ticket, &mut steps)
+                let trigger = Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep };
+                self.on_checkpoint_requested(now, trigger, &mut steps);
+            }
+            Event::CheckpointRequested { ticket } => {
+                let trigger = Trigger::Requested { ticket };
+                self.on_checkpoint_requested(now, trigger, &mut steps);
             }
             Event::StopRequested { savepoint, drain } => {
                 let stop = Stop { savepoint, drain, is_urgent: false };
@@ -334,17 +337,22 @@ impl Job {
                     let purpose = trigger.purpose();
                     effects.push(Effect::InjectBarrier { checkpoint, purpose });
                 }
-                Step::Persist { checkpoint, trigger } => effects.push(match trigger.ticket() {
+                Step::Persist { checkpoint, trigger } => effects.push(match trigger.savepoint() {
                     Some(ticket) => Effect::PersistSavepoint { checkpoint, ticket },
                     None => Effect::PersistManifest { checkpoint },
                 }),
                 Step::Completed { checkpoint, trigger } => {
                     self.on_completed(now, checkpoint, trigger, effects);
                 }
-                Step::Subsumed { checkpoint } => effects.push(Effect::Subsume { checkpoint }),
+                Step::Subsumed { checkpoint } => {
+                    let oldest_pending = self.coordinator.oldest_pending();
+                    let newest = self.coordinator.last_completed().unwrap_or(checkpoint);
+                    effects.push(Effect::Subsume { checkpoint, newest, oldest_pending });
+                }
                 Step::Refused { trigger, reason } => self.answer(trigger, Err(reason), effects),
                 Step::Aborted { checkpoint, trigger, reason } => {
-                    effects.push(Effect::Discard { checkpoint, reason: reason.clone() });
+                    self.given_up = self.given_up.max(Some(checkpoint));
+                    effects.push(self.discard(checkpoint, reason.clone()));
                     self.on_aborted(now, trigger, reason, effects);
                 }
                 // What restarts already is not to restart for a checkpoint of its last run.
@@ -355,6 +363,14 @@ impl Job {
                 }
             }
         }
+    }
+
+    /// Gives a checkpoint up.
+    fn discard(&self, checkpoint: CheckpointId, reason: AbortReason) -> Effect {
+        let next = checkpoint.next();
+        let needed_from = self.coordinator.oldest_pending().map_or(next, |oldest| oldest.min(next));
+        let completed = self.coordinator.last_completed();
+        Effect::Discard { checkpoint, reason, completed, needed_from }
     }
 
     /// The savepoint that ends a job is a checkpoint as well: what sinks commit is in its manifest.
@@ -402,10 +418,14 @@ impl Job {
                     && let Some(ticket) = self.stop_ticket.take()
                 {
                     let result = Err(AbortReason::CoordinatorShutdown);
-                    effects.push(Effect::AnswerSavepoint { ticket, result });
+                    effects.push(Effect::Answer { ticket, result });
                 }
                 let outcome = self.outcome_of_last(checkpoint);
                 self.phase = Phase::Ending { outcome, checkpoint };
+                // Whoever still waits for a checkpoint or a savepoint will not get one.
+                let mut steps = Vec::new();
+                self.coordinator.stop(&AbortReason::CoordinatorShutdown, &mut steps);
+                self.apply(now, steps, effects);
                 // It is written; should the job run once more, it needs no second one.
                 self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
             } else if self.stop.is_some_and(|stop| !stop.drain) {
@@ -507,8 +527,7 @@ impl Job {
         }
         let tasks = self.start_ready();
         if !tasks.is_empty() {
-            let restore_from = self.coordinator.last_completed();
-            effects.push(Effect::StartTasks { tasks, restore_from });
+            effects.push(self.start(tasks));
         }
         let partitions = self.unread_partitions(task);
         if !partitions.is_empty() {

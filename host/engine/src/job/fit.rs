@@ -1,12 +1,15 @@
 //! Whether the state of a checkpoint can become the state of these tasks.
 
-use cofferdam_core::fit::{Misfit, self};
+use cofferdam_core::fit::{self, Misfit};
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
-use cofferdam_store::{manifest::{Manifest, TaskIdentity}, self};
+use cofferdam_store::{
+    self,
+    manifest::{Manifest, TaskIdentity},
+};
 
-use crate::job::read_out::on_instance;
 use super::target::Tasks;
+use crate::job::read_out::on_instance;
 
 /// What to do with a type that does not fit.
 pub(super) const HOW_TO_GROW: &str = "keep the type, or let it grow: a new field has #[serde(default)], an integer may \

@@ -142,6 +142,7 @@ fn event_of(text: &str, all: &[TaskId]) -> Event {
             lost: None,
         },
         ["finished", who, at] => Event::TaskFinished { task: task_of(who), attempt: attempt(at) },
+        ["checkpoint"] => Event::CheckpointRequested { ticket: 5 },
         ["savepoint"] => Event::SavepointRequested { ticket: 7 },
         ["stop"] => Event::StopRequested { savepoint: None, drain: false },
         ["stop", "savepoint"] => Event::StopRequested { savepoint: Some(7), drain: false },
@@ -172,10 +173,10 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
         Purpose::Periodic => "",
     };
     match effect {
-        Effect::StartTasks { tasks, restore_from: Some(id) } => {
+        Effect::StartTasks { tasks, restore_from: Some(id), .. } => {
             format!("start {} from #{id}", show_tasks(tasks, all))
         }
-        Effect::StartTasks { tasks, restore_from: None } => {
+        Effect::StartTasks { tasks, restore_from: None, .. } => {
             format!("start {} empty", show_tasks(tasks, all))
         }
         Effect::InjectBarrier { checkpoint, purpose } => {
@@ -187,7 +188,7 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
         Effect::NotifyComplete { checkpoint, purpose } => {
             format!("complete #{checkpoint}{}", suffix(purpose))
         }
-        Effect::Discard { checkpoint, reason } => {
+        Effect::Discard { checkpoint, reason, .. } => {
             let reason = match reason {
                 AbortReason::Expired => "expired",
                 AbortReason::Declined { .. } => "declined",
@@ -197,9 +198,9 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
             };
             format!("discard #{checkpoint} {reason}")
         }
-        Effect::Subsume { checkpoint } => format!("discard #{checkpoint} subsumed"),
-        Effect::AnswerSavepoint { result: Ok(checkpoint), .. } => format!("saved #{checkpoint}"),
-        Effect::AnswerSavepoint { result: Err(reason), .. } => {
+        Effect::Subsume { checkpoint, .. } => format!("discard #{checkpoint} subsumed"),
+        Effect::Answer { result: Ok(checkpoint), .. } => format!("saved #{checkpoint}"),
+        Effect::Answer { result: Err(reason), .. } => {
             format!("not saved: {}", reason.name())
         }
         Effect::CancelTasks { tasks } => format!("cancel {}", show_tasks(tasks, all)),
@@ -456,6 +457,31 @@ fn cancel_while_restarting_waits_for_the_tasks() {
          3: stopped a@0 b@0   ->
          4: stopped c@0       -> canceled at none
          5: cancel            ->",
+    );
+}
+
+#[test]
+fn requested_checkpoint_is_answered_when_it_is_complete_and_committed_as_any() {
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: checkpoint        -> barrier #1
+         6: ack a @0 #1       ->
+         7: ack b @0 #1       -> persist #1
+         8: durable #1        -> saved #1, complete #1",
+    );
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: checkpoint        -> barrier #1
+         6: trap a @0         -> discard #1 restarted, not saved: JOB_FAILOVER_REGION, cancel @0, restart in 50
+         7: checkpoint        -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING",
+    );
+    check(
+        fixed_delay(1),
+        "0: started @0        ->
+         5: stop              -> barrier #1 last
+         6: checkpoint        -> not saved: CHECKPOINT_COORDINATOR_SHUTDOWN",
     );
 }
 

@@ -1,0 +1,146 @@
+//! Why a checkpoint was given up, in Flink's words.
+
+use crate::ids::TaskId;
+
+/// Why a checkpoint was given up, or a request for one refused. Flink's
+/// `CheckpointFailureReason`, as far as it can happen on one machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AbortReason {
+    /// Before it began: more requests wait than may.
+    TooManyRequests,
+    /// Before it began: the pause since the last completed checkpoint is not over.
+    MinimumTimeBetweenCheckpoints,
+    /// Before it began: the job is about to end, and takes its last one instead.
+    PeriodicSchedulerShutdown,
+    /// Before it began: tasks are being started or have ended.
+    NotAllTasksRunning,
+    /// It could not be begun.
+    Io {
+        /// The environment's reason.
+        message: String,
+    },
+    /// A task's snapshot could not be stored.
+    SnapshotNotStored {
+        /// The task.
+        task: Option<TaskId>,
+        /// The storage's reason.
+        message: String,
+    },
+    /// Not every task had acked within the timeout.
+    Expired,
+    /// A newer checkpoint is complete.
+    Subsumed,
+    /// A task could not take its snapshot.
+    Declined {
+        /// The task that could not.
+        task: Option<TaskId>,
+        /// Its reason.
+        message: String,
+    },
+    /// The manifest, or the savepoint, could not be made durable.
+    NotFinalized {
+        /// The storage's reason.
+        message: String,
+    },
+    /// The job ends.
+    CoordinatorShutdown,
+    /// The job is not running any more, so what waited is dropped.
+    CoordinatorSuspend,
+    /// Tasks are restarted.
+    FailoverRegion,
+    /// Before it began: regions of the job run one after the other.
+    BlockingOutputExists,
+    /// The savepoint is durable, but the job could not end with it: what its sinks had still to commit
+    /// was not committed. Flink: `StopWithSavepointStoppingException`.
+    StopFailed {
+        /// What failed.
+        message: String,
+    },
+}
+
+impl AbortReason {
+    /// True for the five that `tolerable-failed-checkpoints` counts.
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        match self {
+            Self::Io { .. }
+            | Self::SnapshotNotStored { .. }
+            | Self::Expired
+            | Self::Declined { .. }
+            | Self::NotFinalized { .. } => true,
+            Self::TooManyRequests
+            | Self::MinimumTimeBetweenCheckpoints
+            | Self::PeriodicSchedulerShutdown
+            | Self::NotAllTasksRunning
+            | Self::Subsumed
+            | Self::CoordinatorShutdown
+            | Self::CoordinatorSuspend
+            | Self::FailoverRegion
+            | Self::BlockingOutputExists
+            | Self::StopFailed { .. } => false,
+        }
+    }
+
+    /// The reason's name in machine-readable output: Flink's.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::TooManyRequests => "TOO_MANY_CHECKPOINT_REQUESTS",
+            Self::MinimumTimeBetweenCheckpoints => "MINIMUM_TIME_BETWEEN_CHECKPOINTS",
+            Self::PeriodicSchedulerShutdown => "PERIODIC_SCHEDULER_SHUTDOWN",
+            Self::NotAllTasksRunning => "NOT_ALL_REQUIRED_TASKS_RUNNING",
+            Self::Io { .. } => "IO_EXCEPTION",
+            Self::SnapshotNotStored { .. } => "CHECKPOINT_ASYNC_EXCEPTION",
+            Self::Expired => "CHECKPOINT_EXPIRED",
+            Self::Subsumed => "CHECKPOINT_SUBSUMED",
+            Self::Declined { .. } => "CHECKPOINT_DECLINED",
+            Self::NotFinalized { .. } => "FINALIZE_CHECKPOINT_FAILURE",
+            Self::CoordinatorShutdown => "CHECKPOINT_COORDINATOR_SHUTDOWN",
+            Self::CoordinatorSuspend => "CHECKPOINT_COORDINATOR_SUSPEND",
+            Self::FailoverRegion => "JOB_FAILOVER_REGION",
+            Self::BlockingOutputExists => "BLOCKING_OUTPUT_EXIST",
+            Self::StopFailed { .. } => "STOP_WITH_SAVEPOINT_STOPPING",
+        }
+    }
+
+    /// The task that it is about, if it is one's.
+    #[must_use]
+    pub fn task(&self) -> Option<TaskId> {
+        match self {
+            Self::SnapshotNotStored { task, .. } | Self::Declined { task, .. } => *task,
+            _ => None,
+        }
+    }
+
+    /// The reason for people; the task is named by the caller.
+    #[must_use]
+    pub fn message(&self) -> String {
+        match self {
+            Self::TooManyRequests => "too many requests for checkpoints wait".to_owned(),
+            Self::MinimumTimeBetweenCheckpoints => {
+                "the pause since the last completed checkpoint is not over".to_owned()
+            }
+            Self::PeriodicSchedulerShutdown => "the job takes its last checkpoint".to_owned(),
+            Self::NotAllTasksRunning => "not all tasks are running".to_owned(),
+            Self::Io { message } => format!("it could not be begun: {message}"),
+            Self::SnapshotNotStored { message, .. } => {
+                format!("its snapshot was not stored: {message}")
+            }
+            Self::Expired => "not every task acked within the timeout".to_owned(),
+            Self::Subsumed => "a newer checkpoint is complete".to_owned(),
+            Self::Declined { message, .. } => format!("declined: {message}"),
+            Self::NotFinalized { message } => format!("it was not finalized: {message}"),
+            Self::CoordinatorShutdown => "the job ends".to_owned(),
+            Self::CoordinatorSuspend => "the job is not running".to_owned(),
+            Self::FailoverRegion => "tasks were restarted".to_owned(),
+            Self::BlockingOutputExists => {
+                "a job with exchanges that are not pipelined has no state between its regions"
+                    .to_owned()
+            }
+            Self::StopFailed { message } => format!(
+                "the savepoint is complete, but the job did not stop: its sinks had not committed \
+                 everything when it failed ({message})"
+            ),
+        }
+    }
+}
