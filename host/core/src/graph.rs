@@ -1,6 +1,6 @@
 //! Turns a job graph (operators and edges) into tasks, channels and chains.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::collections::BTreeSet;
 
 use crate::{
     exchange::ExchangeType,
@@ -30,18 +30,6 @@ impl Partitioner {
     pub fn is_pointwise(self) -> bool {
         matches!(self, Self::Forward | Self::Rescale)
     }
-}
-
-/// The tasks that a producing task of a pointwise edge sends to. Flink's formula
-/// (`VertexInputInfoComputationUtils`, 2.0).
-#[must_use]
-pub fn consumer_range(source: u32, sources: u32, targets: u32) -> Range<u32> {
-    if sources < targets {
-        return (source * targets).div_ceil(sources)..((source + 1) * targets).div_ceil(sources);
-    }
-    // Target i reads from floor(i * S / T) up to floor((i + 1) * S / T).
-    let target = (0..targets).find(|target| source < (target + 1) * sources / targets);
-    target.map_or(0..0, |target| target..target + 1)
 }
 
 /// A node of the job graph.
@@ -300,19 +288,6 @@ mod tests {
         assert_eq!(turned, [OperatorId(1), OperatorId(2), OperatorId(3)]);
         let follows = |a: OperatorId| OperatorId(a.0 % 3 + 1);
         assert!(cycle.windows(2).all(|pair| follows(pair[0]) == pair[1]), "{cycle:?}");
-    }
-
-    #[test]
-    fn pointwise_ranges_cover_every_task_once() {
-        for (sources, targets) in [(1, 1), (2, 5), (5, 2), (3, 3), (4, 6), (7, 3)] {
-            let ranges = (0..sources).map(|source| consumer_range(source, sources, targets));
-            let mut reached: Vec<u32> = ranges.clone().flatten().collect();
-            reached.dedup();
-            assert!(reached.into_iter().eq(0..targets), "{sources} -> {targets}");
-            let each = if sources < targets { targets / sources } else { 1 };
-            assert!(ranges.into_iter().all(|range| each <= range.len() as u32));
-        }
-        assert_eq!((0..2).map(|s| consumer_range(s, 2, 5)).collect::<Vec<_>>(), [0..3, 3..5]);
     }
 
     #[test]

@@ -520,7 +520,12 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
         assert!(counts.iter().all(Option::is_some), "{task:?} lost records");
     }
     assert!(world.tasks.values().all(|task| !task.is_running));
-    assert!(world.tickets.is_empty(), "unanswered: {:?}\n{}", world.tickets, world.trace.join("\n"));
+    assert!(
+        world.tickets.is_empty(),
+        "unanswered: {:?}\n{}",
+        world.tickets,
+        world.trace.join("\n")
+    );
     (world.trace, world.faults)
 }
 

@@ -7,8 +7,9 @@
 use std::collections::BTreeMap;
 
 use crate::{
+    channel,
     exchange::ExchangeType,
-    graph::{JobGraph, consumer_range},
+    graph::JobGraph,
     ids::{OperatorId, TaskId},
 };
 
@@ -114,29 +115,13 @@ fn partition_groups(graph: &JobGraph) -> Vec<PartitionGroup> {
     };
     let mut groups = Vec::new();
     for (place, edge) in graph.edges().iter().enumerate() {
-        let (sources, targets) =
-            (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
-        let mut push = |producers, consumers| {
+        for (producers, consumers) in channel::groups(graph, edge) {
             groups.push(PartitionGroup {
                 edge: place,
                 exchange: edge.exchange,
                 producers: tasks(edge.from, producers),
                 consumers: tasks(edge.to, consumers),
             });
-        };
-        if !edge.partitioner.is_pointwise() {
-            push(0..sources, 0..targets);
-        } else if sources >= targets {
-            for target in 0..targets {
-                push(
-                    target * sources / targets..(target + 1) * sources / targets,
-                    target..target + 1,
-                );
-            }
-        } else {
-            for source in 0..sources {
-                push(source..source + 1, consumer_range(source, sources, targets));
-            }
         }
     }
     groups

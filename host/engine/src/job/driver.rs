@@ -48,9 +48,8 @@ pub(crate) struct Driver {
     inbox: UnboundedReceiver<Event>,
     started: Instant,
     workers: Vec<RunningWorker>,
-    failed_at: Option<Instant>,
-    /// The newest checkpoint that was given up: tasks that begin later know nothing of it.
-    given_up: Option<CheckpointId>,
+    /// When the event that is being answered has come.
+    event_at: Instant,
     outcome: Option<Outcome>,
     desk: Arc<Desk>,
     rehearsal: Arc<Rehearsal>,
@@ -97,8 +96,7 @@ impl Driver {
             inbox,
             started: Instant::now(),
             workers: Vec::new(),
-            failed_at: None,
-            given_up: None,
+            event_at: Instant::now(),
             outcome: None,
             desk,
             rehearsal: Arc::new(rehearsal),
@@ -111,11 +109,7 @@ impl Driver {
         let mut effects = Vec::new();
         loop {
             let event = self.next_event().await;
-            if let Event::TaskFailed { task, .. } = &event
-                && task.is_none_or(|(task, attempt)| self.core.attempt(task) == Some(attempt))
-            {
-                self.failed_at.get_or_insert_with(Instant::now);
-            }
+            self.event_at = Instant::now();
             self.core.step(self.now(), event, &mut effects);
             for effect in effects.drain(..) {
                 self.perform(effect);
@@ -144,7 +138,9 @@ impl Driver {
 
     fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::StartTasks { tasks, restore_from } => self.start_tasks(tasks, restore_from),
+            Effect::StartTasks { tasks, restore_from, ignore_up_to } => {
+                self.start_tasks(tasks, restore_from, ignore_up_to);
+            }
             Effect::InjectBarrier { checkpoint, purpose } => {
                 self.monitor.note_triggered(checkpoint);
                 self.tell_sources(Control::Barrier(checkpoint, purpose));
@@ -166,24 +162,20 @@ impl Driver {
                     self.monitor.report(Event::SavepointLost { checkpoint, message });
                 }
             },
-            Effect::AnswerSavepoint { ticket, result } => {
+            Effect::Answer { ticket, result } => {
                 self.desk.answer(ticket, result.map_err(|reason| reason.message()));
             }
             Effect::NotifyComplete { checkpoint, purpose } => {
                 self.notify_complete(checkpoint, purpose)
             }
-            Effect::Subsume { checkpoint } => {
+            Effect::Subsume { checkpoint, newest, oldest_pending } => {
                 self.desk.forget(checkpoint);
-                if let Some(newest) = self.core.last_completed() {
-                    let oldest_pending = self.core.oldest_pending();
-                    self.monitor.storage.subsume(checkpoint, newest, oldest_pending);
-                }
+                self.monitor.storage.subsume(checkpoint, newest, oldest_pending);
             }
-            Effect::Discard { checkpoint, reason } => {
-                self.given_up = self.given_up.max(Some(checkpoint));
+            Effect::Discard { checkpoint, reason, completed, needed_from } => {
                 tell(&self.workers, Control::Abort(checkpoint));
                 self.monitor.note_given_up(checkpoint);
-                self.release(checkpoint);
+                self.release(completed, needed_from);
                 let task = reason.task().map(|task| self.plan.graph.task_name(task));
                 let words = match task {
                     Some(task) => format!("{task} {}", reason.message()),
@@ -217,9 +209,8 @@ impl Driver {
         restarting: &BTreeMap<TaskId, RestartReason>,
     ) {
         let task = task.map(|(task, _)| task);
-        let failed_at = self.failed_at.take().unwrap_or_else(Instant::now);
         let delay = Duration::from_millis(delay_ms);
-        self.monitor.note_restart(task.map(|task| task.operator), failed_at, delay);
+        self.monitor.note_restart(task.map(|task| task.operator), self.event_at, delay);
         let task = task.map(|task| self.plan.graph.task_name(task));
         let graph = &self.plan.graph;
         let because = restarting
@@ -268,11 +259,9 @@ impl Driver {
     }
 
     /// What a checkpoint that was given up has taken counts only as far as later ones stand on it.
-    fn release(&self, aborted: CheckpointId) {
-        let next = CheckpointId(aborted.0 + 1);
-        let needed_from = self.core.oldest_pending().map_or(next, |oldest| oldest.min(next));
+    fn release(&self, completed: Option<CheckpointId>, needed_from: CheckpointId) {
         self.monitor.storage.release(needed_from);
-        let completed = self.core.last_completed().map_or(0, |completed| completed.0);
+        let completed = completed.map_or(0, |completed| completed.0);
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         tokio::task::spawn_blocking(move || {
             for local in locals {
@@ -286,8 +275,12 @@ impl Driver {
         });
     }
 
-    fn start_tasks(&mut self, tasks: Vec<TaskAttempt>, restore_from: Option<CheckpointId>) {
-        self.failed_at = None;
+    fn start_tasks(
+        &mut self,
+        tasks: Vec<TaskAttempt>,
+        restore_from: Option<CheckpointId>,
+        ignore_up_to: Option<CheckpointId>,
+    ) {
         let slots = tasks.iter().map(|(task, _)| self.plan.slot(*task)).collect();
         self.monitor.storage.begin(slots, restore_from);
         self.observe(Progress::Started {
@@ -295,7 +288,7 @@ impl Driver {
             restored_from: restore_from.map(|checkpoint| checkpoint.0),
             tasks: tasks.len(),
         });
-        let workers = self.plan.workers(tasks, restore_from, self.given_up, &self.monitor);
+        let workers = self.plan.workers(tasks, restore_from, ignore_up_to, &self.monitor);
         self.workers.extend(workers.into_iter().map(run));
     }
 

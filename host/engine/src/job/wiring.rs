@@ -2,14 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::Range,
     sync::{Arc, Mutex, atomic::Ordering},
 };
 
 use cofferdam_connector::blocking::{Blocking, CallsEnded};
 use cofferdam_core::{
+    channel::{consumers, producers},
     failover::topology::PartitionId,
-    graph::{Edge, JobGraph, Partitioner, consumer_range},
+    graph::{Edge, JobGraph},
     ids::{Attempt, CheckpointId, OperatorId, TaskId},
     job::TaskAttempt,
     watermark::Clock,
@@ -155,7 +155,7 @@ impl Plan {
         let incoming = self.incoming(task).filter(|channel| channel.edge.exchange.has_partition());
         let channels = incoming.map(|Incoming { place, edge, producer, channel }| {
             let id = PartitionId { edge: place, producer };
-            let readers = receivers(&self.graph, edge, producer.index);
+            let readers = consumers(&self.graph, edge, producer.index);
             PartitionChannel {
                 sender: Sender::new(gate, channel),
                 id,
@@ -178,7 +178,7 @@ impl Plan {
         gates: &BTreeMap<TaskId, Arc<Gate>>,
     ) -> Vec<Outlet> {
         let edge = &self.graph.edges()[place];
-        let receivers = receivers(&self.graph, edge, producer.index);
+        let receivers = consumers(&self.graph, edge, producer.index);
         if edge.exchange.is_approximate() {
             let link = |index| {
                 let consumer = TaskId { operator: edge.to, index };
@@ -244,24 +244,6 @@ fn add_target(node: &mut Node, output: u32, target: Target) {
     node.targets[output].push(target);
 }
 
-/// The producing tasks of an edge that one receiving task reads from.
-fn producers(graph: &JobGraph, edge: &Edge, to: u32) -> Range<u32> {
-    let (sources, targets) =
-        (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
-    match edge.partitioner {
-        // Also what sends everything to one task sends barriers to all.
-        Partitioner::Hash
-        | Partitioner::Rebalance
-        | Partitioner::Broadcast
-        | Partitioner::Global => 0..sources,
-        Partitioner::Forward | Partitioner::Rescale => {
-            let feeds = |from: &u32| consumer_range(*from, sources, targets).contains(&to);
-            let first = (0..sources).find(feeds).unwrap_or(0);
-            first..first + (first..sources).take_while(feeds).count() as u32
-        }
-    }
-}
-
 /// How many channels each input edge brings to a task.
 fn channel_counts(graph: &JobGraph, to: TaskId) -> Vec<usize> {
     graph.inputs(to.operator).map(|edge| producers(graph, edge, to.index).len()).collect()
@@ -297,18 +279,5 @@ fn senders(
         let place = index - producers(graph, edge, to).start;
         Sender::new(&gates[&task], first + place as usize)
     };
-    receivers(graph, edge, index).map(sender).collect()
-}
-
-/// The receiving tasks of an edge that one producing task writes to.
-fn receivers(graph: &JobGraph, edge: &Edge, index: u32) -> Range<u32> {
-    let (sources, targets) =
-        (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism);
-    match edge.partitioner {
-        Partitioner::Hash
-        | Partitioner::Rebalance
-        | Partitioner::Broadcast
-        | Partitioner::Global => 0..targets,
-        Partitioner::Forward | Partitioner::Rescale => consumer_range(index, sources, targets),
-    }
+    consumers(graph, edge, index).map(sender).collect()
 }
