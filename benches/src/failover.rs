@@ -45,7 +45,7 @@ fn one_of_many() -> Result<()> {
     let manifest = dir.path().join("job.toml");
     std::fs::write(&manifest, text)?;
     let ran = run_manifest(&manifest, |job| {
-        let handle = job.handle();
+        let handle = job.control();
         after_restarts(job, TRAPS_OF_ONE, move || handle.cancel());
     });
     ensure!(matches!(ran.outcome, Ok(Outcome::Canceled { .. })), "{:?}", ran.outcome);

@@ -59,7 +59,7 @@ fn recoveries(dir: &Path, ballast: u64) -> Result<Vec<f64>> {
     let deed = format!("do = \"trap\", at = {at}, step = 400, attempts = {TRAPS}");
     let manifest = harness(ballast, &deed).write(dir);
     let ran = run_manifest(&manifest, |job| {
-        let handle = job.handle();
+        let handle = job.control();
         after_restarts(job, TRAPS, move || handle.stop());
     });
     ran.outcome.as_ref().map_err(|problem| anyhow::anyhow!("{problem}"))?;

@@ -132,7 +132,7 @@ fn recovery(lines: &str) -> Result<(f64, u64)> {
     fs::write(&path, manifest(lines, 0.0, &component, &config, "rate = 400000"))?;
     let resident = Arc::new(AtomicU64::new(0));
     let ran = run_manifest(&path, |job| {
-        let (handle, resident) = (job.handle(), resident.clone());
+        let (handle, resident) = (job.control(), resident.clone());
         after_restarts(job, 12, move || {
             resident.store(resident_mib().unwrap_or(0), Ordering::Relaxed);
             handle.cancel();

@@ -206,7 +206,7 @@ fn both_may_fail_and_the_process_may_end_in_between() {
         let ran = run_manifest(&manifest, |job| {
             if let Some(records) = stops_after {
                 // By then both have trapped.
-                let (metrics, handle) = (job.metrics(), job.handle());
+                let (metrics, handle) = (job.metrics(), job.control());
                 let written = move || metrics.read(|_| false, |node| node == OUT).records_written;
                 when(move || records <= written(), move || handle.stop());
             }

@@ -534,7 +534,7 @@ fn connectors_of_the_program_run_through_failures_and_a_rescale() {
         &JobOptions::default(),
         &catalog,
         move |job| {
-            let handle = job.handle();
+            let handle = job.control();
             std::thread::spawn(move || {
                 wait_for(&more, 100);
                 others.add(0, 100, "bad luck");
@@ -581,7 +581,7 @@ fn a_sink_that_sleeps_holds_up_neither_another_job_nor_its_own_end() {
     let asleep = tempfile::tempdir().expect("a directory");
     let manifest = manifest(asleep.path(), 4, "pause = \"1h\"\n");
     let ran = run_with_catalog(&manifest, &JobOptions::default(), &catalog, |job| {
-        let handle = job.handle();
+        let handle = job.control();
         std::thread::spawn(move || {
             // On the same two threads another job begins and ends.
             let awake = tempfile::tempdir().expect("a directory");

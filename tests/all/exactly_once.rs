@@ -117,7 +117,7 @@ fn stopped_job_goes_on_where_it_was() {
     let harness = Harness { rate: Some(100_000), interval_ms: 10_000, ..Harness::default() };
     let manifest = harness.write(dir.path());
     let ran = run_manifest(&manifest, |job| {
-        let (stop, metrics) = (job.handle(), job.metrics());
+        let (stop, metrics) = (job.control(), job.metrics());
         std::thread::spawn(move || {
             let read = |_: &()| metrics.read(|index| index == 0, |_| false).records_read;
             while read(&()) < 5_000 {

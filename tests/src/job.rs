@@ -12,7 +12,7 @@ use cofferdam_connector::Catalog;
 use cofferdam_connectors::builtin;
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
-    control::JobHandle,
+    control::JobControl,
     job::{CheckedJob, Job, JobOptions},
     problem::Problem,
     progress::{Observer, Progress},
@@ -349,15 +349,15 @@ pub fn when(is_time: impl Fn() -> bool + Send + 'static, then: impl FnOnce() + S
 }
 
 /// Calls `then` on a thread of its own once so many records were read.
-pub fn after_records(job: &Job, records: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
-    let (handle, metrics) = (job.handle(), job.metrics());
+pub fn after_records(job: &Job, records: u64, then: impl FnOnce(JobControl) + Send + 'static) {
+    let (handle, metrics) = (job.control(), job.metrics());
     let read = move || metrics.read(|index| index == 0, |_| false).records_read;
     when(move || records <= read(), move || then(handle));
 }
 
 /// Calls `then` on a thread of its own once so many checkpoints are complete.
-pub fn after_checkpoints(job: &Job, count: u64, then: impl FnOnce(JobHandle) + Send + 'static) {
-    let (handle, metrics) = (job.handle(), job.metrics());
+pub fn after_checkpoints(job: &Job, count: u64, then: impl FnOnce(JobControl) + Send + 'static) {
+    let (handle, metrics) = (job.control(), job.metrics());
     let completed = move || metrics.read(|_| false, |_| false).checkpoints;
     when(move || count <= completed(), move || then(handle));
 }

@@ -10,6 +10,7 @@ use std::{
 use cofferdam_engine::{
     control::KeptCheckpoint,
     problem::{Code, Problem},
+    socket::{Answer, Request, ask, other_answer},
     state_dir::{Ended, JobRecord},
 };
 use cofferdam_store::{Found, SnapshotStore, inspect::TaskReport, manifest::Manifest};
@@ -18,9 +19,7 @@ use serde_json::json;
 use crate::{
     args::{CheckpointsVerb, JobArgument},
     control::{Places, places},
-    report,
-    socket::{Answer, Request, ask, other_answer},
-    with_runtime,
+    report, with_runtime,
 };
 
 pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> {

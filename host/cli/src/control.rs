@@ -6,7 +6,10 @@ use std::{
 };
 
 use cofferdam_connectors::builtin;
-use cofferdam_engine::problem::{Code, Problem};
+use cofferdam_engine::{
+    problem::{Code, Problem},
+    socket::{Answer, Request, ask, other_answer},
+};
 use cofferdam_spec::{JobSpec, StorageSpec};
 use cofferdam_store::is_url;
 use indicatif::HumanDuration;
@@ -15,7 +18,6 @@ use serde_json::json;
 use crate::{
     args::{CancelArguments, JobArgument, SavepointArguments, StopArguments},
     report,
-    socket::{Answer, Request, ask, other_answer},
 };
 
 /// Where a job keeps things.
@@ -162,8 +164,7 @@ fn say(answer: Answer, what: &str, is_json: bool) -> Result<(), Problem> {
         Answer::Accepted { .. } => say!("{what}"),
         Answer::Kept { .. } => return Err(other_answer()),
         Answer::Refused { error } => {
-            return Err(Problem::new(Code::RequestRefused, format!("the job says no: {error}"))
-                .hint("its own log says more"));
+            return Err(Problem::new(Code::RequestRefused, error).hint("its own log says more"));
         }
     }
     Ok(())

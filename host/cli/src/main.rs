@@ -12,7 +12,6 @@ mod explain;
 mod lines;
 mod new;
 mod run;
-mod socket;
 mod state;
 
 use std::{io::Write, process::ExitCode};

@@ -15,12 +15,13 @@ use cofferdam_connector::catalog::Conflicts;
 use cofferdam_connectors::builtin;
 use cofferdam_core::job::Outcome;
 use cofferdam_engine::{
-    control::JobHandle,
-    job::{self, CheckedJob, Job, JobOptions},
+    Engine, EngineOptions, JobHandle,
+    job::JobOptions,
     metrics::{Metrics, Reading},
     problem::{Code, Problem},
     progress::{Observer, Progress},
     restore::RestoreFrom,
+    socket::Server,
 };
 use cofferdam_spec::{JobSpec, NodeKind};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -35,7 +36,6 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     args::{ClaimMode, RunArguments},
     report,
-    socket::Server,
 };
 
 /// How often the line of a terminal is drawn anew.
@@ -58,9 +58,8 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     }
     let (begins, begun) = oneshot::channel();
     tokio::spawn(obey_interrupts(Signals::catch(), begun));
-    let cache_dir = arguments.cache.dir();
-    let sandbox = job::sandbox(cache_dir)?;
-    let checked = CheckedJob::new(spec, &sandbox).await?;
+    let engine = Engine::new(EngineOptions { cache_dir: arguments.cache.dir() })?;
+    let checked = engine.check(spec).await?;
     for warning in checked.warnings() {
         tracing::warn!("{warning}");
     }
@@ -87,14 +86,14 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     } else {
         Mode::Log
     };
-    let job = Job::prepare(checked, &options, Arc::new(Watcher { mode }))?;
+    let job = engine.submit_observed(checked, options, Arc::new(Watcher { mode })).await?;
 
     let view = View::new(&job, mode, &screen);
     // The task waits for it.
-    let _ = begins.send(job.handle());
+    let _ = begins.send(job.clone());
     let requests = serve_requests(&job);
     let watching = view.clone().watch();
-    let outcome = job.run().await;
+    let outcome = job.ended().await;
     if let Some((ended, requests)) = requests {
         // Whoever asked for what ended the job still gets the answer.
         drop(ended);
@@ -110,12 +109,11 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
 
 /// Answers `savepoint`, `stop` and `cancel`, if there is a directory for the socket, until what is
 /// given back first is dropped.
-fn serve_requests(job: &Job) -> Option<(oneshot::Sender<()>, JoinHandle<()>)> {
-    let (name, default) = (job.spec().name.clone(), job.spec().savepoint_dir.clone());
+fn serve_requests(job: &JobHandle) -> Option<(oneshot::Sender<()>, JoinHandle<()>)> {
     match Server::bind(job.state_dir()?) {
         Ok(server) => {
             let (sender, ended) = oneshot::channel();
-            Some((sender, tokio::spawn(server.serve(job.handle(), name, default, ended))))
+            Some((sender, tokio::spawn(server.serve(job.clone(), ended))))
         }
         Err(error) => {
             tracing::warn!(%error, "no control socket: savepoint, stop and cancel cannot reach this job");
@@ -329,7 +327,7 @@ struct View {
 }
 
 impl View {
-    fn new(job: &Job, mode: Mode, screen: &MultiProgress) -> Self {
+    fn new(job: &JobHandle, mode: Mode, screen: &MultiProgress) -> Self {
         let is = |kind: &NodeKind| {
             (matches!(kind, NodeKind::Source(_)), matches!(kind, NodeKind::Sink(_)))
         };

@@ -80,7 +80,7 @@ mod tests {
             exchange: ExchangeType::PipelinedBounded,
         };
         let operators = vec![operator("from", sources), operator("to", targets)];
-        (JobGraph::new(operators, vec![edge.clone()]).expect("a graph"), edge)
+        (JobGraph::new(operators, vec![edge]).expect("a graph"), edge)
     }
 
     #[test]

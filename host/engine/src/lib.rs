@@ -2,8 +2,10 @@
 //! core and does what it says. Decides nothing that a restart or a checkpoint depends on.
 
 mod clock;
+mod engine;
 mod exchange;
 mod failure;
+mod handle;
 pub mod job;
 pub mod schema;
 mod state;
@@ -12,7 +14,9 @@ mod task;
 mod watch;
 
 pub use self::{
+    engine::{Engine, EngineOptions},
+    handle::{JobHandle, JobStatus},
     job::{restore, state_dir},
-    watch::{control, history, metrics, progress},
+    watch::{control, events, history, log, metrics, progress, socket},
 };
 pub use cofferdam_settings::problem;

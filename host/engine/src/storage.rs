@@ -19,10 +19,14 @@ use cofferdam_core::{
 use cofferdam_store::{
     SnapshotStore, StorageError,
     declared::Entries,
+    inspect::TaskReport,
     savepoint,
     snapshot::{LoadedTask, TaskSnapshot},
 };
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{
+    mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    oneshot,
+};
 
 use crate::{
     clock::now_ms,
@@ -36,6 +40,7 @@ enum Command {
     Export { checkpoint: u64, dir: PathBuf },
     Subsume { checkpoint: u64, newest: u64, oldest_pending: Option<u64> },
     Release { needed_from: u64 },
+    Inspect { checkpoint: u64, answer: oneshot::Sender<Inspected> },
 }
 
 struct Snapshot {
@@ -54,6 +59,22 @@ pub(crate) trait Report: Send + 'static {
     fn written(&self, checkpoint: CheckpointId, bytes: u64);
     /// Something went wrong that ends nothing.
     fn warning(&self, message: String);
+}
+
+/// What a checkpoint consists of, or why that is not known.
+type Inspected = Result<Vec<TaskReport>, String>;
+
+/// Looks into the checkpoints of a running job. The thread does not end before it is gone.
+pub(crate) struct Inspector(UnboundedSender<Command>);
+
+impl Inspector {
+    /// Asks what a completed checkpoint consists of.
+    pub(crate) fn inspect(&self, checkpoint: u64) -> oneshot::Receiver<Inspected> {
+        let (answer, answered) = oneshot::channel();
+        // The thread ends only after this sender.
+        let _ = self.0.send(Command::Inspect { checkpoint, answer });
+        answered
+    }
 }
 
 /// The way to the writer, and to the store for reading.
@@ -88,6 +109,11 @@ impl StorageHandle {
             }
         })?;
         Ok((Self { store: store.clone(), commands }, StorageThread { store, thread }))
+    }
+
+    /// What looks into checkpoints.
+    pub(crate) fn inspector(&self) -> Inspector {
+        Inspector(self.commands.clone())
     }
 
     /// Writes a snapshot. Answer: `SnapshotAcked` or `SnapshotDeclined`.
@@ -242,6 +268,10 @@ fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Repo
 fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
     match command {
         Command::Write(_) => {}
+        Command::Inspect { checkpoint, answer } => {
+            // Whoever has asked may have gone.
+            let _ = answer.send(store.inspect(checkpoint).map_err(|error| error.to_string()));
+        }
         Command::Begin { slots, restored_from } => {
             if let Err(error) = store.begin_attempt(&slots, restored_from) {
                 let cause = FailureCause::Environment { message: error.to_string() };

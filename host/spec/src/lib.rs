@@ -14,6 +14,7 @@ mod state;
 pub mod tables;
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -98,6 +99,8 @@ pub struct JobSpec {
     pub nodes: Vec<NodeSpec>,
     /// The connectors that its nodes were read with.
     pub catalog: Catalog,
+    /// What it was read from.
+    source: Arc<Source>,
     /// Settings that were left out, and why.
     pub warnings: Vec<String>,
     /// Every setting that was read, as it counts.
@@ -307,22 +310,18 @@ impl JobSpec {
         host: Option<&HostSettings>,
         catalog: &Catalog,
     ) -> Result<Self> {
-        let mut document = Document::new(path, text);
-        let host_start =
-            host.map(|host| document.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
-        let table = document.parse(text, 0)?;
-        let host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
-        let mut layers = vec![(&table, 0)];
-        if let Some(table) = &host_table {
-            refuse_nodes(&document, table, host_start)?;
-            layers.push((table, host_start));
-        }
-        let root = Section::root(&document, &layers);
-        let base_dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        let mut spec = read_job(&root, &base_dir, catalog)?;
-        spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
-        spec.effective = document.effective();
-        Ok(spec)
+        let (path, text) = (path.to_owned(), text.to_owned());
+        Source { path, text, host: host.cloned(), parallelism: BTreeMap::new() }.read(catalog)
+    }
+
+    /// The same job, with another parallelism of the nodes that are named.
+    ///
+    /// # Errors
+    /// Where the job has no such node, or cannot have that parallelism.
+    pub fn with_parallelism(&self, parallelism: &BTreeMap<String, u32>) -> Result<Self> {
+        let mut source = (*self.source).clone();
+        source.parallelism.extend(parallelism.iter().map(|(name, tasks)| (name.clone(), *tasks)));
+        source.read(&self.catalog)
     }
 
     /// Whether the records of a node come to its tasks by their key. Over a forward edge they do not,
@@ -356,6 +355,39 @@ impl JobSpec {
     }
 }
 
+/// What a job is read from.
+#[derive(Debug, Clone, Default)]
+struct Source {
+    path: PathBuf,
+    text: String,
+    host: Option<HostSettings>,
+    /// What counts in the place of what the manifest says.
+    parallelism: BTreeMap<String, u32>,
+}
+
+impl Source {
+    fn read(self, catalog: &Catalog) -> Result<JobSpec> {
+        let mut document = Document::new(&self.path, &self.text);
+        let host = self.host.as_ref();
+        let host_start =
+            host.map(|host| document.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
+        let table = document.parse(&self.text, 0)?;
+        let host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
+        let mut layers = vec![(&table, 0)];
+        if let Some(table) = &host_table {
+            refuse_nodes(&document, table, host_start)?;
+            layers.push((table, host_start));
+        }
+        let root = Section::root(&document, &layers);
+        let base_dir = self.path.parent().unwrap_or(Path::new("")).to_owned();
+        let mut spec = read_job(&root, &base_dir, catalog, &self.parallelism)?;
+        spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
+        spec.effective = document.effective();
+        spec.source = Arc::new(self.clone());
+        Ok(spec)
+    }
+}
+
 /// Nodes are a job's own.
 fn refuse_nodes(document: &Document<'_>, table: &DeTable<'_>, start: usize) -> Result<()> {
     for node in ["source", "operator", "sink"] {
@@ -384,7 +416,12 @@ fn read_head(root: &Section<'_>) -> Result<(String, u32)> {
     Ok((name.value, parallelism))
 }
 
-fn read_job(root: &Section<'_>, base_dir: &Path, catalog: &Catalog) -> Result<JobSpec> {
+fn read_job(
+    root: &Section<'_>,
+    base_dir: &Path,
+    catalog: &Catalog,
+    rescaled: &BTreeMap<String, u32>,
+) -> Result<JobSpec> {
     let document = root.document();
     let head = document.noted(read_head(root));
     let (name, parallelism) = head.unwrap_or_else(|| ("job".to_owned(), 1));
@@ -397,9 +434,10 @@ fn read_job(root: &Section<'_>, base_dir: &Path, catalog: &Catalog) -> Result<Jo
     let (failover, escalation) = restart::read_failover(root);
     root.finish();
     document.mistakes()?;
-    let Some(nodes) = nodes else {
+    let Some(mut nodes) = nodes else {
         return Err(Problem::new(Code::HostBug, "a manifest without a mistake was not read"));
     };
+    nodes::rescale(&mut nodes, rescaled)?;
 
     if execution.checkpoint.backlog_interval_ms.is_some() && backlog_lag_ms.is_none() {
         let key = "execution.checkpointing.interval-during-backlog";
@@ -449,6 +487,7 @@ fn read_job(root: &Section<'_>, base_dir: &Path, catalog: &Catalog) -> Result<Jo
         graph,
         nodes,
         catalog: catalog.clone(),
+        source: Arc::default(),
         warnings,
         effective: Vec::new(),
     })

@@ -92,6 +92,25 @@ pub(super) struct RawInput {
     exchange: Option<ExchangeType>,
 }
 
+/// Gives nodes another parallelism.
+pub(super) fn rescale(nodes: &mut [RawNode], parallelism: &BTreeMap<String, u32>) -> Result<()> {
+    for (name, tasks) in parallelism {
+        if !(1..=PARALLELISM_MAX).contains(&u64::from(*tasks)) {
+            let message = format!("\"{name}\" cannot have {tasks} tasks");
+            return Err(Problem::new(Code::BadValue, message)
+                .hint(format!("a parallelism is from 1 to {PARALLELISM_MAX}")));
+        }
+        let Some(node) = nodes.iter_mut().find(|node| node.name.value == *name) else {
+            let known: Vec<&str> = nodes.iter().map(|node| node.name.value.as_str()).collect();
+            let message = format!("the job has no node \"{name}\"");
+            return Err(Problem::new(Code::BadValue, message)
+                .hint(format!("its nodes: {}", known.join(", "))));
+        };
+        node.parallelism = Some(*tasks);
+    }
+    Ok(())
+}
+
 /// The nodes, or `None` where something is wrong with one.
 pub(super) fn read_nodes(
     root: &Section<'_>,

@@ -30,11 +30,9 @@ use crate::{
     failure::host_bug,
     job::{plan::Plan, rehearsal::Rehearsal},
     state::local::TaskLocal,
-    storage::StorageHandle,
     task::{Control, Head},
     watch::{
         control::{Desk, KeptCheckpoint},
-        metrics::Metrics,
         monitor::{Monitor, WriterReport},
         progress::Progress,
     },
@@ -80,15 +78,13 @@ impl Driver {
     pub(crate) fn new(
         mut plan: Plan,
         core: Job,
-        storage: StorageHandle,
+        monitor: Monitor,
         report: &WriterReport,
         inbox: UnboundedReceiver<Event>,
-        metrics: Arc<Metrics>,
         desk: Arc<Desk>,
     ) -> Self {
         let untried = std::mem::take(&mut plan.untried);
         let rehearsal = Rehearsal::new(untried, report.events.clone(), report.observer.clone());
-        let monitor = Monitor::new(report, storage, metrics);
         Self {
             plan,
             core,

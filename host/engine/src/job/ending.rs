@@ -6,18 +6,100 @@ use std::{
 };
 
 use cofferdam_core::{
-    checkpoint::retention::End,
+    checkpoint::retention::{End, Retention},
     failure::{FailureCause, Obstacle},
     graph::JobGraph,
-    ids::TaskId,
+    ids::{CheckpointId, TaskId},
     job::Outcome,
 };
 use cofferdam_settings::Problem;
+use cofferdam_store::SnapshotStore;
 
+use super::files::remove_claimed;
 use crate::{
     clock::now_ms,
     job::state_dir::{Ended, JobRecord},
+    watch::progress::{Observer, Progress},
 };
+
+/// What a run leaves behind, and what it removes.
+pub(super) struct Ending<'a> {
+    pub(super) state_dir: Option<&'a Path>,
+    pub(super) digest: &'a str,
+    /// What it began from and owns.
+    pub(super) claimed: Option<&'a Path>,
+    pub(super) retention: Retention,
+    pub(super) resumed_from: Option<CheckpointId>,
+    pub(super) observer: &'a dyn Observer,
+}
+
+impl Ending<'_> {
+    fn warn(&self, message: String) {
+        self.observer.observe(Progress::Warning { message });
+    }
+
+    /// Records how the job has ended, and removes what is not kept. Whether its checkpoints are kept.
+    pub(super) fn settle(
+        &self,
+        outcome: &Outcome,
+        store: Option<SnapshotStore>,
+        savepoint: Option<PathBuf>,
+    ) -> bool {
+        let noted =
+            self.state_dir.map_or(Ok(()), |dir| note_end(dir, outcome, self.digest, savepoint));
+        if let Err(error) = &noted {
+            // Without its last checkpoint the next run would begin anew.
+            self.warn(format!(
+                "the end of the job could not be recorded: {error}; its last checkpoint is kept, and the next \
+                 run resumes from it"
+            ));
+        }
+        // What this run has added nothing to is not its own to remove: it may not even fit.
+        let is_untouched = matches!(
+            outcome,
+            Outcome::Failed { checkpoint: Some(it), .. } if Some(*it) == self.resumed_from
+        );
+        let is_needed = is_untouched || noted.is_err();
+        if let Some(claimed) = self.claimed.filter(|_| !is_needed)
+            && let Err(error) = remove_claimed(claimed)
+        {
+            self.warn(format!("remove {}, which was claimed: {error}", claimed.display()));
+        }
+        let is_kept = is_needed || end_of(outcome).is_none_or(|end| self.retention.keeps(end));
+        if let (false, Some(store)) = (is_kept, store)
+            && let Err(error) = store.clear()
+        {
+            self.warn(format!("remove the state of the job: {error}"));
+        }
+        is_kept
+    }
+}
+
+/// What the user of a job that has failed can do.
+pub(super) fn next_step(
+    cause: &FailureCause,
+    checkpoint: Option<CheckpointId>,
+    is_kept: bool,
+    retention: Retention,
+) -> String {
+    let first = match cause {
+        FailureCause::Permanent { obstacle, .. } => remedy(*obstacle),
+        _ => "",
+    };
+    match checkpoint {
+        Some(id) if is_kept && !first.is_empty() => {
+            format!("{first}; then run it again to resume from checkpoint {id}")
+        }
+        None if !first.is_empty() => format!("{first}; then run it again"),
+        Some(id) if is_kept => format!("run it again to resume from checkpoint {id}"),
+        Some(_) => format!(
+            "its checkpoints were removed, as externalized-checkpoint-retention = \"{}\" says; with \
+             RETAIN_ON_CANCELLATION they are kept",
+            retention.name()
+        ),
+        None => "no checkpoint completed; the next run starts from the beginning".to_owned(),
+    }
+}
 
 /// What helps before a job is run again; to run it again alone does not.
 pub(super) fn remedy(obstacle: Obstacle) -> &'static str {

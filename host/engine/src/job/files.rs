@@ -16,7 +16,7 @@ use cofferdam_store::{
     sled::SledStorage, table::Tables,
 };
 
-use super::plan::own_keys;
+use super::{plan::own_keys, resume::JobOptions};
 use crate::{
     exchange::partition::Partitions,
     state::{
@@ -132,6 +132,28 @@ pub(super) fn open_storage(
         SledStorage::new(dir.to_owned()).finish_removals()?;
     }
     storage_at(spec, state_dir)
+}
+
+/// The store of a job, to write to it. Where what is there is of a job that has ended, that is removed first.
+pub(super) fn open_store(
+    spec: &JobSpec,
+    state_dir: Option<&Path>,
+    identities: &[TaskIdentity],
+    is_over: bool,
+    options: &JobOptions,
+) -> Result<SnapshotStore, StorageError> {
+    let mut storage = open_storage(&spec.storage, state_dir)?;
+    if is_over {
+        let (over, _) = SnapshotStore::open(storage, &spec.name, identities.to_vec())?;
+        over.clear()?;
+        storage = open_storage(&spec.storage, state_dir)?;
+    }
+    if let Some(faults) = &options.faults {
+        storage = faults.around(storage);
+    }
+    let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.to_vec())?;
+    store.compress(spec.is_compressing);
+    Ok(store)
 }
 
 pub(super) fn remove_claimed(place: &Path) -> Result<(), StorageError> {

@@ -26,21 +26,19 @@ use std::{
 };
 
 use cofferdam_core::{
-    failure::FailureCause,
     ids::{OperatorId, TaskId},
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::{SnapshotStore, Storage, manifest::TaskIdentity, memory::MemoryStorage};
+use cofferdam_store::{
+    SnapshotStore, Storage, StorageError, manifest::TaskIdentity, memory::MemoryStorage,
+};
 use tokio::sync::mpsc;
 
 use self::{
-    ending::{end_of, failure, note_end, remedy},
-    files::{
-        is_nothing_there, locals, open_storage, partitions, remove_claimed, storage_at,
-        unusable_state,
-    },
+    ending::{Ending, failure, next_step},
+    files::{is_nothing_there, locals, open_store, partitions, storage_at, unusable_state},
     plan::{
         NodePlan, Plan, components_of, digest_of, identity, keyed_outputs, own_components,
         prepare_nodes, sources_of, untried,
@@ -54,10 +52,11 @@ use crate::{
     job::driver::Driver,
     storage::StorageHandle,
     watch::{
-        control::{Desk, JobHandle, KeptCheckpoint},
-        history::Recorder,
+        control::{Desk, JobControl, KeptCheckpoint},
+        history::{self, Recorder},
+        log::Logs,
         metrics::{Metrics, OperatorMetrics},
-        monitor::{Stats, WriterReport},
+        monitor::{Monitor, Stats, WriterReport},
         progress::{Observer, Progress},
     },
 };
@@ -132,6 +131,7 @@ pub struct Job {
     seed: u64,
     observer: Arc<dyn Observer>,
     metrics: Arc<Metrics>,
+    logs: Arc<Logs>,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
     desk: Arc<Desk>,
@@ -155,14 +155,10 @@ impl Job {
         let identities: Vec<TaskIdentity> =
             tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
         let mut nodes = prepare_nodes(&spec, &operators)?;
-        let ids = (0..).map(OperatorId).zip(&spec.nodes);
-        let keyed = ids.map(|(id, node)| keyed_outputs(node, operators.get(&id))).collect();
         let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
-        let state_dir = state_dir.map(Path::to_owned);
-        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir.as_deref(), error);
-        let lock = state_dir.as_deref().map(state_dir::lock).transpose()?;
+        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
+        let lock = state_dir.map(state_dir::lock).transpose()?;
         let digest = digest_of(&identities, &spec);
-        let open = || open_storage(&spec.storage, state_dir.as_deref());
         let mut targets = Tasks {
             spec: &spec,
             identities: &identities,
@@ -172,44 +168,28 @@ impl Job {
             observer: &*observer,
         };
         // A refused run leaves everything as it was: what is there is looked at before it is opened.
-        let storage = storage_at(&spec.storage, state_dir.as_deref());
-        let storage = storage.map_err(|error| unusable(&error))?;
-        let resumption = look(&targets, storage, state_dir.as_deref(), options, &digest)?;
-        let Resumption { mut record, before, is_over, looked, chosen } = resumption;
+        let storage = storage_at(&spec.storage, state_dir).map_err(|error| unusable(&error))?;
+        let resumption = look(&targets, storage, state_dir, options, &digest)?;
         // Everything that may be refused is refused by now, or here.
         let mut outputs =
-            claim_outputs(&spec, &identities, &chosen, state_dir.as_deref(), options, false)?;
+            claim_outputs(&spec, &identities, &resumption.chosen, state_dir, options, false)?;
+        let Resumption { mut record, before, is_over, looked, chosen } = resumption;
         for message in &chosen.warnings {
             observer.observe(Progress::Warning { message: message.clone() });
         }
         drop(looked);
         // Before an output is said to be this job's.
-        if let Some(dir) = &state_dir
+        if let Some(dir) = state_dir
             && matches!(before, Before::Nothing)
         {
             record.write(dir).map_err(|error| unusable(&error))?;
         }
-        let locals = locals(&tasks, &identities, &spec, state_dir.as_deref())
-            .map_err(|error| unusable(&error))?;
-        let partitions =
-            partitions(&spec, state_dir.as_deref()).map_err(|error| unusable(&error))?;
+        let locals = locals(&tasks, &identities, &spec, state_dir);
+        let locals = locals.map_err(|error| unusable(&error))?;
+        let partitions = partitions(&spec, state_dir).map_err(|error| unusable(&error))?;
         targets.locals = &locals;
-        let storage = open().map_err(|error| unusable(&error))?;
-        let storage = match is_over {
-            true => {
-                let (over, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
-                    .map_err(|error| unusable(&error))?;
-                over.clear().and_then(|()| open()).map_err(|error| unusable(&error))?
-            }
-            false => storage,
-        };
-        let storage = match &options.faults {
-            Some(faults) => faults.around(storage),
-            None => storage,
-        };
-        let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.clone())
+        let mut store = open_store(&spec, state_dir, &identities, is_over, options)
             .map_err(|error| unusable(&error))?;
-        store.compress(spec.is_compressing);
         let own = own_components(&spec, &operators, &tasks, &identities);
         let untried = untried(&spec, &identities, &chosen, &locals, &own);
         let components = operators.values().map(|operator| operator.component.clone());
@@ -221,56 +201,48 @@ impl Job {
                 *plan = outputs.remove(&node.name).map(Arc::from);
             }
         }
-        if let Some(dir) = &state_dir {
+        if let Some(dir) = state_dir {
             record.job = chosen.lineage.job;
             if let Some(from) = &options.from {
                 record.begun_from = restore::absolute(&from.dir);
             }
             record.write(dir).map_err(|error| unusable(&error))?;
         }
-        let desk = Arc::<Desk>::default();
-        for checkpoint in &resume.completed {
-            let manifest = store.manifest(checkpoint.0).map_err(|error| unusable(&error))?;
-            desk.keep(KeptCheckpoint::from(&manifest));
-        }
-        let slots = tasks.iter().copied().zip(0..).collect();
-        let metrics = Metrics {
-            operators: spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect(),
-            ..Metrics::default()
+        let desk = desk_of(&store, &resume).map_err(|error| unusable(&error))?;
+        let ids = (0..).map(OperatorId).zip(&spec.nodes);
+        let plan = Plan {
+            job: spec.name.clone(),
+            secret: *blake3::hash(chosen.lineage.job.bytes()).as_bytes(),
+            graph: spec.graph.clone(),
+            nodes,
+            slots: tasks.iter().copied().zip(0..).collect(),
+            outputs: ids.map(|(id, node)| keyed_outputs(node, operators.get(&id))).collect(),
+            is_exactly_once: spec.is_exactly_once,
+            unaligned_after: spec.checkpoint.unaligned_after_ms.map(Duration::from_millis),
+            backlog_lag_ms: spec.backlog_lag_ms,
+            links: Links::default(),
+            partitions,
+            locals,
+            untried,
         };
+        let operators = spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect();
         let (events, inbox) = mpsc::unbounded_channel();
-        let (graph, is_exactly_once) = (spec.graph.clone(), spec.is_exactly_once);
-        let job = spec.name.clone();
-        let unaligned_after = spec.checkpoint.unaligned_after_ms.map(Duration::from_millis);
         Ok(Self {
-            plan: Plan {
-                job,
-                secret: *blake3::hash(chosen.lineage.job.bytes()).as_bytes(),
-                graph,
-                nodes,
-                slots,
-                outputs: keyed,
-                is_exactly_once,
-                unaligned_after,
-                backlog_lag_ms: spec.backlog_lag_ms,
-                links: Links::default(),
-                partitions,
-                locals,
-                untried,
-            },
-            spec,
+            plan,
             store,
             resume,
             _lock: lock,
             claimed: options.from.as_ref().filter(|from| from.claim).map(|from| from.dir.clone()),
-            state_dir,
+            state_dir: state_dir.map(Path::to_owned),
             seed: options.seed,
             observer,
-            metrics: Arc::new(metrics),
+            metrics: Arc::new(Metrics { operators, ..Metrics::default() }),
+            logs: Arc::default(),
             events,
             inbox,
             desk,
             digest,
+            spec,
         })
     }
 
@@ -292,7 +264,7 @@ impl Job {
         self.state_dir.as_deref()
     }
 
-    /// The checkpoint it goes on from.
+    /// The checkpoint that it resumes from.
     #[must_use]
     pub fn resumes_from(&self) -> Option<u64> {
         self.resume.completed.last().map(|checkpoint| checkpoint.0)
@@ -300,8 +272,13 @@ impl Job {
 
     /// The way to it while it runs.
     #[must_use]
-    pub fn handle(&self) -> JobHandle {
-        JobHandle::new(self.events.clone(), self.desk.clone())
+    pub fn control(&self) -> JobControl {
+        JobControl::new(self.events.clone(), self.desk.clone())
+    }
+
+    /// Keeps what its guests log there.
+    pub(crate) fn log_to(&mut self, logs: Arc<Logs>) {
+        self.logs = logs;
     }
 
     /// Runs the job to its end, on a tokio runtime with several threads.
@@ -320,17 +297,7 @@ impl Job {
         };
         let resumed_from = self.resume.completed.last().copied();
         let (core, first) = CoreJob::new(settings, self.resume);
-        let recorder =
-            self.state_dir.as_deref().map(|dir| Recorder::start(dir, self.observer.clone()));
-        let (observer, history): (Arc<dyn Observer>, _) = match recorder {
-            Some(Ok((recorder, writer))) => (Arc::new(recorder), Some(writer)),
-            Some(Err(error)) => {
-                let message = format!("failures are not written down: {error}");
-                self.observer.observe(Progress::Warning { message });
-                (self.observer.clone(), None)
-            }
-            None => (self.observer.clone(), None),
-        };
+        let (observer, history) = recorded(self.state_dir.as_deref(), &self.observer);
         let stats = Arc::new(Stats::default());
         let report = || WriterReport {
             events: self.events.clone(),
@@ -340,20 +307,19 @@ impl Job {
         let (storage, thread) = StorageHandle::start(self.store, report()).map_err(|error| {
             Problem::new(Code::CannotStart, "start the storage thread").detail(error)
         })?;
+        self.desk.look_with(storage.inspector());
         let graph = self.plan.graph.clone();
-        let desk = self.desk.clone();
+        let monitor = Monitor::new(&report(), storage, self.metrics, self.logs);
         let driver =
-            Driver::new(self.plan, core, storage, &report(), self.inbox, self.metrics, self.desk);
+            Driver::new(self.plan, core, monitor, &report(), self.inbox, self.desk.clone());
         // On the runtime's own threads, next to the workers: a failure is answered without waking
         // another thread.
-        let outcome = match tokio::spawn(driver.run(first)).await {
-            Ok(outcome) => outcome,
-            Err(panic) => {
-                let message = format!("the driver of the job panicked: {panic}");
-                return Err(Problem::new(Code::HostBug, message));
-            }
-        };
-        desk.close();
+        let outcome = tokio::spawn(driver.run(first)).await;
+        self.desk.close();
+        let outcome = outcome.map_err(|panic| {
+            let message = format!("the driver of the job panicked: {panic}");
+            Problem::new(Code::HostBug, message)
+        })?;
         // The driver's handle is gone, but blocking calls of tasks that have ended may still have
         // the store: joining waits for them.
         let store = tokio::task::spawn_blocking(move || thread.join()).await.ok().flatten();
@@ -364,63 +330,46 @@ impl Job {
         if let Some(history) = history {
             history.join();
         }
-        let end = end_of(&outcome);
-        let noted = match self.state_dir.as_deref() {
-            Some(dir) => note_end(dir, &outcome, &self.digest, desk.last_saved()),
-            None => Ok(()),
+        let ending = Ending {
+            state_dir: self.state_dir.as_deref(),
+            digest: &self.digest,
+            claimed: self.claimed.as_deref(),
+            retention: self.spec.retention,
+            resumed_from,
+            observer: &*self.observer,
         };
-        if let Err(error) = &noted {
-            // Without its last checkpoint the next run would begin anew.
-            let message = format!(
-                "the end of the job could not be recorded: {error}; its last checkpoint is kept, and the \
-                 next run resumes from it"
-            );
-            self.observer.observe(Progress::Warning { message });
-        }
-        // What this run has added nothing to is not its own to remove: it may not even fit.
-        let is_untouched = matches!(
-            &outcome,
-            Outcome::Failed { checkpoint, .. } if checkpoint.is_some() && *checkpoint == resumed_from
-        );
-        let is_needed = is_untouched || noted.is_err();
-        let is_kept = is_needed || end.is_none_or(|end| self.spec.retention.keeps(end));
-        if let Some(claimed) = self.claimed.filter(|_| !is_needed)
-            && let Err(error) = remove_claimed(&claimed)
-        {
-            let message = format!("remove {}, which was claimed: {error}", claimed.display());
-            self.observer.observe(Progress::Warning { message });
-        }
-        if !is_kept
-            && let Some(store) = store
-            && let Err(error) = store.clear()
-        {
-            let message = format!("remove the state of the job: {error}");
-            self.observer.observe(Progress::Warning { message });
-        }
+        let is_kept = ending.settle(&outcome, store, self.desk.last_saved());
         match outcome {
             Outcome::Failed { task, cause, checkpoint } => {
                 let problem = failure(&graph, task, &cause);
-                let first = match &cause {
-                    FailureCause::Permanent { obstacle, .. } => remedy(*obstacle),
-                    _ => "",
-                };
-                Err(problem.hint(match checkpoint {
-                    Some(id) if is_kept && !first.is_empty() => {
-                        format!("{first}; then run it again, and it goes on from checkpoint {id}")
-                    }
-                    None if !first.is_empty() => format!("{first}; then run it again"),
-                    Some(id) if is_kept => {
-                        format!("run it again and it goes on from checkpoint {id}")
-                    }
-                    Some(_) => format!(
-                        "its checkpoints were removed, as externalized-checkpoint-retention = \"{}\" says; \
-                         with RETAIN_ON_CANCELLATION they are kept",
-                        self.spec.retention.name()
-                    ),
-                    None => "no checkpoint was completed: run again, it begins anew".to_owned(),
-                }))
+                Err(problem.hint(next_step(&cause, checkpoint, is_kept, self.spec.retention)))
             }
             ended => Ok(ended),
         }
     }
+}
+
+/// Passes events on, and writes what belongs to the history into the state directory.
+fn recorded(
+    state_dir: Option<&Path>,
+    observer: &Arc<dyn Observer>,
+) -> (Arc<dyn Observer>, Option<history::Writer>) {
+    match state_dir.map(|dir| Recorder::start(dir, observer.clone())) {
+        Some(Ok((recorder, writer))) => (Arc::new(recorder), Some(writer)),
+        Some(Err(error)) => {
+            let message = format!("failures are not recorded: {error}");
+            observer.observe(Progress::Warning { message });
+            (observer.clone(), None)
+        }
+        None => (observer.clone(), None),
+    }
+}
+
+/// What can be said of the job at once: the checkpoints that it keeps.
+fn desk_of(store: &SnapshotStore, resume: &Resume) -> Result<Arc<Desk>, StorageError> {
+    let desk = Arc::<Desk>::default();
+    for checkpoint in &resume.completed {
+        desk.keep(KeptCheckpoint::from(&store.manifest(checkpoint.0)?));
+    }
+    Ok(desk)
 }

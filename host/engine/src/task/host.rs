@@ -15,7 +15,7 @@ use cofferdam_sandbox::{Host, Level, StateError};
 use crate::{
     clock::now_ms,
     state::keyed::KeyedState,
-    watch::{metrics::Metrics, monitor::Monitor},
+    watch::{log::Logs, metrics::Metrics, monitor::Monitor},
 };
 
 /// The host as one task's guest sees it.
@@ -24,6 +24,7 @@ pub(super) struct TaskHost {
     operator: usize,
     attempt: Attempt,
     metrics: Arc<Metrics>,
+    logs: Arc<Logs>,
     random: AtomicU64,
     keyed: Option<Arc<KeyedState>>,
     /// Whether `open` has ended, and state may be written.
@@ -44,6 +45,7 @@ impl TaskHost {
             operator: task.operator.0 as usize,
             attempt,
             metrics: monitor.metrics.clone(),
+            logs: monitor.logs.clone(),
             random: AtomicU64::new(random_seed),
             keyed,
             is_open: AtomicBool::new(false),
@@ -58,6 +60,7 @@ impl TaskHost {
 impl Host for TaskHost {
     fn log(&self, level: Level, message: &str) {
         let task = self.name.as_str();
+        self.logs.add(task, level, message);
         match level {
             Level::Trace => tracing::trace!(target: "guest", task, "{message}"),
             Level::Debug => tracing::debug!(target: "guest", task, "{message}"),

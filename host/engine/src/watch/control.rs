@@ -7,13 +7,15 @@ use std::{
 };
 
 use cofferdam_core::{ids::CheckpointId, job::Event};
-use cofferdam_store::{manifest::Manifest, savepoint};
+use cofferdam_store::{inspect::TaskReport, manifest::Manifest, savepoint};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
+use crate::storage::Inspector;
+
 /// The way to a running job. Cloning it gives another way to the same job.
 #[derive(Clone)]
-pub struct JobHandle {
+pub struct JobControl {
     events: UnboundedSender<Event>,
     desk: Arc<Desk>,
 }
@@ -45,7 +47,7 @@ impl From<&Manifest> for KeptCheckpoint {
 /// The answer to a request for a savepoint: its checkpoint's id, or why there is none.
 pub type SavepointResult = Result<u64, String>;
 
-impl JobHandle {
+impl JobControl {
     pub(crate) fn new(events: UnboundedSender<Event>, desk: Arc<Desk>) -> Self {
         Self { events, desk }
     }
@@ -66,12 +68,30 @@ impl JobHandle {
         self.desk.lock().kept.values().cloned().collect()
     }
 
+    /// Takes a checkpoint now.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn checkpoint(&self) -> SavepointResult {
+        self.ask(None, |ticket| Event::CheckpointRequested { ticket }).await
+    }
+
+    /// What a completed checkpoint consists of, task by task.
+    ///
+    /// # Errors
+    /// Where it is not kept, or cannot be read.
+    pub async fn checkpoint_tasks(&self, checkpoint: u64) -> Result<Vec<TaskReport>, String> {
+        let asked = self.desk.lock().inspector.as_ref().map(|it| it.inspect(checkpoint));
+        let Some(answer) = asked else { return Err("the job does not run".to_owned()) };
+        answer.await.unwrap_or_else(|_| Err("the job has ended".to_owned()))
+    }
+
     /// Writes a savepoint into `dir`, which must not be there. The job goes on.
     ///
     /// # Errors
     /// Why there is none.
     pub async fn savepoint(&self, dir: PathBuf) -> SavepointResult {
-        self.ask(dir, |ticket| Event::SavepointRequested { ticket }).await
+        self.ask(Some(dir), |ticket| Event::SavepointRequested { ticket }).await
     }
 
     /// Writes a savepoint into `dir` and ends the job with it. With `drain`, sources end first and
@@ -80,15 +100,15 @@ impl JobHandle {
     /// # Errors
     /// Why there is none; the job then goes on.
     pub async fn stop_with_savepoint(&self, dir: PathBuf, drain: bool) -> SavepointResult {
-        self.ask(dir, |ticket| Event::StopRequested { savepoint: Some(ticket), drain }).await
+        self.ask(Some(dir), |ticket| Event::StopRequested { savepoint: Some(ticket), drain }).await
     }
 
-    async fn ask(&self, dir: PathBuf, event: impl FnOnce(u64) -> Event) -> SavepointResult {
+    async fn ask(&self, dir: Option<PathBuf>, event: impl FnOnce(u64) -> Event) -> SavepointResult {
         // A place that cannot be is no reason to stop anything.
-        savepoint::check_place(&dir)?;
+        dir.as_deref().map_or(Ok(()), savepoint::check_place)?;
         let (ticket, answer) = self.desk.open(dir);
         self.send(event(ticket));
-        answer.await.unwrap_or_else(|_| Err("the job ended before the savepoint".to_owned()))
+        answer.await.unwrap_or_else(|_| Err("the job ended before it was complete".to_owned()))
     }
 
     fn send(&self, event: Event) {
@@ -104,10 +124,13 @@ pub(crate) struct Desk(Mutex<Requests>);
 #[derive(Default)]
 struct Requests {
     last_ticket: u64,
-    open: BTreeMap<u64, (PathBuf, oneshot::Sender<SavepointResult>)>,
+    /// By ticket: where a savepoint goes, and who waits for the answer.
+    open: BTreeMap<u64, (Option<PathBuf>, oneshot::Sender<SavepointResult>)>,
     /// The last savepoint that was written.
     saved: Option<PathBuf>,
     kept: BTreeMap<u64, KeptCheckpoint>,
+    /// Looks into checkpoints while the job runs.
+    inspector: Option<Inspector>,
 }
 
 impl Desk {
@@ -115,7 +138,7 @@ impl Desk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open(&self, dir: PathBuf) -> (u64, oneshot::Receiver<SavepointResult>) {
+    fn open(&self, dir: Option<PathBuf>) -> (u64, oneshot::Receiver<SavepointResult>) {
         let (sender, receiver) = oneshot::channel();
         let mut requests = self.lock();
         requests.last_ticket += 1;
@@ -126,15 +149,15 @@ impl Desk {
 
     /// Where the savepoint goes.
     pub(crate) fn dir(&self, ticket: u64) -> Option<PathBuf> {
-        self.lock().open.get(&ticket).map(|(dir, _)| dir.clone())
+        self.lock().open.get(&ticket).and_then(|(dir, _)| dir.clone())
     }
 
     /// Answers a request.
     pub(crate) fn answer(&self, ticket: u64, result: Result<CheckpointId, String>) {
         let mut requests = self.lock();
         if let Some((dir, sender)) = requests.open.remove(&ticket) {
-            if result.is_ok() {
-                requests.saved = Some(dir);
+            if result.is_ok() && dir.is_some() {
+                requests.saved = dir;
             }
             // Whoever asked may have gone.
             let _ = sender.send(result.map(|checkpoint| checkpoint.0));
@@ -144,6 +167,11 @@ impl Desk {
     /// The last savepoint that was written: of a job that was stopped with one, that.
     pub(crate) fn last_saved(&self) -> Option<PathBuf> {
         self.lock().saved.clone()
+    }
+
+    /// The job runs: this looks into its checkpoints.
+    pub(crate) fn look_with(&self, inspector: Inspector) {
+        self.lock().inspector = Some(inspector);
     }
 
     /// A checkpoint is complete and kept.
@@ -158,6 +186,8 @@ impl Desk {
 
     /// The job is over: nobody else will be answered.
     pub(crate) fn close(&self) {
-        self.lock().open.clear();
+        let mut requests = self.lock();
+        requests.open.clear();
+        requests.inspector = None;
     }
 }

@@ -18,7 +18,7 @@ use crate::{
 
 const FILE: &str = "history.jsonl";
 /// Older entries are forgotten when a run begins.
-const ENTRIES_MAX: usize = 1_000;
+pub(super) const ENTRIES_MAX: usize = 1_000;
 
 /// Something that happened, with its time.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,6 +28,22 @@ pub struct Entry {
     /// What happened, as in `run --json`.
     #[serde(flatten)]
     pub event: serde_json::Value,
+}
+
+impl Entry {
+    /// What belongs to the history of a job; `None`: this does not.
+    pub(super) fn of(progress: &Progress) -> Option<Self> {
+        let is_history = matches!(
+            progress,
+            Progress::Restarting { .. }
+                | Progress::Failed { .. }
+                | Progress::DeadLetter { .. }
+                | Progress::RecordsLost { .. }
+                | Progress::CheckpointFailed { .. }
+        );
+        let event = is_history.then(|| serde_json::to_value(progress).ok()).flatten()?;
+        Some(Self { at_ms: now_ms(), event })
+    }
 }
 
 /// The entries of a state directory, oldest first; none where nothing has failed. Lines that were
@@ -87,17 +103,8 @@ impl Recorder {
 
 impl Observer for Recorder {
     fn observe(&self, progress: Progress) {
-        let is_history = matches!(
-            progress,
-            Progress::Restarting { .. }
-                | Progress::Failed { .. }
-                | Progress::DeadLetter { .. }
-                | Progress::RecordsLost { .. }
-                | Progress::CheckpointFailed { .. }
-        );
-        if is_history
-            && let Ok(event) = serde_json::to_value(&progress)
-            && let Ok(line) = serde_json::to_string(&Entry { at_ms: now_ms(), event })
+        if let Some(entry) = Entry::of(&progress)
+            && let Ok(line) = serde_json::to_string(&entry)
         {
             // The writer ends only after this sender.
             let _ = self.lines.send(line + "\n");

@@ -16,6 +16,7 @@ use cofferdam_core::{
 use cofferdam_store::{manifest::SnapshotStats, snapshot::TaskSnapshot};
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::log::Logs;
 use crate::{
     storage::{Report, StorageHandle},
     watch::{
@@ -29,6 +30,7 @@ pub(crate) struct Monitor {
     events: UnboundedSender<Event>,
     pub(crate) storage: StorageHandle,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) logs: Arc<Logs>,
     observer: Arc<dyn Observer>,
     stats: Arc<Stats>,
     recovery: Mutex<Option<Recovery>>,
@@ -75,11 +77,13 @@ impl Monitor {
         report: &WriterReport,
         storage: StorageHandle,
         metrics: Arc<Metrics>,
+        logs: Arc<Logs>,
     ) -> Self {
         Self {
             events: report.events.clone(),
             storage,
             metrics,
+            logs,
             observer: report.observer.clone(),
             stats: report.stats.clone(),
             recovery: Mutex::new(None),

@@ -1,4 +1,4 @@
-//! The local socket of a running job: `savepoint`, `stop` and `cancel` talk to `run` through it.
+//! The local socket of a running job, through which other processes of its user ask for savepoints and its end.
 //!
 //! It lies in the job's state directory, in a folder that only its owner may enter. A request is a
 //! line of JSON, and so is its answer.
@@ -14,10 +14,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use cofferdam_engine::{
-    control::{JobHandle, KeptCheckpoint},
-    problem::{Code, Problem},
-};
+use cofferdam_settings::{Code, Problem};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -25,6 +22,9 @@ use tokio::{
     sync::oneshot,
     task::JoinSet,
 };
+
+use super::control::KeptCheckpoint;
+use crate::handle::JobHandle;
 
 const FOLDER: &str = "control";
 const SOCKET: &str = "socket";
@@ -34,11 +34,19 @@ const ANSWER_TIME: Duration = Duration::from_millis(50);
 /// What can be asked of a running job.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
-pub(crate) enum Request {
+pub enum Request {
     /// A savepoint in a new folder of `target`.
-    Savepoint { target: Option<PathBuf> },
+    Savepoint {
+        /// The directory for it; `None`: the one that the job names.
+        target: Option<PathBuf>,
+    },
     /// A savepoint, and the end of the job.
-    Stop { target: Option<PathBuf>, drain: bool },
+    Stop {
+        /// The directory for it; `None`: the one that the job names.
+        target: Option<PathBuf>,
+        /// Sources end first, and everything that waits in the job is emitted.
+        drain: bool,
+    },
     /// The end of the job at once.
     Cancel,
     /// What completed checkpoints there are.
@@ -48,19 +56,33 @@ pub(crate) enum Request {
 /// The answer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
-pub(crate) enum Answer {
+pub enum Answer {
     /// The savepoint and where it is.
-    Saved { savepoint: PathBuf, checkpoint: u64 },
+    Saved {
+        /// Its directory.
+        savepoint: PathBuf,
+        /// Its checkpoint.
+        checkpoint: u64,
+    },
     /// The completed checkpoints, oldest first.
-    Kept { checkpoints: Vec<KeptCheckpoint> },
+    Kept {
+        /// The checkpoints.
+        checkpoints: Vec<KeptCheckpoint>,
+    },
     /// It will be done.
-    Accepted { accepted: bool },
+    Accepted {
+        /// True.
+        accepted: bool,
+    },
     /// Why not.
-    Refused { error: String },
+    Refused {
+        /// What the job says.
+        error: String,
+    },
 }
 
 /// A listening socket, which is removed when the job ends.
-pub(crate) struct Server {
+pub struct Server {
     listener: UnixListener,
     _folder: Folder,
 }
@@ -76,7 +98,10 @@ impl Drop for Folder {
 
 impl Server {
     /// Listens in a state directory, which this process has locked.
-    pub(crate) fn bind(state_dir: &Path) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// Where the socket cannot be made.
+    pub fn bind(state_dir: &Path) -> io::Result<Self> {
         let folder = state_dir.join(FOLDER);
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -88,14 +113,8 @@ impl Server {
         Ok(Self { listener, _folder: Folder(folder) })
     }
 
-    /// Answers requests until the job has ended and whoever had asked by then has the answer.
-    pub(crate) async fn serve(
-        self,
-        job: JobHandle,
-        name: String,
-        default: Option<PathBuf>,
-        ended: oneshot::Receiver<()>,
-    ) {
+    /// Answers requests until `ended` is gone and everybody who had asked by then has the answer.
+    pub async fn serve(self, job: JobHandle, ended: oneshot::Receiver<()>) {
         let mut conversations = JoinSet::new();
         tokio::pin!(ended);
         loop {
@@ -105,9 +124,9 @@ impl Server {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let (job, name, default) = (job.clone(), name.clone(), default.clone());
+                    let job = job.clone();
                     conversations.spawn(async move {
-                        if let Err(error) = converse(stream, job, &name, default).await {
+                        if let Err(error) = converse(stream, &job).await {
                             tracing::debug!(%error, "a request on the control socket");
                         }
                     });
@@ -130,17 +149,12 @@ fn short_path(folder: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
 }
 
-async fn converse(
-    stream: UnixStream,
-    job: JobHandle,
-    name: &str,
-    default: Option<PathBuf>,
-) -> io::Result<()> {
+async fn converse(stream: UnixStream, job: &JobHandle) -> io::Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     BufReader::new(reader).read_line(&mut line).await?;
     let answer = match serde_json::from_str(&line) {
-        Ok(request) => answer(request, &job, name, default).await,
+        Ok(request) => answer(request, job).await,
         Err(error) => Answer::Refused { error: format!("not a request: {error}") },
     };
     let mut text = serde_json::to_string(&answer)?;
@@ -148,7 +162,7 @@ async fn converse(
     writer.write_all(text.as_bytes()).await
 }
 
-async fn answer(request: Request, job: &JobHandle, name: &str, default: Option<PathBuf>) -> Answer {
+async fn answer(request: Request, job: &JobHandle) -> Answer {
     let (target, stop) = match request {
         Request::Cancel => {
             job.cancel();
@@ -158,31 +172,35 @@ async fn answer(request: Request, job: &JobHandle, name: &str, default: Option<P
         Request::Savepoint { target } => (target, None),
         Request::Stop { target, drain } => (target, Some(drain)),
     };
-    let Some(target) = target.or(default) else {
+    let Some(target) = target.or_else(|| job.spec().savepoint_dir) else {
         let error = "there is no place for the savepoint: give --savepoint-path DIR, \
                      or set execution.checkpointing.savepoint-dir"
             .to_owned();
         return Answer::Refused { error };
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
-    let dir = target.join(format!("savepoint-{name}-{now:x}"));
+    let dir = target.join(format!("savepoint-{}-{now:x}", job.name()));
     let saved = match stop {
         None => job.savepoint(dir.clone()).await,
         Some(drain) => job.stop_with_savepoint(dir.clone(), drain).await,
     };
     match saved {
         Ok(checkpoint) => Answer::Saved { savepoint: dir, checkpoint },
-        Err(error) => Answer::Refused { error },
+        Err(problem) => Answer::Refused { error: problem.message },
     }
 }
 
 /// An answer to something that was not asked.
-pub(crate) fn other_answer() -> Problem {
+#[must_use]
+pub fn other_answer() -> Problem {
     Problem::new(Code::HostBug, "the job answered another question")
 }
 
 /// Asks the job that runs in a state directory.
-pub(crate) async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, Problem> {
+///
+/// # Errors
+/// Where none runs there, or it is another user's.
+pub async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, Problem> {
     let not_running = |detail: String| {
         Problem::new(Code::NotRunning, format!("no job runs in {}", state_dir.display()))
             .detail(detail)

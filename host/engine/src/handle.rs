@@ -1,0 +1,365 @@
+//! A submitted job: what it does, what can be asked of it, and the loop that runs it until it ends.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+};
+
+use cofferdam_core::job::Outcome;
+use cofferdam_settings::{Code, Problem};
+use cofferdam_spec::{JobSpec, StorageSpec};
+use cofferdam_store::inspect::TaskReport;
+use tokio::sync::{oneshot, watch};
+
+use crate::{
+    engine::{Engine, prepare},
+    job::{CheckedJob, Job, JobOptions},
+    watch::{
+        control::{JobControl, KeptCheckpoint},
+        events::{Events, JobState, Watch},
+        history::Entry,
+        log::{LogLine, Logs},
+        metrics::Metrics,
+        progress::Observer,
+    },
+};
+
+/// How a job is.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct JobStatus {
+    /// Its state.
+    pub state: JobState,
+    /// Since when, in milliseconds since 1970-01-01 UTC.
+    pub since_ms: u64,
+    /// How many tasks it has.
+    pub tasks: usize,
+    /// How often tasks were restarted after a failure.
+    pub restarts: u64,
+    /// The newest completed checkpoint.
+    pub last_checkpoint: Option<u64>,
+}
+
+/// The way to a submitted job. Cloning it gives another way to the same job.
+#[derive(Clone)]
+pub struct JobHandle {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    engine: Engine,
+    name: String,
+    state_dir: Option<PathBuf>,
+    resumed_from: Option<u64>,
+    watch: Arc<Watch>,
+    logs: Arc<Logs>,
+    run: Mutex<Run>,
+    ended: watch::Sender<Option<Result<Outcome, Problem>>>,
+}
+
+/// The run that is under way: a job that is rescaled has several, one after the other.
+struct Run {
+    checked: CheckedJob,
+    /// What the next run begins with.
+    options: JobOptions,
+    control: JobControl,
+    metrics: Arc<Metrics>,
+    /// What was asked for, so that it also holds for a run that is about to begin.
+    wish: Option<Wish>,
+    rescale: Option<Rescale>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Wish {
+    Stop,
+    Cancel,
+}
+
+/// The job with another parallelism, and who waits for it.
+struct Rescale {
+    checked: CheckedJob,
+    answer: oneshot::Sender<Result<(), Problem>>,
+}
+
+impl JobHandle {
+    pub(crate) async fn submit(
+        engine: Engine,
+        checked: CheckedJob,
+        options: JobOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, Problem> {
+        let watch = Arc::new(Watch::new(observer));
+        let mut job = prepare(checked.clone(), options.clone(), watch.clone()).await?;
+        let logs = Arc::<Logs>::default();
+        job.log_to(logs.clone());
+        watch.recall(job.state_dir());
+        // Whatever comes after this run resumes from the job's own state.
+        let options = JobOptions {
+            state_dir: options.state_dir.clone(),
+            seed: options.seed,
+            faults: options.faults,
+            ..JobOptions::default()
+        };
+        let shared = Arc::new(Shared {
+            engine,
+            name: checked.spec.name.clone(),
+            state_dir: job.state_dir().map(Path::to_owned),
+            resumed_from: job.resumes_from(),
+            watch,
+            logs,
+            run: Mutex::new(Run {
+                checked,
+                options,
+                control: job.control(),
+                metrics: job.metrics(),
+                wish: None,
+                rescale: None,
+            }),
+            ended: watch::Sender::new(None),
+        });
+        tokio::spawn(supervise(shared.clone(), job));
+        Ok(Self { shared })
+    }
+
+    /// The job's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// The directory that it has locked; `None` where its state is in memory.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.shared.state_dir.as_deref()
+    }
+
+    /// The checkpoint that it has resumed from; `None`: it has begun.
+    #[must_use]
+    pub fn resumed_from(&self) -> Option<u64> {
+        self.shared.resumed_from
+    }
+
+    /// What it is, with the parallelism that it has now.
+    #[must_use]
+    pub fn spec(&self) -> JobSpec {
+        self.shared.run().checked.spec.clone()
+    }
+
+    /// How it is. Costs a lock, and no question to the job.
+    #[must_use]
+    pub fn status(&self) -> JobStatus {
+        let (state, since_ms) = self.shared.watch.state();
+        let run = self.shared.run();
+        JobStatus {
+            state,
+            since_ms,
+            tasks: run.checked.spec.graph.tasks().len(),
+            restarts: run.metrics.restarts.load(Ordering::Relaxed),
+            last_checkpoint: run.control.checkpoints().last().map(|newest| newest.checkpoint),
+        }
+    }
+
+    /// Its counters. They begin at zero with each rescale.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.shared.run().metrics.clone()
+    }
+
+    /// Takes a checkpoint now, beside those of the timer; gives its id when it is complete.
+    ///
+    /// # Errors
+    /// Why there is none. The job continues.
+    pub async fn checkpoint(&self) -> Result<u64, Problem> {
+        let control = self.shared.control();
+        control.checkpoint().await.map_err(|why| refused("a checkpoint", &why))
+    }
+
+    /// The completed checkpoints that it keeps, oldest first.
+    #[must_use]
+    pub fn checkpoints(&self) -> Vec<KeptCheckpoint> {
+        self.shared.control().checkpoints()
+    }
+
+    /// What one of its completed checkpoints consists of, task by task.
+    ///
+    /// # Errors
+    /// Where it is not kept, or cannot be read.
+    pub async fn checkpoint_tasks(&self, checkpoint: u64) -> Result<Vec<TaskReport>, Problem> {
+        let control = self.shared.control();
+        control.checkpoint_tasks(checkpoint).await.map_err(|why| refused("a checkpoint", &why))
+    }
+
+    /// Writes a savepoint into `dir`, which must not be there; gives the id of its checkpoint. The job continues.
+    ///
+    /// # Errors
+    /// Why there is none. The job continues.
+    pub async fn savepoint(&self, dir: PathBuf) -> Result<u64, Problem> {
+        let control = self.shared.control();
+        control.savepoint(dir).await.map_err(|why| refused("a savepoint", &why))
+    }
+
+    /// Takes a last checkpoint and ends the job, which resumes from it when it is submitted again. Asking again
+    /// changes nothing.
+    pub fn stop(&self) {
+        self.shared.wish(Wish::Stop);
+    }
+
+    /// Writes a savepoint into `dir` and ends the job with it. With `drain`, sources end first and everything that
+    /// waits in the job is processed and emitted.
+    ///
+    /// # Errors
+    /// Why there is none. The job continues then.
+    pub async fn stop_with_savepoint(&self, dir: PathBuf, drain: bool) -> Result<u64, Problem> {
+        let control = self.shared.control();
+        control.stop_with_savepoint(dir, drain).await.map_err(|why| refused("to stop", &why))
+    }
+
+    /// Ends the job at once.
+    pub fn cancel(&self) {
+        self.shared.wish(Wish::Cancel);
+    }
+
+    /// Gives nodes another parallelism: the job takes a last checkpoint, stops, and resumes from it with its state
+    /// distributed over the new tasks. Nodes that are not named keep theirs.
+    ///
+    /// # Errors
+    /// Where the job cannot have that parallelism, or its state cannot be distributed: then it continues, or resumes,
+    /// with the parallelism that it had.
+    pub async fn rescale(&self, parallelism: &BTreeMap<String, u32>) -> Result<(), Problem> {
+        let known = self.shared.run().checked.clone();
+        let cannot = |why: &str| {
+            Problem::new(Code::RequestRefused, "the job cannot be rescaled").detail(why)
+        };
+        if known.spec.storage == StorageSpec::Memory {
+            return Err(cannot("its state is in memory, and is lost when it stops")
+                .hint("set execution.checkpointing.storage = \"sled\""));
+        }
+        let spec = known.spec.with_parallelism(parallelism)?;
+        let checked = self.shared.engine.check(spec).await?;
+        known.check_rescale(&checked)?;
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut run = self.shared.run();
+            if self.has_ended() || run.wish.is_some() {
+                return Err(cannot("it ends"));
+            }
+            if run.rescale.is_some() {
+                return Err(cannot("it is being rescaled already"));
+            }
+            run.rescale = Some(Rescale { checked, answer });
+            self.shared.watch.set(JobState::Rescaling);
+            run.control.stop();
+        }
+        answered.await.unwrap_or_else(|_| Err(cannot("it has ended meanwhile")))
+    }
+
+    /// What has failed, and what was done about it, oldest first: at most 1,000 entries, also of earlier runs where
+    /// the job has a state directory.
+    #[must_use]
+    pub fn failures(&self) -> Vec<Entry> {
+        self.shared.watch.failures()
+    }
+
+    /// What its guests have logged, oldest first: at most 1,000 lines and 1 MiB.
+    #[must_use]
+    pub fn logs(&self) -> Vec<LogLine> {
+        self.shared.logs.lines()
+    }
+
+    /// Everything that happens from now on. A reader that is slower than 1,024 events learns how many it has missed.
+    #[must_use]
+    pub fn subscribe(&self) -> Events {
+        self.shared.watch.subscribe()
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.shared.ended.borrow().is_some()
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// Where it has failed: the failure that the restart strategy did not allow to restart.
+    pub async fn ended(&self) -> Result<Outcome, Problem> {
+        let mut ended = self.shared.ended.subscribe();
+        // The sender is in `shared`, so it is not gone.
+        let outcome = ended.wait_for(Option::is_some).await.ok().and_then(|it| it.clone());
+        outcome.unwrap_or_else(|| Err(Problem::new(Code::HostBug, "the job is lost")))
+    }
+}
+
+fn refused(what: &str, why: &str) -> Problem {
+    Problem::new(Code::RequestRefused, format!("the job refused {what}: {why}"))
+}
+
+impl Shared {
+    fn run(&self) -> MutexGuard<'_, Run> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn control(&self) -> JobControl {
+        self.run().control.clone()
+    }
+
+    /// Ends the job; a rescale that has not begun its new run is given up.
+    fn wish(&self, wish: Wish) {
+        let mut run = self.run();
+        run.wish = run.wish.max(Some(wish));
+        run.rescale = None;
+        run.obey(wish);
+    }
+}
+
+impl Run {
+    fn obey(&self, wish: Wish) {
+        match wish {
+            Wish::Stop => self.control.stop(),
+            Wish::Cancel => self.control.cancel(),
+        }
+    }
+}
+
+/// Runs a job to its end, through every rescale.
+async fn supervise(shared: Arc<Shared>, mut job: Job) {
+    let ended = loop {
+        let outcome = job.run().await;
+        let Some(Rescale { checked, answer }) = shared.run().rescale.take() else { break outcome };
+        if !matches!(outcome, Ok(Outcome::Stopped { .. })) {
+            // It has ended of itself, and whoever waits for the answer learns that.
+            break outcome;
+        }
+        match resume(&shared, checked).await {
+            Ok(next) => {
+                // Whoever has asked may have gone.
+                let _ = answer.send(Ok(()));
+                job = next;
+            }
+            Err(problem) => {
+                let _ = answer.send(Err(problem));
+                let before = shared.run().checked.clone();
+                match resume(&shared, before).await {
+                    Ok(next) => job = next,
+                    Err(problem) => break Err(problem),
+                }
+            }
+        }
+    };
+    shared.watch.end(&ended);
+    shared.ended.send_replace(Some(ended));
+    shared.engine.forget_ended();
+}
+
+/// The next run of a job that has stopped.
+async fn resume(shared: &Shared, checked: CheckedJob) -> Result<Job, Problem> {
+    let options = shared.run().options.clone();
+    let mut job = prepare(checked.clone(), options, shared.watch.clone()).await?;
+    job.log_to(shared.logs.clone());
+    let mut run = shared.run();
+    (run.checked, run.control, run.metrics) = (checked, job.control(), job.metrics());
+    if let Some(wish) = run.wish {
+        run.obey(wish);
+    }
+    Ok(job)
+}
