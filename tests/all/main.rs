@@ -7,6 +7,7 @@ mod checkpoints;
 mod connectors;
 mod dead_letter;
 mod disk;
+mod engine;
 mod exactly_once;
 mod failover;
 mod objects;

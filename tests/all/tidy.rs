@@ -194,6 +194,41 @@ fn no_modules_import_each_other_in_a_circle() {
     }
 }
 
+/// The longest file, and the longest function outside of tests, in lines.
+const FILE_LINES_MAX: usize = 700;
+const FUNCTION_LINES_MAX: usize = 70;
+
+#[test]
+fn no_file_and_no_function_is_too_long_to_grasp() {
+    for source in ["host", "guest-sdk"] {
+        for (path, text) in sources(source) {
+            let lines: Vec<&str> = text.lines().collect();
+            let file = path.display();
+            assert!(lines.len() <= FILE_LINES_MAX, "{file} has {} lines", lines.len());
+            if path.components().any(|part| part.as_os_str().to_string_lossy().contains("test")) {
+                continue;
+            }
+            let code = lines.iter().take_while(|line| **line != "#[cfg(test)]").enumerate();
+            let mut began = None;
+            for (number, line) in code {
+                let indent = line.len() - line.trim_start().len();
+                let head = line.split('(').next().unwrap_or_default();
+                if head.split_whitespace().any(|word| word == "fn") && !line.ends_with(';') {
+                    began = Some((number, indent));
+                } else if let Some((begin, depth)) = began
+                    && indent == depth
+                    && line.trim_start().starts_with('}')
+                {
+                    let length = number - begin + 1;
+                    let name = lines[begin].trim();
+                    assert!(length <= FUNCTION_LINES_MAX, "{file}: {length} lines: {name}");
+                    began = None;
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn paths_of_imports_are_taken_apart() {
     let paths = flattened("crate::{a, b::{self, C},\n d::{e::F, G}}");

@@ -286,6 +286,7 @@ impl Observer for Watcher {
                     Mode::Json | Mode::Log => tracing::info!("{text}"),
                 }
             }
+            Progress::Running { tasks } => tracing::debug!("all {tasks} tasks run"),
             Progress::Restoring { checkpoint, step } => {
                 tracing::info!("checkpoint {checkpoint}: {step}");
             }

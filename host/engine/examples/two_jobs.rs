@@ -52,7 +52,7 @@ async fn submit(
 }
 
 /// Runs both jobs; gives the number of records that each has committed.
-async fn two_jobs(dir: &Path) -> Result<(u64, u64), Problem> {
+pub(crate) async fn two_jobs(dir: &Path) -> Result<(u64, u64), Problem> {
     let engine = Engine::new(EngineOptions::default())?;
     let short = manifest("short", "count = 20_000", 40_000);
     let short = submit(&engine, dir, "short", short).await?;

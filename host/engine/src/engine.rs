@@ -11,6 +11,7 @@
 //! let spec = JobSpec::read_with(Path::new("job.toml"), None, &catalog)?;
 //! let checked = engine.check(spec).await?;
 //! let job = engine.submit(checked, JobOptions::default()).await?;
+//! job.running().await?;
 //! job.checkpoint().await?;
 //! let outcome = job.ended().await?;
 //! # Ok(())
@@ -23,12 +24,12 @@ use std::{
 };
 
 use cofferdam_sandbox::Sandbox;
-use cofferdam_settings::{Code, Problem};
+use cofferdam_settings::Problem;
 use cofferdam_spec::JobSpec;
 
 use crate::{
     handle::JobHandle,
-    job::{self, CheckedJob, Job, JobOptions},
+    job::{self, CheckedJob, JobOptions},
     watch::progress::Observer,
 };
 
@@ -85,7 +86,10 @@ impl Engine {
         options: JobOptions,
         observer: Arc<dyn Observer>,
     ) -> Result<JobHandle, Problem> {
-        let handle = JobHandle::submit(self.clone(), checked, options, observer).await?;
+        let engine = self.clone();
+        let on_end = move || engine.forget_ended();
+        let sandbox = self.sandbox.clone();
+        let handle = JobHandle::submit(sandbox, checked, options, observer, on_end).await?;
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         // It may have ended before it was there.
         self.forget_ended();
@@ -99,20 +103,8 @@ impl Engine {
     }
 
     /// Forgets the jobs that have ended.
-    pub(crate) fn forget_ended(&self) {
+    fn forget_ended(&self) {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.retain(|job| !job.has_ended());
     }
-}
-
-/// Prepares a job where that may block.
-pub(crate) async fn prepare(
-    checked: CheckedJob,
-    options: JobOptions,
-    observer: Arc<dyn Observer>,
-) -> Result<Job, Problem> {
-    let prepared = tokio::task::spawn_blocking(move || Job::prepare(checked, &options, observer));
-    prepared.await.unwrap_or_else(|error| {
-        Err(Problem::new(Code::HostBug, "the preparation of a job panicked").detail(error))
-    })
 }

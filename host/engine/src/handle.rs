@@ -7,13 +7,13 @@ use std::{
 };
 
 use cofferdam_core::job::Outcome;
+use cofferdam_sandbox::Sandbox;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, StorageSpec};
 use cofferdam_store::inspect::TaskReport;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    engine::{Engine, prepare},
     job::{CheckedJob, Job, JobOptions},
     watch::{
         control::{JobControl, KeptCheckpoint},
@@ -47,7 +47,7 @@ pub struct JobHandle {
 }
 
 struct Shared {
-    engine: Engine,
+    sandbox: Sandbox,
     name: String,
     state_dir: Option<PathBuf>,
     resumed_from: Option<u64>,
@@ -83,10 +83,11 @@ struct Rescale {
 
 impl JobHandle {
     pub(crate) async fn submit(
-        engine: Engine,
+        sandbox: Sandbox,
         checked: CheckedJob,
         options: JobOptions,
         observer: Arc<dyn Observer>,
+        on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self, Problem> {
         let watch = Arc::new(Watch::new(observer));
         let mut job = prepare(checked.clone(), options.clone(), watch.clone()).await?;
@@ -101,7 +102,7 @@ impl JobHandle {
             ..JobOptions::default()
         };
         let shared = Arc::new(Shared {
-            engine,
+            sandbox,
             name: checked.spec.name.clone(),
             state_dir: job.state_dir().map(Path::to_owned),
             resumed_from: job.resumes_from(),
@@ -117,7 +118,11 @@ impl JobHandle {
             }),
             ended: watch::Sender::new(None),
         });
-        tokio::spawn(supervise(shared.clone(), job));
+        let ended = supervise(shared.clone(), job);
+        tokio::spawn(async move {
+            ended.await;
+            on_end();
+        });
         Ok(Self { shared })
     }
 
@@ -156,6 +161,17 @@ impl JobHandle {
             tasks: run.checked.spec.graph.tasks().len(),
             restarts: run.metrics.restarts.load(Ordering::Relaxed),
             last_checkpoint: run.control.checkpoints().last().map(|newest| newest.checkpoint),
+        }
+    }
+
+    /// Waits until every task runs, as after a submission or a restart. Checkpoints and savepoints are refused before.
+    ///
+    /// # Errors
+    /// Where the job has ended.
+    pub async fn running(&self) -> Result<(), Problem> {
+        match self.shared.watch.settled().await {
+            JobState::Running => Ok(()),
+            ended => Err(refused("to run", &format!("it is {}", ended.flink_name()))),
         }
     }
 
@@ -235,7 +251,7 @@ impl JobHandle {
                 .hint("set execution.checkpointing.storage = \"sled\""));
         }
         let spec = known.spec.with_parallelism(parallelism)?;
-        let checked = self.shared.engine.check(spec).await?;
+        let checked = CheckedJob::new(spec, &self.shared.sandbox).await?;
         known.check_rescale(&checked)?;
         let (answer, answered) = oneshot::channel();
         {
@@ -348,7 +364,6 @@ async fn supervise(shared: Arc<Shared>, mut job: Job) {
     };
     shared.watch.end(&ended);
     shared.ended.send_replace(Some(ended));
-    shared.engine.forget_ended();
 }
 
 /// The next run of a job that has stopped.
@@ -356,10 +371,23 @@ async fn resume(shared: &Shared, checked: CheckedJob) -> Result<Job, Problem> {
     let options = shared.run().options.clone();
     let mut job = prepare(checked.clone(), options, shared.watch.clone()).await?;
     job.log_to(shared.logs.clone());
+    shared.watch.set(JobState::Initializing);
     let mut run = shared.run();
     (run.checked, run.control, run.metrics) = (checked, job.control(), job.metrics());
     if let Some(wish) = run.wish {
         run.obey(wish);
     }
     Ok(job)
+}
+
+/// Prepares a job where that may block.
+async fn prepare(
+    checked: CheckedJob,
+    options: JobOptions,
+    observer: Arc<dyn Observer>,
+) -> Result<Job, Problem> {
+    let prepared = tokio::task::spawn_blocking(move || Job::prepare(checked, &options, observer));
+    prepared.await.unwrap_or_else(|error| {
+        Err(Problem::new(Code::HostBug, "the preparation of a job panicked").detail(error))
+    })
 }

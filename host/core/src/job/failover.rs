@@ -89,14 +89,19 @@ impl Job {
             remaining,
             tasks,
         });
+        self.restart_at(now.after(delay_ms), &restarting);
+    }
+
+    /// Makes an incident: these tasks restart together, not before `at`.
+    fn restart_at(&mut self, at: Millis, tasks: &[TaskId]) {
         self.next_incident += 1;
         let incident = self.next_incident;
-        for task in restarting {
-            if let Some(run) = self.tasks.get_mut(&task) {
+        for task in tasks {
+            if let Some(run) = self.tasks.get_mut(task) {
                 run.incident = Some(incident);
             }
         }
-        self.incidents.insert(incident, now.after(delay_ms));
+        self.incidents.insert(incident, at);
     }
 
     /// How far the failovers since the last completed checkpoint have led: restarting the same

@@ -184,6 +184,12 @@ impl Job {
         self.tasks.get(&task).map(|run| run.attempt)
     }
 
+    /// True while every task runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.all(|run| run.state == TaskState::Running)
+    }
+
     /// True once `Finish` has been given out.
     #[must_use]
     pub fn is_over(&self) -> bool {
@@ -209,13 +215,7 @@ impl Job {
         match event {
             Event::Tick => {}
             Event::TasksStarted { tasks } => self.on_started(now, &tasks, effects),
-            Event::TaskDrained { task, attempt } => {
-                if let Some(run) = self.current(task, attempt) {
-                    run.is_drained = true;
-                    self.coordinator.set_backlog(now, task, false);
-                    self.on_drained(task, effects);
-                }
-            }
+            Event::TaskDrained { task, attempt } => self.on_drained(now, task, attempt, effects),
             Event::BacklogChanged { task, attempt, is_backlog } => {
                 if self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping) {
                     self.coordinator.set_backlog(now, task, is_backlog);
@@ -227,9 +227,8 @@ impl Job {
                 }
             }
             Event::SnapshotDeclined { task, attempt, checkpoint, reason } => {
-                if self.current(task, attempt).is_some()
-                    && self.coordinator.is_collecting(checkpoint)
-                {
+                let is_current = self.current(task, attempt).is_some();
+                if is_current && self.coordinator.is_collecting(checkpoint) {
                     self.coordinator.abort(checkpoint, reason, &mut steps);
                 }
             }
@@ -521,7 +520,16 @@ impl Job {
 
     /// Regions that have waited for this partition may begin, and partitions that were read for the
     /// last time are given up.
-    fn on_drained(&mut self, task: TaskId, effects: &mut Vec<Effect>) {
+    fn on_drained(
+        &mut self,
+        now: Millis,
+        task: TaskId,
+        attempt: Attempt,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(run) = self.current(task, attempt) else { return };
+        run.is_drained = true;
+        self.coordinator.set_backlog(now, task, false);
         if !self.is_batch {
             return;
         }

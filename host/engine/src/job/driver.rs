@@ -49,6 +49,8 @@ pub(crate) struct Driver {
     /// When the event that is being answered has come.
     event_at: Instant,
     outcome: Option<Outcome>,
+    /// Whether every task runs, as was reported last.
+    is_running: bool,
     desk: Arc<Desk>,
     rehearsal: Arc<Rehearsal>,
 }
@@ -94,6 +96,7 @@ impl Driver {
             workers: Vec::new(),
             event_at: Instant::now(),
             outcome: None,
+            is_running: false,
             desk,
             rehearsal: Arc::new(rehearsal),
         }
@@ -107,8 +110,15 @@ impl Driver {
             let event = self.next_event().await;
             self.event_at = Instant::now();
             self.core.step(self.now(), event, &mut effects);
+            // Whoever gets an answer finds all that belongs to it.
+            let is_answer = |effect: &Effect| matches!(effect, Effect::Answer { .. });
+            effects.sort_by_key(is_answer);
             for effect in effects.drain(..) {
                 self.perform(effect);
+            }
+            let was_running = std::mem::replace(&mut self.is_running, self.core.is_running());
+            if self.is_running && !was_running {
+                self.observe(Progress::Running { tasks: self.plan.locals.len() });
             }
             if let Some(outcome) = self.outcome.take() {
                 return outcome;

@@ -12,11 +12,11 @@ use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, StateBackend, StorageSpec};
 use cofferdam_store::{
-    SnapshotStore, Storage, StorageError, manifest::TaskIdentity, memory::MemoryStorage,
-    sled::SledStorage, table::Tables,
+    SnapshotStore, Storage, StorageError, faulty::Faults, manifest::TaskIdentity,
+    memory::MemoryStorage, sled::SledStorage, table::Tables,
 };
 
-use super::{plan::own_keys, resume::JobOptions};
+use super::plan::own_keys;
 use crate::{
     exchange::partition::Partitions,
     state::{
@@ -140,7 +140,7 @@ pub(super) fn open_store(
     state_dir: Option<&Path>,
     identities: &[TaskIdentity],
     is_over: bool,
-    options: &JobOptions,
+    faults: Option<&Faults>,
 ) -> Result<SnapshotStore, StorageError> {
     let mut storage = open_storage(&spec.storage, state_dir)?;
     if is_over {
@@ -148,7 +148,7 @@ pub(super) fn open_store(
         over.clear()?;
         storage = open_storage(&spec.storage, state_dir)?;
     }
-    if let Some(faults) = &options.faults {
+    if let Some(faults) = faults {
         storage = faults.around(storage);
     }
     let (mut store, _) = SnapshotStore::open(storage, &spec.name, identities.to_vec())?;

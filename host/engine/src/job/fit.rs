@@ -1,9 +1,6 @@
 //! Whether the state of a checkpoint can become the state of these tasks.
 
-use cofferdam_core::{
-    exchange::ExchangeType,
-    fit::{self, Misfit},
-};
+use cofferdam_core::fit::{self, Misfit};
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_store::{
@@ -11,7 +8,7 @@ use cofferdam_store::{
     manifest::{Manifest, TaskIdentity},
 };
 
-use super::{check::CheckedJob, plan::identity, target::Tasks};
+use super::target::Tasks;
 use crate::job::read_out::on_instance;
 
 /// What to do with a type that does not fit.
@@ -58,30 +55,6 @@ pub(super) fn check_fit(
     }
 }
 
-impl CheckedJob {
-    /// Whether the state of this job can become that of `other`, which is the same with another parallelism, as far
-    /// as is known before there is a checkpoint of its end.
-    pub(crate) fn check_rescale(&self, other: &Self) -> Result<(), Problem> {
-        if self.spec.graph.has_exchange(ExchangeType::has_partition) {
-            return Err(Problem::new(Code::RequestRefused, "the job cannot be rescaled")
-                .detail("its regions run one after the other, and have no state between them"));
-        }
-        let known = self.identities();
-        for task in other.identities() {
-            if let Some(known) = known.iter().find(|known| known.uid == task.uid) {
-                fit::fit(&known.state(), &task.state(), false)
-                    .map_err(|misfit| problem_of(&misfit, known, &task))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn identities(&self) -> Vec<TaskIdentity> {
-        let tasks = self.spec.graph.tasks();
-        tasks.iter().map(|task| identity(&self.spec, &self.operators, *task)).collect()
-    }
-}
-
 fn check_operator(
     tasks: &Tasks<'_>,
     known: &TaskIdentity,
@@ -96,7 +69,7 @@ fn check_operator(
 }
 
 /// What a misfit is for the user: what is wrong, and what to do about it.
-fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdentity) -> Problem {
+pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdentity) -> Problem {
     let name = &task.operator;
     let mismatch = |what: String, hint: String| Problem::new(Code::StateMismatch, what).hint(hint);
     let foreign = |what: String, fits: &str| {

@@ -22,40 +22,35 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use cofferdam_core::{
-    ids::{OperatorId, TaskId},
+    exchange::ExchangeType,
+    ids::TaskId,
     job::{Event, Job as CoreJob, JobSettings, Outcome, Resume},
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::{
-    SnapshotStore, Storage, StorageError, manifest::TaskIdentity, memory::MemoryStorage,
-};
+use cofferdam_store::manifest::TaskIdentity;
+use cofferdam_store::{SnapshotStore, Storage, StorageError, memory::MemoryStorage};
 use tokio::sync::mpsc;
 
 use self::{
     ending::{Ending, failure, next_step},
     files::{is_nothing_there, locals, open_store, partitions, storage_at, unusable_state},
-    plan::{
-        NodePlan, Plan, components_of, digest_of, identity, keyed_outputs, own_components,
-        prepare_nodes, sources_of, untried,
-    },
+    plan::{Plan, components_of, digest_of, own_components, prepare_nodes, sources_of, untried},
     restore::Restorable,
-    resume::{Before, Resumption, claim_outputs, look},
+    resume::{Resumption, claim_outputs, look},
     target::Tasks,
 };
 use crate::{
-    exchange::link::Links,
-    job::driver::Driver,
+    job::{driver::Driver, plan::identity},
     storage::StorageHandle,
     watch::{
         control::{Desk, JobControl, KeptCheckpoint},
         history::{self, Recorder},
         log::Logs,
-        metrics::{Metrics, OperatorMetrics},
+        metrics::Metrics,
         monitor::{Monitor, Stats, WriterReport},
         progress::{Observer, Progress},
     },
@@ -69,6 +64,29 @@ pub use self::{
 };
 
 impl CheckedJob {
+    /// What the state of each of its tasks belongs to.
+    fn identities(&self) -> Vec<TaskIdentity> {
+        let tasks = self.spec.graph.tasks();
+        tasks.iter().map(|task| identity(&self.spec, &self.operators, *task)).collect()
+    }
+
+    /// Whether the state of this job can become that of `other`, which is the same with another parallelism, as far
+    /// as is known before there is a checkpoint of its end.
+    pub(crate) fn check_rescale(&self, other: &Self) -> Result<(), Problem> {
+        if self.spec.graph.has_exchange(ExchangeType::has_partition) {
+            return Err(Problem::new(Code::RequestRefused, "the job cannot be rescaled")
+                .detail("its regions run one after the other, and have no state between them"));
+        }
+        let known = self.identities();
+        for task in other.identities() {
+            if let Some(known) = known.iter().find(|known| known.uid == task.uid) {
+                cofferdam_core::fit::fit(&known.state(), &task.state(), false)
+                    .map_err(|misfit| fit::problem_of(&misfit, known, &task))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a run can begin from the savepoint or state directory that `options` name, and what it would
     /// take over; `None` where they name none. Changes nothing. While a run uses the state directory, that
     /// and the output are left out: both will be others when it has ended.
@@ -81,9 +99,7 @@ impl CheckedJob {
         observer: &dyn Observer,
     ) -> Result<Option<Restorable>, Problem> {
         let Some(from) = &options.from else { return Ok(None) };
-        let tasks = self.spec.graph.tasks();
-        let identity = |task: &TaskId| identity(&self.spec, &self.operators, *task);
-        let identities: Vec<TaskIdentity> = tasks.iter().map(identity).collect();
+        let identities = self.identities();
         let nodes = prepare_nodes(&self.spec, &self.operators)?;
         let tasks = Tasks {
             spec: &self.spec,
@@ -150,11 +166,10 @@ impl Job {
         options: &JobOptions,
         observer: Arc<dyn Observer>,
     ) -> Result<Self, Problem> {
+        let identities = checked.identities();
         let CheckedJob { spec, operators } = checked;
         let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
-        let identities: Vec<TaskIdentity> =
-            tasks.iter().map(|task| identity(&spec, &operators, *task)).collect();
-        let mut nodes = prepare_nodes(&spec, &operators)?;
+        let nodes = prepare_nodes(&spec, &operators)?;
         let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
         let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
         let lock = state_dir.map(state_dir::lock).transpose()?;
@@ -171,72 +186,43 @@ impl Job {
         let storage = storage_at(&spec.storage, state_dir).map_err(|error| unusable(&error))?;
         let resumption = look(&targets, storage, state_dir, options, &digest)?;
         // Everything that may be refused is refused by now, or here.
-        let mut outputs =
+        let outputs =
             claim_outputs(&spec, &identities, &resumption.chosen, state_dir, options, false)?;
         let Resumption { mut record, before, is_over, looked, chosen } = resumption;
-        for message in &chosen.warnings {
-            observer.observe(Progress::Warning { message: message.clone() });
-        }
         drop(looked);
+        warn(&*observer, &chosen.warnings);
         // Before an output is said to be this job's.
-        if let Some(dir) = state_dir
-            && matches!(before, Before::Nothing)
-        {
-            record.write(dir).map_err(|error| unusable(&error))?;
-        }
-        let locals = locals(&tasks, &identities, &spec, state_dir);
-        let locals = locals.map_err(|error| unusable(&error))?;
+        before.mark(&record, state_dir).map_err(|error| unusable(&error))?;
+        let locals = locals(&tasks, &identities, &spec, state_dir).map_err(|it| unusable(&it))?;
         let partitions = partitions(&spec, state_dir).map_err(|error| unusable(&error))?;
         targets.locals = &locals;
-        let mut store = open_store(&spec, state_dir, &identities, is_over, options)
+        let mut store = open_store(&spec, state_dir, &identities, is_over, options.faults.as_ref())
             .map_err(|error| unusable(&error))?;
         let own = own_components(&spec, &operators, &tasks, &identities);
         let untried = untried(&spec, &identities, &chosen, &locals, &own);
-        let components = operators.values().map(|operator| operator.component.clone());
-        store.set_components(components.collect(), Arc::new(own));
+        let components = components_of(&spec, &operators).into_values().collect();
+        store.set_components(components, Arc::new(own));
         let resume = restore::adopt(&targets, &mut store, &chosen)?;
         outputs.values().try_for_each(|output| output.begin())?;
-        for (node, work) in spec.nodes.iter().zip(&mut nodes) {
-            if let NodePlan::Sink { plan } = work {
-                *plan = outputs.remove(&node.name).map(Arc::from);
-            }
-        }
+        let begun_from = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
         if let Some(dir) = state_dir {
-            record.job = chosen.lineage.job;
-            if let Some(from) = &options.from {
-                record.begun_from = restore::absolute(&from.dir);
-            }
-            record.write(dir).map_err(|error| unusable(&error))?;
+            record.begin(dir, chosen.lineage.job, begun_from).map_err(|error| unusable(&error))?;
         }
         let desk = desk_of(&store, &resume).map_err(|error| unusable(&error))?;
-        let ids = (0..).map(OperatorId).zip(&spec.nodes);
-        let plan = Plan {
-            job: spec.name.clone(),
-            secret: *blake3::hash(chosen.lineage.job.bytes()).as_bytes(),
-            graph: spec.graph.clone(),
-            nodes,
-            slots: tasks.iter().copied().zip(0..).collect(),
-            outputs: ids.map(|(id, node)| keyed_outputs(node, operators.get(&id))).collect(),
-            is_exactly_once: spec.is_exactly_once,
-            unaligned_after: spec.checkpoint.unaligned_after_ms.map(Duration::from_millis),
-            backlog_lag_ms: spec.backlog_lag_ms,
-            links: Links::default(),
-            partitions,
-            locals,
-            untried,
-        };
-        let operators = spec.nodes.iter().map(|node| OperatorMetrics::new(&node.name)).collect();
+        let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators);
+        (plan.partitions, plan.locals, plan.untried) = (partitions, locals, untried);
+        let metrics = Arc::new(Metrics::of(spec.nodes.iter().map(|node| node.name.as_str())));
         let (events, inbox) = mpsc::unbounded_channel();
         Ok(Self {
             plan,
             store,
             resume,
             _lock: lock,
-            claimed: options.from.as_ref().filter(|from| from.claim).map(|from| from.dir.clone()),
+            claimed: options.claimed(),
             state_dir: state_dir.map(Path::to_owned),
             seed: options.seed,
             observer,
-            metrics: Arc::new(Metrics { operators, ..Metrics::default() }),
+            metrics,
             logs: Arc::default(),
             events,
             inbox,
@@ -372,4 +358,10 @@ fn desk_of(store: &SnapshotStore, resume: &Resume) -> Result<Arc<Desk>, StorageE
         desk.keep(KeptCheckpoint::from(&store.manifest(checkpoint.0)?));
     }
     Ok(desk)
+}
+
+/// Passes warnings on.
+fn warn(observer: &dyn Observer, warnings: &[String]) {
+    let warnings = warnings.iter().cloned();
+    warnings.for_each(|message| observer.observe(Progress::Warning { message }));
 }

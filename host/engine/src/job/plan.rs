@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use cofferdam_connector::catalog::{NodeContext, SinkPlan, SourcePlan};
+use cofferdam_connector::{
+    catalog::{NodeContext, SinkPlan, SourcePlan},
+    identity::Id,
+};
 use cofferdam_contract::{Description, StateDeclaration};
 use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
@@ -83,6 +86,32 @@ pub(super) enum NodePlan {
 }
 
 impl Plan {
+    /// The plan of a job without what its tasks keep between attempts.
+    pub(super) fn new(
+        spec: &JobSpec,
+        job: Id,
+        nodes: Vec<NodePlan>,
+        outputs: BTreeMap<String, Box<dyn SinkPlan>>,
+        operators: &BTreeMap<OperatorId, CheckedOperator>,
+    ) -> Self {
+        let ids = (0..).map(OperatorId).zip(&spec.nodes);
+        Self {
+            job: spec.name.clone(),
+            secret: *blake3::hash(job.bytes()).as_bytes(),
+            graph: spec.graph.clone(),
+            nodes: with_outputs(spec, nodes, outputs),
+            slots: spec.graph.tasks().into_iter().zip(0..).collect(),
+            outputs: ids.map(|(id, node)| keyed_outputs(node, operators.get(&id))).collect(),
+            is_exactly_once: spec.is_exactly_once,
+            unaligned_after: spec.checkpoint.unaligned_after_ms.map(Duration::from_millis),
+            backlog_lag_ms: spec.backlog_lag_ms,
+            links: Links::default(),
+            partitions: None,
+            locals: BTreeMap::new(),
+            untried: Vec::new(),
+        }
+    }
+
     /// A task's number in the checkpoints.
     pub(crate) fn slot(&self, task: TaskId) -> usize {
         self.slots[&task]
@@ -360,4 +389,18 @@ pub(super) fn digest_of(identities: &[TaskIdentity], spec: &JobSpec) -> String {
     });
     let text = format!("{identities:?}{:?}", configs.collect::<Vec<_>>());
     blake3::hash(text.as_bytes()).to_hex()[..16].to_owned()
+}
+
+/// The nodes, each sink with the output that was claimed for it.
+fn with_outputs(
+    spec: &JobSpec,
+    mut nodes: Vec<NodePlan>,
+    mut outputs: BTreeMap<String, Box<dyn SinkPlan>>,
+) -> Vec<NodePlan> {
+    for (node, work) in spec.nodes.iter().zip(&mut nodes) {
+        if let NodePlan::Sink { plan } = work {
+            *plan = outputs.remove(&node.name).map(Arc::from);
+        }
+    }
+    nodes
 }

@@ -14,7 +14,7 @@ use cofferdam_store::{
     declared::{Entry, changes_of},
     in_flight::{ChannelState, InFlight},
     manifest::{Manifest, StateIdentity, TaskIdentity},
-    run::RunBuilder,
+    run::{Run, RunBuilder},
     snapshot::{LoadedTask, Share},
 };
 use futures::executor::block_on;
@@ -91,7 +91,7 @@ const CONVERTED_AT_ONCE: usize = 4096;
 /// Entries that one instance converts.
 const CONVERTED_BY_ONE: usize = 16 * CONVERTED_AT_ONCE;
 
-/// Loads every old task, and shares its state out among the new ones. Declared state is only read
+/// Loads every old task, and distributes its state over the new ones. Declared state is only read
 /// through: it may be larger than the memory.
 pub(super) fn redistribute(
     tasks: &Tasks<'_>,
@@ -99,6 +99,7 @@ pub(super) fn redistribute(
     store: &SnapshotStore,
     warnings: &mut Vec<String>,
 ) -> Result<Shares, Failed> {
+    let refused = |problem| Failed::Problem(Box::new(problem));
     let mut shares: Shares = Vec::with_capacity(tasks.identities.len());
     for node in &tasks.spec.nodes {
         let new: Vec<&TaskIdentity> =
@@ -107,78 +108,9 @@ pub(super) fn redistribute(
         let old = manifest.tasks.iter().enumerate();
         let old: Vec<usize> =
             old.filter(|(_, task)| task.identity.uid == uid).map(|(slot, _)| slot).collect();
-        let takes_memory = match &node.kind {
-            NodeKind::Operator(operator) => operator.snapshot.has_memory(),
-            _ => true,
-        };
-        let old_first = old.first().copied();
-        let mut loaded = Vec::with_capacity(old.len());
-        let mut read_outs = BTreeMap::new();
-        let mut is_in_image = false;
-        for slot in &old {
-            let mut task = store.load(*slot, manifest.checkpoint)?;
-            let is_image_alone = store.is_in_image(*slot, manifest.checkpoint)?;
-            if !is_image_alone {
-                store.check_declared(*slot, manifest.checkpoint)?;
-            } else if takes_memory {
-                is_in_image = true;
-            } else {
-                let sandbox = tasks.components.values().next().map(Component::sandbox);
-                let limits = node.kind.limits();
-                let memory = std::mem::take(&mut task.memory);
-                let bytes = memory.last().map_or(0, MemorySnapshot::size_bytes);
-                let name = manifest.tasks[*slot].identity.name();
-                tasks.tell(manifest.checkpoint, RestoreStep::ReadOut { task: name, bytes });
-                let run = read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, memory)?;
-                read_outs.insert(*slot, Arc::new(run));
-            }
-            if !takes_memory {
-                task.memory.clear();
-            }
-            loaded.push(task);
-        }
-        for task in &mut loaded {
-            forget_watermarks(tasks, manifest, task);
-        }
-        if loaded.is_empty() {
-            shares.extend(new.iter().map(|_| Share::default()));
-        } else if loaded.len() == new.len() {
-            let states = state_numbers(manifest, old.first(), new.first());
-            shares.extend(loaded.into_iter().zip(old).map(|(state, slot)| Share {
-                state,
-                declared_from: vec![slot],
-                key_groups: None,
-                states: states.clone(),
-                converted: None,
-                read_out: read_outs.clone(),
-                is_in_image,
-            }));
-        } else {
-            let numbers = state_numbers(manifest, old.first(), new.first());
-            // What a task that has finished had is finished: no record of its keys will come, and it must
-            // not finish again. Where all have, their state is what is left of the operator.
-            let has_finished = |(_, task): &(&usize, &LoadedTask)| task.is_drained;
-            let all_have = loaded.iter().all(|task| task.is_drained);
-            let old: Vec<usize> = old
-                .iter()
-                .zip(&loaded)
-                .filter(|pair| all_have || !has_finished(pair))
-                .map(|(slot, _)| *slot)
-                .collect();
-            let states = share(tasks, node, loaded, &new);
-            let states = states.map_err(|problem| Failed::Problem(Box::new(problem)))?;
-            shares.extend(states.into_iter().zip(&new).map(|(state, identity)| {
-                let TaskIdentity { index, parallelism, max_parallelism, .. } = **identity;
-                let has_groups = 0 < max_parallelism;
-                let key_groups =
-                    has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
-                let (declared_from, states) = (old.clone(), numbers.clone());
-                let (read_out, converted) = (read_outs.clone(), None);
-                Share { state, declared_from, key_groups, states, converted, read_out, is_in_image }
-            }));
-        }
-        let own = &shares[shares.len() - new.len()..];
-        check_config(manifest, old_first, &new, warnings);
+        check_config(manifest, old.first().copied(), &new, warnings);
+        let loaded = Loaded::of(tasks, manifest, store, node, old)?;
+        let own = loaded.share(tasks, manifest, node, &new).map_err(refused)?;
         if let Some(source) = tasks.sources.get(&node.name) {
             let positions: Vec<&[u8]> =
                 own.iter().map(|share| &*share.state.state).filter(|it| !it.is_empty()).collect();
@@ -186,12 +118,11 @@ pub(super) fn redistribute(
                 true => source.check_fresh().map(|()| Vec::new()),
                 false => source.check_positions(&positions),
             };
-            warnings.extend(checked.map_err(|problem| Failed::Problem(Box::new(problem)))?);
+            warnings.extend(checked.map_err(refused)?);
         }
-        let in_flight = own.iter();
-        let in_flight = in_flight.flat_map(|share| &*share.state.in_flight);
-        check_in_flight(tasks, node, in_flight)
-            .map_err(|problem| Failed::Problem(Box::new(problem)))?;
+        let in_flight = own.iter().flat_map(|share| &*share.state.in_flight);
+        check_in_flight(tasks, node, in_flight).map_err(refused)?;
+        shares.extend(own);
     }
     check_left_behind(tasks, manifest, store)?;
     convert(tasks, store, manifest, &mut shares)?;
@@ -204,6 +135,100 @@ pub(super) fn redistribute(
         );
     }
     Ok(shares)
+}
+
+/// The old tasks of a node.
+struct Loaded {
+    /// Their numbers in the checkpoint.
+    slots: Vec<usize>,
+    /// What they had, beside declared state that is only read through.
+    tasks: Vec<LoadedTask>,
+    /// Declared state that was read out of the image of a memory, by number.
+    read_outs: BTreeMap<usize, Arc<Run>>,
+    /// Declared state is in the images of memories, and stays there.
+    is_in_image: bool,
+}
+
+impl Loaded {
+    fn of(
+        tasks: &Tasks<'_>,
+        manifest: &Manifest,
+        store: &SnapshotStore,
+        node: &NodeSpec,
+        slots: Vec<usize>,
+    ) -> Result<Self, Failed> {
+        let takes_memory = match &node.kind {
+            NodeKind::Operator(operator) => operator.snapshot.has_memory(),
+            NodeKind::Source(_) | NodeKind::Sink(_) => true,
+        };
+        let mut loaded =
+            Self { slots, tasks: Vec::new(), read_outs: BTreeMap::new(), is_in_image: false };
+        for slot in &loaded.slots {
+            let mut task = store.load(*slot, manifest.checkpoint)?;
+            let is_image_alone = store.is_in_image(*slot, manifest.checkpoint)?;
+            if !is_image_alone {
+                store.check_declared(*slot, manifest.checkpoint)?;
+            } else if takes_memory {
+                loaded.is_in_image = true;
+            } else {
+                let sandbox = tasks.components.values().next().map(Component::sandbox);
+                let limits = node.kind.limits();
+                let memory = std::mem::take(&mut task.memory);
+                let bytes = memory.last().map_or(0, MemorySnapshot::size_bytes);
+                let name = manifest.tasks[*slot].identity.name();
+                tasks.tell(manifest.checkpoint, RestoreStep::ReadOut { task: name, bytes });
+                let run = read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, memory)?;
+                loaded.read_outs.insert(*slot, Arc::new(run));
+            }
+            if !takes_memory {
+                task.memory.clear();
+            }
+            forget_watermarks(tasks, manifest, &mut task);
+            loaded.tasks.push(task);
+        }
+        Ok(loaded)
+    }
+
+    /// What each of the new tasks takes over.
+    fn share(
+        self,
+        tasks: &Tasks<'_>,
+        manifest: &Manifest,
+        node: &NodeSpec,
+        new: &[&TaskIdentity],
+    ) -> Result<Vec<Share>, Problem> {
+        let Self { slots, tasks: loaded, read_outs, is_in_image } = self;
+        let states = state_numbers(manifest, slots.first(), new.first());
+        let share = |state, declared_from, key_groups| Share {
+            state,
+            declared_from,
+            key_groups,
+            states: states.clone(),
+            converted: None,
+            read_out: read_outs.clone(),
+            is_in_image,
+        };
+        if loaded.is_empty() {
+            return Ok(new.iter().map(|_| Share::default()).collect());
+        }
+        if loaded.len() == new.len() {
+            let own = loaded.into_iter().zip(slots);
+            return Ok(own.map(|(state, slot)| share(state, vec![slot], None)).collect());
+        }
+        // What a task that has finished had is finished: no record of its keys will come, and it must
+        // not finish again. Where all have, their state is what is left of the operator.
+        let all_have = loaded.iter().all(|task| task.is_drained);
+        let unfinished = slots.iter().zip(&loaded).filter(|(_, task)| all_have || !task.is_drained);
+        let declared_from: Vec<usize> = unfinished.map(|(slot, _)| *slot).collect();
+        let states = distribute(tasks, node, loaded, new)?;
+        let shares = states.into_iter().zip(new).map(|(state, identity)| {
+            let TaskIdentity { index, parallelism, max_parallelism, .. } = **identity;
+            let has_groups = 0 < max_parallelism;
+            let key_groups = has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
+            share(state, declared_from.clone(), key_groups)
+        });
+        Ok(shares.collect())
+    }
 }
 
 /// Parts that no sink commits any more would be lost.
@@ -312,7 +337,8 @@ fn check_in_flight<'a>(
         .hint("put the edge back, or change it with a savepoint, which holds no records in flight"))
 }
 
-fn share(
+/// Distributes what the connector of a node, and the channels to it, had.
+fn distribute(
     tasks: &Tasks<'_>,
     node: &NodeSpec,
     old: Vec<LoadedTask>,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -46,6 +47,13 @@ pub struct JobOptions {
     pub faults: Option<Faults>,
 }
 
+impl JobOptions {
+    /// What the run begins from and owns.
+    pub(super) fn claimed(&self) -> Option<PathBuf> {
+        self.from.as_ref().filter(|from| from.claim).map(|from| from.dir.clone())
+    }
+}
+
 /// What a state directory was before a run.
 pub(super) enum Before {
     Nothing,
@@ -55,6 +63,14 @@ pub(super) enum Before {
 }
 
 impl Before {
+    /// Records the job in a state directory that had none.
+    pub(super) fn mark(&self, record: &JobRecord, state_dir: Option<&Path>) -> io::Result<()> {
+        match (self, state_dir) {
+            (Self::Nothing, Some(dir)) => record.write(dir),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether the checkpoints that are there belong to a job that has ended. A crash may have left them
     /// behind after its end was recorded. What the run is to begin from is not over, whatever its place is
     /// called.

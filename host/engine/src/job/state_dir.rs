@@ -71,6 +71,18 @@ impl JobRecord {
         }
     }
 
+    /// The job begins: it is this one, begun from there if it was. Writes that down, durably.
+    ///
+    /// # Errors
+    /// Where that is not certain.
+    pub(crate) fn begin(&mut self, dir: &Path, job: Id, from: Option<PathBuf>) -> io::Result<()> {
+        self.job = job;
+        if from.is_some() {
+            self.begun_from = from;
+        }
+        self.write(dir)
+    }
+
     /// Writes it down, durably.
     ///
     /// # Errors

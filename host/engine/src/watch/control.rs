@@ -124,6 +124,7 @@ pub(crate) struct Desk(Mutex<Requests>);
 #[derive(Default)]
 struct Requests {
     last_ticket: u64,
+    is_over: bool,
     /// By ticket: where a savepoint goes, and who waits for the answer.
     open: BTreeMap<u64, (Option<PathBuf>, oneshot::Sender<SavepointResult>)>,
     /// The last savepoint that was written.
@@ -143,7 +144,10 @@ impl Desk {
         let mut requests = self.lock();
         requests.last_ticket += 1;
         let ticket = requests.last_ticket;
-        requests.open.insert(ticket, (dir, sender));
+        // Of a job that is over nobody would answer: the receiver learns that from the sender, which is gone.
+        if !requests.is_over {
+            requests.open.insert(ticket, (dir, sender));
+        }
         (ticket, receiver)
     }
 
@@ -187,6 +191,7 @@ impl Desk {
     /// The job is over: nobody else will be answered.
     pub(crate) fn close(&self) {
         let mut requests = self.lock();
+        requests.is_over = true;
         requests.open.clear();
         requests.inspector = None;
     }

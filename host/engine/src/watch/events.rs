@@ -9,7 +9,7 @@ use std::{
 use cofferdam_core::job::Outcome;
 use cofferdam_settings::Problem;
 use serde::Serialize;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use super::{
     history::{self, ENTRIES_MAX, Entry},
@@ -91,24 +91,17 @@ impl Events {
 /// Follows a job through all of its runs, and passes everything on.
 pub(crate) struct Watch {
     observer: Arc<dyn Observer>,
+    state: watch::Sender<(JobState, u64)>,
     known: Mutex<Known>,
 }
 
 struct Known {
-    state: JobState,
-    since_ms: u64,
     failures: VecDeque<Entry>,
     /// Gone when the job has ended.
     events: Option<broadcast::Sender<Arc<Progress>>>,
 }
 
 impl Known {
-    fn set(&mut self, state: JobState) {
-        if self.state != state {
-            (self.state, self.since_ms) = (state, now_ms());
-        }
-    }
-
     fn add(&mut self, entry: Entry) {
         self.failures.push_back(entry);
         if ENTRIES_MAX < self.failures.len() {
@@ -119,13 +112,10 @@ impl Known {
 
 impl Watch {
     pub(crate) fn new(observer: Arc<dyn Observer>) -> Self {
-        let known = Known {
-            state: JobState::Initializing,
-            since_ms: now_ms(),
-            failures: VecDeque::new(),
-            events: Some(broadcast::Sender::new(EVENTS_MAX)),
-        };
-        Self { observer, known: Mutex::new(known) }
+        let known =
+            Known { failures: VecDeque::new(), events: Some(broadcast::Sender::new(EVENTS_MAX)) };
+        let state = watch::Sender::new((JobState::Initializing, now_ms()));
+        Self { observer, state, known: Mutex::new(known) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -142,24 +132,37 @@ impl Watch {
     }
 
     pub(crate) fn state(&self) -> (JobState, u64) {
-        let known = self.lock();
-        (known.state, known.since_ms)
+        *self.state.borrow()
     }
 
     pub(crate) fn set(&self, state: JobState) {
-        self.lock().set(state);
+        self.state.send_if_modified(|known| {
+            let is_other = known.0 != state;
+            if is_other {
+                *known = (state, now_ms());
+            }
+            is_other
+        });
+    }
+
+    /// Waits until the job runs, or has ended; gives which.
+    pub(crate) async fn settled(&self) -> JobState {
+        let mut states = self.state.subscribe();
+        let is_settled =
+            |(state, _): &(JobState, u64)| state.is_last() || *state == JobState::Running;
+        // The sender is here, so it is not gone.
+        states.wait_for(is_settled).await.map_or(JobState::Failed, |it| it.0)
     }
 
     /// The job has ended: subscribers have heard everything.
     pub(crate) fn end(&self, outcome: &Result<Outcome, Problem>) {
-        let mut known = self.lock();
-        known.set(match outcome {
+        self.set(match outcome {
             Ok(Outcome::Finished) => JobState::Finished,
             Ok(Outcome::Stopped { .. }) => JobState::Stopped,
             Ok(Outcome::Canceled { .. }) => JobState::Canceled,
             Ok(Outcome::Failed { .. }) | Err(_) => JobState::Failed,
         });
-        known.events = None;
+        self.lock().events = None;
     }
 
     pub(crate) fn failures(&self) -> Vec<Entry> {
@@ -178,8 +181,8 @@ impl Observer for Watch {
     fn observe(&self, progress: Progress) {
         let mut known = self.lock();
         match &progress {
-            Progress::Started { .. } => known.set(JobState::Running),
-            Progress::Restarting { .. } => known.set(JobState::Restarting),
+            Progress::Running { .. } => self.set(JobState::Running),
+            Progress::Restarting { .. } => self.set(JobState::Restarting),
             _ => {}
         }
         if let Some(entry) = Entry::of(&progress) {

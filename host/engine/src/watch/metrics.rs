@@ -133,6 +133,11 @@ pub struct OperatorReading {
 }
 
 impl Metrics {
+    /// All zero, for operators of these names.
+    pub(crate) fn of<'n>(names: impl Iterator<Item = &'n str>) -> Self {
+        Self { operators: names.map(OperatorMetrics::new).collect(), ..Self::default() }
+    }
+
     /// Reads the counters of each operator, in the order of the job graph.
     #[must_use]
     pub fn read_operators(&self) -> Vec<OperatorReading> {

@@ -19,6 +19,11 @@ pub enum Progress {
         /// How many there are.
         tasks: usize,
     },
+    /// Every task runs: after the start, and after each restart.
+    Running {
+        /// How many there are.
+        tasks: usize,
+    },
     /// Before tasks are started: a part of restoring a checkpoint that may take long.
     Restoring {
         /// Which.
