@@ -27,6 +27,8 @@ const RATE: u64 = 40_000;
 const FINISHED: &str = "has finished; there is nothing to do";
 /// Also where it is another one that would run now.
 const HAS_FINISHED: &str = "job \"world\" has finished";
+/// A checkpoint of the end of all inputs: whatever they are now, nothing more is read.
+const IS_DRAINED: &str = "every task had processed the end of its inputs";
 /// Runs of one history before it is let finish.
 const RUNS_MAX: u32 = 7;
 /// Codes of a state that is damaged: what is left of it cannot be resumed from.
@@ -528,7 +530,9 @@ path = "out-{out}"
         };
         let output = self.command(&run).output()?;
         let words = said(&output);
-        if words.contains(HAS_FINISHED) {
+        let is_at_its_end =
+            code == "C0027" && words.contains(IS_DRAINED) && output.status.success();
+        if words.contains(HAS_FINISHED) || is_at_its_end {
             self.settle(&output);
             return Ok(());
         }
