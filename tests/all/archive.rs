@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cofferdam_store::manifest::FORMAT;
+use cofferdam_store::metadata::FORMAT;
 use cofferdam_tests::archive;
 
 #[test]

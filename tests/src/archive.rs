@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use cofferdam_store::manifest::FORMAT;
+use cofferdam_store::metadata::FORMAT;
 
 use crate::{
     disk::{copy_dir, said},

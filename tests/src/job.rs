@@ -19,7 +19,7 @@ use cofferdam_engine::{
 };
 use cofferdam_sandbox::{Sandbox, SandboxOptions};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::manifest::TaskIdentity;
+use cofferdam_store::metadata::TaskIdentity;
 
 use crate::guest;
 

@@ -13,7 +13,7 @@ use cofferdam_engine::{
     socket::{Answer, Request, ask, other_answer},
     state_dir::{Ended, JobRecord},
 };
-use cofferdam_store::{Found, SnapshotStore, inspect::TaskReport, manifest::Manifest};
+use cofferdam_store::{Found, SnapshotStore, inspect::TaskReport, metadata::CheckpointMetadata};
 use serde_json::json;
 
 use crate::{
@@ -31,24 +31,24 @@ pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> 
                 return Ok(());
             }
             let opened = Opened::new(job)?;
-            opened.found.manifests.iter().for_each(|manifest| list(&manifest.into(), is_json));
+            opened.found.checkpoints.iter().for_each(|metadata| list(&metadata.into(), is_json));
             opened.warn();
             Ok(())
         }
         CheckpointsVerb::Inspect { job, id } => {
             let opened = Opened::new(job)?;
-            let manifest = opened.manifest(*id)?;
+            let metadata = opened.metadata(*id)?;
             let tasks = opened
                 .store
-                .inspect(manifest.checkpoint)
-                .map_err(|error| opened.damaged(manifest.checkpoint, &error))?;
-            inspect(manifest, &tasks, is_json);
+                .inspect(metadata.checkpoint)
+                .map_err(|error| opened.damaged(metadata.checkpoint, &error))?;
+            inspect(metadata, &tasks, is_json);
             Ok(())
         }
         CheckpointsVerb::Verify { job } => Opened::new(job)?.verify(is_json),
         CheckpointsVerb::Delete { job, id } => {
             let mut opened = Opened::new(job)?;
-            let id = opened.manifest(Some(*id))?.checkpoint;
+            let id = opened.metadata(Some(*id))?.checkpoint;
             let deleted = opened.store.delete(id).and_then(|()| opened.store.flush());
             deleted.map_err(|error| opened.damaged(id, &error))?;
             match is_json {
@@ -97,15 +97,15 @@ impl Opened {
     }
 
     /// The checkpoint with this id, or the newest.
-    pub(crate) fn manifest(&self, id: Option<u64>) -> Result<&Manifest, Problem> {
-        let mut manifests = self.found.manifests.iter();
+    pub(crate) fn metadata(&self, id: Option<u64>) -> Result<&CheckpointMetadata, Problem> {
+        let mut checkpoints = self.found.checkpoints.iter();
         let found = match id {
-            Some(id) => manifests.find(|manifest| manifest.checkpoint == id),
-            None => manifests.next_back(),
+            Some(id) => checkpoints.find(|found| found.checkpoint == id),
+            None => checkpoints.next_back(),
         };
         found.ok_or_else(|| {
             let known: Vec<String> =
-                self.found.manifests.iter().map(|found| found.checkpoint.to_string()).collect();
+                self.found.checkpoints.iter().map(|found| found.checkpoint.to_string()).collect();
             let what = id.map_or("no checkpoint".to_owned(), |id| format!("no checkpoint {id}"));
             Problem::new(Code::BadValue, format!("there is {what} in {}", self.dir.display()))
                 .hint(format!("there are: {}", known.join(", ")))
@@ -128,11 +128,11 @@ impl Opened {
         if let Err(error) = JobRecord::read(&self.dir) {
             damages.push(format!("the record of the job, `JOB`: {error}"));
         }
-        for manifest in &self.found.manifests {
-            let id = manifest.checkpoint;
+        for metadata in &self.found.checkpoints {
+            let id = metadata.checkpoint;
             let (mut bytes, mut bytes_of_components) = (0, 0);
-            let mut read = (0..manifest.tasks.len()).map(|task| {
-                let has_declared = manifest.tasks[task].identity.has_declared;
+            let mut read = (0..metadata.tasks.len()).map(|task| {
+                let has_declared = metadata.tasks[task].identity.has_declared;
                 match self.store.is_in_image(task, id)? {
                     // Without its components a checkpoint of memory alone is whole.
                     true if !has_declared => {}
@@ -249,7 +249,7 @@ const COLUMNS: [&str; 10] = [
     "in flight",
 ];
 
-fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
+fn inspect(metadata: &CheckpointMetadata, tasks: &[TaskReport], is_json: bool) {
     if is_json {
         let rows: Vec<_> = tasks
             .iter()
@@ -275,13 +275,13 @@ fn inspect(manifest: &Manifest, tasks: &[TaskReport], is_json: bool) {
             })
             .collect();
         return report::line(&json!({
-            "checkpoint": manifest.checkpoint,
-            "job": manifest.job,
-            "written_at_ms": manifest.written_at_ms,
+            "checkpoint": metadata.checkpoint,
+            "job": metadata.job,
+            "written_at_ms": metadata.written_at_ms,
             "tasks": rows,
         }));
     }
-    list(&manifest.into(), false);
+    list(&metadata.into(), false);
     let mut rows = vec![COLUMNS.map(str::to_owned).to_vec()];
     for task in tasks {
         let stats = &task.stats;

@@ -11,7 +11,7 @@ use cofferdam_engine::{
 use cofferdam_sandbox::Sandbox;
 use cofferdam_store::{
     declared::DeclaredKey,
-    manifest::{Manifest, TaskIdentity},
+    metadata::{CheckpointMetadata, TaskIdentity},
 };
 use serde_json::{Value, json};
 
@@ -24,14 +24,14 @@ use crate::{
 pub(crate) fn run(arguments: &StateArguments, is_json: bool) -> Result<(), Problem> {
     let opened = Opened::new(&arguments.job)?;
     opened.warn();
-    let manifest = opened.manifest(arguments.id)?;
-    check_names(arguments, manifest)?;
+    let metadata = opened.metadata(arguments.id)?;
+    check_names(arguments, metadata)?;
     let sandbox = job::sandbox(arguments.cache.dir())?;
     let wants_entries =
         arguments.operator.is_some() || arguments.state.is_some() || arguments.key.is_some();
     match wants_entries {
-        true => entries(arguments, &opened, manifest, &sandbox, is_json),
-        false => summary(&opened, manifest, &sandbox, is_json),
+        true => entries(arguments, &opened, metadata, &sandbox, is_json),
+        false => summary(&opened, metadata, &sandbox, is_json),
     }
 }
 
@@ -44,8 +44,8 @@ fn unknown(message: String, known: Vec<&str>) -> Problem {
 }
 
 /// Refuses a name that nothing in the checkpoint has.
-fn check_names(arguments: &StateArguments, manifest: &Manifest) -> Result<(), Problem> {
-    let tasks = manifest.tasks.iter().map(|task| &task.identity);
+fn check_names(arguments: &StateArguments, metadata: &CheckpointMetadata) -> Result<(), Problem> {
+    let tasks = metadata.tasks.iter().map(|task| &task.identity);
     let mut declared: Vec<&TaskIdentity> = tasks.filter(|task| task.has_declared).collect();
     declared.dedup_by(|left, right| left.operator == right.operator);
     if let Some(operator) = &arguments.operator
@@ -107,20 +107,20 @@ fn parts(key: &DeclaredKey) -> (&[u8], &[u8]) {
 fn entries(
     arguments: &StateArguments,
     opened: &Opened,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     sandbox: &Sandbox,
     is_json: bool,
 ) -> Result<(), Problem> {
     let wanted = arguments.key.as_deref().map(key_of).transpose()?;
     let mut out = BufWriter::new(io::stdout().lock());
     let mut failed: Option<io::Error> = None;
-    for (slot, task) in manifest.tasks.iter().enumerate() {
+    for (slot, task) in metadata.tasks.iter().enumerate() {
         let TaskIdentity { operator, states, has_declared, .. } = &task.identity;
         let is_asked = arguments.operator.as_ref().is_none_or(|asked| asked == operator);
         if !has_declared || !is_asked || failed.is_some() {
             continue;
         }
-        each_declared(sandbox, &opened.store, manifest, slot, |key, value| {
+        each_declared(sandbox, &opened.store, metadata, slot, |key, value| {
             let Some(state) = states.get(key.state as usize) else { return true };
             let (record_key, namespace) = parts(key);
             let is_asked = arguments.state.as_ref().is_none_or(|asked| *asked == state.name)
@@ -167,13 +167,13 @@ fn entries(
 
 fn summary(
     opened: &Opened,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     sandbox: &Sandbox,
     is_json: bool,
 ) -> Result<(), Problem> {
     // By operator and state, in the order of the checkpoint.
     let mut rows: Vec<(&str, &str, &str, u64, u64)> = Vec::new();
-    for (slot, task) in manifest.tasks.iter().enumerate() {
+    for (slot, task) in metadata.tasks.iter().enumerate() {
         let TaskIdentity { operator, states, has_declared, .. } = &task.identity;
         if !has_declared {
             continue;
@@ -186,7 +186,7 @@ fn summary(
                 rows.len() - states.len()
             }
         };
-        each_declared(sandbox, &opened.store, manifest, slot, |key, value| {
+        each_declared(sandbox, &opened.store, metadata, slot, |key, value| {
             if let Some(row) = rows.get_mut(first + key.state as usize) {
                 row.3 += 1;
                 row.4 += (key.key.len() + value.len()) as u64;
@@ -195,7 +195,7 @@ fn summary(
         })?;
     }
     if !is_json {
-        say!("checkpoint {} in {}", manifest.checkpoint, opened.dir.display());
+        say!("checkpoint {} in {}", metadata.checkpoint, opened.dir.display());
         if rows.is_empty() {
             say!("  no operator in it has declared state");
         }
@@ -203,7 +203,7 @@ fn summary(
     for (operator, state, schema, entries, size) in rows {
         match is_json {
             true => crate::report::line(&json!({
-                "checkpoint": manifest.checkpoint,
+                "checkpoint": metadata.checkpoint,
                 "operator": operator,
                 "state": state,
                 "schema": schema,

@@ -119,8 +119,8 @@ impl World {
                     self.later(Event::SnapshotAcked { task: id, attempt, checkpoint });
                 }
             }
-            Effect::PersistManifest { checkpoint } => {
-                self.later(Event::ManifestDurable { checkpoint });
+            Effect::PersistMetadata { checkpoint } => {
+                self.later(Event::MetadataDurable { checkpoint });
             }
             Effect::NotifyComplete { purpose: Purpose::Last, .. } => {
                 for (id, task) in self.tasks.clone() {

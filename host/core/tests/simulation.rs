@@ -238,9 +238,9 @@ impl World {
             }
             Effect::InjectBarrier { checkpoint, purpose } => self.barrier(checkpoint, purpose),
             Effect::EndInput => {}
-            Effect::PersistManifest { checkpoint } => {
+            Effect::PersistMetadata { checkpoint } => {
                 if self.strikes(self.options.manifest_lost_one_in) {
-                    self.later(Event::ManifestLost { checkpoint, message: "disk".to_owned() });
+                    self.later(Event::MetadataLost { checkpoint, message: "disk".to_owned() });
                 } else {
                     let all = self
                         .tasks
@@ -249,7 +249,7 @@ impl World {
                     assert!(all, "a manifest without all snapshots");
                     // Durable from here on, whether or not anybody hears of it.
                     self.manifests.insert(checkpoint);
-                    self.later(Event::ManifestDurable { checkpoint });
+                    self.later(Event::MetadataDurable { checkpoint });
                 }
             }
             Effect::PersistSavepoint { checkpoint, .. } => {

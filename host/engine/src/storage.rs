@@ -133,7 +133,7 @@ impl StorageHandle {
         self.send(Command::Begin { slots, restored_from: restored_from.map(|id| id.0) });
     }
 
-    /// Writes a manifest. Answer: `ManifestDurable` or `ManifestLost`.
+    /// Writes a manifest. Answer: `MetadataDurable` or `MetadataLost`.
     pub(crate) fn complete(&self, checkpoint: CheckpointId) {
         self.send(Command::Complete(checkpoint.0));
     }
@@ -281,14 +281,14 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
         Command::Complete(id) => {
             let checkpoint = CheckpointId(id);
             report.event(match store.complete(id, now_ms()) {
-                Ok(()) => Event::ManifestDurable { checkpoint },
+                Ok(()) => Event::MetadataDurable { checkpoint },
                 // To restart now would be to choose. The next run sees what is there.
                 Err(error @ StorageError::InDoubt { .. }) => {
                     let (obstacle, message) = (Obstacle::StoreInDoubt, error.to_string());
                     let cause = FailureCause::Permanent { obstacle, message };
                     Event::TaskFailed { task: None, cause, lost: None }
                 }
-                Err(error) => Event::ManifestLost { checkpoint, message: error.to_string() },
+                Err(error) => Event::MetadataLost { checkpoint, message: error.to_string() },
             });
         }
         Command::Export { checkpoint: id, dir } => {
@@ -315,7 +315,7 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
 mod tests {
     use std::sync::mpsc;
 
-    use cofferdam_store::{manifest::TaskIdentity, memory::MemoryStorage};
+    use cofferdam_store::{memory::MemoryStorage, metadata::TaskIdentity};
 
     use super::*;
 

@@ -8,10 +8,10 @@ use crate::{
     Generation, Result, Storage, StorageError,
     chain::{Chain, Footprint, Written},
     declared::{Entries, Merge},
-    generations::{Place, manifest_checksum},
+    generations::{Place, metadata_checksum},
     head::{Head, Kept},
-    manifest::{Manifest, ManifestTask, SnapshotStats},
     merge::{copy_merged, merge, renumbered, write_merged},
+    metadata::{CheckpointMetadata, SnapshotStats, TaskMetadata},
     run::Run,
     snapshot::Share,
     store::{CHAIN_LENGTH_MAX, COMPACT_BYTES_MIN, SnapshotStore, put_components},
@@ -30,11 +30,11 @@ impl SnapshotStore {
         written_at_ms: u64,
         target: &mut dyn Storage,
     ) -> Result<u64> {
-        let manifest = self.manifest_of(checkpoint, written_at_ms);
+        let metadata = self.metadata_of(checkpoint, written_at_ms);
         let mut generation = target.open(1, 0)?;
         let from = &*self.current.generation;
         let merged = |task: usize| {
-            let (identity, chain) = (&manifest.tasks[task].identity, &manifest.tasks[task].chain);
+            let (identity, chain) = (&metadata.tasks[task].identity, &metadata.tasks[task].chain);
             let loaded = load_chain(from, task, chain)?;
             let declared: Option<Entries<'_>> = if !identity.has_declared {
                 None
@@ -46,9 +46,9 @@ impl SnapshotStore {
             };
             Ok((merge(&loaded), declared))
         };
-        let (manifest, written) =
-            write_merged(&merged, &manifest, self.is_compressing, &mut *generation)?;
-        let checksum = manifest_checksum(&manifest)?;
+        let (metadata, written) =
+            write_merged(&merged, &metadata, self.is_compressing, &mut *generation)?;
+        let checksum = metadata_checksum(&metadata)?;
         let head = Head {
             sequence: 1,
             generation: 1,
@@ -149,9 +149,9 @@ impl SnapshotStore {
     /// # Errors
     /// The store's; the old generation is then still there and in use.
     pub fn compact(&mut self, checkpoint: u64) -> Result<()> {
-        let manifest = self.manifest(checkpoint)?;
+        let metadata = self.metadata(checkpoint)?;
         // Increments taken since belong to a checkpoint that is still pending: they would be lost.
-        let is_settled = manifest
+        let is_settled = metadata
             .tasks
             .iter()
             .zip(&self.chains)
@@ -161,7 +161,7 @@ impl SnapshotStore {
         }
         self.begin_generation(|store, next| {
             let from = &*store.current.generation;
-            copy_merged(from, &manifest, store.is_compressing, next)
+            copy_merged(from, &metadata, store.is_compressing, next)
         })
     }
 
@@ -179,14 +179,14 @@ impl SnapshotStore {
     ) -> Result<()> {
         self.highest_id = self.highest_id.max(checkpoint);
         self.begin_generation(|store, next| {
-            let tasks = store.tasks.iter().map(|identity| ManifestTask {
+            let tasks = store.tasks.iter().map(|identity| TaskMetadata {
                 identity: identity.clone(),
                 chain: Vec::new(),
                 stats: SnapshotStats::default(),
             });
             let (job, lineage) = (store.job.clone(), store.lineage.clone());
             let tasks = tasks.collect();
-            let manifest = Manifest { job, lineage, checkpoint, written_at_ms, tasks };
+            let metadata = CheckpointMetadata { job, lineage, checkpoint, written_at_ms, tasks };
             let from = other.unwrap_or(store);
             let merged = |task: usize| {
                 let share = &shares[task];
@@ -199,15 +199,15 @@ impl SnapshotStore {
                 };
                 Ok((merge(&share.state), declared))
             };
-            write_merged(&merged, &manifest, store.is_compressing, next)
+            write_merged(&merged, &metadata, store.is_compressing, next)
         })
     }
 
-    /// Fills a new generation and goes on in it. `fill` gives the manifest that it wrote, and what of
+    /// Fills a new generation and goes on in it. `fill` gives the metadata that it wrote, and what of
     /// each task.
     fn begin_generation(
         &mut self,
-        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(Manifest, Vec<Written>)>,
+        fill: impl FnOnce(&Self, &mut dyn Generation) -> Result<(CheckpointMetadata, Vec<Written>)>,
     ) -> Result<()> {
         let numbers = self.storage.generations()?;
         // A generation without anything in it need not be listed.
@@ -215,7 +215,7 @@ impl SnapshotStore {
         let mut next = self.storage.open(number, 0)?;
         let components = self.needed_components();
         let filled = put_components(&components, &mut *next).and_then(|_| fill(self, &mut *next));
-        let (manifest, written) = match filled {
+        let (metadata, written) = match filled {
             Ok(filled) => filled,
             Err(error) => {
                 drop(next);
@@ -223,12 +223,12 @@ impl SnapshotStore {
                 return Err(error);
             }
         };
-        let checkpoint = manifest.checkpoint;
+        let checkpoint = metadata.checkpoint;
         let mut head = self.head.clone();
         // From here on the new one counts; the same checkpoint in an older generation may be of another
         // parallelism.
         head.checkpoints.retain(|kept| kept.checkpoint != checkpoint);
-        let checksum = manifest_checksum(&manifest)?;
+        let checksum = metadata_checksum(&metadata)?;
         head.checkpoints.push(Kept { checkpoint, generation: number, end: next.end(), checksum });
         head.checkpoints.sort_unstable_by_key(|kept| kept.checkpoint);
         head.generation = number;

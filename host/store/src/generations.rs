@@ -3,15 +3,15 @@
 use crate::{
     Generation, Result, Storage, StorageError,
     head::{Head, Kept},
-    key::manifest_key,
-    manifest::{Manifest, unseal},
+    key::metadata_key,
+    metadata::{CheckpointMetadata, unseal},
 };
 
 /// What opening a store has found.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// The manifests that are whole, oldest first.
-    pub manifests: Vec<Manifest>,
+    /// The metadata that are whole, oldest first.
+    pub checkpoints: Vec<CheckpointMetadata>,
     /// Checkpoints that were complete and cannot be used, and whatever else is wrong.
     pub damaged: Vec<String>,
     /// Nobody knows what the store has held: its head is lost.
@@ -22,11 +22,11 @@ pub struct Found {
 pub(crate) struct Place {
     pub(crate) number: u64,
     pub(crate) generation: Box<dyn Generation>,
-    /// The checkpoints whose manifests are in it, ascending.
+    /// The checkpoints whose metadata are in it, ascending.
     pub(crate) checkpoints: Vec<u64>,
 }
 
-/// Opens the generations that the head names for reading, and compares each of their manifests with
+/// Opens the generations that the head names for reading, and compares each of their metadata with
 /// what it says.
 pub(crate) fn open_places(
     storage: &dyn Storage,
@@ -54,17 +54,17 @@ pub(crate) fn open_places(
                 }
             }
         };
-        match read_manifest_as_stored(&*place.generation, &manifest_key(*checkpoint)) {
-            Ok((manifest, found_checksum)) if found_checksum == *checksum => {
+        match read_metadata_as_stored(&*place.generation, &metadata_key(*checkpoint)) {
+            Ok((metadata, found_checksum)) if found_checksum == *checksum => {
                 place.checkpoints.push(*checkpoint);
-                found.manifests.push(manifest);
+                found.checkpoints.push(metadata);
             }
             Ok(_) => found.damaged.push(format!("checkpoint {checkpoint}: it is another one")),
             Err(error @ StorageError::Unreachable { .. }) => return Err(error),
             Err(error) => found.damaged.push(format!("checkpoint {checkpoint}: {error}")),
         }
     }
-    found.manifests.sort_by_key(|manifest| manifest.checkpoint);
+    found.checkpoints.sort_by_key(|metadata| metadata.checkpoint);
     places.retain(|place| !place.checkpoints.is_empty());
     Ok(places)
 }
@@ -77,16 +77,16 @@ pub(crate) fn head_of_generations(
 ) -> Head {
     let mut head = Head::default();
     for &number in numbers {
-        let manifests = storage.read(number, 0).and_then(|generation| {
+        let metadata = storage.read(number, 0).and_then(|generation| {
             let keys = generation.keys(b"m")?;
-            let read = |key: &Vec<u8>| read_manifest_as_stored(&*generation, key);
+            let read = |key: &Vec<u8>| read_metadata_as_stored(&*generation, key);
             Ok(keys.iter().map(read).collect::<Vec<_>>())
         });
-        match manifests {
-            Ok(manifests) => {
-                for manifest in manifests {
-                    match manifest {
-                        Ok((Manifest { checkpoint, .. }, checksum)) => {
+        match metadata {
+            Ok(metadata) => {
+                for metadata in metadata {
+                    match metadata {
+                        Ok((CheckpointMetadata { checkpoint, .. }, checksum)) => {
                             head.checkpoints.retain(|kept| kept.checkpoint != checkpoint);
                             head.checkpoints.push(Kept {
                                 checkpoint,
@@ -107,24 +107,24 @@ pub(crate) fn head_of_generations(
     head
 }
 
-pub(crate) fn manifest_checksum(manifest: &Manifest) -> Result<u64> {
-    Ok(twox_hash::XxHash3_64::oneshot(&manifest.encode()?))
+pub(crate) fn metadata_checksum(metadata: &CheckpointMetadata) -> Result<u64> {
+    Ok(twox_hash::XxHash3_64::oneshot(&metadata.encode()?))
 }
 
-pub(crate) fn read_manifest(generation: &dyn Generation, key: &[u8]) -> Result<Manifest> {
-    read_manifest_as_stored(generation, key).map(|(manifest, _)| manifest)
+pub(crate) fn read_metadata(generation: &dyn Generation, key: &[u8]) -> Result<CheckpointMetadata> {
+    read_metadata_as_stored(generation, key).map(|(metadata, _)| metadata)
 }
 
-/// A manifest, and the checksum of its bytes, which may be of an earlier format.
-pub(crate) fn read_manifest_as_stored(
+/// The metadata, and the checksum of its bytes, which may be of an earlier format.
+pub(crate) fn read_metadata_as_stored(
     generation: &dyn Generation,
     key: &[u8],
-) -> Result<(Manifest, u64)> {
+) -> Result<(CheckpointMetadata, u64)> {
     let checkpoint = key.last_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-    let name = format!("the manifest of checkpoint {checkpoint}");
+    let name = format!("the metadata of checkpoint {checkpoint}");
     let Some(framed) = generation.get(key)? else {
         return Err(StorageError::damaged(name, "it is not there"));
     };
     let bytes = unseal(&name, key, &framed)?;
-    Ok((Manifest::decode(&name, bytes)?, twox_hash::XxHash3_64::oneshot(bytes)))
+    Ok((CheckpointMetadata::decode(&name, bytes)?, twox_hash::XxHash3_64::oneshot(bytes)))
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Result, StorageError,
-    manifest::{beginning, behind_beginning, seal, unseal},
+    metadata::{beginning, behind_beginning, seal, unseal},
 };
 
 const MAGIC: [u8; 4] = *b"CFDH";
@@ -32,11 +32,11 @@ pub struct Head {
 pub struct Kept {
     /// Its id.
     pub checkpoint: u64,
-    /// Where its manifest is.
+    /// Where its metadata is.
     pub generation: u64,
     /// How far that reached then.
     pub end: u64,
-    /// The checksum of its manifest.
+    /// The checksum of its metadata.
     pub checksum: u64,
 }
 

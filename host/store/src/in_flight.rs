@@ -19,7 +19,7 @@ pub enum InFlight {
 /// What was on its way in one channel, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChannelState {
-    /// The place of its edge among the inputs of the receiving node in the manifest.
+    /// The place of its edge among the inputs of the receiving node in the metadata.
     pub place: u32,
     /// The input of the operator that takes it.
     pub input: u32,

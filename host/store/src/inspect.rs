@@ -2,7 +2,7 @@
 
 use crate::{
     Result,
-    manifest::SnapshotStats,
+    metadata::SnapshotStats,
     store::SnapshotStore,
     unpack::{is_in_image, read_header},
 };
@@ -39,8 +39,8 @@ impl SnapshotStore {
     /// Where it is missing or damaged.
     pub fn inspect(&self, checkpoint: u64) -> Result<Vec<TaskReport>> {
         let place = self.place_of(checkpoint)?;
-        let manifest = self.manifest(checkpoint)?;
-        let reports = manifest.tasks.iter().enumerate().map(|(task, entry)| {
+        let metadata = self.metadata(checkpoint)?;
+        let reports = metadata.tasks.iter().enumerate().map(|(task, entry)| {
             let identity = &entry.identity;
             let mut report = TaskReport {
                 name: format!("{}/{}", identity.operator, identity.index),

@@ -36,7 +36,7 @@ pub(crate) fn component_key(digest: &[u8; 16]) -> Vec<u8> {
     key
 }
 
-pub(crate) fn manifest_key(checkpoint: u64) -> Vec<u8> {
+pub(crate) fn metadata_key(checkpoint: u64) -> Vec<u8> {
     let mut key = vec![b'm'];
     key.extend_from_slice(&checkpoint.to_be_bytes());
     key

@@ -16,9 +16,9 @@ pub mod in_flight;
 pub mod inspect;
 mod key;
 mod log;
-pub mod manifest;
 pub mod memory;
 mod merge;
+pub mod metadata;
 #[cfg(feature = "objects")]
 pub mod objects;
 mod open;

@@ -8,8 +8,8 @@ use crate::{
     Generation, Result,
     chain::Written,
     declared::{Entries, Entry},
-    key::manifest_key,
-    manifest::{Manifest, ManifestTask, seal},
+    key::metadata_key,
+    metadata::{CheckpointMetadata, TaskMetadata, seal},
     pack::PackWriter,
     snapshot::{LoadedTask, TaskSnapshot},
     unpack::{declared_of, is_in_image, load_chain},
@@ -50,16 +50,16 @@ pub(crate) fn renumbered<'a>(
     })))
 }
 
-/// Copies a checkpoint, every chain merged into one full snapshot. Gives its manifest and what was
+/// Copies a checkpoint, every chain merged into one full snapshot. Gives its metadata and what was
 /// written of each task.
 pub(crate) fn copy_merged(
     from: &dyn Generation,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     is_compressing: bool,
     next: &mut dyn Generation,
-) -> Result<(Manifest, Vec<Written>)> {
+) -> Result<(CheckpointMetadata, Vec<Written>)> {
     let merged = |task: usize| {
-        let ManifestTask { identity, chain, .. } = &manifest.tasks[task];
+        let TaskMetadata { identity, chain, .. } = &metadata.tasks[task];
         let snapshot = merge(&load_chain(from, task, chain)?);
         let declared = match !identity.has_declared || is_in_image(from, task, chain)? {
             true => None,
@@ -67,30 +67,30 @@ pub(crate) fn copy_merged(
         };
         Ok((snapshot, declared))
     };
-    write_merged(&merged, manifest, is_compressing, next)
+    write_merged(&merged, metadata, is_compressing, next)
 }
 
-/// Writes one full snapshot of every task, flushes, writes the manifest, flushes. The chains of
-/// `manifest` are not looked at: each becomes that snapshot.
+/// Writes one full snapshot of every task, flushes, writes the metadata, flushes. The chains of
+/// `metadata` are not looked at: each becomes that snapshot.
 pub(crate) fn write_merged<'a>(
     merged: &dyn Fn(usize) -> Result<(TaskSnapshot, Option<Entries<'a>>)>,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     is_compressing: bool,
     next: &mut dyn Generation,
-) -> Result<(Manifest, Vec<Written>)> {
-    let checkpoint = manifest.checkpoint;
-    let mut written = Vec::with_capacity(manifest.tasks.len());
-    let mut tasks = Vec::with_capacity(manifest.tasks.len());
-    for (task, entry) in manifest.tasks.iter().enumerate() {
+) -> Result<(CheckpointMetadata, Vec<Written>)> {
+    let checkpoint = metadata.checkpoint;
+    let mut written = Vec::with_capacity(metadata.tasks.len());
+    let mut tasks = Vec::with_capacity(metadata.tasks.len());
+    for (task, entry) in metadata.tasks.iter().enumerate() {
         let identity = entry.identity.clone();
         let (snapshot, declared) = merged(task)?;
         let mut writer = PackWriter::new(next, task, checkpoint, is_compressing);
         written.push(writer.snapshot(&snapshot, declared)?);
-        tasks.push(ManifestTask { identity, chain: vec![checkpoint], stats: entry.stats });
+        tasks.push(TaskMetadata { identity, chain: vec![checkpoint], stats: entry.stats });
     }
     next.flush()?;
-    let merged = Manifest { tasks, ..manifest.clone() };
-    let key = manifest_key(checkpoint);
+    let merged = CheckpointMetadata { tasks, ..metadata.clone() };
+    let key = metadata_key(checkpoint);
     next.put(&key, &seal(&key, &merged.encode()?))?;
     next.flush()?;
     Ok((merged, written))

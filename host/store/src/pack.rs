@@ -9,7 +9,7 @@ use crate::{
     declared::{Entries, Entry, each_block},
     in_flight::ChannelState,
     key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
-    manifest::seal_into,
+    metadata::seal_into,
     snapshot::TaskSnapshot,
 };
 

@@ -2,7 +2,7 @@
 //!
 //! It is a store like any other with one generation. In a directory it is written beside its final name
 //! and renamed when everything is durable: a directory of that name is a whole savepoint. Objects
-//! cannot be renamed; there its manifest is written last, and without it there is no savepoint.
+//! cannot be renamed; there its metadata is written last, and without it there is no savepoint.
 
 use std::{
     fs, io,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Instant};
 
 use cofferdam_sandbox::{Image, MemorySnapshot};
 
-use crate::{changes::Changes, in_flight::ChannelState, manifest::SnapshotStats, run::Run};
+use crate::{changes::Changes, in_flight::ChannelState, metadata::SnapshotStats, run::Run};
 
 /// What one task hands over at a barrier.
 #[derive(Debug, Default)]

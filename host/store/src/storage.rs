@@ -19,7 +19,7 @@ pub enum StorageError {
         /// Why it failed.
         reason: String,
     },
-    /// Nobody knows whether a manifest is there.
+    /// Nobody knows whether the metadata is there.
     #[error("it is not known whether checkpoint {checkpoint} is complete: {reason}")]
     InDoubt {
         /// The checkpoint.
@@ -30,7 +30,7 @@ pub enum StorageError {
     /// Something that was written is not there, or is not what was written.
     #[error("{what} is damaged: {why}")]
     Damaged {
-        /// Which manifest or snapshot.
+        /// Which metadata or snapshot.
         what: String,
         /// What is wrong with it.
         why: String,
@@ -38,7 +38,7 @@ pub enum StorageError {
     /// Written by a version of this program that writes differently.
     #[error("{what} has format {found}, this program reads format {known}")]
     Format {
-        /// Which manifest.
+        /// Which metadata.
         what: String,
         /// Its version.
         found: u16,

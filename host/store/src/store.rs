@@ -1,12 +1,12 @@
-//! Writes snapshots and manifests in the order that makes them durable, and reads them back.
+//! Writes snapshots and metadata in the order that makes them durable, and reads them back.
 //!
 //! A task's state is a chain: one full snapshot, then increments, each named by the checkpoint it
-//! was taken for, whether or not that checkpoint completed. A manifest lists the chain of every
-//! task; what no manifest lists does not exist. What later snapshots have replaced is given up as they
+//! was taken for, whether or not that checkpoint completed. The metadata lists the chain of every
+//! task; what no metadata lists does not exist. What later snapshots have replaced is given up as they
 //! are written (see [`super::chain`]); where that does not do, [`SnapshotStore::compact`] merges every
 //! chain into a new generation.
 //!
-//! **Invariant:** data, flush, manifest, flush, and only then is a checkpoint complete.
+//! **Invariant:** data, flush, metadata, flush, and only then is a checkpoint complete.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,11 +21,11 @@ use crate::{
     Generation, Result, Storage, StorageError,
     chain::{Chain, checkpoint_of},
     declared::Entries,
-    generations::{Found, Place, head_of_generations, open_places, read_manifest},
+    generations::{Found, Place, head_of_generations, open_places, read_metadata},
     head::Head,
-    key::{component_key, key_parts, manifest_key},
-    manifest::{Manifest, SnapshotStats, TaskIdentity, seal, unseal},
+    key::{component_key, key_parts, metadata_key},
     memory::MemoryStorage,
+    metadata::{CheckpointMetadata, SnapshotStats, TaskIdentity, seal, unseal},
     snapshot::{LoadedTask, ReadOut},
     unpack::{declared_of, lies_in_image, load_chain},
     unwritten::Unwritten,
@@ -37,7 +37,7 @@ pub(crate) const COMPACT_BYTES_MIN: u64 = 4 << 20;
 /// Or when a chain is longer than this, so that a restore reads a bounded number of snapshots.
 pub(crate) const CHAIN_LENGTH_MAX: usize = 256;
 
-/// The snapshots and manifests of one job.
+/// The snapshots and metadata of one job.
 pub struct SnapshotStore {
     pub(crate) storage: Box<dyn Storage>,
     pub(crate) current: Place,
@@ -226,8 +226,8 @@ impl SnapshotStore {
     /// Where it is missing or damaged.
     pub fn component(&self, task: usize, checkpoint: u64) -> Result<Vec<u8>> {
         let place = self.place_of(checkpoint)?;
-        let manifest = read_manifest(&*place.generation, &manifest_key(checkpoint))?;
-        let identity = manifest.tasks.get(task).map(|entry| &entry.identity);
+        let metadata = read_metadata(&*place.generation, &metadata_key(checkpoint))?;
+        let identity = metadata.tasks.get(task).map(|entry| &entry.identity);
         let Some(digest) = identity.and_then(|identity| identity.digest) else {
             let name = format!("checkpoint {checkpoint}");
             return Err(StorageError::damaged(name, "the task has no component"));
@@ -250,8 +250,8 @@ impl SnapshotStore {
     /// Where a part of the checkpoint is missing or damaged.
     pub fn is_in_image(&self, task: usize, checkpoint: u64) -> Result<bool> {
         let generation = &*self.place_of(checkpoint)?.generation;
-        let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
-        match manifest.tasks.get(task) {
+        let metadata = read_metadata(generation, &metadata_key(checkpoint))?;
+        match metadata.tasks.get(task) {
             Some(entry) => lies_in_image(generation, task, entry),
             None => Ok(false),
         }
@@ -354,18 +354,18 @@ impl SnapshotStore {
         self.storage.location()
     }
 
-    /// Reads the manifest of a completed checkpoint.
+    /// Reads the metadata of a completed checkpoint.
     ///
     /// # Errors
     /// Where it is missing or damaged.
-    pub fn manifest(&self, checkpoint: u64) -> Result<Manifest> {
-        read_manifest(&*self.place_of(checkpoint)?.generation, &manifest_key(checkpoint))
+    pub fn metadata(&self, checkpoint: u64) -> Result<CheckpointMetadata> {
+        read_metadata(&*self.place_of(checkpoint)?.generation, &metadata_key(checkpoint))
     }
 
     /// Reads a task's declared state as of a completed checkpoint, entry by entry.
     ///
     /// # Errors
-    /// Where its manifest is missing or damaged; an entry is an error where a part of it is.
+    /// Where its metadata is missing or damaged; an entry is an error where a part of it is.
     pub fn declared(&self, task: usize, checkpoint: u64) -> Result<Entries<'_>> {
         self.declared_within(task, checkpoint, None)
     }
@@ -382,8 +382,8 @@ impl SnapshotStore {
         key_groups: Option<Range<u32>>,
     ) -> Result<Entries<'_>> {
         let generation = &*self.place_of(checkpoint)?.generation;
-        let manifest = read_manifest(generation, &manifest_key(checkpoint))?;
-        let Some(entry) = manifest.tasks.get(task) else { return Ok(Box::new(std::iter::empty())) };
+        let metadata = read_metadata(generation, &metadata_key(checkpoint))?;
+        let Some(entry) = metadata.tasks.get(task) else { return Ok(Box::new(std::iter::empty())) };
         if lies_in_image(generation, task, entry)? {
             let why = "it is in the image of the task's memory alone";
             return Err(StorageError::store("read declared state", why));
@@ -405,8 +405,8 @@ impl SnapshotStore {
     /// Where a part of it is missing or damaged.
     pub fn load(&self, task: usize, checkpoint: u64) -> Result<LoadedTask> {
         let place = self.place_of(checkpoint)?;
-        let manifest = read_manifest(&*place.generation, &manifest_key(checkpoint))?;
-        match manifest.tasks.get(task) {
+        let metadata = read_metadata(&*place.generation, &metadata_key(checkpoint))?;
+        match metadata.tasks.get(task) {
             Some(entry) => load_chain(&*place.generation, task, &entry.chain),
             None => {
                 Err(StorageError::damaged(format!("checkpoint {checkpoint}"), "it has fewer tasks"))

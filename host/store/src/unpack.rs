@@ -9,7 +9,7 @@ use crate::{
     chain::checkpoint_of,
     declared::{Entries, Entry, Merge, within},
     key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
-    manifest::{ManifestTask, unseal},
+    metadata::{TaskMetadata, unseal},
     pack::Header,
     snapshot::LoadedTask,
 };
@@ -84,7 +84,7 @@ pub(crate) fn read_pack(
 pub(crate) fn lies_in_image(
     generation: &dyn Generation,
     task: usize,
-    entry: &ManifestTask,
+    entry: &TaskMetadata,
 ) -> Result<bool> {
     let has_own = !entry.identity.states.is_empty() && !entry.identity.has_host_state;
     Ok(has_own && is_in_image(generation, task, &entry.chain)?)

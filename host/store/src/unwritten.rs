@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cofferdam_sandbox::MemorySnapshot;
 
-use crate::{manifest::TaskIdentity, snapshot::TaskSnapshot};
+use crate::{metadata::TaskIdentity, snapshot::TaskSnapshot};
 
 /// A snapshot that is to be written: its task, and the checkpoint that it is for.
 pub(crate) type Unwritten = (usize, u64, Arc<TaskSnapshot>);

@@ -9,11 +9,11 @@ use crate::{
     Result, StorageError,
     chain::{Chain, PackPages, Written, carried_with},
     declared::first_part,
-    generations::{manifest_checksum, read_manifest},
+    generations::{metadata_checksum, read_metadata},
     head::Kept,
-    key::{KIND_MEMORY, key_parts, manifest_key},
-    manifest::{Manifest, ManifestTask, SnapshotStats, seal},
+    key::{KIND_MEMORY, key_parts, metadata_key},
     merge::MERGED_AT_ONCE,
+    metadata::{CheckpointMetadata, SnapshotStats, TaskMetadata, seal},
     pack::PackWriter,
     snapshot::TaskSnapshot,
     store::{SnapshotStore, put_components},
@@ -225,25 +225,25 @@ impl SnapshotStore {
     }
 
     /// The state of every task as of a checkpoint that all of them have acked.
-    pub(crate) fn manifest_of(&self, checkpoint: u64, written_at_ms: u64) -> Manifest {
+    pub(crate) fn metadata_of(&self, checkpoint: u64, written_at_ms: u64) -> CheckpointMetadata {
         let tasks = self.tasks.iter().zip(&self.chains).enumerate();
-        let tasks = tasks.map(|(task, (identity, chain))| ManifestTask {
+        let tasks = tasks.map(|(task, (identity, chain))| TaskMetadata {
             identity: identity.clone(),
             chain: chain.as_of(checkpoint),
             stats: self.stats.get(&(checkpoint, task)).copied().unwrap_or_default(),
         });
         let (job, lineage) = (self.job.clone(), self.lineage.clone());
-        Manifest { job, lineage, checkpoint, written_at_ms, tasks: tasks.collect() }
+        CheckpointMetadata { job, lineage, checkpoint, written_at_ms, tasks: tasks.collect() }
     }
 
-    /// Makes a checkpoint complete: writes the manifest of the chains as they are, and flushes.
+    /// Makes a checkpoint complete: writes the metadata of the chains as they are, and flushes.
     ///
     /// # Errors
-    /// Where the manifest is known not to be there; or, with [`StorageError::InDoubt`], is not.
+    /// Where the metadata is known not to be there; or, with [`StorageError::InDoubt`], is not.
     pub fn complete(&mut self, checkpoint: u64, written_at_ms: u64) -> Result<()> {
-        let manifest = self.manifest_of(checkpoint, written_at_ms);
-        let key = manifest_key(checkpoint);
-        let value = seal(&key, &manifest.encode()?);
+        let metadata = self.metadata_of(checkpoint, written_at_ms);
+        let key = metadata_key(checkpoint);
+        let value = seal(&key, &metadata.encode()?);
         // Before a checkpoint that cannot do without them.
         let components = if self.has_components { Vec::new() } else { self.needed_components() };
         let generation = &mut *self.current.generation;
@@ -261,7 +261,7 @@ impl SnapshotStore {
         self.has_components = true;
         let mut head = self.head.clone();
         head.generation = self.current.number;
-        let checksum = manifest_checksum(&manifest)?;
+        let checksum = metadata_checksum(&metadata)?;
         let (generation, end) = (self.current.number, self.current.generation.end());
         head.checkpoints.push(Kept { checkpoint, generation, end, checksum });
         head.checkpoints.sort_unstable_by_key(|kept| kept.checkpoint);
@@ -276,14 +276,14 @@ impl SnapshotStore {
     /// Tasks begin a new attempt: their chains go on from this checkpoint, or anew.
     ///
     /// # Errors
-    /// Where its manifest cannot be read.
+    /// Where its metadata cannot be read.
     pub fn begin_attempt(&mut self, tasks: &[usize], restored_from: Option<u64>) -> Result<()> {
         self.unwritten.retain(|(task, ..)| !tasks.contains(task));
-        let manifest = restored_from
-            .map(|id| read_manifest(&*self.current.generation, &manifest_key(id)))
+        let metadata = restored_from
+            .map(|id| read_metadata(&*self.current.generation, &metadata_key(id)))
             .transpose()?;
         for &task in tasks {
-            let entry = manifest.as_ref().and_then(|manifest| manifest.tasks.get(task));
+            let entry = metadata.as_ref().and_then(|metadata| metadata.tasks.get(task));
             let chain = &mut self.chains[task];
             *chain = entry.map_or_else(Chain::default, |entry| chain.back_to(&entry.chain));
         }
@@ -293,7 +293,7 @@ impl SnapshotStore {
     }
 
     /// Snapshots that neither a kept checkpoint nor a running task stands on belong to checkpoints
-    /// that will never complete, or to ones that are not kept; as do manifests that the head does not name.
+    /// that will never complete, or to ones that are not kept; as do metadata that the head does not name.
     pub(crate) fn delete_leftovers(&mut self) -> Result<()> {
         if !std::mem::take(&mut self.has_leftovers) {
             return Ok(());
@@ -303,8 +303,8 @@ impl SnapshotStore {
             reachable.extend(chain.ids().map(|id| (task, id)));
         }
         for checkpoint in &self.current.checkpoints {
-            let manifest = read_manifest(&*self.current.generation, &manifest_key(*checkpoint))?;
-            for (task, entry) in manifest.tasks.iter().enumerate() {
+            let metadata = read_metadata(&*self.current.generation, &metadata_key(*checkpoint))?;
+            for (task, entry) in metadata.tasks.iter().enumerate() {
                 reachable.extend(entry.chain.iter().map(|id| (task, *id)));
             }
         }
@@ -314,7 +314,7 @@ impl SnapshotStore {
             }
         }
         let kept: BTreeSet<Vec<u8>> =
-            self.current.checkpoints.iter().map(|id| manifest_key(*id)).collect();
+            self.current.checkpoints.iter().map(|id| metadata_key(*id)).collect();
         for key in self.current.generation.keys(b"m")? {
             if !kept.contains(&key) {
                 self.current.generation.delete(&key)?;

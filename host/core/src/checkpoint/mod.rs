@@ -3,9 +3,9 @@
 //! Semantics are those of Flink's `CheckpointCoordinator` (2.0): the first tick falls at random
 //! between the pause and the interval, later ones at a fixed rate; requests queue where too many
 //! checkpoints are pending; the pause counts from the last *completion*; a checkpoint is complete
-//! once its manifest is durable, and ends the pending ones that are older.
+//! once its metadata is durable, and ends the pending ones that are older.
 //!
-//! **Invariant:** between "every task has acked" and "the manifest's fate is known" a checkpoint
+//! **Invariant:** between "every task has acked" and "the metadata's fate is known" a checkpoint
 //! is in doubt, and whoever wants a restore point has to wait ([`Coordinator::is_in_doubt`]).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -189,7 +189,7 @@ impl Coordinator {
         self.retained.ids()
     }
 
-    /// True while a manifest is being written: the restore point is not known.
+    /// True while metadata is being written: the restore point is not known.
     #[must_use]
     pub fn is_in_doubt(&self) -> bool {
         // A savepoint that is being written is no restore point, whatever comes of it.

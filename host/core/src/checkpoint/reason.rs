@@ -37,7 +37,7 @@ pub enum AbortReason {
         /// Its reason.
         message: String,
     },
-    /// The manifest, or the savepoint, could not be made durable.
+    /// The metadata, or the savepoint, could not be made durable.
     NotFinalized {
         /// The storage's reason.
         message: String,

@@ -48,7 +48,7 @@ impl Rig {
         self.take()
     }
 
-    /// Both tasks ack and the manifest is durable.
+    /// Both tasks ack and the metadata is durable.
     fn complete(&mut self, checkpoint: u64) -> String {
         self.ack(A, checkpoint);
         self.ack(B, checkpoint);

@@ -58,13 +58,13 @@ pub enum Event {
         /// Why.
         reason: AbortReason,
     },
-    /// The manifest is written and flushed.
-    ManifestDurable {
+    /// The metadata is written and flushed.
+    MetadataDurable {
         /// The checkpoint that is complete by this.
         checkpoint: CheckpointId,
     },
-    /// It is known that the manifest is not in the storage.
-    ManifestLost {
+    /// It is known that the metadata is not in the storage.
+    MetadataLost {
         /// The checkpoint that will never complete.
         checkpoint: CheckpointId,
         /// The storage's reason.
@@ -152,8 +152,8 @@ pub enum Effect {
     },
     /// Sources have reached the end of their input, wherever they are.
     EndInput,
-    /// Write the manifest and flush. Answer: `ManifestDurable` or `ManifestLost`.
-    PersistManifest {
+    /// Write the metadata and flush. Answer: `MetadataDurable` or `MetadataLost`.
+    PersistMetadata {
         /// The checkpoint whose snapshots are all durable.
         checkpoint: CheckpointId,
     },

@@ -5,8 +5,8 @@
 //! the tasks that restart together, after a delay, once all of them have stopped. A task that a
 //! later incident wants as well restarts with that one (Flink: vertex versions).
 //!
-//! **Invariant:** the restore point is chosen only after the fate of a manifest in flight is
-//! known. Restarting from checkpoint `n - 1` while the manifest of `n` turns out durable would
+//! **Invariant:** the restore point is chosen only after the fate of metadata in flight is
+//! known. Restarting from checkpoint `n - 1` while the metadata of `n` turns out durable would
 //! commit the sinks' records of `n` and then produce them again.
 
 mod ending;
@@ -232,10 +232,10 @@ impl Job {
                     self.coordinator.abort(checkpoint, reason, &mut steps);
                 }
             }
-            Event::ManifestDurable { checkpoint } => {
+            Event::MetadataDurable { checkpoint } => {
                 self.coordinator.complete(now, checkpoint, &mut steps);
             }
-            Event::ManifestLost { checkpoint, message }
+            Event::MetadataLost { checkpoint, message }
             | Event::SavepointLost { checkpoint, message } => {
                 if self.coordinator.persisting(checkpoint).is_some() {
                     let reason = AbortReason::NotFinalized { message };
@@ -338,7 +338,7 @@ impl Job {
                 }
                 Step::Persist { checkpoint, trigger } => effects.push(match trigger.savepoint() {
                     Some(ticket) => Effect::PersistSavepoint { checkpoint, ticket },
-                    None => Effect::PersistManifest { checkpoint },
+                    None => Effect::PersistMetadata { checkpoint },
                 }),
                 Step::Completed { checkpoint, trigger } => {
                     self.on_completed(now, checkpoint, trigger, effects);
@@ -372,7 +372,7 @@ impl Job {
         Effect::Discard { checkpoint, reason, completed, needed_from }
     }
 
-    /// The savepoint that ends a job is a checkpoint as well: what sinks commit is in its manifest.
+    /// The savepoint that ends a job is a checkpoint as well: what sinks commit is in its metadata.
     fn on_savepoint_durable(
         &mut self,
         now: Millis,
@@ -382,7 +382,7 @@ impl Job {
     ) {
         match self.coordinator.persisting(checkpoint).map(Trigger::purpose) {
             Some(Purpose::Last) if matches!(self.phase, Phase::Active) => {
-                effects.push(Effect::PersistManifest { checkpoint });
+                effects.push(Effect::PersistMetadata { checkpoint });
             }
             Some(Purpose::Last) => {
                 let reason = AbortReason::CoordinatorShutdown;

@@ -23,7 +23,7 @@ use cofferdam_core::{
 use cofferdam_sandbox::Limit;
 use cofferdam_store::{
     in_flight::InFlight,
-    manifest::{seal, unseal},
+    metadata::{seal, unseal},
 };
 use tokio::sync::Notify;
 

@@ -160,7 +160,7 @@ impl Driver {
                 known.for_each(|known| partitions.iter().for_each(|id| known.release(*id)));
             }
             Effect::EndInput => self.tell_sources(Control::EndInput),
-            Effect::PersistManifest { checkpoint } => self.monitor.storage.complete(checkpoint),
+            Effect::PersistMetadata { checkpoint } => self.monitor.storage.complete(checkpoint),
             Effect::PersistSavepoint { checkpoint, ticket } => match self.desk.dir(ticket) {
                 Some(dir) => self.monitor.storage.export(checkpoint, dir),
                 None => {

@@ -12,8 +12,8 @@ use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, StateBackend, StorageSpec};
 use cofferdam_store::{
-    SnapshotStore, Storage, StorageError, faulty::Faults, manifest::TaskIdentity,
-    memory::MemoryStorage, sled::SledStorage, table::Tables,
+    SnapshotStore, Storage, StorageError, faulty::Faults, memory::MemoryStorage,
+    metadata::TaskIdentity, sled::SledStorage, table::Tables,
 };
 
 use super::plan::own_keys;

@@ -5,7 +5,7 @@ use cofferdam_sandbox::Limits;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_store::{
     self,
-    manifest::{Manifest, TaskIdentity},
+    metadata::{CheckpointMetadata, TaskIdentity},
 };
 
 use super::target::Tasks;
@@ -18,21 +18,21 @@ pub(super) const HOW_TO_GROW: &str = "keep the type, or let it grow: a new field
 /// Whether a checkpoint's state can become the state of these tasks.
 pub(super) fn check_fit(
     tasks: &Tasks<'_>,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     ignore_unclaimed_state: bool,
 ) -> Result<(), Problem> {
     let mismatch =
         |what: String, hint: &str| Err(Problem::new(Code::StateMismatch, what).hint(hint));
-    if manifest.job != tasks.spec.name {
+    if metadata.job != tasks.spec.name {
         return mismatch(
             format!(
                 "the checkpoint is of job \"{}\", not of \"{}\"",
-                manifest.job, tasks.spec.name
+                metadata.job, tasks.spec.name
             ),
             "to begin anew, move the state directory away or choose another with --state-dir",
         );
     }
-    let stored = || manifest.tasks.iter().map(|task| &task.identity);
+    let stored = || metadata.tasks.iter().map(|task| &task.identity);
     for task in tasks.identities {
         if let Some(known) = stored().find(|known| known.uid == task.uid) {
             check_operator(tasks, known, task, ignore_unclaimed_state)?;

@@ -31,7 +31,7 @@ use cofferdam_core::{
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::manifest::TaskIdentity;
+use cofferdam_store::metadata::TaskIdentity;
 use cofferdam_store::{SnapshotStore, Storage, StorageError, memory::MemoryStorage};
 use tokio::sync::mpsc;
 
@@ -129,8 +129,8 @@ impl CheckedJob {
         let digest = digest_of(&identities, &self.spec);
         let Resumption { chosen, .. } = look(&tasks, storage, state_dir, options, &digest)?;
         claim_outputs(&self.spec, &identities, &chosen, state_dir, options, true)?;
-        let restorable = |manifest| restore::restorable(&tasks, manifest, chosen.warnings.clone());
-        Ok(chosen.manifest.as_ref().map(restorable))
+        let restorable = |metadata| restore::restorable(&tasks, metadata, chosen.warnings.clone());
+        Ok(chosen.metadata.as_ref().map(restorable))
     }
 }
 
@@ -355,7 +355,7 @@ fn recorded(
 fn desk_of(store: &SnapshotStore, resume: &Resume) -> Result<Arc<Desk>, StorageError> {
     let desk = Arc::<Desk>::default();
     for checkpoint in &resume.completed {
-        desk.keep(KeptCheckpoint::from(&store.manifest(checkpoint.0)?));
+        desk.keep(KeptCheckpoint::from(&store.metadata(checkpoint.0)?));
     }
     Ok(desk)
 }

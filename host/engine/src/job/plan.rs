@@ -17,7 +17,7 @@ use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend};
 use cofferdam_store::{
     declared::OwnKeys,
-    manifest::{StateIdentity, TaskIdentity},
+    metadata::{StateIdentity, TaskIdentity},
 };
 use twox_hash::XxHash3_64;
 

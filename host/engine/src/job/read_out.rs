@@ -15,7 +15,7 @@ use cofferdam_settings::{Code, Problem};
 use cofferdam_store::{
     self, SnapshotStore, StorageError,
     declared::{DeclaredKey, Entries, OwnKeys},
-    manifest::{Manifest, TaskIdentity},
+    metadata::{CheckpointMetadata, TaskIdentity},
     run::{Run, RunBuilder},
     snapshot::ReadOut,
 };
@@ -147,11 +147,11 @@ impl ReadOut for OwnComponents {
 pub fn each_declared(
     sandbox: &Sandbox,
     store: &SnapshotStore,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     slot: usize,
     mut give: impl FnMut(&DeclaredKey, &[u8]) -> bool,
 ) -> Result<(), Problem> {
-    let checkpoint = manifest.checkpoint;
+    let checkpoint = metadata.checkpoint;
     let damaged = |error: StorageError| {
         let message = format!("checkpoint {checkpoint} in {} is damaged", store.location());
         Problem::new(Code::StoreDamaged, message).detail(error)
@@ -173,7 +173,7 @@ pub fn each_declared(
             output_bytes_max: 2 << 30,
             ..Limits::default()
         };
-        let run = read_out_task(Some(sandbox), limits, manifest, store, slot, task.memory);
+        let run = read_out_task(Some(sandbox), limits, metadata, store, slot, task.memory);
         let run = run.map_err(|failed| match failed {
             Failed::Problem(problem) => *problem,
             Failed::Storage(error) => damaged(error),
@@ -187,12 +187,12 @@ pub fn each_declared(
 pub(super) fn read_out_task(
     sandbox: Option<&Sandbox>,
     limits: Limits,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     store: &SnapshotStore,
     slot: usize,
     memory: Vec<MemorySnapshot>,
 ) -> Result<Run, Failed> {
-    let identity = &manifest.tasks[slot].identity;
+    let identity = &metadata.tasks[slot].identity;
     let refused = |what: String| {
         let message = format!("the declared state of {} cannot be read", identity.name());
         let problem = Problem::new(Code::StateMismatch, message)
@@ -201,7 +201,7 @@ pub(super) fn read_out_task(
             .hint("resume with that component, the same parallelism and snapshot = \"both\"");
         Failed::Problem(Box::new(problem))
     };
-    let bytes = store.component(slot, manifest.checkpoint).map_err(|error| match error {
+    let bytes = store.component(slot, metadata.checkpoint).map_err(|error| match error {
         StorageError::Damaged { .. } => refused(error.to_string()),
         error => Failed::Storage(error),
     })?;

@@ -13,7 +13,7 @@ use cofferdam_store::{
     self, SnapshotStore,
     declared::{Entry, changes_of},
     in_flight::{ChannelState, InFlight},
-    manifest::{Manifest, StateIdentity, TaskIdentity},
+    metadata::{CheckpointMetadata, StateIdentity, TaskIdentity},
     run::{Run, RunBuilder},
     snapshot::{LoadedTask, Share},
 };
@@ -33,10 +33,10 @@ pub(crate) type Shares = Vec<Share>;
 fn convert(
     tasks: &Tasks<'_>,
     from: &SnapshotStore,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     shares: &mut Shares,
 ) -> Result<(), Failed> {
-    let known = |uid: &str| manifest.tasks.iter().find(|task| task.identity.uid == uid);
+    let known = |uid: &str| metadata.tasks.iter().find(|task| task.identity.uid == uid);
     for (slot, task) in tasks.identities.iter().enumerate() {
         let Some(known) = known(&task.uid).filter(|_| task.has_declared) else { continue };
         let before = |state: &StateIdentity| state.find(&known.identity.states).cloned();
@@ -53,8 +53,8 @@ fn convert(
             schemas.iter().map(|(number, schema)| (*number, schema.as_str())).collect();
         let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
         let limits = node.map_or_else(Limits::default, |node| node.kind.limits());
-        tasks.tell(manifest.checkpoint, RestoreStep::Convert { task: task.name() });
-        let mut entries = shares[slot].entries(from, manifest.checkpoint)?;
+        tasks.tell(metadata.checkpoint, RestoreStep::Convert { task: task.name() });
+        let mut entries = shares[slot].entries(from, metadata.checkpoint)?;
         let mut builder = RunBuilder::new(task.max_parallelism);
         // An instance holds a part at a time: state that the host keeps may be larger than its memory.
         loop {
@@ -70,7 +70,7 @@ fn convert(
                 let take = |piece| {
                     builder.push(piece).map_err(|error| GuestError::Host(error.to_string()))
                 };
-                instance.hand_over_to(manifest.checkpoint, true, u64::MAX, take).await
+                instance.hand_over_to(metadata.checkpoint, true, u64::MAX, take).await
             });
             converted.map_err(|what| {
                 let message =
@@ -95,7 +95,7 @@ const CONVERTED_BY_ONE: usize = 16 * CONVERTED_AT_ONCE;
 /// through: it may be larger than the memory.
 pub(super) fn redistribute(
     tasks: &Tasks<'_>,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     store: &SnapshotStore,
     warnings: &mut Vec<String>,
 ) -> Result<Shares, Failed> {
@@ -105,12 +105,12 @@ pub(super) fn redistribute(
         let new: Vec<&TaskIdentity> =
             tasks.identities.iter().filter(|identity| identity.operator == node.name).collect();
         let uid = new.first().map_or(node.name.as_str(), |identity| &identity.uid);
-        let old = manifest.tasks.iter().enumerate();
+        let old = metadata.tasks.iter().enumerate();
         let old: Vec<usize> =
             old.filter(|(_, task)| task.identity.uid == uid).map(|(slot, _)| slot).collect();
-        check_config(manifest, old.first().copied(), &new, warnings);
-        let loaded = Loaded::of(tasks, manifest, store, node, old)?;
-        let own = loaded.share(tasks, manifest, node, &new).map_err(refused)?;
+        check_config(metadata, old.first().copied(), &new, warnings);
+        let loaded = Loaded::of(tasks, metadata, store, node, old)?;
+        let own = loaded.share(tasks, metadata, node, &new).map_err(refused)?;
         if let Some(source) = tasks.sources.get(&node.name) {
             let positions: Vec<&[u8]> =
                 own.iter().map(|share| &*share.state.state).filter(|it| !it.is_empty()).collect();
@@ -124,8 +124,8 @@ pub(super) fn redistribute(
         check_in_flight(tasks, node, in_flight).map_err(refused)?;
         shares.extend(own);
     }
-    check_left_behind(tasks, manifest, store)?;
-    convert(tasks, store, manifest, &mut shares)?;
+    check_left_behind(tasks, metadata, store)?;
+    convert(tasks, store, metadata, &mut shares)?;
     let is_over = !shares.is_empty() && shares.iter().all(|share| share.state.is_drained);
     if is_over {
         warnings.push(
@@ -152,7 +152,7 @@ struct Loaded {
 impl Loaded {
     fn of(
         tasks: &Tasks<'_>,
-        manifest: &Manifest,
+        metadata: &CheckpointMetadata,
         store: &SnapshotStore,
         node: &NodeSpec,
         slots: Vec<usize>,
@@ -164,10 +164,10 @@ impl Loaded {
         let mut loaded =
             Self { slots, tasks: Vec::new(), read_outs: BTreeMap::new(), is_in_image: false };
         for slot in &loaded.slots {
-            let mut task = store.load(*slot, manifest.checkpoint)?;
-            let is_image_alone = store.is_in_image(*slot, manifest.checkpoint)?;
+            let mut task = store.load(*slot, metadata.checkpoint)?;
+            let is_image_alone = store.is_in_image(*slot, metadata.checkpoint)?;
             if !is_image_alone {
-                store.check_declared(*slot, manifest.checkpoint)?;
+                store.check_declared(*slot, metadata.checkpoint)?;
             } else if takes_memory {
                 loaded.is_in_image = true;
             } else {
@@ -175,15 +175,15 @@ impl Loaded {
                 let limits = node.kind.limits();
                 let memory = std::mem::take(&mut task.memory);
                 let bytes = memory.last().map_or(0, MemorySnapshot::size_bytes);
-                let name = manifest.tasks[*slot].identity.name();
-                tasks.tell(manifest.checkpoint, RestoreStep::ReadOut { task: name, bytes });
-                let run = read_out_task(sandbox.as_ref(), limits, manifest, store, *slot, memory)?;
+                let name = metadata.tasks[*slot].identity.name();
+                tasks.tell(metadata.checkpoint, RestoreStep::ReadOut { task: name, bytes });
+                let run = read_out_task(sandbox.as_ref(), limits, metadata, store, *slot, memory)?;
                 loaded.read_outs.insert(*slot, Arc::new(run));
             }
             if !takes_memory {
                 task.memory.clear();
             }
-            forget_watermarks(tasks, manifest, &mut task);
+            forget_watermarks(tasks, metadata, &mut task);
             loaded.tasks.push(task);
         }
         Ok(loaded)
@@ -193,12 +193,12 @@ impl Loaded {
     fn share(
         self,
         tasks: &Tasks<'_>,
-        manifest: &Manifest,
+        metadata: &CheckpointMetadata,
         node: &NodeSpec,
         new: &[&TaskIdentity],
     ) -> Result<Vec<Share>, Problem> {
         let Self { slots, tasks: loaded, read_outs, is_in_image } = self;
-        let states = state_numbers(manifest, slots.first(), new.first());
+        let states = state_numbers(metadata, slots.first(), new.first());
         let share = |state, declared_from, key_groups| Share {
             state,
             declared_from,
@@ -234,7 +234,7 @@ impl Loaded {
 /// Parts that no sink commits any more would be lost.
 fn check_left_behind(
     tasks: &Tasks<'_>,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     store: &SnapshotStore,
 ) -> Result<(), Failed> {
     let is_file_sink = |uid: &str| {
@@ -244,12 +244,12 @@ fn check_left_behind(
             NodeKind::Source(_) | NodeKind::Operator(_) => false,
         })
     };
-    for (slot, task) in manifest.tasks.iter().enumerate() {
+    for (slot, task) in metadata.tasks.iter().enumerate() {
         let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
         if !is_sink || is_file_sink(uid) {
             continue;
         }
-        let state = store.load(slot, manifest.checkpoint)?.state;
+        let state = store.load(slot, metadata.checkpoint)?.state;
         let uncommitted = Some(&*state).filter(|state| !state.is_empty());
         if let Some(example) = uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state)) {
             let message =
@@ -265,13 +265,13 @@ fn check_left_behind(
 
 /// What `open` was given is part of linear memory: a changed `config` has no effect on it.
 fn check_config(
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     old: Option<usize>,
     new: &[&TaskIdentity],
     warnings: &mut Vec<String>,
 ) {
     let (Some(old), Some(new)) = (old, new.first()) else { return };
-    let old = &manifest.tasks[old].identity;
+    let old = &metadata.tasks[old].identity;
     if new.has_memory && old.has_memory && old.config != new.config {
         warnings.push(format!(
             "operator \"{}\" has another config than its checkpoint, and its linear memory is restored, \
@@ -284,11 +284,11 @@ fn check_config(
 
 /// The number that each of the old declared states has now; `None`: it is there no more.
 fn state_numbers(
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     old: Option<&usize>,
     new: Option<&&TaskIdentity>,
 ) -> Vec<Option<u32>> {
-    let old = old.and_then(|slot| manifest.tasks.get(*slot));
+    let old = old.and_then(|slot| metadata.tasks.get(*slot));
     let old = old.map_or(&[][..], |task| &task.identity.states);
     let number = |state: &StateIdentity| {
         let new = new.into_iter().flat_map(|identity| &identity.states);
@@ -300,10 +300,10 @@ fn state_numbers(
 
 /// Event time in flight counts for one producing task; where there are others now, they tell it
 /// again.
-fn forget_watermarks(tasks: &Tasks<'_>, manifest: &Manifest, task: &mut LoadedTask) {
+fn forget_watermarks(tasks: &Tasks<'_>, metadata: &CheckpointMetadata, task: &mut LoadedTask) {
     let parallelism = |identity: &TaskIdentity| identity.parallelism;
     let is_other = |channel: &ChannelState| {
-        let before = manifest.tasks.iter().map(|task| &task.identity);
+        let before = metadata.tasks.iter().map(|task| &task.identity);
         let before = before.filter(|it| it.operator == channel.from).map(parallelism).next();
         let now = tasks.identities.iter().filter(|it| it.operator == channel.from);
         before != now.map(parallelism).next()

@@ -12,7 +12,7 @@ use cofferdam_core::{ids::CheckpointId, job::Resume};
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::NodeSpec;
 use cofferdam_store::{
-    self, Found, SnapshotStore, StorageError, manifest::Manifest, snapshot::Share,
+    self, Found, SnapshotStore, StorageError, metadata::CheckpointMetadata, snapshot::Share,
 };
 
 use super::{
@@ -43,7 +43,7 @@ pub(crate) struct Chosen {
     /// What people should hear.
     pub(crate) warnings: Vec<String>,
     /// The checkpoint; `None`: the job begins.
-    pub(crate) manifest: Option<Manifest>,
+    pub(crate) metadata: Option<CheckpointMetadata>,
     /// The store that it lies in, if it is another one.
     other: Option<SnapshotStore>,
 }
@@ -51,7 +51,7 @@ pub(crate) struct Chosen {
 impl Chosen {
     /// The checkpoint; `None`: the job begins.
     pub(crate) fn checkpoint(&self) -> Option<u64> {
-        self.manifest.as_ref().map(|manifest| manifest.checkpoint)
+        self.metadata.as_ref().map(|metadata| metadata.checkpoint)
     }
 }
 
@@ -73,11 +73,11 @@ pub(crate) fn choose(
     let Some(from) = from else { return choose_newest(tasks, store, found, record) };
     let named = from.dir.display().to_string();
     let other = open_named(&from.dir);
-    if let Some(own) = found.manifests.last() {
+    if let Some(own) = found.checkpoints.last() {
         let is_descendant = match &other {
-            Ok((_, manifest)) => {
-                let (timeline, checkpoint) = (manifest.lineage.timeline, manifest.checkpoint);
-                own.is_that_of(manifest) || own.lineage.comes_from(timeline, checkpoint)
+            Ok((_, metadata)) => {
+                let (timeline, checkpoint) = (metadata.lineage.timeline, metadata.checkpoint);
+                own.is_that_of(metadata) || own.lineage.comes_from(timeline, checkpoint)
             }
             // It was claimed, and is gone.
             Err(_) => record.begun_from.as_deref() == absolute(&from.dir).as_deref(),
@@ -98,11 +98,11 @@ pub(crate) fn choose(
                 "run without --from to resume, or choose another --state-dir to begin from there",
             ));
     }
-    let (other, manifest) = other?;
+    let (other, metadata) = other?;
     let mut warnings = Vec::new();
-    let shares = take_over(tasks, from, &other, &manifest, &mut warnings)?;
-    let lineage = manifest.lineage.fork(manifest.checkpoint);
-    Ok(Chosen { lineage, shares, warnings, manifest: Some(manifest), other: Some(other) })
+    let shares = take_over(tasks, from, &other, &metadata, &mut warnings)?;
+    let lineage = metadata.lineage.fork(metadata.checkpoint);
+    Ok(Chosen { lineage, shares, warnings, metadata: Some(metadata), other: Some(other) })
 }
 
 /// The state of another store's checkpoint, shared out. Changes nothing.
@@ -110,14 +110,14 @@ fn take_over(
     tasks: &Tasks<'_>,
     from: &RestoreFrom,
     other: &SnapshotStore,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     warnings: &mut Vec<String>,
 ) -> Result<Shares, Problem> {
     let named = from.dir.display();
-    check_fit(tasks, manifest, from.ignore_unclaimed_state).map_err(|problem| {
-        problem.detail(format!("checkpoint {} in {named}", manifest.checkpoint))
+    check_fit(tasks, metadata, from.ignore_unclaimed_state).map_err(|problem| {
+        problem.detail(format!("checkpoint {} in {named}", metadata.checkpoint))
     })?;
-    redistribute(tasks, manifest, other, warnings).map_err(|failed| match failed {
+    redistribute(tasks, metadata, other, warnings).map_err(|failed| match failed {
         Failed::Problem(problem) => *problem,
         Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
             .detail(error)
@@ -154,20 +154,20 @@ pub enum Takeover {
 
 /// What a run would take over from there, whatever its own state directory and its output are.
 pub(crate) fn check_from(tasks: &Tasks<'_>, from: &RestoreFrom) -> Result<Restorable, Problem> {
-    let (other, manifest) = open_named(&from.dir)?;
+    let (other, metadata) = open_named(&from.dir)?;
     let mut warnings = Vec::new();
-    take_over(tasks, from, &other, &manifest, &mut warnings)?;
-    Ok(restorable(tasks, &manifest, warnings))
+    take_over(tasks, from, &other, &metadata, &mut warnings)?;
+    Ok(restorable(tasks, &metadata, warnings))
 }
 
 /// What becomes of each node's state.
 pub(crate) fn restorable(
     tasks: &Tasks<'_>,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     warnings: Vec<String>,
 ) -> Restorable {
     let takeover = |node: &NodeSpec| {
-        let known = manifest.tasks.iter().map(|task| &task.identity);
+        let known = metadata.tasks.iter().map(|task| &task.identity);
         let before = known.filter(|identity| identity.uid == node.uid).count();
         let now = tasks.identities.iter().filter(|it| it.operator == node.name).count();
         let count = |tasks: usize| u32::try_from(tasks).unwrap_or(u32::MAX);
@@ -179,7 +179,7 @@ pub(crate) fn restorable(
         (node.name.clone(), takeover)
     };
     let nodes = tasks.spec.nodes.iter().map(takeover).collect();
-    Restorable { checkpoint: manifest.checkpoint, nodes, warnings }
+    Restorable { checkpoint: metadata.checkpoint, nodes, warnings }
 }
 
 /// From the newest to the oldest, until one is whole.
@@ -190,23 +190,23 @@ fn choose_newest(
     record: &JobRecord,
 ) -> Result<Chosen, Problem> {
     let (mut damaged, mut warnings) = (found.damaged.clone(), found.damaged.clone());
-    for manifest in found.manifests.iter().rev() {
-        let id = manifest.checkpoint;
+    for metadata in found.checkpoints.iter().rev() {
+        let id = metadata.checkpoint;
         let at =
             |problem: Problem| problem.detail(format!("checkpoint {id} in {}", store.location()));
-        check_fit(tasks, manifest, false).map_err(at)?;
-        match redistribute(tasks, manifest, store, &mut warnings) {
+        check_fit(tasks, metadata, false).map_err(at)?;
+        match redistribute(tasks, metadata, store, &mut warnings) {
             Ok(shares) => {
                 let is_newest = store.newest_known() == Some(id);
                 if !is_newest {
                     warnings.push(format!("resuming from checkpoint {id}, which is older"));
                 }
                 let lineage = match is_newest {
-                    true => manifest.lineage.clone(),
-                    false => manifest.lineage.fork(id),
+                    true => metadata.lineage.clone(),
+                    false => metadata.lineage.fork(id),
                 };
-                let manifest = Some(manifest.clone());
-                return Ok(Chosen { lineage, shares, warnings, manifest, other: None });
+                let metadata = Some(metadata.clone());
+                return Ok(Chosen { lineage, shares, warnings, metadata, other: None });
             }
             Err(Failed::Problem(problem)) => return Err(*problem),
             Err(Failed::Storage(
@@ -223,7 +223,7 @@ fn choose_newest(
     if damaged.is_empty() {
         let lineage = Lineage { job: record.job, ..Lineage::new() };
         let shares = tasks.identities.iter().map(|_| Share::default()).collect();
-        return Ok(Chosen { lineage, shares, warnings, manifest: None, other: None });
+        return Ok(Chosen { lineage, shares, warnings, metadata: None, other: None });
     }
     let problem =
         Problem::new(Code::StoreDamaged, format!("no checkpoint in {} is whole", store.location()));
@@ -246,10 +246,10 @@ pub(crate) fn adopt(
     chosen: &Chosen,
 ) -> Result<Resume, Problem> {
     store.set_lineage(chosen.lineage.clone());
-    let Some(manifest) = chosen.manifest.clone() else {
+    let Some(metadata) = chosen.metadata.clone() else {
         return Ok(Resume { completed: Vec::new(), next_id: CheckpointId(store.next_id()) });
     };
-    let adopted = adopt_state(tasks, store, &manifest, chosen);
+    let adopted = adopt_state(tasks, store, &metadata, chosen);
     adopted.map_err(|error| unusable(store, &error))?;
     Ok(Resume {
         completed: store.checkpoints().into_iter().map(CheckpointId).collect(),
@@ -261,7 +261,7 @@ pub(crate) fn adopt(
 ///
 /// # Errors
 /// Where there is none.
-pub fn open_named(dir: &Path) -> Result<(SnapshotStore, Manifest), Problem> {
+pub fn open_named(dir: &Path) -> Result<(SnapshotStore, CheckpointMetadata), Problem> {
     let missing = |detail: String| {
         Problem::new(
             Code::StateUnusable,
@@ -273,8 +273,8 @@ pub fn open_named(dir: &Path) -> Result<(SnapshotStore, Manifest), Problem> {
     let (store, found) = cofferdam_store::open_at(dir)
         .and_then(SnapshotStore::open_existing)
         .map_err(|error| missing(error.to_string()))?;
-    match found.manifests.into_iter().next_back() {
-        Some(manifest) => Ok((store, manifest)),
+    match found.checkpoints.into_iter().next_back() {
+        Some(metadata) => Ok((store, metadata)),
         None => Err(missing(found.damaged.join("; "))),
     }
 }
@@ -287,16 +287,16 @@ fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
 fn adopt_state(
     tasks: &Tasks<'_>,
     store: &mut SnapshotStore,
-    manifest: &Manifest,
+    metadata: &CheckpointMetadata,
     chosen: &Chosen,
 ) -> Result<(), StorageError> {
-    let id = manifest.checkpoint;
+    let id = metadata.checkpoint;
     let is_as_it_was = store.is_current(id)
-        && manifest.lineage == chosen.lineage
-        && manifest.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
+        && metadata.lineage == chosen.lineage
+        && metadata.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
     if !is_as_it_was {
         tasks.tell(id, RestoreStep::Write { tasks: tasks.identities.len() });
-        store.import(id, manifest.written_at_ms, chosen.other.as_ref(), &chosen.shares)?;
+        store.import(id, metadata.written_at_ms, chosen.other.as_ref(), &chosen.shares)?;
     }
     // Only now, when what is gone on from is safe in a generation of its own.
     if chosen.other.is_none() {

@@ -17,7 +17,7 @@ use cofferdam_spec::{JobSpec, NodeKind};
 use cofferdam_store::{
     Found, SnapshotStore, Storage,
     faulty::Faults,
-    manifest::{Manifest, TaskIdentity},
+    metadata::{CheckpointMetadata, TaskIdentity},
 };
 
 use super::{
@@ -76,12 +76,15 @@ impl Before {
     /// called.
     fn is_over(&self, found: &Found, from: Option<&RestoreFrom>) -> bool {
         let Self::Ended(job) = self else { return false };
-        let is_its = |manifest: &Manifest| manifest.lineage.job == *job;
-        if found.is_headless || found.manifests.is_empty() || !found.manifests.iter().all(is_its) {
+        let is_its = |metadata: &CheckpointMetadata| metadata.lineage.job == *job;
+        if found.is_headless
+            || found.checkpoints.is_empty()
+            || !found.checkpoints.iter().all(is_its)
+        {
             return false;
         }
         let named = from.and_then(|from| restore::open_named(&from.dir).ok());
-        named.is_none_or(|(_, named)| !found.manifests.iter().any(|it| it.is_that_of(&named)))
+        named.is_none_or(|(_, named)| !found.checkpoints.iter().any(|it| it.is_that_of(&named)))
     }
 }
 

@@ -7,7 +7,7 @@ use cofferdam_core::ids::TaskId;
 use cofferdam_sandbox::Component;
 use cofferdam_settings::Problem;
 use cofferdam_spec::JobSpec;
-use cofferdam_store::{self, StorageError, manifest::TaskIdentity};
+use cofferdam_store::{self, StorageError, metadata::TaskIdentity};
 
 use crate::{
     state::local::TaskLocal,

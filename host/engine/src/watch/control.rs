@@ -7,7 +7,7 @@ use std::{
 };
 
 use cofferdam_core::{ids::CheckpointId, job::Event};
-use cofferdam_store::{inspect::TaskReport, manifest::Manifest, savepoint};
+use cofferdam_store::{inspect::TaskReport, metadata::CheckpointMetadata, savepoint};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
@@ -33,8 +33,8 @@ pub struct KeptCheckpoint {
     pub written_at_ms: u64,
 }
 
-impl From<&Manifest> for KeptCheckpoint {
-    fn from(manifest: &Manifest) -> Self {
+impl From<&CheckpointMetadata> for KeptCheckpoint {
+    fn from(manifest: &CheckpointMetadata) -> Self {
         Self {
             checkpoint: manifest.checkpoint,
             job: manifest.job.clone(),

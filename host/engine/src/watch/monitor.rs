@@ -13,7 +13,7 @@ use cofferdam_core::{
     ids::{CheckpointId, OperatorId, TaskId},
     job::Event,
 };
-use cofferdam_store::{manifest::SnapshotStats, snapshot::TaskSnapshot};
+use cofferdam_store::{metadata::SnapshotStats, snapshot::TaskSnapshot};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::log::Logs;

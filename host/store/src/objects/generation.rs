@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     Generation, Result, StorageError,
-    manifest::{FORMAT, is_readable},
+    metadata::{FORMAT, is_readable},
     open::SEGMENT,
 };
 

@@ -4,7 +4,7 @@ use super::*;
 use crate::exchange::ExchangeType;
 
 #[test]
-fn restart_waits_for_manifest_in_doubt() {
+fn restart_waits_for_metadata_in_doubt() {
     let until_in_doubt = "0: started @0 ->
          100: tick        -> barrier #1
          101: ack a @0 #1 ->
@@ -273,7 +273,7 @@ fn global_failure_supersedes_a_local_one_that_is_under_way() {
 }
 
 #[test]
-fn restart_of_one_region_waits_for_manifest_in_doubt() {
+fn restart_of_one_region_waits_for_metadata_in_doubt() {
     check_with(
         two_regions(),
         "0: started @0        ->

@@ -120,9 +120,9 @@ fn event_of(text: &str, all: &[TaskId]) -> Event {
             checkpoint: id(checkpoint),
             reason: AbortReason::Declined { task: Some(task_of(who)), message: "no".to_owned() },
         },
-        ["durable", checkpoint] => Event::ManifestDurable { checkpoint: id(checkpoint) },
+        ["durable", checkpoint] => Event::MetadataDurable { checkpoint: id(checkpoint) },
         ["lost", checkpoint] => {
-            Event::ManifestLost { checkpoint: id(checkpoint), message: "disk".to_owned() }
+            Event::MetadataLost { checkpoint: id(checkpoint), message: "disk".to_owned() }
         }
         ["saved", checkpoint] => Event::SavepointDurable { checkpoint: id(checkpoint) },
         ["unsaved", checkpoint] => {
@@ -183,7 +183,7 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
             format!("barrier #{checkpoint}{}", suffix(purpose))
         }
         Effect::EndInput => "end input".to_owned(),
-        Effect::PersistManifest { checkpoint } => format!("persist #{checkpoint}"),
+        Effect::PersistMetadata { checkpoint } => format!("persist #{checkpoint}"),
         Effect::PersistSavepoint { checkpoint, .. } => format!("save #{checkpoint}"),
         Effect::NotifyComplete { checkpoint, purpose } => {
             format!("complete #{checkpoint}{}", suffix(purpose))
@@ -240,7 +240,7 @@ fn default_checkpoint_plan_calculator_test_task_that_does_not_run() {
 }
 
 #[test]
-fn sinks_commit_only_after_the_manifest_is_durable() {
+fn sinks_commit_only_after_the_metadata_is_durable() {
     check(
         fixed_delay(1),
         "0: started @0    ->

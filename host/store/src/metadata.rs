@@ -16,7 +16,7 @@ const MAGIC: [u8; 4] = *b"CFDM";
 
 /// A completed checkpoint: what each task's snapshot consists of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct CheckpointMetadata {
     /// The job's name.
     pub job: String,
     /// Which job it is, and which course of its events.
@@ -26,12 +26,12 @@ pub struct Manifest {
     /// When it was written, in milliseconds since 1970-01-01 UTC.
     pub written_at_ms: u64,
     /// One for each task; its place is its number in the keys of its snapshots.
-    pub tasks: Vec<ManifestTask>,
+    pub tasks: Vec<TaskMetadata>,
 }
 
 /// One task's part of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ManifestTask {
+pub struct TaskMetadata {
     /// What the task is.
     pub identity: TaskIdentity,
     /// The snapshots that make up its state, in the order they are applied: a full one, then
@@ -63,9 +63,9 @@ pub struct SnapshotStats {
 /// What a task's state belongs to. State of another identity is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskIdentity {
-    /// The operator's name in the manifest.
+    /// The operator's name in the metadata.
     pub operator: String,
-    /// What its state is matched by: the name, unless the manifest says otherwise.
+    /// What its state is matched by: the name, unless the metadata says otherwise.
     pub uid: String,
     /// The task's place among the operator's tasks.
     pub index: u32,
@@ -138,7 +138,7 @@ impl StateIdentity {
     }
 }
 
-impl Manifest {
+impl CheckpointMetadata {
     /// Whether another one is of the same checkpoint, wherever it lies.
     pub fn is_that_of(&self, other: &Self) -> bool {
         self.lineage == other.lineage && self.checkpoint == other.checkpoint
@@ -150,13 +150,13 @@ impl Manifest {
     /// Where it cannot be encoded, which would be a bug.
     pub fn encode(&self) -> Result<Vec<u8>> {
         postcard::to_extend(self, beginning(MAGIC))
-            .map_err(|error| StorageError::store("encode a manifest", error))
+            .map_err(|error| StorageError::store("encode the metadata", error))
     }
 
     /// Reads what `encode` wrote.
     ///
     /// # Errors
-    /// Where the bytes are of another version, or are no manifest.
+    /// Where the bytes are of another version, or are no metadata.
     pub fn decode(name: &str, bytes: &[u8]) -> Result<Self> {
         postcard::from_bytes(behind_beginning(name, MAGIC, bytes)?)
             .map_err(|error| StorageError::damaged(name, error))
@@ -236,7 +236,7 @@ mod tests {
 
     use super::*;
 
-    fn manifest() -> Manifest {
+    fn metadata() -> CheckpointMetadata {
         let identity = TaskIdentity {
             operator: "count".to_owned(),
             uid: "count-1".to_owned(),
@@ -257,9 +257,9 @@ mod tests {
             }],
         };
         let stats = SnapshotStats { sync_us: 300, is_unaligned: true, ..SnapshotStats::default() };
-        let task = ManifestTask { identity, chain: vec![3, 4, 9], stats };
+        let task = TaskMetadata { identity, chain: vec![3, 4, 9], stats };
         let lineage = Lineage::new().fork(4);
-        Manifest {
+        CheckpointMetadata {
             job: "words".to_owned(),
             lineage,
             checkpoint: 9,
@@ -270,27 +270,27 @@ mod tests {
 
     #[test]
     fn manifest_is_read_as_it_was_written() {
-        let manifest = manifest();
-        let bytes = manifest.encode().expect("encodes");
-        assert_eq!(Manifest::decode("m", &bytes).expect("decodes"), manifest);
+        let metadata = metadata();
+        let bytes = metadata.encode().expect("encodes");
+        assert_eq!(CheckpointMetadata::decode("m", &bytes).expect("decodes"), metadata);
     }
 
     #[test]
     fn other_version_is_refused_with_words() {
-        let mut bytes = manifest().encode().expect("encodes");
+        let mut bytes = metadata().encode().expect("encodes");
         bytes[4] = 99;
-        let error =
-            Manifest::decode("the manifest of checkpoint 9", &bytes).expect_err("another version");
+        let error = CheckpointMetadata::decode("the metadata of checkpoint 9", &bytes)
+            .expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the manifest of checkpoint 9 has format 99, this program reads format 6"
+            "the metadata of checkpoint 9 has format 99, this program reads format 6"
         );
     }
 
     proptest! {
         #[test]
         fn decoding_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Manifest::decode("m", &bytes);
+            let _ = CheckpointMetadata::decode("m", &bytes);
             let _ = unseal("m", b"key", &bytes);
         }
 
