@@ -255,7 +255,7 @@ pub struct OperatorSpec {
     /// What an instance keeps of declared state where the host has it all.
     pub state_cache_bytes: u64,
     /// A record at which it has trapped so often is isolated and goes to its output
-    /// [`DEAD_LETTER`]; `None`: a trap is a failure, however often.
+    /// [`DEAD_LETTER`](cofferdam_connector::DEAD_LETTER); `None`: a trap is a failure, however often.
     pub dead_letter_after: Option<u32>,
 }
 

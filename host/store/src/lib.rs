@@ -41,6 +41,6 @@ pub use self::{
     chain::are_worth_merging,
     generations::Found,
     open::{is_url, objects_at, open_at},
-    storage::{Generation, Result, Storage, StorageError},
+    storage::{Cause, Generation, Result, Storage, StorageError},
     store::SnapshotStore,
 };

@@ -79,7 +79,7 @@ impl TaskSnapshot {
     }
 }
 
-/// A task's state, read back; its declared state is read by [`SnapshotStore::declared`].
+/// A task's state, read back; its declared state is read by [`SnapshotStore::declared`](crate::SnapshotStore::declared).
 #[derive(Debug, Default)]
 pub struct LoadedTask {
     /// See [`TaskSnapshot::state`].

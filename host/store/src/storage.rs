@@ -1,23 +1,30 @@
 //! What a store must be able to do, and how it fails.
 
+use std::{error::Error, io};
+
+use cofferdam_settings::problem::with_sources;
+
+/// What lies behind a failure of a store.
+pub type Cause = Box<dyn Error + Send + Sync>;
+
 /// Why a store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
     /// The store's own reason.
-    #[error("{doing}: {reason}")]
+    #[error("{doing}: {}", with_sources(&**cause))]
     Store {
         /// What was being done.
         doing: &'static str,
         /// Why it failed.
-        reason: String,
+        cause: Cause,
     },
     /// It cannot be reached; what is in it may be whole.
-    #[error("{doing}: {reason}")]
+    #[error("{doing}: {}", with_sources(&**cause))]
     Unreachable {
         /// What was being done.
         doing: &'static str,
         /// Why it failed.
-        reason: String,
+        cause: Cause,
     },
     /// Nobody knows whether the metadata is there.
     #[error("it is not known whether checkpoint {checkpoint} is complete: {reason}")]
@@ -49,8 +56,24 @@ pub enum StorageError {
 
 impl StorageError {
     /// A failure of the store itself.
-    pub fn store(doing: &'static str, reason: impl ToString) -> Self {
-        Self::Store { doing, reason: reason.to_string() }
+    pub fn store(doing: &'static str, cause: impl Into<Cause>) -> Self {
+        Self::Store { doing, cause: cause.into() }
+    }
+
+    /// What the operating system says, where the failure is its.
+    #[must_use]
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        let (Self::Store { cause, .. } | Self::Unreachable { cause, .. }) = self else {
+            return None;
+        };
+        let mut next: Option<&(dyn Error + 'static)> = Some(&**cause);
+        while let Some(error) = next {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                return Some(error.kind());
+            }
+            next = error.source();
+        }
+        None
     }
 
     /// Something that is not what was written.
@@ -83,7 +106,7 @@ pub trait Storage: Send {
     /// Where it is not there, or cannot be read.
     fn read(&self, number: u64, end: u64) -> Result<Box<dyn Generation>>;
 
-    /// The copies of the head that there are; see [`head`].
+    /// The copies of the head that there are; see [`head`](crate::head).
     ///
     /// # Errors
     /// Where they cannot be read.

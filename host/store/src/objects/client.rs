@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, mpsc};
 
-use cofferdam_settings::problem::with_sources;
 use futures::TryStreamExt;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, path::Path as ObjectPath};
 use tokio::runtime::Runtime;
@@ -38,7 +37,7 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(object_store::Error) -> Sto
         object_store::Error::NotFound { path, .. } => {
             StorageError::damaged(path, "it is not there")
         }
-        error => StorageError::Unreachable { doing, reason: with_sources(&error) },
+        error => StorageError::Unreachable { doing, cause: error.into() },
     }
 }
 

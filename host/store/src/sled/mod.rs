@@ -1,12 +1,12 @@
 //! Generations in sled, the default. Only this file and `table.rs` name it.
 //!
 //! sled rewrites the neighbours of what is inserted, which costs three times the bytes of a large
-//! value. So values of [`PACKED_BYTES_MIN`] and more are appended to a file beside the database,
+//! value. So values of [2 KiB](generation::PACKED_BYTES_MIN) and more are appended to a file beside the database,
 //! written once and never moved, and sled keeps their place: the separation of keys from values
 //! of WiscKey (Lu et al., FAST 2016).
 //!
 //! sled 0.34 never calls fsync, drops the end of its log at the first damaged byte without a word, and
-//! refuses everything after its first I/O error. So what is in it also goes into a [log]
+//! refuses everything after its first I/O error. So what is in it also goes into a [log](crate::log)
 //! of our own, and that counts: where sled says something else it is made anew from the log, and where
 //! the log is damaged sled has what it said.
 //!
