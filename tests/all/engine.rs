@@ -125,6 +125,32 @@ fn a_stop_during_a_rescale_ends_the_job_and_it_resumes() {
 }
 
 #[test]
+fn of_a_savepoint_that_ends_the_job_and_a_rescale_only_one_happens() {
+    let dir = in_a_directory();
+    let harness = Harness { snapshot: "declared", rate: Some(60_000), ..Harness::default() };
+    let manifest = harness.write(dir.path());
+    on_runtime(async {
+        let job = submit(&engine(), &manifest).await.expect("it begins");
+        job.running().await.expect("it runs");
+        let nodes = tasks(&[("count", 3)]);
+        let savepoint = dir.path().join("savepoint");
+        let (rescaled, saved) =
+            tokio::join!(job.rescale(&nodes), job.stop_with_savepoint(savepoint.clone(), false));
+        assert!(rescaled.is_ok() != saved.is_ok(), "{rescaled:?}, {saved:?}");
+        if saved.is_ok() {
+            assert!(matches!(job.ended().await, Ok(Outcome::Stopped { has_savepoint: true, .. })));
+            return;
+        }
+        job.running().await.expect("it runs on");
+        job.stop_with_savepoint(savepoint, false).await.expect("now it stops");
+        assert!(matches!(job.ended().await, Ok(Outcome::Stopped { has_savepoint: true, .. })));
+        let late = job.rescale(&nodes).await.expect_err("it has ended");
+        assert_eq!(late.code, Code::RequestRefused);
+    });
+    assert!(dir.path().join("savepoint").is_dir());
+}
+
+#[test]
 fn a_job_that_fails_leaves_the_other_alone_and_its_handle_says_what_has_failed() {
     let (good, bad) = (in_a_directory(), in_a_directory());
     let good_manifest = Harness { rate: Some(60_000), ..Harness::default() }.write(good.path());

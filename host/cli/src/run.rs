@@ -110,6 +110,10 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
 /// Answers `savepoint`, `stop` and `cancel`, if there is a directory for the socket, until what is
 /// given back first is dropped.
 fn serve_requests(job: &JobHandle) -> Option<(oneshot::Sender<()>, JoinHandle<()>)> {
+    // The folder of the socket may be the next run's by now.
+    if job.has_ended() {
+        return None;
+    }
     match Server::bind(job.state_dir()?) {
         Ok(server) => {
             let (sender, ended) = oneshot::channel();

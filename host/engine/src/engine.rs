@@ -88,8 +88,7 @@ impl Engine {
     ) -> Result<JobHandle, Problem> {
         let engine = self.clone();
         let on_end = move || engine.forget_ended();
-        let sandbox = self.sandbox.clone();
-        let handle = JobHandle::submit(sandbox, checked, options, observer, on_end).await?;
+        let handle = JobHandle::submit(checked, options, observer, on_end).await?;
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         // It may have ended before it was there.
         self.forget_ended();
@@ -99,7 +98,8 @@ impl Engine {
     /// The jobs that have not ended, oldest first.
     #[must_use]
     pub fn jobs(&self) -> Vec<JobHandle> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.iter().filter(|job| !job.has_ended()).cloned().collect()
     }
 
     /// Forgets the jobs that have ended.

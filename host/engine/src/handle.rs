@@ -2,14 +2,15 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
+use cofferdam_connector::catalog::Conflicts;
 use cofferdam_core::job::Outcome;
-use cofferdam_sandbox::Sandbox;
 use cofferdam_settings::{Code, Problem};
-use cofferdam_spec::{JobSpec, StorageSpec};
+use cofferdam_spec::JobSpec;
 use cofferdam_store::inspect::TaskReport;
 use tokio::sync::{oneshot, watch};
 
@@ -21,7 +22,7 @@ use crate::{
         history::Entry,
         log::{LogLine, Logs},
         metrics::Metrics,
-        progress::Observer,
+        progress::{Observer, Progress},
     },
 };
 
@@ -47,7 +48,6 @@ pub struct JobHandle {
 }
 
 struct Shared {
-    sandbox: Sandbox,
     name: String,
     state_dir: Option<PathBuf>,
     resumed_from: Option<u64>,
@@ -67,6 +67,14 @@ struct Run {
     /// What was asked for, so that it also holds for a run that is about to begin.
     wish: Option<Wish>,
     rescale: Option<Rescale>,
+    /// How many wait for a savepoint that ends the job.
+    stopping: u32,
+    /// Counts the runs; what was asked of one is not done to another.
+    number: u64,
+    /// No run is there to be asked: one has ended and the next has not begun, or none will.
+    is_between: bool,
+    /// Keeps the state directory this job's from one run to the next.
+    lock: Option<Arc<File>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,26 +91,19 @@ struct Rescale {
 
 impl JobHandle {
     pub(crate) async fn submit(
-        sandbox: Sandbox,
         checked: CheckedJob,
         options: JobOptions,
         observer: Arc<dyn Observer>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self, Problem> {
         let watch = Arc::new(Watch::new(observer));
-        let mut job = prepare(checked.clone(), options.clone(), watch.clone()).await?;
+        let mut job = prepare(checked.clone(), options.clone(), watch.clone(), None).await?;
         let logs = Arc::<Logs>::default();
         job.log_to(logs.clone());
         watch.recall(job.state_dir());
         // Whatever comes after this run resumes from the job's own state.
-        let options = JobOptions {
-            state_dir: options.state_dir.clone(),
-            seed: options.seed,
-            faults: options.faults,
-            ..JobOptions::default()
-        };
+        let options = JobOptions { from: None, again: false, ..options };
         let shared = Arc::new(Shared {
-            sandbox,
             name: checked.spec.name.clone(),
             state_dir: job.state_dir().map(Path::to_owned),
             resumed_from: job.resumes_from(),
@@ -115,6 +116,10 @@ impl JobHandle {
                 metrics: job.metrics(),
                 wish: None,
                 rescale: None,
+                stopping: 0,
+                number: 0,
+                is_between: false,
+                lock: job.lock(),
             }),
             ended: watch::Sender::new(None),
         });
@@ -226,7 +231,16 @@ impl JobHandle {
     /// # Errors
     /// Why there is none. The job continues then.
     pub async fn stop_with_savepoint(&self, dir: PathBuf, drain: bool) -> Result<u64, Problem> {
-        let control = self.shared.control();
+        let control = {
+            let mut run = self.shared.run();
+            if run.rescale.is_some() || run.is_between {
+                return Err(refused("to stop", "it is being rescaled, or has ended"));
+            }
+            run.stopping += 1;
+            run.control.clone()
+        };
+        // Counted down also where nobody waits for the answer any more.
+        let _stopping = Stopping(&self.shared);
         control.stop_with_savepoint(dir, drain).await.map_err(|why| refused("to stop", &why))
     }
 
@@ -242,24 +256,25 @@ impl JobHandle {
     /// Where the job cannot have that parallelism, or its state cannot be distributed: then it continues, or resumes,
     /// with the parallelism that it had.
     pub async fn rescale(&self, parallelism: &BTreeMap<String, u32>) -> Result<(), Problem> {
-        let known = self.shared.run().checked.clone();
+        let (known, number) = {
+            let run = self.shared.run();
+            (run.checked.clone(), run.number)
+        };
         let cannot = |why: &str| {
             Problem::new(Code::RequestRefused, "the job cannot be rescaled").detail(why)
         };
-        if known.spec.storage == StorageSpec::Memory {
+        if self.shared.state_dir.is_none() {
             return Err(cannot("its state is in memory, and is lost when it stops")
                 .hint("set execution.checkpointing.storage = \"sled\""));
         }
-        let spec = known.spec.with_parallelism(parallelism)?;
-        let checked = CheckedJob::new(spec, &self.shared.sandbox).await?;
-        known.check_rescale(&checked)?;
+        let checked = known.rescaled(parallelism)?;
         let (answer, answered) = oneshot::channel();
         {
             let mut run = self.shared.run();
-            if self.has_ended() || run.wish.is_some() {
+            if run.wish.is_some() || 0 < run.stopping || self.has_ended() {
                 return Err(cannot("it ends"));
             }
-            if run.rescale.is_some() {
+            if run.rescale.is_some() || run.is_between || run.number != number {
                 return Err(cannot("it is being rescaled already"));
             }
             run.rescale = Some(Rescale { checked, answer });
@@ -306,6 +321,15 @@ impl JobHandle {
     }
 }
 
+/// Somebody waits for a savepoint that ends the job.
+struct Stopping<'a>(&'a Shared);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.run().stopping -= 1;
+    }
+}
+
 fn refused(what: &str, why: &str) -> Problem {
     Problem::new(Code::RequestRefused, format!("the job refused {what}: {why}"))
 }
@@ -340,11 +364,30 @@ impl Run {
 /// Runs a job to its end, through every rescale.
 async fn supervise(shared: Arc<Shared>, mut job: Job) {
     let ended = loop {
-        let outcome = job.run().await;
-        let Some(Rescale { checked, answer }) = shared.run().rescale.take() else { break outcome };
-        if !matches!(outcome, Ok(Outcome::Stopped { .. })) {
-            // It has ended of itself, and whoever waits for the answer learns that.
-            break outcome;
+        let outcome = tokio::spawn(job.run()).await.unwrap_or_else(|panic| {
+            Err(Problem::new(Code::HostBug, "the run of a job panicked").detail(panic))
+        });
+        let rescale = {
+            let mut run = shared.run();
+            run.is_between = true;
+            run.rescale.take()
+        };
+        let Some(Rescale { checked, answer }) = rescale else { break outcome };
+        match &outcome {
+            Ok(Outcome::Stopped { has_savepoint: false, is_last: true, .. }) => {
+                // What was chosen about the output is done.
+                shared.run().options.conflicts = Conflicts::default();
+            }
+            Ok(Outcome::Stopped { has_savepoint: false, checkpoint, .. }) => {
+                let from = checkpoint.map_or("the beginning".to_owned(), |it| it.to_string());
+                shared.watch.observe(Progress::Warning {
+                    message: format!(
+                        "the last checkpoint before the rescale failed: the job resumes from {from}"
+                    ),
+                });
+            }
+            // It has ended of itself, or with a savepoint; whoever waits for the answer learns that.
+            _ => break outcome,
         }
         match resume(&shared, checked).await {
             Ok(next) => {
@@ -362,18 +405,23 @@ async fn supervise(shared: Arc<Shared>, mut job: Job) {
             }
         }
     };
+    shared.run().lock = None;
     shared.watch.end(&ended);
     shared.ended.send_replace(Some(ended));
 }
 
 /// The next run of a job that has stopped.
 async fn resume(shared: &Shared, checked: CheckedJob) -> Result<Job, Problem> {
-    let options = shared.run().options.clone();
-    let mut job = prepare(checked.clone(), options, shared.watch.clone()).await?;
+    let (options, lock) = {
+        let run = shared.run();
+        (run.options.clone(), run.lock.clone())
+    };
+    let mut job = prepare(checked.clone(), options, shared.watch.clone(), lock).await?;
     job.log_to(shared.logs.clone());
     shared.watch.set(JobState::Initializing);
     let mut run = shared.run();
     (run.checked, run.control, run.metrics) = (checked, job.control(), job.metrics());
+    (run.number, run.is_between) = (run.number + 1, false);
     if let Some(wish) = run.wish {
         run.obey(wish);
     }
@@ -385,8 +433,10 @@ async fn prepare(
     checked: CheckedJob,
     options: JobOptions,
     observer: Arc<dyn Observer>,
+    lock: Option<Arc<File>>,
 ) -> Result<Job, Problem> {
-    let prepared = tokio::task::spawn_blocking(move || Job::prepare(checked, &options, observer));
+    let prepared =
+        tokio::task::spawn_blocking(move || Job::prepare_locked(checked, &options, observer, lock));
     prepared.await.unwrap_or_else(|error| {
         Err(Problem::new(Code::HostBug, "the preparation of a job panicked").detail(error))
     })

@@ -106,6 +106,13 @@ pub(super) fn rescale(nodes: &mut [RawNode], parallelism: &BTreeMap<String, u32>
             return Err(Problem::new(Code::BadValue, message)
                 .hint(format!("its nodes: {}", known.join(", "))));
         };
+        if let NodeKind::Operator(operator) = &node.kind
+            && operator.max_parallelism < *tasks
+        {
+            let message = format!("\"{name}\" cannot have {tasks} tasks");
+            return Err(Problem::new(Code::BadValue, message)
+                .detail(format!("its max-parallelism is {}", operator.max_parallelism)));
+        }
         node.parallelism = Some(*tasks);
     }
     Ok(())

@@ -45,7 +45,9 @@ impl Job {
         {
             let result = Err(AbortReason::StopFailed { message: cause.to_string() });
             effects.push(Effect::Answer { ticket, result });
-            self.stop = None;
+            // Who has asked to stop whatever comes of it still wants that.
+            let urgent = self.stop.filter(|stop| stop.is_urgent);
+            self.stop = urgent.map(|stop| Stop { savepoint: None, drain: false, ..stop });
         }
         // What cannot help to repeat is not even counted.
         let verdict = match cause.is_restartable() {

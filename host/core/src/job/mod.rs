@@ -94,6 +94,8 @@ struct Stop {
     drain: bool,
     /// Somebody asked again, without a savepoint: the job ends whatever comes of this one.
     is_urgent: bool,
+    /// Sources were made to end: a checkpoint from then on holds the end of their input.
+    has_ended_input: bool,
 }
 
 /// The decisions of one running job.
@@ -265,7 +267,7 @@ impl Job {
                 self.on_checkpoint_requested(now, trigger, &mut steps);
             }
             Event::StopRequested { savepoint, drain } => {
-                let stop = Stop { savepoint, drain, is_urgent: false };
+                let stop = Stop { savepoint, drain, is_urgent: false, has_ended_input: drain };
                 self.on_stop_requested(now, stop, effects);
             }
             Event::CancelRequested => {
@@ -461,8 +463,14 @@ impl Job {
         }
         self.retry_at = Some(now.after(LAST_CHECKPOINT_RETRY_MS));
         match self.stop {
-            Some(Stop { savepoint: Some(_), is_urgent: true, .. }) => {
-                self.stop = Some(Stop { savepoint: None, drain: false, is_urgent: true });
+            // The drain has failed, and any checkpoint from now on would hold the end of the input as if it had not.
+            Some(Stop { savepoint: Some(_), is_urgent: true, has_ended_input: true, .. }) => {
+                let checkpoint = self.coordinator.last_completed();
+                let outcome = Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false };
+                self.give_up(now, outcome, effects);
+            }
+            Some(stop @ Stop { savepoint: Some(_), is_urgent: true, .. }) => {
+                self.stop = Some(Stop { savepoint: None, drain: false, ..stop });
             }
             // The sources have ended: only a restart from before brings the rest of their input.
             Some(Stop { drain: true, .. }) => {

@@ -27,7 +27,7 @@ impl CheckedJob {
     ///
     /// # Errors
     /// All that is wrong: the first problem, with the others behind it.
-    pub async fn new(mut spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
+    pub async fn new(spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
         let all = |problems: Vec<Problem>| Problem::all(problems).map_or(Ok(()), Err);
         let mut problems = Vec::new();
         problems.extend(check_approximate(&spec).err());
@@ -42,11 +42,19 @@ impl CheckedJob {
             }
         }
         all(problems)?;
+        Self::of(spec, operators)
+    }
+
+    /// A job whose components are loaded: compares both ends of every edge.
+    pub(super) fn of(
+        mut spec: JobSpec,
+        operators: BTreeMap<OperatorId, CheckedOperator>,
+    ) -> Result<Self, Problem> {
         let mut problems = Vec::new();
         problems.extend(check_dead_letters(&spec, &operators).err());
         problems.extend(check_snapshots(&spec, &operators).err());
         let edges = resolve_edges(&spec, &operators).map_err(|problem| problems.push(problem));
-        all(problems)?;
+        Problem::all(problems).map_or(Ok(()), Err)?;
         let edges = edges.unwrap_or_default();
         let nodes = spec.graph.operators().map(|(_, operator)| operator.clone()).collect();
         spec.graph = JobGraph::new(nodes, edges).map_err(|error| {

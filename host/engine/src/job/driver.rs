@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cofferdam_connector::blocking::CallsEnded;
+use cofferdam_connector::blocking::{Blocking, CallsEnded};
 use cofferdam_core::{
     checkpoint::Purpose,
     failover::RestartReason,
@@ -52,6 +52,8 @@ pub(crate) struct Driver {
     /// Whether every task runs, as was reported last.
     is_running: bool,
     desk: Arc<Desk>,
+    /// Brings forward what the process keeps of tasks; the job ends after the last of it.
+    blocking: Blocking,
     rehearsal: Arc<Rehearsal>,
 }
 
@@ -84,6 +86,7 @@ impl Driver {
         report: &WriterReport,
         inbox: UnboundedReceiver<Event>,
         desk: Arc<Desk>,
+        blocking: Blocking,
     ) -> Self {
         let untried = std::mem::take(&mut plan.untried);
         let rehearsal = Rehearsal::new(untried, report.events.clone(), report.observer.clone());
@@ -98,6 +101,7 @@ impl Driver {
             outcome: None,
             is_running: false,
             desk,
+            blocking,
             rehearsal: Arc::new(rehearsal),
         }
     }
@@ -247,7 +251,7 @@ impl Driver {
         self.monitor.note_complete(checkpoint);
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         let rehearsal = (purpose == Purpose::Periodic).then(|| self.rehearsal.clone());
-        tokio::task::spawn_blocking(move || {
+        self.blocking.run(move || {
             for local in locals {
                 if let Err(error) = local.lock().settle(checkpoint.0) {
                     tracing::warn!(%error, "bring the local image forward: a restart will read the storage");
@@ -269,7 +273,7 @@ impl Driver {
         self.monitor.storage.release(needed_from);
         let completed = completed.map_or(0, |completed| completed.0);
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
-        tokio::task::spawn_blocking(move || {
+        self.blocking.run(move || {
             for local in locals {
                 local.lock().fold(completed, needed_from.0);
                 if let Some(keyed) = &local.keyed

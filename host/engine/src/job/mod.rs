@@ -24,6 +24,7 @@ use std::{
     sync::Arc,
 };
 
+use cofferdam_connector::blocking::Blocking;
 use cofferdam_core::{
     exchange::ExchangeType,
     ids::TaskId,
@@ -31,10 +32,17 @@ use cofferdam_core::{
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
-use cofferdam_store::metadata::TaskIdentity;
-use cofferdam_store::{SnapshotStore, Storage, StorageError, memory::MemoryStorage};
+use cofferdam_store::{
+    SnapshotStore, Storage, StorageError, memory::MemoryStorage, metadata::TaskIdentity,
+};
 use tokio::sync::mpsc;
 
+pub use self::{
+    check::CheckedJob,
+    component::{describe, load_component, sandbox},
+    read_out::each_declared,
+    resume::JobOptions,
+};
 use self::{
     ending::{Ending, failure, next_step},
     files::{is_nothing_there, locals, open_store, partitions, storage_at, unusable_state},
@@ -56,13 +64,6 @@ use crate::{
     },
 };
 
-pub use self::{
-    check::CheckedJob,
-    component::{describe, load_component, sandbox},
-    read_out::each_declared,
-    resume::JobOptions,
-};
-
 impl CheckedJob {
     /// What the state of each of its tasks belongs to.
     fn identities(&self) -> Vec<TaskIdentity> {
@@ -70,10 +71,12 @@ impl CheckedJob {
         tasks.iter().map(|task| identity(&self.spec, &self.operators, *task)).collect()
     }
 
-    /// Whether the state of this job can become that of `other`, which is the same with another parallelism, as far
-    /// as is known before there is a checkpoint of its end.
-    pub(crate) fn check_rescale(&self, other: &Self) -> Result<(), Problem> {
-        if self.spec.graph.has_exchange(ExchangeType::has_partition) {
+    /// The same job with another parallelism, where its state can become that as far as is known before there is a
+    /// checkpoint of its end. The components stay those that are loaded.
+    pub(crate) fn rescaled(&self, parallelism: &BTreeMap<String, u32>) -> Result<Self, Problem> {
+        let spec = self.spec.with_parallelism(parallelism)?;
+        let other = Self::of(spec, self.operators.clone())?;
+        if [self, &other].iter().any(|it| it.spec.graph.has_exchange(ExchangeType::has_partition)) {
             return Err(Problem::new(Code::RequestRefused, "the job cannot be rescaled")
                 .detail("its regions run one after the other, and have no state between them"));
         }
@@ -84,7 +87,7 @@ impl CheckedJob {
                     .map_err(|misfit| fit::problem_of(&misfit, known, &task))?;
             }
         }
-        Ok(())
+        Ok(other)
     }
 
     /// Whether a run can begin from the savepoint or state directory that `options` name, and what it would
@@ -140,7 +143,7 @@ pub struct Job {
     spec: JobSpec,
     store: SnapshotStore,
     resume: Resume,
-    _lock: Option<File>,
+    lock: Option<Arc<File>>,
     /// What it began from and owns.
     claimed: Option<PathBuf>,
     state_dir: Option<PathBuf>,
@@ -166,13 +169,23 @@ impl Job {
         options: &JobOptions,
         observer: Arc<dyn Observer>,
     ) -> Result<Self, Problem> {
+        Self::prepare_locked(checked, options, observer, None)
+    }
+
+    /// The same; where an earlier run of the job in this process has locked the state directory, that lock is kept.
+    pub(crate) fn prepare_locked(
+        checked: CheckedJob,
+        options: &JobOptions,
+        observer: Arc<dyn Observer>,
+        lock: Option<Arc<File>>,
+    ) -> Result<Self, Problem> {
         let identities = checked.identities();
         let CheckedJob { spec, operators } = checked;
         let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
         let nodes = prepare_nodes(&spec, &operators)?;
         let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
         let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
-        let lock = state_dir.map(state_dir::lock).transpose()?;
+        let lock = locked(state_dir, lock)?;
         let digest = digest_of(&identities, &spec);
         let mut targets = Tasks {
             spec: &spec,
@@ -191,7 +204,6 @@ impl Job {
         let Resumption { mut record, before, is_over, looked, chosen } = resumption;
         drop(looked);
         warn(&*observer, &chosen.warnings);
-        // Before an output is said to be this job's.
         before.mark(&record, state_dir).map_err(|error| unusable(&error))?;
         let locals = locals(&tasks, &identities, &spec, state_dir).map_err(|it| unusable(&it))?;
         let partitions = partitions(&spec, state_dir).map_err(|error| unusable(&error))?;
@@ -217,7 +229,7 @@ impl Job {
             plan,
             store,
             resume,
-            _lock: lock,
+            lock,
             claimed: options.claimed(),
             state_dir: state_dir.map(Path::to_owned),
             seed: options.seed,
@@ -262,6 +274,11 @@ impl Job {
         JobControl::new(self.events.clone(), self.desk.clone())
     }
 
+    /// The lock of its state directory.
+    pub(crate) fn lock(&self) -> Option<Arc<File>> {
+        self.lock.clone()
+    }
+
     /// Keeps what its guests log there.
     pub(crate) fn log_to(&mut self, logs: Arc<Logs>) {
         self.logs = logs;
@@ -290,14 +307,17 @@ impl Job {
             observer: observer.clone(),
             stats: stats.clone(),
         };
-        let (storage, thread) = StorageHandle::start(self.store, report()).map_err(|error| {
+        let started = StorageHandle::start(self.store, report()).map_err(|error| {
+            self.desk.close();
             Problem::new(Code::CannotStart, "start the storage thread").detail(error)
-        })?;
+        });
+        let (storage, thread) = started?;
         self.desk.look_with(storage.inspector());
         let graph = self.plan.graph.clone();
         let monitor = Monitor::new(&report(), storage, self.metrics, self.logs);
-        let driver =
-            Driver::new(self.plan, core, monitor, &report(), self.inbox, self.desk.clone());
+        let (blocking, mut calls_ended) = Blocking::new();
+        let desk = self.desk.clone();
+        let driver = Driver::new(self.plan, core, monitor, &report(), self.inbox, desk, blocking);
         // On the runtime's own threads, next to the workers: a failure is answered without waking
         // another thread.
         let outcome = tokio::spawn(driver.run(first)).await;
@@ -306,6 +326,8 @@ impl Job {
             let message = format!("the driver of the job panicked: {panic}");
             Problem::new(Code::HostBug, message)
         })?;
+        // The next run of the job takes over the directories of this one: nothing may still work in them.
+        calls_ended.wait().await;
         // The driver's handle is gone, but blocking calls of tasks that have ended may still have
         // the store: joining waits for them.
         let store = tokio::task::spawn_blocking(move || thread.join()).await.ok().flatten();
@@ -364,4 +386,12 @@ fn desk_of(store: &SnapshotStore, resume: &Resume) -> Result<Arc<Desk>, StorageE
 fn warn(observer: &dyn Observer, warnings: &[String]) {
     let warnings = warnings.iter().cloned();
     warnings.for_each(|message| observer.observe(Progress::Warning { message }));
+}
+
+/// The lock of a state directory: the one that is held already, or a new one.
+fn locked(state_dir: Option<&Path>, held: Option<Arc<File>>) -> Result<Option<Arc<File>>, Problem> {
+    match held {
+        Some(lock) => Ok(Some(lock)),
+        None => Ok(state_dir.map(state_dir::lock).transpose()?.map(Arc::new)),
+    }
 }

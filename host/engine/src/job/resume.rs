@@ -63,7 +63,7 @@ pub(super) enum Before {
 }
 
 impl Before {
-    /// Records the job in a state directory that had none.
+    /// Records the job in a state directory that had none, before an output is said to be this job's.
     pub(super) fn mark(&self, record: &JobRecord, state_dir: Option<&Path>) -> io::Result<()> {
         match (self, state_dir) {
             (Self::Nothing, Some(dir)) => record.write(dir),

@@ -629,6 +629,35 @@ fn second_stop_ends_the_job_even_if_the_savepoint_fails() {
 }
 
 #[test]
+fn a_stop_is_not_forgotten_where_the_commit_of_its_savepoint_fails() {
+    check(
+        fixed_delay(1),
+        "0: started @0         ->
+         1: stop savepoint     -> barrier #1 last
+         2: stop               ->
+         3: ack a @0 #1        ->
+         4: ack b @0 #1        -> save #1
+         5: saved #1           -> persist #1
+         6: durable #1         -> complete #1 last
+         7: trap b @0          -> not saved: STOP_WITH_SAVEPOINT_STOPPING, cancel @0
+         8: stopped @0         -> stop at #1 not last",
+    );
+}
+
+#[test]
+fn a_failed_drain_that_is_stopped_takes_no_checkpoint_of_the_end_of_the_input() {
+    check(
+        fixed_delay(1),
+        "0: started @0         ->
+         1: drain              -> end input
+         2: drained a @0       ->
+         3: stop               -> barrier #1 last
+         4: decline b @0 #1    -> discard #1 declined, not saved: CHECKPOINT_DECLINED, cancel @0
+         5: stopped @0         -> stop at none not last",
+    );
+}
+
+#[test]
 fn drain_ends_the_sources_and_finishes() {
     check(
         fixed_delay(1),
