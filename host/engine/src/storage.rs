@@ -133,7 +133,7 @@ impl StorageHandle {
         self.send(Command::Begin { slots, restored_from: restored_from.map(|id| id.0) });
     }
 
-    /// Writes a manifest. Answer: `MetadataDurable` or `MetadataLost`.
+    /// Writes the metadata. Answer: `MetadataDurable` or `MetadataLost`.
     pub(crate) fn complete(&self, checkpoint: CheckpointId) {
         self.send(Command::Complete(checkpoint.0));
     }

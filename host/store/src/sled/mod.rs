@@ -1,4 +1,4 @@
-//! Generations in sled, the default. Only this file and `table.rs` name it.
+//! Generations in sled, the default. Only this folder and `table.rs` name it.
 //!
 //! sled rewrites the neighbours of what is inserted, which costs three times the bytes of a large
 //! value. So values of [2 KiB](generation::PACKED_BYTES_MIN) and more are appended to a file beside the database,
