@@ -187,7 +187,7 @@ async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobH
             // Nothing is lost: what was acked is durable, and the next run goes on from it.
             std::process::exit(130);
         }
-        tracing::info!("taking a last checkpoint and stopping; once more to end at once");
+        tracing::info!("stopping after a final checkpoint; press Ctrl-C again to quit now");
         job.stop();
     }
 }
@@ -463,13 +463,15 @@ impl View {
         }
         if let Ok(Outcome::Stopped { is_last, has_savepoint: false, .. }) = outcome {
             match (checkpoint, is_last) {
-                (Some(id), true) => say_aside!("run it again and it goes on from checkpoint {id}"),
+                (Some(id), true) => say_aside!("run it again to resume from checkpoint {id}"),
                 (Some(id), false) => {
                     say_aside!(
-                        "the last checkpoint failed: run it again and it goes on from checkpoint {id}"
+                        "the last checkpoint failed: run it again to resume from checkpoint {id}"
                     );
                 }
-                (None, _) => say_aside!("no checkpoint was completed: run again, it begins anew"),
+                (None, _) => {
+                    say_aside!("no checkpoint completed; the next run starts from the beginning")
+                }
             }
         }
     }
