@@ -110,6 +110,28 @@ fn crates_depend_on_those_below_them_alone() {
     assert!(!dependencies("spec").contains(&"connectors".to_owned()));
 }
 
+/// A file without the tests at its end. A module of tests that has a file of its own hides nothing.
+fn code_of(text: &str) -> &str {
+    let mut from = 0;
+    while let Some(at) = text[from..].find("#[cfg(test)]\n") {
+        let behind = &text[from + at + "#[cfg(test)]\n".len()..];
+        let line = behind.lines().next().unwrap_or_default();
+        if line.contains("mod ") && line.ends_with('{') {
+            return &text[..from + at];
+        }
+        from += at + 1;
+    }
+    text
+}
+
+#[test]
+fn only_the_tests_in_a_file_are_left_out_of_its_code() {
+    let own = "mod a;\n#[cfg(test)]\nmod tests;\nfn f() {}\n";
+    assert_eq!(code_of(own), own);
+    let within = format!("{own}#[cfg(test)]\nmod more {{\n}}\n");
+    assert_eq!(code_of(&within), own);
+}
+
 /// The modules of a crate that are named by `use crate::` and `use super::` outside of its tests, by file.
 fn imports(source: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let mut files = BTreeMap::new();
@@ -118,8 +140,7 @@ fn imports(source: &Path) -> BTreeMap<String, BTreeSet<String>> {
         let name = path.with_extension("").display().to_string().replace('/', "::");
         let name = name.strip_suffix("::mod").unwrap_or(&name).to_owned();
         let name = if ["lib", "main"].contains(&&*name) { String::new() } else { name };
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default().to_owned();
-        files.insert(name, code);
+        files.insert(name, code_of(&text).to_owned());
     }
     let find = |path: &[&str]| {
         let prefixes = (1..=path.len()).rev().map(|len| path[..len].join("::"));
@@ -207,7 +228,7 @@ fn no_file_and_no_function_is_too_long_to_grasp() {
             if path.components().any(|part| part.as_os_str().to_string_lossy().contains("test")) {
                 continue;
             }
-            let code = lines.iter().take_while(|line| **line != "#[cfg(test)]").enumerate();
+            let code = lines.iter().take(code_of(&text).lines().count()).enumerate();
             let mut began = None;
             for (number, line) in code {
                 let indent = line.len() - line.trim_start().len();

@@ -148,34 +148,8 @@ impl Schema {
 
     /// A value that was written with this schema.
     fn read(&self, bytes: &mut &[u8]) -> Result<Value, String> {
-        fn take<T: DeserializeOwned>(bytes: &mut &[u8]) -> Result<T, String> {
-            let (value, rest) = postcard::take_from_bytes(bytes).map_err(|it| it.to_string())?;
-            *bytes = rest;
-            Ok(value)
-        }
-        let float = |value: f64| {
-            let number = serde_json::Number::from_f64(value);
-            number.map(Value::Number).ok_or_else(|| format!("{value} cannot be converted"))
-        };
         Ok(match self {
-            Self::Scalar(name) => match *name {
-                "unit" => Value::Null,
-                "bool" => take::<bool>(bytes)?.into(),
-                "i8" => take::<i8>(bytes)?.into(),
-                "i16" => take::<i16>(bytes)?.into(),
-                "i32" => take::<i32>(bytes)?.into(),
-                "i64" => take::<i64>(bytes)?.into(),
-                "u8" => take::<u8>(bytes)?.into(),
-                "u16" => take::<u16>(bytes)?.into(),
-                "u32" => take::<u32>(bytes)?.into(),
-                "u64" => take::<u64>(bytes)?.into(),
-                "f32" => float(take::<f32>(bytes)?.into())?,
-                "f64" => float(take::<f64>(bytes)?)?,
-                "char" => take::<char>(bytes)?.to_string().into(),
-                "string" => take::<String>(bytes)?.into(),
-                "bytes" => take::<Vec<u8>>(bytes)?.into(),
-                other => return Err(format!("{other} cannot be converted")),
-            },
+            Self::Scalar(name) => read_scalar(name, bytes)?,
             Self::Option(inner) if matches!(**inner, Self::Option(_) | UNIT) => {
                 return Err(
                     "an option of something that may be nothing is not converted".to_owned()
@@ -321,4 +295,37 @@ fn is_widened(from: &str, to: &str) -> bool {
         ("f", "f", Some(32), Some(64)) => true,
         _ => false,
     }
+}
+
+/// Reads a value from the beginning of the bytes.
+fn take<T: DeserializeOwned>(bytes: &mut &[u8]) -> Result<T, String> {
+    let (value, rest) = postcard::take_from_bytes(bytes).map_err(|it| it.to_string())?;
+    *bytes = rest;
+    Ok(value)
+}
+
+/// Reads a value of a type that consists of nothing else.
+fn read_scalar(name: &str, bytes: &mut &[u8]) -> Result<Value, String> {
+    let float = |value: f64| {
+        let number = serde_json::Number::from_f64(value);
+        number.map(Value::Number).ok_or_else(|| format!("{value} cannot be converted"))
+    };
+    Ok(match name {
+        "unit" => Value::Null,
+        "bool" => take::<bool>(bytes)?.into(),
+        "i8" => take::<i8>(bytes)?.into(),
+        "i16" => take::<i16>(bytes)?.into(),
+        "i32" => take::<i32>(bytes)?.into(),
+        "i64" => take::<i64>(bytes)?.into(),
+        "u8" => take::<u8>(bytes)?.into(),
+        "u16" => take::<u16>(bytes)?.into(),
+        "u32" => take::<u32>(bytes)?.into(),
+        "u64" => take::<u64>(bytes)?.into(),
+        "f32" => float(take::<f32>(bytes)?.into())?,
+        "f64" => float(take::<f64>(bytes)?)?,
+        "char" => take::<char>(bytes)?.to_string().into(),
+        "string" => take::<String>(bytes)?.into(),
+        "bytes" => take::<Vec<u8>>(bytes)?.into(),
+        other => return Err(format!("{other} cannot be converted")),
+    })
 }

@@ -320,18 +320,7 @@ impl<'a> Section<'a> {
                 }
             }
             (Kind::Duration | Kind::Bytes, DeValue::String(_) | DeValue::Integer(_)) => {
-                let parse =
-                    if row.kind == Kind::Duration { parse_duration_ms } else { parse_bytes };
-                let parsed = match value {
-                    DeValue::Integer(number) => {
-                        parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str()))
-                    }
-                    _ => {
-                        let text = value.as_str().unwrap_or_default();
-                        parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}"))
-                    }
-                };
-                match parsed {
+                match amount(&row.kind, value, wanted) {
                     Ok(value) => located(Value::Integer(value)),
                     Err(why) => refused(why),
                 }
@@ -486,6 +475,20 @@ impl<'a> Section<'a> {
                 }
             };
             self.mistaken::<()>(path, problem);
+        }
+    }
+}
+
+/// A duration in milliseconds or a size in bytes, written as a number or as a text with a unit.
+fn amount(kind: &Kind, value: &DeValue<'_>, wanted: &str) -> std::result::Result<u64, String> {
+    let parse = if *kind == Kind::Duration { parse_duration_ms } else { parse_bytes };
+    match value {
+        DeValue::Integer(number) => {
+            parse(number.as_str()).map_err(|why| format!("{}: {why}", number.as_str()))
+        }
+        _ => {
+            let text = value.as_str().unwrap_or_default();
+            parse(text).map_err(|why| format!("\"{text}\" is not {wanted}: {why}"))
         }
     }
 }
