@@ -369,6 +369,13 @@ struct Source {
 
 impl Source {
     fn read(self, catalog: &Catalog) -> Result<JobSpec> {
+        let source = Arc::new(self);
+        let mut spec = source.parsed(catalog)?;
+        spec.source = source;
+        Ok(spec)
+    }
+
+    fn parsed(&self, catalog: &Catalog) -> Result<JobSpec> {
         let mut document = Document::new(&self.path, &self.text);
         let host = self.host.as_ref();
         let host_start =
@@ -385,7 +392,6 @@ impl Source {
         let mut spec = read_job(&root, &base_dir, catalog, &self.parallelism)?;
         spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
         spec.effective = document.effective();
-        spec.source = Arc::new(self.clone());
         Ok(spec)
     }
 }

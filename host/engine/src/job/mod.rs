@@ -44,15 +44,18 @@ pub use self::{
     resume::JobOptions,
 };
 use self::{
+    driver::Driver,
     ending::{Ending, failure, next_step},
     files::{is_nothing_there, locals, open_store, partitions, storage_at, unusable_state},
-    plan::{Plan, components_of, digest_of, own_components, prepare_nodes, sources_of, untried},
+    plan::{
+        Plan, components_of, digest_of, identity, own_components, prepare_nodes, sources_of,
+        untried,
+    },
     restore::Restorable,
     resume::{Resumption, claim_outputs, look},
     target::Tasks,
 };
 use crate::{
-    job::{driver::Driver, plan::identity},
     storage::StorageHandle,
     watch::{
         control::{Desk, JobControl, KeptCheckpoint},

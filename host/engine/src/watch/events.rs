@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::sync::{broadcast, watch};
 
 use super::{
-    history::{self, ENTRIES_MAX, Entry},
+    history::{self, ENTRIES_MAX, Entry, is_kept},
     progress::{Observer, Progress},
 };
 use crate::clock::now_ms;
@@ -96,24 +96,21 @@ pub(crate) struct Watch {
 }
 
 struct Known {
-    failures: VecDeque<Entry>,
+    /// The failures of earlier runs.
+    recalled: Vec<Entry>,
+    /// When something has failed, and what.
+    failures: VecDeque<(u64, Arc<Progress>)>,
     /// Gone when the job has ended.
     events: Option<broadcast::Sender<Arc<Progress>>>,
 }
 
-impl Known {
-    fn add(&mut self, entry: Entry) {
-        self.failures.push_back(entry);
-        if ENTRIES_MAX < self.failures.len() {
-            self.failures.pop_front();
-        }
-    }
-}
-
 impl Watch {
     pub(crate) fn new(observer: Arc<dyn Observer>) -> Self {
-        let known =
-            Known { failures: VecDeque::new(), events: Some(broadcast::Sender::new(EVENTS_MAX)) };
+        let known = Known {
+            recalled: Vec::new(),
+            failures: VecDeque::new(),
+            events: Some(broadcast::Sender::new(EVENTS_MAX)),
+        };
         let state = watch::Sender::new((JobState::Initializing, now_ms()));
         Self { observer, state, known: Mutex::new(known) }
     }
@@ -126,9 +123,7 @@ impl Watch {
     pub(crate) fn recall(&self, state_dir: Option<&Path>) {
         // A history that cannot be read is told where it is written.
         let entries = state_dir.and_then(|dir| history::read(dir).ok()).unwrap_or_default();
-        let mut known = self.lock();
-        let since: Vec<Entry> = known.failures.drain(..).collect();
-        entries.into_iter().chain(since).for_each(|entry| known.add(entry));
+        self.lock().recalled = entries;
     }
 
     pub(crate) fn state(&self) -> (JobState, u64) {
@@ -166,7 +161,10 @@ impl Watch {
     }
 
     pub(crate) fn failures(&self) -> Vec<Entry> {
-        self.lock().failures.iter().cloned().collect()
+        let known = self.lock();
+        let own = known.failures.iter().filter_map(|(at_ms, progress)| Entry::of(*at_ms, progress));
+        let all: Vec<Entry> = known.recalled.iter().cloned().chain(own).collect();
+        all[all.len().saturating_sub(ENTRIES_MAX)..].to_vec()
     }
 
     pub(crate) fn subscribe(&self) -> Events {
@@ -179,18 +177,22 @@ impl Watch {
 
 impl Observer for Watch {
     fn observe(&self, progress: Progress) {
-        let mut known = self.lock();
         match &progress {
             Progress::Running { .. } => self.set(JobState::Running),
             Progress::Restarting { .. } => self.set(JobState::Restarting),
             _ => {}
         }
-        if let Some(entry) = Entry::of(&progress) {
-            known.add(entry);
-        }
-        if let Some(events) = known.events.as_ref().filter(|it| 0 < it.receiver_count()) {
+        let mut known = self.lock();
+        let events = known.events.as_ref().filter(|events| 0 < events.receiver_count()).cloned();
+        if events.is_some() || is_kept(&progress) {
+            let shared = Arc::new(progress.clone());
+            if is_kept(&progress) {
+                known.failures.push_back((now_ms(), shared.clone()));
+                let excess = known.failures.len().saturating_sub(ENTRIES_MAX);
+                known.failures.drain(..excess);
+            }
             // Whoever has subscribed may have gone.
-            let _ = events.send(Arc::new(progress.clone()));
+            let _ = events.map(|events| events.send(shared));
         }
         drop(known);
         self.observer.observe(progress);

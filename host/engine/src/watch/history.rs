@@ -31,19 +31,22 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// What belongs to the history of a job; `None`: this does not.
-    pub(super) fn of(progress: &Progress) -> Option<Self> {
-        let is_history = matches!(
-            progress,
-            Progress::Restarting { .. }
-                | Progress::Failed { .. }
-                | Progress::DeadLetter { .. }
-                | Progress::RecordsLost { .. }
-                | Progress::CheckpointFailed { .. }
-        );
-        let event = is_history.then(|| serde_json::to_value(progress).ok()).flatten()?;
-        Some(Self { at_ms: now_ms(), event })
+    /// An entry of the history; `None`: it cannot be written as JSON.
+    pub(super) fn of(at_ms: u64, progress: &Progress) -> Option<Self> {
+        Some(Self { at_ms, event: serde_json::to_value(progress).ok()? })
     }
+}
+
+/// Whether something belongs to the history of a job.
+pub(super) fn is_kept(progress: &Progress) -> bool {
+    matches!(
+        progress,
+        Progress::Restarting { .. }
+            | Progress::Failed { .. }
+            | Progress::DeadLetter { .. }
+            | Progress::RecordsLost { .. }
+            | Progress::CheckpointFailed { .. }
+    )
 }
 
 /// The entries of a state directory, oldest first; none where nothing has failed. Lines that were
@@ -65,7 +68,8 @@ pub fn read(state_dir: &Path) -> io::Result<Vec<Entry>> {
 /// Passes everything on, and writes down what belongs to the history.
 pub(crate) struct Recorder {
     observer: Arc<dyn Observer>,
-    lines: mpsc::Sender<String>,
+    /// When something has happened, and what.
+    entries: mpsc::Sender<(u64, Progress)>,
 }
 
 /// The thread that writes; ends when the recorder is gone.
@@ -87,27 +91,30 @@ impl Recorder {
     ) -> io::Result<(Self, Writer)> {
         forget_old(state_dir)?;
         let path = state_dir.join(FILE);
-        let (lines, receiver) = mpsc::channel::<String>();
+        let (entries, receiver) = mpsc::channel::<(u64, Progress)>();
         let thread = std::thread::Builder::new().name("cofferdam-history".to_owned());
         let thread = thread.spawn(move || {
-            for line in receiver {
+            for (at_ms, progress) in receiver {
+                let entry = Entry::of(at_ms, &progress);
+                let Some(Ok(line)) = entry.map(|entry| serde_json::to_string(&entry)) else {
+                    continue;
+                };
                 let file = File::options().create(true).append(true).open(&path);
-                if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
+                if let Err(error) = file.and_then(|mut it| it.write_all((line + "\n").as_bytes())) {
                     tracing::warn!(%error, "write the history of failures");
                 }
             }
         })?;
-        Ok((Self { observer, lines }, Writer(thread)))
+        Ok((Self { observer, entries }, Writer(thread)))
     }
 }
 
 impl Observer for Recorder {
     fn observe(&self, progress: Progress) {
-        if let Some(entry) = Entry::of(&progress)
-            && let Ok(line) = serde_json::to_string(&entry)
-        {
+        // Put into words by the thread that writes: a restart does not wait for that.
+        if is_kept(&progress) {
             // The writer ends only after this sender.
-            let _ = self.lines.send(line + "\n");
+            let _ = self.entries.send((now_ms(), progress.clone()));
         }
         self.observer.observe(progress);
     }
