@@ -125,8 +125,33 @@ pub enum Step {
 #[derive(Debug, Clone)]
 struct Pending {
     trigger: Trigger,
-    deadline: Millis,
-    missing: BTreeSet<TaskId>,
+    stage: Stage,
+}
+
+/// How far a pending checkpoint is.
+#[derive(Debug, Clone)]
+enum Stage {
+    /// Tasks have still to ack it, before the deadline.
+    Collecting { missing: BTreeSet<TaskId>, deadline: Millis },
+    /// Its metadata is being written.
+    Persisting,
+}
+
+impl Pending {
+    fn is_persisting(&self) -> bool {
+        matches!(self.stage, Stage::Persisting)
+    }
+}
+
+/// Who may ask for a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Schedule {
+    /// Nobody: some tasks do not run.
+    Suspended,
+    /// Users. The job takes no periodic checkpoints, or takes none any more.
+    OnRequest,
+    /// Users, and the timer at its next tick: `None` while a backlog holds it up.
+    Periodic { next_tick: Option<Millis> },
 }
 
 /// Follows pending checkpoints, waiting requests, and those that are complete.
@@ -134,15 +159,10 @@ struct Pending {
 pub struct Coordinator {
     settings: CheckpointSettings,
     queue: RequestQueue,
-    /// Whoever misses no task is being persisted.
     pending: BTreeMap<CheckpointId, Pending>,
     next_id: CheckpointId,
     next_request: u64,
-    /// The timer's next tick; `None` while there is none, as during a backlog.
-    next_tick: Option<Millis>,
-    /// The job runs, and the timer is to tick.
-    is_ticking: bool,
-    is_running: bool,
+    schedule: Schedule,
     /// The sources that work off a backlog.
     backlog: BTreeSet<TaskId>,
     retained: Retained,
@@ -168,9 +188,7 @@ impl Coordinator {
             pending: BTreeMap::new(),
             next_id,
             next_request: 0,
-            next_tick: None,
-            is_ticking: false,
-            is_running: false,
+            schedule: Schedule::Suspended,
             backlog: BTreeSet::new(),
             last_completed_at: None,
             cleaning: 0,
@@ -194,7 +212,7 @@ impl Coordinator {
     pub fn is_in_doubt(&self) -> bool {
         // A savepoint that is being written is no restore point, whatever comes of it.
         self.pending.values().any(|pending| {
-            pending.missing.is_empty() && pending.trigger.purpose() != Purpose::Savepoint
+            pending.is_persisting() && pending.trigger.purpose() != Purpose::Savepoint
         })
     }
 
@@ -228,19 +246,25 @@ impl Coordinator {
             true => self.backlog.insert(source),
             false => self.backlog.remove(&source),
         };
-        if let Some(interval) = self.interval_ms().filter(|_| self.is_ticking) {
+        if let (Schedule::Periodic { next_tick }, Some(interval)) =
+            (self.schedule, self.interval_ms())
+        {
             let due = now.after(interval);
-            self.next_tick = Some(self.next_tick.map_or(due, |at| at.min(due)));
+            let next_tick = Some(next_tick.map_or(due, |at| at.min(due)));
+            self.schedule = Schedule::Periodic { next_tick };
         }
     }
 
     /// All tasks run: the first tick falls at random in `[min-pause, interval]`.
     pub fn start(&mut self, now: Millis, random: &mut Random) {
-        self.is_running = true;
         let pause = self.settings.min_pause_ms;
-        let interval = self.settings.interval_ms.map(|interval| interval.max(pause));
-        self.is_ticking = interval.is_some();
-        self.next_tick = interval.map(|interval| now.after(random.between(pause, interval)));
+        self.schedule = match self.settings.interval_ms {
+            Some(interval) => {
+                let first = now.after(random.between(pause, interval.max(pause)));
+                Schedule::Periodic { next_tick: Some(first) }
+            }
+            None => Schedule::OnRequest,
+        };
     }
 
     /// A source has ended, or is to begin again and will tell anew.
@@ -251,8 +275,7 @@ impl Coordinator {
     /// Some tasks do not run any more: ends what is pending and drops what waits. What is being
     /// persisted stays in doubt until its fate is known.
     pub fn stop(&mut self, reason: &AbortReason, steps: &mut Vec<Step>) {
-        self.is_running = false;
-        (self.is_ticking, self.next_tick) = (false, None);
+        self.schedule = Schedule::Suspended;
         for checkpoint in self.collecting() {
             self.abort(checkpoint, reason.clone(), steps);
         }
@@ -264,49 +287,63 @@ impl Coordinator {
 
     /// The timer asks no more, and what it has asked for is dropped; users may ask.
     pub fn stop_periodic(&mut self, steps: &mut Vec<Step>) {
-        (self.is_ticking, self.next_tick) = (false, None);
+        if let Schedule::Periodic { .. } = self.schedule {
+            self.schedule = Schedule::OnRequest;
+        }
         for request in self.queue.drop_periodic() {
             let reason = AbortReason::PeriodicSchedulerShutdown;
             steps.push(Step::Refused { trigger: request.trigger, reason });
         }
     }
 
-    /// When [`Coordinator::on_time`] has something to do.
+    /// When [`Coordinator::expire`] or [`Coordinator::begin_due`] has something to do.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
-        let collecting = self.pending.values().filter(|pending| !pending.missing.is_empty());
-        collecting.map(|pending| pending.deadline).chain(self.next_tick).min()
+        let deadlines = self.pending.values().filter_map(|pending| match pending.stage {
+            Stage::Collecting { deadline, .. } => Some(deadline),
+            Stage::Persisting => None,
+        });
+        deadlines.chain(self.next_tick()).min()
     }
 
-    /// Ends what has expired, asks for what is due, begins what may begin.
-    pub fn on_time(&mut self, now: Millis, tasks: &BTreeSet<TaskId>, steps: &mut Vec<Step>) {
+    /// Gives up what has not been acked in time. What follows from that comes before
+    /// [`Coordinator::begin_due`]: the job may fail or end by it.
+    pub fn expire(&mut self, now: Millis, steps: &mut Vec<Step>) {
+        let has_expired = |pending: &Pending| matches!(pending.stage, Stage::Collecting { deadline, .. } if deadline <= now);
         for checkpoint in self.collecting() {
-            if self.pending[&checkpoint].deadline <= now {
+            if has_expired(&self.pending[&checkpoint]) {
                 self.abort(checkpoint, AbortReason::Expired, steps);
             }
         }
-        // The job fails by it: whatever is due belongs to the next run of its tasks.
-        if steps.iter().any(|step| matches!(step, Step::Exceeded { .. })) {
-            return;
-        }
+    }
+
+    /// Asks for what is due, begins what may begin.
+    pub fn begin_due(&mut self, now: Millis, tasks: &BTreeSet<TaskId>, steps: &mut Vec<Step>) {
         self.tick(now, steps);
         self.begin_waiting(now, tasks, steps);
     }
 
+    fn next_tick(&self) -> Option<Millis> {
+        match self.schedule {
+            Schedule::Periodic { next_tick } => next_tick,
+            Schedule::Suspended | Schedule::OnRequest => None,
+        }
+    }
+
     fn tick(&mut self, now: Millis, steps: &mut Vec<Step>) {
         let mut ticks = 0;
-        while let Some(at) = self.next_tick.filter(|at| *at <= now) {
+        while let Some(at) = self.next_tick().filter(|at| *at <= now) {
             // Ticks that are late come all, as many as the queue could hold anyway.
             ticks += 1;
             let next = |interval| if ticks < QUEUE_MAX { at.after(interval) } else { now.after(1) };
-            self.next_tick = self.interval_ms().map(next);
+            self.schedule = Schedule::Periodic { next_tick: self.interval_ms().map(next) };
             self.submit(now, Trigger::Checkpoint, false, true, steps);
         }
     }
 
     /// Somebody wants a checkpoint or a savepoint now.
     pub fn request(&mut self, now: Millis, trigger: Trigger, steps: &mut Vec<Step>) {
-        if !self.is_running {
+        if self.schedule == Schedule::Suspended {
             steps.push(Step::Refused { trigger, reason: AbortReason::NotAllTasksRunning });
             return;
         }
@@ -346,7 +383,9 @@ impl Coordinator {
                 Choice::TooEarly { dropped, retry_at } => {
                     let reason = AbortReason::MinimumTimeBetweenCheckpoints;
                     steps.push(Step::Refused { trigger: dropped.trigger, reason });
-                    self.next_tick = self.next_tick.map(|_| retry_at);
+                    if let Schedule::Periodic { next_tick: Some(at) } = &mut self.schedule {
+                        *at = retry_at;
+                    }
                 }
             }
         }
@@ -363,27 +402,27 @@ impl Coordinator {
         let checkpoint = self.next_id;
         self.next_id = checkpoint.next();
         let deadline = now.after(self.settings.timeout_ms);
-        self.pending.insert(checkpoint, Pending { trigger, deadline, missing: tasks });
+        let stage = Stage::Collecting { missing: tasks, deadline };
+        self.pending.insert(checkpoint, Pending { trigger, stage });
         steps.push(Step::Begin { checkpoint, trigger });
     }
 
     /// A task's snapshot is durable. One that is not waited for changes nothing.
     pub fn ack(&mut self, task: TaskId, checkpoint: CheckpointId, steps: &mut Vec<Step>) {
         if let Some(pending) = self.pending.get_mut(&checkpoint)
-            && pending.missing.remove(&task)
-            && pending.missing.is_empty()
+            && let Stage::Collecting { missing, .. } = &mut pending.stage
+            && missing.remove(&task)
+            && missing.is_empty()
         {
+            pending.stage = Stage::Persisting;
             steps.push(Step::Persist { checkpoint, trigger: pending.trigger });
         }
     }
 
     /// It is durable, and thereby complete.
     pub fn complete(&mut self, now: Millis, checkpoint: CheckpointId, steps: &mut Vec<Step>) {
-        let is_persisted = |pending: &Pending| pending.missing.is_empty();
-        if !self.pending.get(&checkpoint).is_some_and(is_persisted) {
-            return;
-        }
-        let Some(Pending { trigger, .. }) = self.pending.remove(&checkpoint) else { return };
+        let Some(trigger) = self.persisting(checkpoint) else { return };
+        self.pending.remove(&checkpoint);
         if trigger.kind() == Kind::Checkpoint && Some(checkpoint) < self.last_completed() {
             // A newer one was faster, and has said all that this one could say.
             self.cleaning += 1;
@@ -437,18 +476,18 @@ impl Coordinator {
     /// True while tasks have still to ack it.
     #[must_use]
     pub fn is_collecting(&self, checkpoint: CheckpointId) -> bool {
-        self.pending.get(&checkpoint).is_some_and(|pending| !pending.missing.is_empty())
+        self.pending.get(&checkpoint).is_some_and(|pending| !pending.is_persisting())
     }
 
     /// Who wanted it, while it is being made durable.
     #[must_use]
     pub fn persisting(&self, checkpoint: CheckpointId) -> Option<Trigger> {
-        let pending = self.pending.get(&checkpoint).filter(|pending| pending.missing.is_empty());
+        let pending = self.pending.get(&checkpoint).filter(|pending| pending.is_persisting());
         pending.map(|pending| pending.trigger)
     }
 
     fn collecting(&self) -> Vec<CheckpointId> {
-        let collecting = self.pending.iter().filter(|(_, pending)| !pending.missing.is_empty());
+        let collecting = self.pending.iter().filter(|(_, pending)| !pending.is_persisting());
         collecting.map(|(id, _)| *id).collect()
     }
 }

@@ -33,7 +33,8 @@ impl Rig {
 
     fn on_time(&mut self) {
         let tasks = BTreeSet::from([A, B]);
-        self.coordinator.on_time(Millis(self.now), &tasks, &mut self.steps);
+        self.coordinator.expire(Millis(self.now), &mut self.steps);
+        self.coordinator.begin_due(Millis(self.now), &tasks, &mut self.steps);
     }
 
     fn savepoint(&mut self, ticket: u64) -> String {

@@ -1,25 +1,30 @@
 //! The end of a job: stops, savepoints, and what follows when it gives up.
 
 use super::{
-    Job, Phase, Stop, TaskRun, TaskState,
+    Job, Phase, Stop, StopInput, StopSavepoint, TaskRun, TaskState,
     event::{Effect, Outcome, TaskAttempt},
 };
 use crate::{
     checkpoint::{AbortReason, SavepointPurpose, Step, Trigger},
+    failure::FailureCause,
     ids::{Attempt, CheckpointId, Millis, TaskId},
 };
+
+/// After a failed last checkpoint, the time until the next try.
+const LAST_CHECKPOINT_RETRY_MS: u64 = 1_000;
 
 impl Job {
     pub(super) fn on_stop_requested(&mut self, now: Millis, stop: Stop, effects: &mut Vec<Effect>) {
         let refuse = |reason, effects: &mut Vec<Effect>| {
-            if let Some(ticket) = stop.savepoint {
+            if let Some(ticket) = stop.savepoint.ticket() {
                 effects.push(Effect::Answer { ticket, result: Err(reason) });
             }
         };
-        if !matches!(self.phase, Phase::Active) {
+        let has_savepoint = stop.savepoint != StopSavepoint::NotWanted;
+        if !self.is_active() {
             return refuse(AbortReason::CoordinatorShutdown, effects);
         }
-        if self.is_batch && stop.savepoint.is_some() {
+        if self.is_batch && has_savepoint {
             return refuse(AbortReason::BlockingOutputExists, effects);
         }
         if self.is_batch && !self.is_ending() {
@@ -28,28 +33,25 @@ impl Job {
                 Outcome::Stopped { checkpoint: None, is_last: false, has_savepoint: false };
             return self.give_up(now, outcome, effects);
         }
-        if let Some(under_way) = &mut self.stop {
+        if let Some(mut under_way) = self.stop() {
             // Whoever asks again is in more of a hurry: nothing is drained any more.
-            under_way.drain &= stop.drain;
-            under_way.is_urgent |= stop.savepoint.is_none();
+            if (under_way.input, stop.input) == (StopInput::Drain, StopInput::Keep) {
+                under_way.input = StopInput::DrainGivenUp;
+            }
+            under_way.is_urgent |= !has_savepoint;
+            self.set_stop(Some(under_way));
             return refuse(AbortReason::CoordinatorShutdown, effects);
         }
         if self.incidents.is_empty() {
-            self.stop = Some(stop);
-            self.stop_ticket = stop.savepoint;
-            if stop.drain {
+            self.set_stop(Some(stop));
+            if stop.input == StopInput::Drain {
                 effects.push(Effect::EndInput);
             }
-        } else if stop.savepoint.is_some() {
+        } else if has_savepoint {
             refuse(AbortReason::NotAllTasksRunning, effects);
         } else {
             // It would only be restarted to be stopped.
-            let checkpoint = self.coordinator.last_completed();
-            self.give_up(
-                now,
-                Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false },
-                effects,
-            );
+            self.stop_at_completed(now, effects);
         }
     }
 
@@ -62,7 +64,7 @@ impl Job {
     ) {
         if self.is_batch {
             steps.push(Step::Refused { trigger, reason: AbortReason::BlockingOutputExists });
-        } else if matches!(self.phase, Phase::Active) && !self.is_ending() {
+        } else if self.is_active() && !self.is_ending() {
             self.coordinator.request(now, trigger, steps);
         } else {
             let reason = AbortReason::CoordinatorShutdown;
@@ -77,17 +79,119 @@ impl Job {
         result: Result<CheckpointId, AbortReason>,
         effects: &mut Vec<Effect>,
     ) {
-        let (ticket, is_open) = match trigger {
+        match trigger {
             Trigger::Requested { ticket }
-            | Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep } => (ticket, true),
-            Trigger::Savepoint { ticket, purpose: SavepointPurpose::Stop } => {
-                (ticket, self.stop_ticket.take_if(|open| *open == ticket).is_some())
+            | Trigger::Savepoint { ticket, purpose: SavepointPurpose::Keep } => {
+                effects.push(Effect::Answer { ticket, result });
             }
-            Trigger::Checkpoint | Trigger::Last => return,
-        };
-        if is_open {
+            Trigger::Savepoint { purpose: SavepointPurpose::Stop, .. } => {
+                self.answer_stop(result, effects);
+            }
+            Trigger::Checkpoint | Trigger::Last => {}
+        }
+    }
+
+    /// Answers whoever waits for the savepoint of a stop, once.
+    fn answer_stop(
+        &mut self,
+        result: Result<CheckpointId, AbortReason>,
+        effects: &mut Vec<Effect>,
+    ) {
+        if let Some(stop) = self.stop()
+            && let Some(ticket) = stop.savepoint.ticket()
+        {
+            self.set_stop(Some(Stop { savepoint: StopSavepoint::NotWanted, ..stop }));
             effects.push(Effect::Answer { ticket, result });
         }
+    }
+
+    /// The last checkpoint is complete and every task runs: they commit it, and the job ends.
+    pub(super) fn begin_ending(
+        &mut self,
+        now: Millis,
+        checkpoint: CheckpointId,
+        trigger: Trigger,
+        effects: &mut Vec<Effect>,
+    ) {
+        let has_savepoint = matches!(trigger, Trigger::Savepoint { .. });
+        if !has_savepoint {
+            // A job that was at its end already has no savepoint to show.
+            self.answer_stop(Err(AbortReason::CoordinatorShutdown), effects);
+        }
+        // A job that was asked to stop has finished all the same if nothing was left to do.
+        let outcome = if self.all(TaskRun::is_drained) {
+            Outcome::Finished
+        } else {
+            Outcome::Stopped { checkpoint: Some(checkpoint), is_last: true, has_savepoint }
+        };
+        let stop = self.stop().map(|stop| match stop.savepoint {
+            StopSavepoint::Wanted { ticket } => {
+                Stop { savepoint: StopSavepoint::Durable { ticket }, ..stop }
+            }
+            _ => stop,
+        });
+        self.phase = Phase::Ending { stop, outcome, checkpoint };
+        // Whoever still waits for a checkpoint or a savepoint will not get one.
+        let mut steps = Vec::new();
+        self.coordinator.stop(&AbortReason::CoordinatorShutdown, &mut steps);
+        self.apply(now, steps, effects);
+    }
+
+    /// The last checkpoint of an active job has failed.
+    pub(super) fn on_last_aborted(
+        &mut self,
+        now: Millis,
+        trigger: Trigger,
+        reason: AbortReason,
+        effects: &mut Vec<Effect>,
+    ) {
+        let is_restarting = reason == AbortReason::FailoverRegion;
+        let stop = self.stop();
+        if is_restarting && stop.is_some_and(|stop| stop.input == StopInput::Drain) {
+            // The drain goes on when the tasks run again, and so does the wait for its savepoint.
+            return;
+        }
+        self.last_checkpoint_from = now.after(LAST_CHECKPOINT_RETRY_MS);
+        let Some(stop) = stop else { return };
+        let has_savepoint = stop.savepoint != StopSavepoint::NotWanted;
+        if has_savepoint && trigger == Trigger::Last && !is_restarting {
+            // The stop came when this one was under way: its own savepoint is the next try.
+            return;
+        }
+        self.answer_stop(Err(reason.clone()), effects);
+        match (has_savepoint, stop.is_urgent, stop.input) {
+            // The drain has failed, and any checkpoint from now on would hold the end of the input
+            // as if it had not.
+            (true, true, StopInput::Drain | StopInput::DrainGivenUp) => {
+                self.stop_at_completed(now, effects);
+            }
+            // Who has asked again wants no savepoint: the next try is without one.
+            (true, true, StopInput::Keep) => {}
+            // The sources have ended: only a restart from before brings the rest of their input.
+            (_, _, StopInput::Drain) => {
+                self.set_stop(None);
+                let message = format!("the savepoint of a drain: {}", reason.message());
+                let cause = FailureCause::CheckpointsFailed { message };
+                self.on_failure(now, None, cause, None, effects);
+            }
+            // Whoever wanted a savepoint has their answer; the job goes on as before.
+            (true, false, _) => {
+                self.set_stop(None);
+                if !is_restarting && self.all(TaskRun::is_running) {
+                    self.coordinator.start(now, &mut self.random);
+                }
+            }
+            // The last checkpoint of a stop failed: end all the same, from the newest one.
+            (false, _, _) if !is_restarting => self.stop_at_completed(now, effects),
+            (false, _, _) => {}
+        }
+    }
+
+    /// Ends the job without a last checkpoint.
+    pub(super) fn stop_at_completed(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let checkpoint = self.coordinator.last_completed();
+        let outcome = Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false };
+        self.give_up(now, outcome, effects);
     }
 
     /// Ends everything, and then the job.
@@ -95,22 +199,22 @@ impl Job {
         if matches!(self.phase, Phase::Cancelling(_) | Phase::Over) {
             return;
         }
+        let ticket = self.stop().and_then(|stop| stop.savepoint.ticket());
         self.phase = Phase::Cancelling(outcome);
         let mut steps = Vec::new();
         self.coordinator.stop(&AbortReason::CoordinatorShutdown, &mut steps);
         self.apply(now, steps, effects);
-        self.stop = None;
-        if let Some(ticket) = self.stop_ticket.take() {
+        if let Some(ticket) = ticket {
             let result = Err(AbortReason::CoordinatorShutdown);
             effects.push(Effect::Answer { ticket, result });
         }
         let all: Vec<TaskId> = self.tasks.keys().copied().collect();
-        self.cancel(&all, effects);
+        self.cancel(&all, None, effects);
         self.finish_if_stopped(effects);
     }
 
     fn finish_if_stopped(&mut self, effects: &mut Vec<Effect>) {
-        let is_gone = |run: &TaskRun| matches!(run.state, TaskState::Stopped | TaskState::Finished);
+        let is_gone = |run: &TaskRun| run.is_stopped() || run.state == TaskState::Finished;
         if let Phase::Cancelling(outcome) = &self.phase
             && self.all(is_gone)
         {
@@ -126,13 +230,13 @@ impl Job {
         effects: &mut Vec<Effect>,
     ) {
         let Some(run) = self.current(task, attempt) else { return };
-        if run.state == TaskState::Running {
+        if run.is_running() {
             run.state = TaskState::Finished;
         }
-        if let Phase::Ending { outcome, checkpoint } = &self.phase
+        if let Phase::Ending { stop, outcome, checkpoint } = &self.phase
             && self.all(|run| run.state == TaskState::Finished)
         {
-            if let Some(ticket) = self.stop_ticket.take() {
+            if let Some(ticket) = stop.and_then(|stop| stop.savepoint.ticket()) {
                 effects.push(Effect::Answer { ticket, result: Ok(*checkpoint) });
             }
             effects.push(Effect::Finish { outcome: outcome.clone() });
@@ -143,9 +247,9 @@ impl Job {
     pub(super) fn on_stopped(&mut self, tasks: &[TaskAttempt], effects: &mut Vec<Effect>) {
         for (task, attempt) in tasks {
             if let Some(run) = self.current(*task, *attempt)
-                && run.state == TaskState::Stopping
+                && let TaskState::Stopping { incident } = run.state
             {
-                run.state = TaskState::Stopped;
+                run.state = TaskState::Stopped { incident };
             }
         }
         self.finish_if_stopped(effects);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Job, Phase, Stop, TaskState,
+    IncidentId, Job, Phase, Stop, StopInput, StopSavepoint, TaskState,
     event::{Effect, Outcome, TaskAttempt},
 };
 use crate::{
@@ -41,13 +41,15 @@ impl Job {
         // The savepoint is durable, its output is not committed: the job recovers, as in Flink, and
         // whoever has stopped it learns that it runs on.
         if matches!(self.phase, Phase::Ending { .. })
-            && let Some(ticket) = self.stop_ticket.take()
+            && let Some(stop) = self.stop()
+            && let Some(ticket) = stop.savepoint.ticket()
         {
             let result = Err(AbortReason::StopFailed { message: cause.to_string() });
             effects.push(Effect::Answer { ticket, result });
             // Who has asked to stop whatever comes of it still wants that.
-            let urgent = self.stop.filter(|stop| stop.is_urgent);
-            self.stop = urgent.map(|stop| Stop { savepoint: None, drain: false, ..stop });
+            let urgent =
+                Stop { savepoint: StopSavepoint::NotWanted, input: StopInput::Keep, ..stop };
+            self.set_stop(stop.is_urgent.then_some(urgent));
         }
         // What cannot help to repeat is not even counted.
         let verdict = match cause.is_restartable() {
@@ -64,12 +66,8 @@ impl Job {
         };
         let (delay_ms, is_new_attempt) = (verdict.backoff_ms, verdict.is_new_attempt);
         // It would only be restarted to be stopped.
-        if matches!(self.stop, Some(Stop { savepoint: None, .. })) {
-            return self.give_up(
-                now,
-                Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false },
-                effects,
-            );
+        if self.stop().is_some_and(|stop| stop.savepoint == StopSavepoint::NotWanted) {
+            return self.stop_at_completed(now, effects);
         }
         let mut reasons = self.restart_set(task, lost, escalation);
         if escalation == Escalation::EveryTask {
@@ -77,10 +75,11 @@ impl Job {
                 reasons.entry(*task).or_insert(RestartReason::Escalated);
             }
         }
-        self.phase = Phase::Active;
+        self.phase = Phase::Active { stop: self.stop() };
         let restarting: Vec<TaskId> = reasons.keys().copied().collect();
         self.suspend_checkpoints(now, effects);
-        self.cancel(&restarting, effects);
+        let incident = self.new_incident(now.after(delay_ms));
+        self.cancel(&restarting, Some(incident), effects);
         let tasks = reasons;
         let remaining = self.restart.remaining();
         effects.push(Effect::AnnounceRestart {
@@ -91,19 +90,13 @@ impl Job {
             remaining,
             tasks,
         });
-        self.restart_at(now.after(delay_ms), &restarting);
     }
 
-    /// Makes an incident: these tasks restart together, not before `at`.
-    fn restart_at(&mut self, at: Millis, tasks: &[TaskId]) {
+    /// An incident whose tasks restart together, not before `at`.
+    fn new_incident(&mut self, at: Millis) -> IncidentId {
         self.next_incident += 1;
-        let incident = self.next_incident;
-        for task in tasks {
-            if let Some(run) = self.tasks.get_mut(task) {
-                run.incident = Some(incident);
-            }
-        }
-        self.incidents.insert(incident, at);
+        self.incidents.insert(self.next_incident, at);
+        self.next_incident
     }
 
     /// How far the failovers since the last completed checkpoint have led: restarting the same
@@ -145,19 +138,26 @@ impl Job {
         self.apply(now, steps, effects);
     }
 
-    /// Ends those of the tasks that run.
-    pub(super) fn cancel(&mut self, tasks: &[TaskId], effects: &mut Vec<Effect>) {
+    /// Ends those of the tasks that run; the incident, if any, starts all of them again.
+    pub(super) fn cancel(
+        &mut self,
+        tasks: &[TaskId],
+        incident: Option<IncidentId>,
+        effects: &mut Vec<Effect>,
+    ) {
         let mut ending = Vec::new();
         for task in tasks {
             let Some(run) = self.tasks.get_mut(task) else { continue };
             self.coordinator.forget_backlog(*task);
             match run.state {
-                TaskState::Starting | TaskState::Running => {
-                    run.state = TaskState::Stopping;
+                TaskState::Starting { .. } | TaskState::Running { .. } => {
+                    run.state = TaskState::Stopping { incident };
                     ending.push((*task, run.attempt));
                 }
-                TaskState::Created | TaskState::Finished => run.state = TaskState::Stopped,
-                TaskState::Stopping | TaskState::Stopped => {}
+                TaskState::Stopping { .. } => run.state = TaskState::Stopping { incident },
+                TaskState::Created | TaskState::Stopped { .. } | TaskState::Finished => {
+                    run.state = TaskState::Stopped { incident };
+                }
             }
         }
         if !ending.is_empty() {
@@ -166,15 +166,15 @@ impl Job {
     }
 
     /// True if every task of the incident has stopped.
-    pub(super) fn is_stopped(&self, incident: u64) -> bool {
-        self.all(|run| run.incident != Some(incident) || run.state == TaskState::Stopped)
+    pub(super) fn is_stopped(&self, incident: IncidentId) -> bool {
+        self.all(|run| run.incident() != Some(incident) || run.is_stopped())
     }
 
     pub(super) fn restart_what_is_due(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         if self.coordinator.is_in_doubt() {
             return;
         }
-        let due: Vec<u64> = self
+        let due: Vec<IncidentId> = self
             .incidents
             .iter()
             .filter(|(id, at)| **at <= now && self.is_stopped(**id))
@@ -187,11 +187,9 @@ impl Job {
             self.incidents.remove(&incident);
             for (task, run) in &mut self.tasks {
                 // What a later incident wants restarts with that one.
-                if run.incident == Some(incident) {
-                    run.incident = None;
+                if run.incident() == Some(incident) {
                     run.attempt = run.attempt.next();
                     run.state = TaskState::Created;
-                    run.is_drained = false;
                     self.released.retain(|partition| partition.producer != *task);
                 }
             }

@@ -35,50 +35,75 @@ pub use self::{
     settings::{JobSettings, Resume},
 };
 
-/// After a failed last checkpoint, the time until the next try.
-const LAST_CHECKPOINT_RETRY_MS: u64 = 1_000;
-
 /// What the core knows of a task.
 #[derive(Debug, Clone)]
 struct TaskRun {
     attempt: Attempt,
     state: TaskState,
-    is_drained: bool,
-    /// The incident that restarts it.
-    incident: Option<u64>,
 }
 
-impl TaskRun {
-    fn has_begun(&self) -> bool {
-        matches!(self.state, TaskState::Starting | TaskState::Running)
-    }
-
-    /// It has processed the end of its inputs, and nothing takes that back. Its word may come before
-    /// that of all who were started with it.
-    fn has_ended(&self) -> bool {
-        self.is_drained && self.has_begun()
-    }
-}
+/// Names an incident; ascends.
+type IncidentId = u64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TaskState {
     /// Waits for what its region reads to be there.
     Created,
-    Starting,
-    Running,
-    /// Being cancelled.
-    Stopping,
-    /// Gone; an incident starts it again.
-    Stopped,
+    /// Being started with others. It may be drained before all of them run.
+    Starting { is_drained: bool },
+    /// Processes records, or has processed the end of its inputs.
+    Running { is_drained: bool },
+    /// Being cancelled. The incident starts it again; without one, the job ends.
+    Stopping { incident: Option<IncidentId> },
+    /// Gone, and otherwise as above.
+    Stopped { incident: Option<IncidentId> },
     /// Has committed the last checkpoint and closed.
     Finished,
 }
 
+impl TaskRun {
+    fn has_begun(&self) -> bool {
+        matches!(self.state, TaskState::Starting { .. } | TaskState::Running { .. })
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(self.state, TaskState::Running { .. })
+    }
+
+    fn is_stopping(&self) -> bool {
+        matches!(self.state, TaskState::Stopping { .. })
+    }
+
+    fn is_stopped(&self) -> bool {
+        matches!(self.state, TaskState::Stopped { .. })
+    }
+
+    /// It has processed the end of its inputs, and no restart has taken that back.
+    fn is_drained(&self) -> bool {
+        match self.state {
+            TaskState::Starting { is_drained } | TaskState::Running { is_drained } => is_drained,
+            _ => false,
+        }
+    }
+
+    /// The incident that starts it again.
+    fn incident(&self) -> Option<IncidentId> {
+        match self.state {
+            TaskState::Stopping { incident } | TaskState::Stopped { incident } => incident,
+            _ => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Phase {
-    Active,
-    /// The last checkpoint is complete; tasks commit it and close.
+    /// Tasks run, start or restart; somebody may have asked for a stop.
+    Active {
+        stop: Option<Stop>,
+    },
+    /// The last checkpoint is complete; tasks commit it and close. A failure leads back.
     Ending {
+        stop: Option<Stop>,
         outcome: Outcome,
         checkpoint: CheckpointId,
     },
@@ -87,15 +112,48 @@ enum Phase {
     Over,
 }
 
-/// What a stop was asked for with.
-#[derive(Debug, Clone, Copy)]
+/// A stop that is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stop {
-    savepoint: Option<u64>,
-    drain: bool,
+    savepoint: StopSavepoint,
+    input: StopInput,
     /// Somebody asked again, without a savepoint: the job ends whatever comes of this one.
     is_urgent: bool,
-    /// Sources were made to end: a checkpoint from then on holds the end of their input.
-    has_ended_input: bool,
+}
+
+/// The savepoint of a stop, and who waits for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum StopSavepoint {
+    NotWanted,
+    /// To be taken, or being taken.
+    Wanted {
+        ticket: u64,
+    },
+    /// Durable, but the sinks have not committed what it holds.
+    Durable {
+        ticket: u64,
+    },
+}
+
+impl StopSavepoint {
+    fn ticket(self) -> Option<u64> {
+        match self {
+            Self::NotWanted => None,
+            Self::Wanted { ticket } | Self::Durable { ticket } => Some(ticket),
+        }
+    }
+}
+
+/// What a stop does with the input that was not read yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum StopInput {
+    /// Leaves it for the next run.
+    Keep,
+    /// Makes sources end, and waits until everything is processed.
+    Drain,
+    /// Has made sources end, and waits no longer: a checkpoint from now on holds the end of their
+    /// input as if they had read all of it.
+    DrainGivenUp,
 }
 
 /// The decisions of one running job.
@@ -112,13 +170,10 @@ pub struct Job {
     random: Random,
     phase: Phase,
     /// When each incident's delay is over.
-    incidents: BTreeMap<u64, Millis>,
-    next_incident: u64,
-    /// After a failed last checkpoint: not before this.
-    retry_at: Option<Millis>,
-    stop: Option<Stop>,
-    /// Whoever waits for the savepoint of the stop.
-    stop_ticket: Option<u64>,
+    incidents: BTreeMap<IncidentId, Millis>,
+    next_incident: IncidentId,
+    /// The last checkpoint is not begun before this: the one before it may have failed.
+    last_checkpoint_from: Millis,
     /// Some regions read result partitions: they run one after the other, and no checkpoint but the
     /// last holds the state of the job.
     is_batch: bool,
@@ -145,7 +200,7 @@ impl Job {
         } = settings;
         let fresh = |task| {
             let (attempt, state) = (Attempt(0), TaskState::Created);
-            (task, TaskRun { attempt, state, is_drained: false, incident: None })
+            (task, TaskRun { attempt, state })
         };
         let is_batch = graph.has_exchange(ExchangeType::has_partition);
         let is_approximate = graph.has_exchange(ExchangeType::is_approximate);
@@ -158,12 +213,10 @@ impl Job {
             escalates_after,
             failovers: 0,
             random: Random::new(seed),
-            phase: Phase::Active,
+            phase: Phase::Active { stop: None },
             incidents: BTreeMap::new(),
             next_incident: 0,
-            retry_at: None,
-            stop: None,
-            stop_ticket: None,
+            last_checkpoint_from: Millis(0),
             is_batch,
             is_approximate,
             released: BTreeSet::new(),
@@ -189,7 +242,7 @@ impl Job {
     /// True while every task runs.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.all(|run| run.state == TaskState::Running)
+        self.all(TaskRun::is_running)
     }
 
     /// True once `Finish` has been given out.
@@ -201,14 +254,14 @@ impl Job {
     /// When to send a `Tick` at the latest; `None` where only an event can change anything.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
-        if !matches!(self.phase, Phase::Active) {
+        if !self.is_active() {
             return None;
         }
-        let retry_at = self.retry_at.filter(|_| self.wants_last());
+        let last_at = self.wants_last().then_some(self.last_checkpoint_from);
         let incidents = self.incidents.iter().filter(|(id, _)| self.is_stopped(**id));
         let restart_at = incidents.map(|(_, at)| *at).min();
         let restart_at = restart_at.filter(|_| !self.coordinator.is_in_doubt());
-        [self.coordinator.next_deadline(), retry_at, restart_at].into_iter().flatten().min()
+        [self.coordinator.next_deadline(), last_at, restart_at].into_iter().flatten().min()
     }
 
     /// Takes one event in and gives the effects out, in the order they are to be performed.
@@ -219,7 +272,7 @@ impl Job {
             Event::TasksStarted { tasks } => self.on_started(now, &tasks, effects),
             Event::TaskDrained { task, attempt } => self.on_drained(now, task, attempt, effects),
             Event::BacklogChanged { task, attempt, is_backlog } => {
-                if self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping) {
+                if self.current(task, attempt).is_some_and(|run| !run.is_stopping()) {
                     self.coordinator.set_backlog(now, task, is_backlog);
                 }
             }
@@ -250,7 +303,7 @@ impl Job {
             Event::CheckpointCleaned => self.coordinator.on_cleaned(),
             Event::TaskFailed { task, cause, lost } => {
                 let is_current = task.is_none_or(|(task, attempt)| {
-                    self.current(task, attempt).is_some_and(|run| run.state != TaskState::Stopping)
+                    self.current(task, attempt).is_some_and(|run| !run.is_stopping())
                 });
                 if is_current {
                     self.on_failure(now, task, cause, lost, effects);
@@ -267,7 +320,10 @@ impl Job {
                 self.on_checkpoint_requested(now, trigger, &mut steps);
             }
             Event::StopRequested { savepoint, drain } => {
-                let stop = Stop { savepoint, drain, is_urgent: false, has_ended_input: drain };
+                let savepoint = savepoint
+                    .map_or(StopSavepoint::NotWanted, |ticket| StopSavepoint::Wanted { ticket });
+                let input = if drain { StopInput::Drain } else { StopInput::Keep };
+                let stop = Stop { savepoint, input, is_urgent: false };
                 self.on_stop_requested(now, stop, effects);
             }
             Event::CancelRequested => {
@@ -282,7 +338,25 @@ impl Job {
     /// A task that runs in this attempt.
     fn current(&mut self, task: TaskId, attempt: Attempt) -> Option<&mut TaskRun> {
         let run = self.tasks.get_mut(&task).filter(|run| run.attempt == attempt)?;
-        (run.state != TaskState::Stopped).then_some(run)
+        (!run.is_stopped()).then_some(run)
+    }
+
+    fn is_active(&self) -> bool {
+        matches!(self.phase, Phase::Active { .. })
+    }
+
+    /// The stop that is under way.
+    fn stop(&self) -> Option<Stop> {
+        match self.phase {
+            Phase::Active { stop } | Phase::Ending { stop, .. } => stop,
+            Phase::Cancelling(_) | Phase::Over => None,
+        }
+    }
+
+    fn set_stop(&mut self, new: Option<Stop>) {
+        if let Phase::Active { stop } | Phase::Ending { stop, .. } = &mut self.phase {
+            *stop = new;
+        }
     }
 
     fn task_ids(&self) -> BTreeSet<TaskId> {
@@ -295,23 +369,29 @@ impl Job {
 
     /// What is due now, whatever the event was.
     fn act_on_time(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        if !matches!(self.phase, Phase::Active) {
+        if !self.is_active() {
             return;
         }
         let mut steps = Vec::new();
+        self.coordinator.expire(now, &mut steps);
+        self.apply(now, std::mem::take(&mut steps), effects);
+        if !self.is_active() {
+            return;
+        }
         // Whatever is drained early must not be restored as if its input had ended there.
-        if self.is_ending() || self.stop.is_some() {
+        if self.is_ending() || self.stop().is_some() {
             self.coordinator.stop_periodic(&mut steps);
         }
         let tasks = self.task_ids();
-        self.coordinator.on_time(now, &tasks, &mut steps);
+        self.coordinator.begin_due(now, &tasks, &mut steps);
         self.apply(now, std::mem::take(&mut steps), effects);
-        if self.wants_last() && self.retry_at.is_none_or(|at| at <= now) {
-            let savepoint = self.stop.and_then(|stop| stop.savepoint);
-            let trigger = savepoint.map_or(Trigger::Last, |ticket| Trigger::Savepoint {
-                ticket,
-                purpose: SavepointPurpose::Stop,
-            });
+        if self.wants_last() && self.last_checkpoint_from <= now {
+            let trigger = match self.stop().map(|stop| stop.savepoint) {
+                Some(StopSavepoint::Wanted { ticket }) => {
+                    Trigger::Savepoint { ticket, purpose: SavepointPurpose::Stop }
+                }
+                _ => Trigger::Last,
+            };
             self.coordinator.begin(now, trigger, tasks, &mut steps);
             self.apply(now, steps, effects);
         }
@@ -320,13 +400,14 @@ impl Job {
 
     /// True while the only checkpoint to come is the last one.
     fn is_ending(&self) -> bool {
-        self.all(|run| run.is_drained) || self.stop.is_some_and(|stop| !stop.drain)
+        self.all(TaskRun::is_drained)
+            || self.stop().is_some_and(|stop| stop.input != StopInput::Drain)
     }
 
     fn wants_last(&self) -> bool {
-        matches!(self.phase, Phase::Active)
+        self.is_active()
             && self.is_ending()
-            && self.all(|run| run.state == TaskState::Running)
+            && self.all(TaskRun::is_running)
             && self.coordinator.is_idle()
     }
 
@@ -383,7 +464,7 @@ impl Job {
         effects: &mut Vec<Effect>,
     ) {
         match self.coordinator.persisting(checkpoint).map(Trigger::purpose) {
-            Some(Purpose::Last) if matches!(self.phase, Phase::Active) => {
+            Some(Purpose::Last) if self.is_active() => {
                 effects.push(Effect::PersistMetadata { checkpoint });
             }
             Some(Purpose::Last) => {
@@ -407,39 +488,26 @@ impl Job {
         if purpose != Purpose::Last {
             self.answer(trigger, Ok(checkpoint), effects);
         }
-        if purpose == Purpose::Savepoint || !matches!(self.phase, Phase::Active) {
+        if purpose == Purpose::Savepoint || !self.is_active() {
             return;
         }
         self.failovers = 0;
         // Tasks that are being restarted commit it when they are restored from it.
         if purpose == Purpose::Last {
-            if self.all(|run| run.state == TaskState::Running) {
-                // A job that was at its end already has no savepoint to show.
-                if !matches!(trigger, Trigger::Savepoint { .. })
-                    && let Some(ticket) = self.stop_ticket.take()
-                {
-                    let result = Err(AbortReason::CoordinatorShutdown);
-                    effects.push(Effect::Answer { ticket, result });
-                }
-                let outcome = self.outcome_of_last(checkpoint);
-                self.phase = Phase::Ending { outcome, checkpoint };
-                // Whoever still waits for a checkpoint or a savepoint will not get one.
-                let mut steps = Vec::new();
-                self.coordinator.stop(&AbortReason::CoordinatorShutdown, &mut steps);
-                self.apply(now, steps, effects);
-                // It is written; should the job run once more, it needs no second one.
-                self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
-            } else if self.stop.is_some_and(|stop| !stop.drain) {
+            if self.all(TaskRun::is_running) {
+                self.begin_ending(now, checkpoint, trigger, effects);
+            } else if self.stop().is_some_and(|stop| stop.input != StopInput::Drain) {
                 // Nobody is left to commit it; whoever runs the job again begins with that.
                 let message = "tasks were being restarted".to_owned();
                 self.answer(trigger, Err(AbortReason::StopFailed { message }), effects);
-                self.stop.iter_mut().for_each(|stop| stop.savepoint = None);
-                return self.give_up(now, self.stopped_at(checkpoint), effects);
+                let checkpoint = Some(checkpoint);
+                let outcome = Outcome::Stopped { checkpoint, is_last: true, has_savepoint: false };
+                return self.give_up(now, outcome, effects);
             } else {
                 purpose = Purpose::Periodic;
             }
         }
-        if self.tasks.values().any(|run| run.state == TaskState::Running) {
+        if self.tasks.values().any(TaskRun::is_running) {
             effects.push(Effect::NotifyComplete { checkpoint, purpose });
         }
     }
@@ -451,77 +519,25 @@ impl Job {
         reason: AbortReason,
         effects: &mut Vec<Effect>,
     ) {
-        let is_restarting = reason == AbortReason::FailoverRegion;
-        let is_last = trigger.purpose() == Purpose::Last && matches!(self.phase, Phase::Active);
-        if is_last && is_restarting && self.stop.is_some_and(|stop| stop.drain) {
-            // The drain goes on when the tasks run again, and so does the wait for its savepoint.
-            return;
+        if trigger.purpose() != Purpose::Last || !self.is_active() {
+            return self.answer(trigger, Err(reason), effects);
         }
-        self.answer(trigger, Err(reason.clone()), effects);
-        if !is_last {
-            return;
-        }
-        self.retry_at = Some(now.after(LAST_CHECKPOINT_RETRY_MS));
-        match self.stop {
-            // The drain has failed, and any checkpoint from now on would hold the end of the input as if it had not.
-            Some(Stop { savepoint: Some(_), is_urgent: true, has_ended_input: true, .. }) => {
-                let checkpoint = self.coordinator.last_completed();
-                let outcome = Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false };
-                self.give_up(now, outcome, effects);
-            }
-            Some(stop @ Stop { savepoint: Some(_), is_urgent: true, .. }) => {
-                self.stop = Some(Stop { savepoint: None, drain: false, ..stop });
-            }
-            // The sources have ended: only a restart from before brings the rest of their input.
-            Some(Stop { drain: true, .. }) => {
-                self.stop = None;
-                let message = format!("the savepoint of a drain: {}", reason.message());
-                let cause = FailureCause::CheckpointsFailed { message };
-                self.on_failure(now, None, cause, None, effects);
-            }
-            // Whoever wanted a savepoint has their answer; the job goes on as before.
-            Some(Stop { savepoint: Some(_), .. }) => {
-                self.stop = None;
-                if !is_restarting && self.all(|run| run.state == TaskState::Running) {
-                    self.coordinator.start(now, &mut self.random);
-                }
-            }
-            // The last checkpoint of a stop failed: end all the same, from the newest one.
-            Some(_) if !is_restarting => {
-                let checkpoint = self.coordinator.last_completed();
-                let outcome = Outcome::Stopped { checkpoint, is_last: false, has_savepoint: false };
-                self.give_up(now, outcome, effects);
-            }
-            Some(_) | None => {}
-        }
-    }
-
-    /// A job that was asked to stop has finished all the same if nothing was left to do.
-    fn outcome_of_last(&self, checkpoint: CheckpointId) -> Outcome {
-        match self.all(|run| run.is_drained) {
-            true => Outcome::Finished,
-            false => self.stopped_at(checkpoint),
-        }
-    }
-
-    fn stopped_at(&self, checkpoint: CheckpointId) -> Outcome {
-        let has_savepoint = self.stop.is_some_and(|stop| stop.savepoint.is_some());
-        Outcome::Stopped { checkpoint: Some(checkpoint), is_last: true, has_savepoint }
+        self.on_last_aborted(now, trigger, reason, effects);
     }
 
     fn on_started(&mut self, now: Millis, tasks: &[TaskAttempt], effects: &mut Vec<Effect>) {
         for (task, attempt) in tasks {
             if let Some(run) = self.current(*task, *attempt)
-                && run.state == TaskState::Starting
+                && let TaskState::Starting { is_drained } = run.state
             {
-                run.state = TaskState::Running;
+                run.state = TaskState::Running { is_drained };
             }
         }
-        if self.all(|run| run.state == TaskState::Running) {
+        if self.all(TaskRun::is_running) {
             self.coordinator.start(now, &mut self.random);
         }
         // Sources that start again do not know that they are to end.
-        if self.stop.is_some_and(|stop| stop.drain) {
+        if self.stop().is_some_and(|stop| stop.input == StopInput::Drain) {
             effects.push(Effect::EndInput);
         }
     }
@@ -536,7 +552,12 @@ impl Job {
         effects: &mut Vec<Effect>,
     ) {
         let Some(run) = self.current(task, attempt) else { return };
-        run.is_drained = true;
+        match &mut run.state {
+            TaskState::Starting { is_drained } | TaskState::Running { is_drained } => {
+                *is_drained = true;
+            }
+            _ => return,
+        }
         self.coordinator.set_backlog(now, task, false);
         if !self.is_batch {
             return;

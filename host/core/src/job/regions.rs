@@ -25,7 +25,7 @@ impl Job {
             // What begins may be what others have waited for.
             for task in ready {
                 if let Some(run) = self.tasks.get_mut(&task) {
-                    run.state = TaskState::Starting;
+                    run.state = TaskState::Starting { is_drained: false };
                     tasks.push((task, run.attempt));
                 }
             }
@@ -47,7 +47,7 @@ impl Job {
             group.producers.iter().filter(outside).all(|producer| {
                 let run = &self.tasks[producer];
                 match group.exchange.is_blocking() {
-                    true => run.has_ended(),
+                    true => run.is_drained(),
                     false => run.has_begun(),
                 }
             })
@@ -60,7 +60,7 @@ impl Job {
         let has_finished = |task: &TaskId| {
             let region = self.topology.region_of(*task).map(|id| &self.topology.regions()[id]);
             // What is about to restart will read it again, however far it was.
-            region.is_some_and(|tasks| tasks.iter().all(|task| self.tasks[task].has_ended()))
+            region.is_some_and(|tasks| tasks.iter().all(|task| self.tasks[task].is_drained()))
         };
         let groups = self.topology.consumed_by(region).filter(|group| {
             let is_kept = !group.exchange.has_partition() || group.exchange.is_persistent();
