@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use cofferdam_core::checkpoint::chain::{Footprint, SnapshotChain, Written};
 use cofferdam_sandbox::{Image, MemorySnapshot};
 
 use crate::{
     Generation, Result, Storage, StorageError,
-    chain::{Chain, Footprint, Written},
     declared::{Entries, Merge},
     generations::{Place, metadata_checksum},
     head::{Head, Kept},
@@ -86,8 +86,8 @@ impl SnapshotStore {
         self.delete(checkpoint)?;
         self.release(oldest_pending.map_or(newest, |pending| pending.min(newest)));
         self.delete_leftovers()?;
-        let longest = self.chains.iter().map(Chain::len).max().unwrap_or(0);
-        let all = self.chains.iter().map(Chain::footprint);
+        let longest = self.chains.iter().map(SnapshotChain::len).max().unwrap_or(0);
+        let all = self.chains.iter().map(SnapshotChain::footprint);
         let Footprint { live, garbage } = all.fold(Footprint::default(), |sum, it| Footprint {
             live: sum.live + it.live,
             garbage: sum.garbage + it.garbage,
@@ -235,7 +235,8 @@ impl SnapshotStore {
         // What is in doubt is not removed: the next run sees which one the head names.
         self.commit_head(head, checkpoint)?;
         self.has_components = true;
-        self.chains = written.into_iter().map(|it| Chain::begun_with(checkpoint, it)).collect();
+        self.chains =
+            written.into_iter().map(|it| SnapshotChain::begun_with(checkpoint, it)).collect();
         let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
         let old = std::mem::replace(&mut self.current, next);
         self.older.push(old);

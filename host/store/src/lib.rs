@@ -1,11 +1,10 @@
 //! Keeps checkpoints: a row of generations, each a key-value store in a directory of its own.
 //!
 //! Whoever wants another store implements [`Storage`] and [`Generation`]; everything above them
-//! (packs, chains, metadata, their order of commit) is in `write.rs` and beside it, and does not know which
+//! (packs, metadata, their order of commit) is in `write.rs` and beside it, and does not know which
 //! store it writes to. A generation holds a full image of every task and the increments since; it
 //! is never repaired: it is replaced by a new one and removed as a directory.
 
-mod chain;
 pub mod changes;
 mod compact;
 pub mod declared;
@@ -38,7 +37,6 @@ mod write;
 mod tests;
 
 pub use self::{
-    chain::are_worth_merging,
     generations::Found,
     open::{is_url, objects_at, open_at},
     storage::{Cause, Generation, Result, Storage, StorageError},

@@ -2,11 +2,11 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use cofferdam_core::checkpoint::chain::Written;
 use cofferdam_sandbox::MemorySnapshot;
 
 use crate::{
     Generation, Result,
-    chain::Written,
     declared::{Entries, Entry},
     key::metadata_key,
     metadata::{CheckpointMetadata, TaskMetadata, seal},

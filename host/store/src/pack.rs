@@ -1,11 +1,11 @@
 //! Writes snapshots: a header, and packs of pages, of entries and of records in flight.
 
+use cofferdam_core::checkpoint::chain::{PackPages, Written};
 use cofferdam_sandbox::{INVENTORY, MemorySnapshot};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Generation, Result, StorageError,
-    chain::{PackPages, Written},
     declared::{Entries, Entry, each_block},
     in_flight::ChannelState,
     key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},

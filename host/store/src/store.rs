@@ -3,7 +3,7 @@
 //! A task's state is a chain: one full snapshot, then increments, each named by the checkpoint it
 //! was taken for, whether or not that checkpoint completed. The metadata lists the chain of every
 //! task; what no metadata lists does not exist. What later snapshots have replaced is given up as they
-//! are written (see [`super::chain`]); where that does not do, [`SnapshotStore::compact`] merges every
+//! are written (see [`SnapshotChain`]); where that does not do, [`SnapshotStore::compact`] merges every
 //! chain into a new generation.
 //!
 //! **Invariant:** data, flush, metadata, flush, and only then is a checkpoint complete.
@@ -15,11 +15,11 @@ use std::{
 };
 
 use cofferdam_connector::identity::Lineage;
+use cofferdam_core::checkpoint::chain::{SnapshotChain, checkpoint_of};
 use cofferdam_sandbox::{Component, Digest};
 
 use crate::{
     Generation, Result, Storage, StorageError,
-    chain::{Chain, checkpoint_of},
     declared::Entries,
     generations::{Found, Place, head_of_generations, open_places, read_metadata},
     head::Head,
@@ -51,7 +51,7 @@ pub struct SnapshotStore {
     pub(crate) lineage: Lineage,
     pub(crate) tasks: Vec<TaskIdentity>,
     /// The snapshots that make up each task's state, were it complete now.
-    pub(crate) chains: Vec<Chain>,
+    pub(crate) chains: Vec<SnapshotChain>,
     /// What the snapshots of pending checkpoints have cost, by checkpoint and task.
     pub(crate) stats: BTreeMap<(u64, usize), SnapshotStats>,
     pub(crate) is_compressing: bool,
@@ -188,7 +188,7 @@ impl SnapshotStore {
             head,
             job: job.to_owned(),
             lineage: Lineage::default(),
-            chains: tasks.iter().map(|_| Chain::default()).collect(),
+            chains: tasks.iter().map(|_| SnapshotChain::default()).collect(),
             tasks,
             stats: BTreeMap::new(),
             is_compressing: false,

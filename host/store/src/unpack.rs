@@ -2,11 +2,11 @@
 
 use std::{ops::Range, sync::Arc};
 
+use cofferdam_core::checkpoint::chain::checkpoint_of;
 use cofferdam_sandbox::{INVENTORY, MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
 
 use crate::{
     Generation, Result, StorageError,
-    chain::checkpoint_of,
     declared::{Entries, Entry, Merge, within},
     key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
     metadata::{TaskMetadata, unseal},

@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
+use cofferdam_core::checkpoint::chain::{PackPages, SnapshotChain, Written, carried_with};
 use cofferdam_core::ids::micros;
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot};
 
 use crate::{
     Result, StorageError,
-    chain::{Chain, PackPages, Written, carried_with},
     declared::first_part,
     generations::{metadata_checksum, read_metadata},
     head::Kept,
@@ -118,7 +118,7 @@ impl SnapshotStore {
     }
 
     /// Writes what is to be carried forward with the next snapshot, if there is something: see
-    /// [`super::chain`].
+    /// [`SnapshotChain`].
     fn put_carried(
         &mut self,
         task: usize,
@@ -285,7 +285,7 @@ impl SnapshotStore {
         for &task in tasks {
             let entry = metadata.as_ref().and_then(|metadata| metadata.tasks.get(task));
             let chain = &mut self.chains[task];
-            *chain = entry.map_or_else(Chain::default, |entry| chain.back_to(&entry.chain));
+            *chain = entry.map_or_else(SnapshotChain::default, |entry| chain.back_to(&entry.chain));
         }
         // Not now: the tasks are waiting to run.
         self.has_leftovers = true;

@@ -15,6 +15,7 @@ use crate::{
     random::Random,
 };
 
+pub mod chain;
 pub mod failures;
 pub mod request;
 pub mod retained;

@@ -4,11 +4,11 @@ mod unwritten;
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
+use cofferdam_core::checkpoint::chain::carried_with;
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
 
 use crate::{
     Result,
-    chain::carried_with,
     changes::Changes,
     declared::{DeclaredKey, Entry, changes_of, first_part},
     in_flight::{ChannelState, InFlight},

@@ -21,9 +21,10 @@ use std::{
 };
 
 use cofferdam_contract::{StateChanges, StateEntry};
+use cofferdam_core::checkpoint::chain::are_worth_merging;
 use cofferdam_sandbox::{Limit, StateError};
 use cofferdam_store::{
-    Result, StorageError, are_worth_merging,
+    Result, StorageError,
     changes::HostChanges,
     declared::{DeclaredKey, Entries, Entry, Merge, OwnKeys, changes_of},
     table::{Table, Tables},

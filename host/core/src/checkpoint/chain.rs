@@ -1,4 +1,4 @@
-//! The snapshots that make up a task's state, and which of their pages still count.
+//! Decides which snapshots make up a task's state at a checkpoint, and what of them is written once more.
 //!
 //! A page counts in the newest snapshot that has it. A snapshot of which nothing counts any more is
 //! dead, and a checkpoint from then on does without it. Where little of one counts, those pages are
@@ -8,6 +8,8 @@
 //!
 //! All of this is known of what this process has written. Of snapshots that were there before, nothing
 //! is; a compaction replaces them.
+//!
+//! A snapshot is named by the number of its checkpoint, from 1; what is carried forward with it has a bit more.
 
 /// A chain keeps a third more pages than count, or so many.
 const GARBAGE_PAGES_MIN: u64 = 64;
@@ -15,8 +17,9 @@ const GARBAGE_PAGES_MIN: u64 = 64;
 /// Less than this of what was given up is not worth merging.
 const GIVEN_UP_BYTES_MIN: u64 = 4 << 20;
 
-/// Whether what is of these sizes is to be made one: where all but the largest have half as many bytes as
+/// True where what is of these sizes is to be made one: where all but the largest have half as many bytes as
 /// that, or so many. So what merging costs is in proportion to what was written since.
+#[must_use]
 pub fn are_worth_merging(sizes: impl Iterator<Item = u64> + Clone, least: u64) -> bool {
     let largest = sizes.clone().max().unwrap_or(0);
     least.max(largest / 2) < sizes.sum::<u64>() - largest
@@ -26,12 +29,12 @@ pub fn are_worth_merging(sizes: impl Iterator<Item = u64> + Clone, least: u64) -
 const CARRIED: u64 = 1 << 63;
 
 /// The id under which pages are stored that are carried forward with the snapshot of a checkpoint.
-pub(super) fn carried_with(checkpoint: u64) -> u64 {
+pub fn carried_with(checkpoint: u64) -> u64 {
     checkpoint | CARRIED
 }
 
 /// The checkpoint that the id of a snapshot is for.
-pub(super) fn checkpoint_of(id: u64) -> u64 {
+pub fn checkpoint_of(id: u64) -> u64 {
     id & !CARRIED
 }
 
@@ -41,24 +44,25 @@ fn order(id: u64) -> (u64, bool) {
 }
 
 /// The pages of a pack: the number of their memory, and their own.
-pub(super) type PackPages = (u32, Vec<u32>);
+pub type PackPages = (u32, Vec<u32>);
 
 /// What was written of a snapshot.
 #[derive(Debug, Default)]
-pub(super) struct Written {
-    pub(super) bytes: u64,
+pub struct Written {
+    /// How much it takes in storage.
+    pub bytes: u64,
     /// The pages of each of its packs of memory.
-    pub(super) packs: Vec<PackPages>,
+    pub packs: Vec<PackPages>,
     /// Whether it counts for as long as the chain does: its entries of declared state are not followed.
-    pub(super) is_lasting: bool,
+    pub is_lasting: bool,
     /// Snapshots that it stands for: they are dead from then on.
-    pub(super) replaces: Vec<u64>,
+    pub replaces: Vec<u64>,
 }
 
 /// The snapshots of one task, oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Chain {
-    links: Vec<Link>,
+pub struct SnapshotChain {
+    entries: Vec<ChainEntry>,
     /// By memory and page: the snapshot that holds its newest version; 0: not known.
     owners: Vec<Vec<u64>>,
     /// Of what is not known by page, so many bytes did not count when it was.
@@ -66,7 +70,7 @@ pub(super) struct Chain {
 }
 
 #[derive(Debug)]
-struct Link {
+struct ChainEntry {
     id: u64,
     /// All that was written of it; 0: not known.
     bytes: u64,
@@ -82,23 +86,23 @@ struct Link {
 
 /// What a chain takes up, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Footprint {
+pub struct Footprint {
     /// What counts.
-    pub(super) live: u64,
+    pub live: u64,
     /// What does not.
-    pub(super) garbage: u64,
+    pub garbage: u64,
 }
 
-impl Link {
+impl ChainEntry {
     fn pages(&self) -> u64 {
         self.packs.iter().map(|(_, pages)| pages.len() as u64).sum()
     }
 }
 
-impl Chain {
+impl SnapshotChain {
     /// A chain that was read back: what its snapshots hold is not known.
-    pub(super) fn of(ids: &[u64]) -> Self {
-        let unknown = |id: &u64| Link {
+    pub fn of(ids: &[u64]) -> Self {
+        let unknown = |id: &u64| ChainEntry {
             id: *id,
             bytes: 0,
             is_base: false,
@@ -106,15 +110,15 @@ impl Chain {
             live_pages: None,
             dead_since: None,
         };
-        Self { links: ids.iter().map(unknown).collect(), ..Self::default() }
+        Self { entries: ids.iter().map(unknown).collect(), ..Self::default() }
     }
 
     /// The chain that ends with an earlier checkpoint. Pages that were written since count again, so of
     /// none it is known any more where it counts; but how much there is is.
-    pub(super) fn back_to(&self, ids: &[u64]) -> Self {
+    pub fn back_to(&self, ids: &[u64]) -> Self {
         let mut chain = Self::of(ids);
-        for link in &mut chain.links {
-            if let Some(known) = self.links.iter().find(|known| known.id == link.id) {
+        for link in &mut chain.entries {
+            if let Some(known) = self.entries.iter().find(|known| known.id == link.id) {
                 (link.bytes, link.is_base) = (known.bytes, true);
             }
         }
@@ -123,56 +127,65 @@ impl Chain {
     }
 
     /// A chain of one snapshot, which has everything.
-    pub(super) fn begun_with(id: u64, written: Written) -> Self {
+    pub fn begun_with(id: u64, written: Written) -> Self {
         let mut chain = Self::default();
         chain.push(id, written);
         chain
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.links.len()
+    /// How many snapshots there are, dead ones among them.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
     }
 
-    pub(super) fn ids(&self) -> impl Iterator<Item = u64> {
-        self.links.iter().map(|link| link.id)
+    /// True before the first snapshot.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Its snapshots, oldest first, dead ones among them.
+    pub fn ids(&self) -> impl Iterator<Item = u64> {
+        self.entries.iter().map(|link| link.id)
     }
 
     /// The snapshots that a checkpoint consists of. Later ones may be there already.
-    pub(super) fn as_of(&self, checkpoint: u64) -> Vec<u64> {
-        let counts = |link: &&Link| {
+    pub fn as_of(&self, checkpoint: u64) -> Vec<u64> {
+        let counts = |link: &&ChainEntry| {
             checkpoint_of(link.id) <= checkpoint
                 && link.dead_since.is_none_or(|since| checkpoint < since)
         };
-        self.links.iter().filter(counts).map(|link| link.id).collect()
+        self.entries.iter().filter(counts).map(|link| link.id).collect()
     }
 
     /// The next snapshot was written, or pages that are carried forward with it.
-    pub(super) fn push(&mut self, id: u64, written: Written) {
+    pub fn push(&mut self, id: u64, written: Written) {
         let Written { bytes, packs, is_lasting, replaces } = written;
         for (memory, page) in each_page(&packs) {
             let before = std::mem::replace(self.owner_mut(memory, page), id);
-            if let Some(link) = self.link_mut(before) {
+            if let Some(link) = self.entry_mut(before) {
                 link.live_pages = link.live_pages.map(|live| live.saturating_sub(1));
             }
         }
         // A snapshot without any page of its own, or without any left, counts up to this one.
-        for link in self.links.iter_mut().filter(|link| link.live_pages == Some(0)) {
+        for link in self.entries.iter_mut().filter(|link| link.live_pages == Some(0)) {
             link.dead_since.get_or_insert(checkpoint_of(id));
         }
-        for link in self.links.iter_mut().filter(|link| replaces.contains(&link.id)) {
+        for link in self.entries.iter_mut().filter(|link| replaces.contains(&link.id)) {
             link.dead_since.get_or_insert(checkpoint_of(id));
         }
-        let is_base = self.links.is_empty();
-        let mut link = Link { id, bytes, is_base, packs, live_pages: None, dead_since: None };
+        let is_base = self.entries.is_empty();
+        let mut link = ChainEntry { id, bytes, is_base, packs, live_pages: None, dead_since: None };
         link.live_pages = (!is_lasting).then(|| link.pages());
-        self.links.push(link);
+        self.entries.push(link);
     }
 
     /// The snapshots whose pages are to be carried forward with the next one, which has these: so that the
     /// chain does not keep too much that does not count.
-    pub(super) fn sparse_without(&self, packs: &[PackPages]) -> Vec<u64> {
+    pub fn sparse_without(&self, packs: &[PackPages]) -> Vec<u64> {
         let mut links: Vec<(u64, u64, u64)> = Vec::new();
-        for link in self.links.iter().filter(|link| link.dead_since.is_none()) {
+        for link in self.entries.iter().filter(|link| link.dead_since.is_none()) {
             let Some(live) = link.live_pages else { continue };
             links.push((link.id, link.pages(), live));
         }
@@ -204,12 +217,12 @@ impl Chain {
     /// Snapshots with declared state that lie between these two checkpoints, which is to say that they are
     /// of checkpoints which were given up: those that are to be made one with the next snapshot, so that
     /// they do not become more and more. What this costs is in proportion to what was written since.
-    pub(super) fn given_up(&self, completed: u64, pending: u64) -> Vec<u64> {
-        let is_lasting = |link: &&Link| {
+    pub fn given_up(&self, completed: u64, pending: u64) -> Vec<u64> {
+        let is_lasting = |link: &&ChainEntry| {
             let is_known = link.live_pages.is_none() && link.dead_since.is_none();
             is_known && completed < checkpoint_of(link.id)
         };
-        let links: Vec<&Link> = self.links.iter().filter(is_lasting).collect();
+        let links: Vec<&ChainEntry> = self.entries.iter().filter(is_lasting).collect();
         // One that may still be asked for lies over them.
         if links.iter().any(|link| pending <= checkpoint_of(link.id)) {
             return Vec::new();
@@ -221,15 +234,15 @@ impl Chain {
     }
 
     /// The packs of a snapshot that have pages which count, by their numbers.
-    pub(super) fn live_packs(&self, id: u64) -> impl Iterator<Item = usize> {
-        let packs = self.links.iter().filter(move |link| link.id == id).flat_map(|it| &it.packs);
+    pub fn live_packs(&self, id: u64) -> impl Iterator<Item = usize> {
+        let packs = self.entries.iter().filter(move |link| link.id == id).flat_map(|it| &it.packs);
         packs.enumerate().filter_map(move |(at, (memory, pages))| {
             pages.iter().any(|page| self.owner(*memory, *page) == id).then_some(at)
         })
     }
 
     /// The snapshot that holds the newest version of a page; 0: not known.
-    pub(super) fn owner(&self, memory: u32, page: u32) -> u64 {
+    pub fn owner(&self, memory: u32, page: u32) -> u64 {
         let owners = self.owners.get(memory as usize);
         owners.and_then(|owners| owners.get(page as usize)).copied().unwrap_or(0)
     }
@@ -246,25 +259,25 @@ impl Chain {
         &mut owners[page]
     }
 
-    fn link_mut(&mut self, id: u64) -> Option<&mut Link> {
-        let place = self.links.binary_search_by_key(&order(id), |link| order(link.id)).ok()?;
-        self.links.get_mut(place)
+    fn entry_mut(&mut self, id: u64) -> Option<&mut ChainEntry> {
+        let place = self.entries.binary_search_by_key(&order(id), |link| order(link.id)).ok()?;
+        self.entries.get_mut(place)
     }
 
     /// Forgets dead snapshots that no checkpoint from this one on consists of; whether there were any.
-    pub(super) fn drop_dead(&mut self, needed_from: u64) -> bool {
-        let before = self.links.len();
-        self.links.retain(|link| link.dead_since.is_none_or(|since| needed_from < since));
-        self.links.len() < before
+    pub fn drop_dead(&mut self, needed_from: u64) -> bool {
+        let before = self.entries.len();
+        self.entries.retain(|link| link.dead_since.is_none_or(|since| needed_from < since));
+        self.entries.len() < before
     }
 
     /// What it takes up. Where it is not known what the first snapshot holds, all of that counts and
     /// nothing behind it.
-    pub(super) fn footprint(&self) -> Footprint {
-        let is_unknown = |link: &Link| link.live_pages.is_none();
-        let begins_unknown = self.links.first().is_none_or(is_unknown);
+    pub fn footprint(&self) -> Footprint {
+        let is_unknown = |link: &ChainEntry| link.live_pages.is_none();
+        let begins_unknown = self.entries.first().is_none_or(is_unknown);
         let mut footprint = Footprint::default();
-        for link in &self.links {
+        for link in &self.entries {
             let live = match link.live_pages {
                 // Without pages it is what is not made of pages: a position, records in flight.
                 Some(0) if link.packs.is_empty() && link.dead_since.is_none() => link.bytes,
