@@ -17,5 +17,6 @@ pub mod isolate;
 pub mod job;
 pub mod key_group;
 pub mod random;
+pub mod redistribute;
 pub mod restart;
 pub mod watermark;

@@ -4,6 +4,7 @@ use cofferdam_contract::Batch;
 use cofferdam_core::{
     graph::Partitioner,
     key_group::{key_group, task_index},
+    redistribute::{Receiver, receiver_in_flight},
 };
 use serde::{Deserialize, Serialize};
 
@@ -57,11 +58,10 @@ impl ChannelState {
         let mut shares: Vec<Vec<InFlight>> = vec![Vec::new(); parallelism as usize];
         for element in elements {
             let InFlight::Records(batch) = element else { continue };
-            // Behind a forward edge keys are where a hash before it has sent them, and so is state.
-            let is_by_key = partitioner == Partitioner::Forward && !batch.key_ends.is_empty();
-            match partitioner {
-                Partitioner::Broadcast => return None,
-                _ if is_by_key || partitioner == Partitioner::Hash => {
+            let have_keys = !batch.key_ends.is_empty();
+            match receiver_in_flight(partitioner, have_keys, receiver, parallelism) {
+                Receiver::Every => return None,
+                Receiver::OwnerOfKey => {
                     let mut parts = vec![Batch::empty(); parallelism as usize];
                     for record in batch.records() {
                         let group = key_group(record.key.unwrap_or_default(), max_parallelism);
@@ -74,10 +74,7 @@ impl ChannelState {
                         }
                     }
                 }
-                Partitioner::Global => shares[0].push(InFlight::Records(batch)),
-                _ => {
-                    shares[(receiver % parallelism) as usize].push(InFlight::Records(batch));
-                }
+                Receiver::Task(task) => shares[task as usize].push(InFlight::Records(batch)),
             }
         }
         let filled = (0..).zip(shares).filter(|(_, elements)| !elements.is_empty());

@@ -5,7 +5,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use cofferdam_core::{graph::Partitioner, key_group::key_groups_of};
+use cofferdam_core::{
+    graph::Partitioner,
+    redistribute::{Takeover, takeovers},
+};
 use cofferdam_sandbox::{Component, GuestError, Limits, MemorySnapshot};
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{NodeKind, NodeSpec};
@@ -199,35 +202,35 @@ impl Loaded {
     ) -> Result<Vec<Share>, Problem> {
         let Self { slots, tasks: loaded, read_outs, is_in_image } = self;
         let states = state_numbers(metadata, slots.first(), new.first());
-        let share = |state, declared_from, key_groups| Share {
-            state,
-            declared_from,
-            key_groups,
-            states: states.clone(),
-            converted: None,
-            read_out: read_outs.clone(),
-            is_in_image,
+        let are_drained: Vec<bool> = loaded.iter().map(|task| task.is_drained).collect();
+        let max_parallelism = new.first().map_or(0, |identity| identity.max_parallelism);
+        let parallelism = u32::try_from(new.len()).unwrap_or(u32::MAX);
+        let takeovers = takeovers(&are_drained, parallelism, max_parallelism);
+        let states_of_now = match takeovers.first() {
+            Some(Takeover::Share { .. }) => distribute(tasks, node, loaded, new)?,
+            // Each task takes over what its predecessor had, or there is nothing.
+            _ => loaded,
         };
-        if loaded.is_empty() {
-            return Ok(new.iter().map(|_| Share::default()).collect());
-        }
-        if loaded.len() == new.len() {
-            let own = loaded.into_iter().zip(slots);
-            return Ok(own.map(|(state, slot)| share(state, vec![slot], None)).collect());
-        }
-        // What a task that has finished had is finished: no record of its keys will come, and it must
-        // not finish again. Where all have, their state is what is left of the operator.
-        let all_have = loaded.iter().all(|task| task.is_drained);
-        let unfinished = slots.iter().zip(&loaded).filter(|(_, task)| all_have || !task.is_drained);
-        let declared_from: Vec<usize> = unfinished.map(|(slot, _)| *slot).collect();
-        let states = distribute(tasks, node, loaded, new)?;
-        let shares = states.into_iter().zip(new).map(|(state, identity)| {
-            let TaskIdentity { index, parallelism, max_parallelism, .. } = **identity;
-            let has_groups = 0 < max_parallelism;
-            let key_groups = has_groups.then(|| key_groups_of(index, parallelism, max_parallelism));
-            share(state, declared_from.clone(), key_groups)
-        });
-        Ok(shares.collect())
+        let mut states_of_now = states_of_now.into_iter();
+        let share = |takeover| {
+            let (declared_from, key_groups) = match takeover {
+                Takeover::Nothing => return Share::default(),
+                Takeover::Task(number) => (vec![slots[number]], None),
+                Takeover::Share { from, key_groups } => {
+                    (from.into_iter().map(|number| slots[number]).collect(), key_groups)
+                }
+            };
+            Share {
+                state: states_of_now.next().unwrap_or_default(),
+                declared_from,
+                key_groups,
+                states: states.clone(),
+                converted: None,
+                read_out: read_outs.clone(),
+                is_in_image,
+            }
+        };
+        Ok(takeovers.into_iter().map(share).collect())
     }
 }
 
