@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use cofferdam_core::job::Outcome;
-use cofferdam_engine::progress::Progress;
+use cofferdam_engine::progress::{Progress, Restart};
 use cofferdam_tests::{
     guest,
     job::{check_counts, committed, run_manifest},
@@ -51,7 +51,7 @@ fn one_of_many() -> Result<()> {
     ensure!(matches!(ran.outcome, Ok(Outcome::Canceled { .. })), "{:?}", ran.outcome);
     let mut touched = 0;
     for progress in &ran.progress {
-        if let Progress::Restarting { restarting, tasks, .. } = progress {
+        if let Progress::Restarting(Restart { restarting, tasks, .. }) = progress {
             touched = touched.max(restarting.len());
             ensure!(*tasks == 3 * PIPELINES as usize, "{tasks} tasks");
         }
@@ -94,7 +94,7 @@ fn ten_thousand_traps() -> Result<()> {
         check_counts(&lines, RECORDS).map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
     }
     for progress in &ran.progress {
-        if let Progress::Restarting { restarting, .. } = progress {
+        if let Progress::Restarting(Restart { restarting, .. }) = progress {
             let other = restarting.keys().find(|task| task.contains("-b/"));
             ensure!(other.is_none(), "{other:?} was restarted");
         }

@@ -26,7 +26,12 @@ use cofferdam_connector::{
 };
 use cofferdam_connectors::builtin;
 use cofferdam_contract::{Batch, Format, RecordRef};
-use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId, job::Outcome};
+use cofferdam_core::{
+    checkpoint::Purpose,
+    failure::{EnvironmentError, FailureCause},
+    ids::CheckpointId,
+    job::Outcome,
+};
 use cofferdam_engine::{job::JobOptions, restore::RestoreFrom};
 use cofferdam_settings::{
     AnySetting, Document, Optional, Problem, Required, Section, Setting, table::Key,
@@ -422,8 +427,8 @@ impl Sink for LedgerSink {
                     None => {
                         ledger.fails_after = None;
                         ledger.failures += 1;
-                        let message = "the ledger has dropped the connection".to_owned();
-                        return Err(FailureCause::Environment { message });
+                        let error = EnvironmentError::new("the ledger has dropped the connection");
+                        return Err(FailureCause::Environment(error));
                     }
                 }
             }

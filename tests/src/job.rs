@@ -15,7 +15,7 @@ use cofferdam_engine::{
     control::JobControl,
     job::{CheckedJob, Job, JobOptions},
     problem::Problem,
-    progress::{Observer, Progress},
+    progress::{Observer, Progress, Restart},
 };
 use cofferdam_sandbox::{Sandbox, SandboxOptions};
 use cofferdam_spec::JobSpec;
@@ -100,7 +100,9 @@ impl Ran {
     #[must_use]
     pub fn restarted(&self) -> Vec<Vec<String>> {
         let of = |progress: &Progress| match progress {
-            Progress::Restarting { restarting, .. } => Some(restarting.keys().cloned().collect()),
+            Progress::Restarting(Restart { restarting, .. }) => {
+                Some(restarting.keys().cloned().collect())
+            }
             _ => None,
         };
         self.progress.iter().filter_map(of).collect()

@@ -29,7 +29,7 @@ pub(crate) async fn run(arguments: BuildArguments, is_json: bool) -> Result<(), 
             Code::BuildFailed,
             format!("cannot write the component to {}", output.display()),
         )
-        .detail(error)
+        .because(&error)
     })?;
     let digest = component.digest();
     if is_json {
@@ -73,7 +73,7 @@ fn cargo_build(path: &Path) -> Result<PathBuf, Problem> {
         .output()
         .map_err(|error| {
             failed("cannot run cargo")
-                .detail(error)
+                .because(&error)
                 .hint("install Rust with rustup, then `rustup target add wasm32-wasip2`")
         })?;
     if !output.status.success() {

@@ -13,7 +13,9 @@ use cofferdam_engine::{
     socket::{Answer, Request, ask, other_answer},
     state_dir::{Ended, JobRecord},
 };
-use cofferdam_store::{Found, SnapshotStore, inspect::TaskReport, metadata::CheckpointMetadata};
+use cofferdam_store::{
+    Found, SnapshotStore, StorageError, inspect::TaskReport, metadata::CheckpointMetadata,
+};
 use serde_json::json;
 
 use crate::{
@@ -90,7 +92,7 @@ impl Opened {
                 return has_ended(&dir, &ended);
             }
             Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display()))
-                .detail(error)
+                .because(&error)
                 .hint("name a state directory, a savepoint, or the manifest of a job that has run")
         })?;
         Ok(Self { dir, store, found, _lock: lock })
@@ -112,9 +114,9 @@ impl Opened {
         })
     }
 
-    fn damaged(&self, id: u64, error: &dyn std::fmt::Display) -> Problem {
+    fn damaged(&self, id: u64, error: &StorageError) -> Problem {
         let message = format!("checkpoint {id} in {} is damaged", self.dir.display());
-        Problem::new(Code::StoreDamaged, message).detail(error)
+        Problem::new(Code::StoreDamaged, message).because(error)
     }
 
     pub(crate) fn warn(&self) {
@@ -207,7 +209,7 @@ fn lock(dir: &Path) -> Result<Option<File>, Problem> {
         .hint("wait for it to end, or take a savepoint of it and look into that")),
         Err(TryLockError::Error(error)) => {
             Err(Problem::new(Code::StateUnusable, format!("{} cannot be locked", dir.display()))
-                .detail(error))
+                .because(&error))
         }
     }
 }

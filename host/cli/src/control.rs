@@ -84,7 +84,8 @@ pub(crate) async fn cancel(arguments: &CancelArguments, is_json: bool) -> Result
 pub(crate) fn history(job: &JobArgument, is_json: bool) -> Result<(), Problem> {
     let dir = state_dir(job)?;
     let entries = cofferdam_engine::history::read(&dir).map_err(|error| {
-        Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display())).detail(error)
+        Problem::new(Code::StateUnusable, format!("{} cannot be read", dir.display()))
+            .because(&error)
     })?;
     if entries.is_empty() && !is_json {
         say!("nothing has failed");
@@ -148,7 +149,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Problem> {
         return Ok(path.to_owned());
     }
     std::path::absolute(path).map_err(|error| {
-        Problem::new(Code::BadValue, format!("{} is not a path", path.display())).detail(error)
+        Problem::new(Code::BadValue, format!("{} is not a path", path.display())).because(&error)
     })
 }
 

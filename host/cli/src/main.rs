@@ -90,7 +90,7 @@ fn with_runtime<T>(future: impl Future<Output = Result<T, Problem>>) -> Result<T
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
         Problem::new(cofferdam_engine::problem::Code::CannotStart, "start the runtime")
-            .detail(error)
+            .because(&error)
     })?;
     let result = runtime.block_on(async {
         // A file that may not grow is an error of its write, and not the end of the process. SIGXFSZ.

@@ -112,6 +112,7 @@ fn type_name(name: &str) -> String {
 fn write(path: &Path, text: &str) -> Result<(), Problem> {
     let parent = path.parent().unwrap_or(path);
     fs::create_dir_all(parent).and_then(|()| fs::write(path, text)).map_err(|error| {
-        Problem::new(Code::ProjectExists, format!("cannot write {}", path.display())).detail(error)
+        Problem::new(Code::ProjectExists, format!("cannot write {}", path.display()))
+            .because(&error)
     })
 }

@@ -19,7 +19,7 @@ use cofferdam_engine::{
     job::JobOptions,
     metrics::{Metrics, Reading},
     problem::{Code, Problem},
-    progress::{Observer, Progress},
+    progress::{FailureFacts, Observer, Progress, Restart},
     restore::RestoreFrom,
     socket::Server,
 };
@@ -216,11 +216,11 @@ fn start_log(filter: Option<&str>, is_json: bool, screen: &MultiProgress) -> Res
         let _ = if screen.is_hidden() { write() } else { screen.suspend(write) };
     };
     report::never_block(write).map_err(|error| {
-        Problem::new(Code::CannotStart, "start a thread for the log").detail(error)
+        Problem::new(Code::CannotStart, "start a thread for the log").because(&error)
     })?;
     let filter = EnvFilter::try_new(filter.unwrap_or("info")).map_err(|error| {
         Problem::new(Code::BadValue, "the log filter cannot be read")
-            .detail(error)
+            .because(&error)
             .hint("for example --log debug, or --log info,guest=debug")
     })?;
     let builder = tracing_subscriber::fmt()
@@ -297,13 +297,14 @@ impl Observer for Watcher {
             Progress::CheckpointFailed { checkpoint, reason, .. } => {
                 tracing::warn!("checkpoint {checkpoint} given up: {reason}");
             }
-            restarting @ Progress::Restarting { .. } => log_restart(restarting),
+            Progress::Restarting(restart) => log_restart(restart),
             // The summary says so, with what to do next.
             Progress::Failed { .. } => {}
             Progress::Recovered { recovery_us } => {
                 tracing::info!("recovered in {:.2} ms", recovery_us as f64 / 1e3);
             }
-            Progress::DeadLetter { task, class, message, traps, isolation_us, .. } => {
+            Progress::DeadLetter { task, failure, traps, isolation_us } => {
+                let FailureFacts { class, message, .. } = failure;
                 let took = report::micros(isolation_us);
                 tracing::warn!(
                     "{task}: a record went to the dead letters after {traps} failures, found in \
@@ -478,21 +479,10 @@ impl View {
 }
 
 /// Says that tasks restart, and why.
-fn log_restart(restarting: Progress) {
-    let Progress::Restarting {
-        task,
-        class,
-        message,
-        backtrace,
-        delay_ms,
-        new_attempt,
-        remaining_attempts,
-        restarting,
-        tasks,
-    } = restarting
-    else {
-        return;
-    };
+fn log_restart(restart: Restart) {
+    let Restart { task, failure, delay_ms, new_attempt, remaining_attempts, restarting, tasks } =
+        restart;
+    let FailureFacts { class, message, backtrace, .. } = failure;
     let who = task.unwrap_or_else(|| "the job".to_owned());
     tracing::warn!("{who}: {class}: {message}");
     backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));

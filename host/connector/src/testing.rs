@@ -66,7 +66,7 @@ async fn read(
     steps: usize,
     bag: &mut Bag,
 ) -> std::result::Result<Vec<u8>, String> {
-    let said = |cause: cofferdam_core::failure::FailureCause| cause.message().to_owned();
+    let said = |cause: cofferdam_core::failure::FailureCause| cause.message().into_owned();
     let mut watermark = i64::MIN;
     for _ in 0..steps {
         let step = poll_fn(|context| source.poll_next(context)).await.map_err(said)?;
@@ -104,7 +104,7 @@ pub async fn check_source(plan: &dyn SourcePlan) -> std::result::Result<(), Stri
                 true => positions.clone(),
                 false => {
                     let shared = plan.redistribute(&old, after as usize).await;
-                    shared.map_err(|cause| cause.message().to_owned())?
+                    shared.map_err(|cause| cause.message().into_owned())?
                 }
             };
             if new.len() != after as usize {
@@ -182,7 +182,7 @@ async fn pre_commit(sink: &mut dyn Sink, checkpoint: u64) -> Result<Vec<u8>> {
 /// # Errors
 /// The law that it breaks, and how.
 pub async fn check_sink(test: &mut dyn SinkUnderTest) -> std::result::Result<(), String> {
-    let said = |cause: cofferdam_core::failure::FailureCause| cause.message().to_owned();
+    let said = |cause: cofferdam_core::failure::FailureCause| cause.message().into_owned();
     let sees = |test: &mut dyn SinkUnderTest, wanted: &[&str], law: &str| {
         let mut visible = test.visible();
         visible.sort();

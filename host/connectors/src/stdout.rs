@@ -16,7 +16,11 @@ use cofferdam_connector::{
     sink::{Guarantee, StateWriter},
 };
 use cofferdam_contract::Batch;
-use cofferdam_core::{checkpoint::Purpose, failure::FailureCause, ids::CheckpointId};
+use cofferdam_core::{
+    checkpoint::Purpose,
+    failure::{EnvironmentError, FailureCause},
+    ids::CheckpointId,
+};
 use cofferdam_settings::{AnySetting, Problem};
 use tokio::sync::Mutex;
 
@@ -79,8 +83,7 @@ impl StdoutSink {
         let print = move || {
             let printed = call(&mut io::stdout().lock());
             drop(turn);
-            printed
-                .map_err(|error| FailureCause::Environment { message: format!("{doing}: {error}") })
+            printed.map_err(|error| FailureCause::Environment(EnvironmentError::of(doing, &error)))
         };
         self.blocking.call(print).await
     }

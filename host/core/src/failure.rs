@@ -1,6 +1,91 @@
 //! Classes of failure: what ended an attempt, and whether running it again can help.
 
-use std::fmt;
+use std::{borrow::Cow, error::Error, fmt, io};
+
+use crate::{checkpoint::AbortReason, ids::CheckpointId};
+
+/// What the environment could not do: a disk, a file system, a server, the memory of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvironmentError {
+    /// What was being done, on what, and why it failed.
+    pub message: String,
+    /// The number of the operating system's error, where the failure is its.
+    pub os_error: Option<i32>,
+}
+
+impl EnvironmentError {
+    /// A failure that is not the operating system's.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), os_error: None }
+    }
+
+    /// What could not be done because of an error.
+    pub fn of(doing: impl fmt::Display, error: &(dyn Error + 'static)) -> Self {
+        Self { message: format!("{doing}: {error}"), os_error: os_error(error) }
+    }
+}
+
+impl fmt::Display for EnvironmentError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// The number of the operating system's error that an error is, or stands on.
+#[must_use]
+pub fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let error_of_io = error.downcast_ref::<io::Error>();
+        if let Some(number) = error_of_io.and_then(io::Error::raw_os_error) {
+            return Some(number);
+        }
+        // An error that was made an error of I/O is not among its sources, but what it stands on is.
+        next = match error_of_io.and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+/// A limit of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitKind {
+    /// Linear memory.
+    Memory,
+    /// How long a call may run.
+    Call,
+    /// What a call may give back.
+    Output,
+    /// Resources of the host that it may hold.
+    Handles,
+    /// The elements of its tables.
+    Table,
+    /// Declared state that the host keeps.
+    State,
+    /// A result partition on disk.
+    Partition,
+    /// The stack of its calls.
+    Stack,
+}
+
+impl LimitKind {
+    /// The setting that raises it, by its path in the operator's section of a manifest; `None`: nothing does.
+    #[must_use]
+    pub fn setting(self) -> Option<&'static str> {
+        match self {
+            Self::Memory => Some("limits.memory"),
+            Self::Call => Some("limits.call"),
+            Self::Output => Some("limits.output"),
+            Self::Handles => Some("limits.handles"),
+            Self::Table => Some("limits.table-elements"),
+            Self::State => Some("limits.state"),
+            Self::Partition => Some("limits.partition"),
+            Self::Stack => None,
+        }
+    }
+}
 
 /// Why it cannot help to run an attempt again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +120,9 @@ pub enum FailureCause {
     },
     /// The guest used more than its limit of memory, time, output or handles.
     LimitExceeded {
-        /// Which limit, its value, and how to raise it.
+        /// Which limit.
+        limit: LimitKind,
+        /// Its value, and what was wanted.
         message: String,
     },
     /// The guest returned an error: its own verdict on a record, or on itself.
@@ -44,20 +131,19 @@ pub enum FailureCause {
         message: String,
     },
     /// Storage, a source or a sink could not do its work; that may pass.
-    Environment {
-        /// What could not be done, and the operating system's reason.
-        message: String,
-    },
+    Environment(EnvironmentError),
     /// A checkpoint failed more often than `tolerable-failed-checkpoints` allows.
     CheckpointsFailed {
-        /// The last of the reasons.
-        message: String,
+        /// The last of them; `None`: the savepoint of a drain, which may not fail even once.
+        checkpoint: Option<CheckpointId>,
+        /// Why it failed.
+        reason: AbortReason,
     },
     /// Running it again cannot help: the state does not fit the component, an input is another.
     Permanent {
         /// Of which kind.
         obstacle: Obstacle,
-        /// What does not fit, and what to do.
+        /// What does not fit.
         message: String,
     },
     /// An invariant of the host broke. Never restarted: restarting hides it.
@@ -90,15 +176,39 @@ impl FailureCause {
 
     /// What happened, without the class.
     #[must_use]
-    pub fn message(&self) -> &str {
+    pub fn message(&self) -> Cow<'_, str> {
         match self {
             Self::Trap { message, .. }
-            | Self::LimitExceeded { message }
+            | Self::LimitExceeded { message, .. }
             | Self::Rejected { message }
-            | Self::Environment { message }
-            | Self::CheckpointsFailed { message }
+            | Self::Environment(EnvironmentError { message, .. })
             | Self::Permanent { message, .. }
-            | Self::HostBug { message } => message,
+            | Self::HostBug { message } => message.into(),
+            Self::CheckpointsFailed { checkpoint: Some(checkpoint), reason } => {
+                format!("checkpoint {checkpoint}: {}", reason.message()).into()
+            }
+            Self::CheckpointsFailed { checkpoint: None, reason } => {
+                format!("the savepoint of a drain: {}", reason.message()).into()
+            }
+        }
+    }
+
+    /// The number of the operating system's error that lies behind it.
+    #[must_use]
+    pub fn os_error(&self) -> Option<i32> {
+        match self {
+            Self::Environment(error) => error.os_error,
+            Self::CheckpointsFailed { reason, .. } => reason.os_error(),
+            _ => None,
+        }
+    }
+
+    /// The limit that was exceeded.
+    #[must_use]
+    pub fn limit(&self) -> Option<LimitKind> {
+        match self {
+            Self::LimitExceeded { limit, .. } => Some(*limit),
+            _ => None,
         }
     }
 }
@@ -115,5 +225,35 @@ impl fmt::Display for FailureCause {
             Self::HostBug { .. } => "met a bug of the host",
         };
         write!(f, "{verb}: {}", self.message())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Wrapped(io::Error);
+
+    impl fmt::Display for Wrapped {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("it cannot be written")
+        }
+    }
+
+    impl Error for Wrapped {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+
+    #[test]
+    fn the_operating_systems_error_is_found_however_deep_it_lies() {
+        let full = || io::Error::from_raw_os_error(28);
+        assert_eq!(os_error(&full()), Some(28));
+        assert_eq!(os_error(&Wrapped(full())), Some(28));
+        assert_eq!(os_error(&Wrapped(io::Error::other(Wrapped(full())))), Some(28));
+        assert_eq!(os_error(&io::Error::other(full())), Some(28));
+        assert_eq!(os_error(&io::Error::other("no number (os error 28)")), None);
     }
 }

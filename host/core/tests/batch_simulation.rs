@@ -17,7 +17,7 @@ use cofferdam_core::{
         FailoverStrategy,
         topology::{PartitionId, Topology},
     },
-    failure::FailureCause,
+    failure::{EnvironmentError, FailureCause},
     ids::{Attempt, Millis, TaskId},
     job::{Effect, Event, Job, JobSettings, Outcome, Resume, TaskAttempt},
     random::Random,
@@ -74,7 +74,7 @@ struct World {
 }
 
 fn cause() -> FailureCause {
-    FailureCause::Environment { message: "no luck".to_owned() }
+    FailureCause::Environment(EnvironmentError::new("no luck"))
 }
 
 impl World {

@@ -12,7 +12,7 @@ use cofferdam_core::{
     checkpoint::{AbortReason, CheckpointSettings, Purpose},
     exchange::ExchangeType,
     failover::FailoverStrategy,
-    failure::FailureCause,
+    failure::{EnvironmentError, FailureCause},
     graph::{Edge, JobGraph, Operator, Partitioner},
     ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
     job::{Effect, Event, Job, JobSettings, Outcome, Resume, TaskAttempt},
@@ -240,7 +240,10 @@ impl World {
             Effect::EndInput => {}
             Effect::PersistMetadata { checkpoint } => {
                 if self.strikes(self.options.manifest_lost_one_in) {
-                    self.later(Event::MetadataLost { checkpoint, message: "disk".to_owned() });
+                    self.later(Event::MetadataLost {
+                        checkpoint,
+                        error: EnvironmentError::new("disk"),
+                    });
                 } else {
                     let all = self
                         .tasks
@@ -254,7 +257,10 @@ impl World {
             }
             Effect::PersistSavepoint { checkpoint, .. } => {
                 if self.strikes(self.options.manifest_lost_one_in) {
-                    self.later(Event::SavepointLost { checkpoint, message: "disk".to_owned() });
+                    self.later(Event::SavepointLost {
+                        checkpoint,
+                        error: EnvironmentError::new("disk"),
+                    });
                 } else {
                     self.later(Event::SavepointDurable { checkpoint });
                 }

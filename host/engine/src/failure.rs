@@ -3,10 +3,10 @@
 
 use cofferdam_contract::Batch;
 use cofferdam_core::{
-    failure::{FailureCause, Obstacle},
+    failure::{EnvironmentError, FailureCause, LimitKind, Obstacle, os_error},
     ids::TaskId,
 };
-use cofferdam_sandbox::{GuestError, RestoreError, SnapshotError};
+use cofferdam_sandbox::{GuestError, Limit, RestoreError, SnapshotError};
 use cofferdam_settings::problem::{shown, with_sources};
 
 use cofferdam_store::StorageError;
@@ -62,7 +62,9 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
     };
     match error {
         GuestError::Trap { message, backtrace } => FailureCause::Trap { message, backtrace },
-        GuestError::Limit(limit) => FailureCause::LimitExceeded { message: limit.to_string() },
+        GuestError::Limit(limit) => {
+            FailureCause::LimitExceeded { limit: kind_of(limit), message: limit.to_string() }
+        }
         GuestError::Rejected { message, record } => {
             FailureCause::Rejected { message: at(message, record) }
         }
@@ -70,8 +72,22 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
             FailureCause::Trap { message: at(message, record), backtrace: Vec::new() }
         }
         GuestError::ForeignKey(message) => foreign_key(message),
-        GuestError::Unavailable(message) => FailureCause::Environment { message },
+        GuestError::Unavailable { message, os_error } => {
+            FailureCause::Environment(EnvironmentError { message, os_error })
+        }
         other => FailureCause::HostBug { message: other.to_string() },
+    }
+}
+
+fn kind_of(limit: Limit) -> LimitKind {
+    match limit {
+        Limit::Memory { .. } => LimitKind::Memory,
+        Limit::Call { .. } => LimitKind::Call,
+        Limit::Output { .. } => LimitKind::Output,
+        Limit::Handles { .. } => LimitKind::Handles,
+        Limit::Table { .. } => LimitKind::Table,
+        Limit::State { .. } => LimitKind::State,
+        Limit::Stack => LimitKind::Stack,
     }
 }
 
@@ -84,7 +100,8 @@ pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
         SnapshotError::Guest(error) => cause_of(error),
         error => {
             let message = format!("snapshot a guest's memory: {}", with_sources(&error));
-            FailureCause::Environment { message }
+            let os_error = os_error(&error);
+            FailureCause::Environment(EnvironmentError { message, os_error })
         }
     }
 }
@@ -92,7 +109,10 @@ pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
 pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
     match error {
         RestoreError::Guest(error) => cause_of(error),
-        RestoreError::Map(_) => FailureCause::Environment { message: with_sources(&error) },
+        RestoreError::Map(_) => FailureCause::Environment(EnvironmentError {
+            message: with_sources(&error),
+            os_error: os_error(&error),
+        }),
         other => FailureCause::Permanent {
             obstacle: Obstacle::StateMismatch,
             message: format!("restore a guest's memory: {other}"),
@@ -100,12 +120,17 @@ pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
     }
 }
 
+/// An error of the storage, as one of the environment.
+pub(crate) fn storage_error(error: &StorageError) -> EnvironmentError {
+    EnvironmentError { message: error.to_string(), os_error: error.os_error() }
+}
+
 /// What an error of the storage means for a task.
 pub(crate) fn storage_cause(error: StorageError) -> FailureCause {
     let message = error.to_string();
     match error {
         StorageError::Store { .. } | StorageError::Unreachable { .. } => {
-            FailureCause::Environment { message }
+            FailureCause::Environment(storage_error(&error))
         }
         StorageError::Damaged { .. } | StorageError::Format { .. } => {
             FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }

@@ -438,6 +438,6 @@ async fn prepare(
     let prepared =
         tokio::task::spawn_blocking(move || Job::prepare_locked(checked, &options, observer, lock));
     prepared.await.unwrap_or_else(|error| {
-        Err(Problem::new(Code::HostBug, "the preparation of a job panicked").detail(error))
+        Err(Problem::new(Code::HostBug, "the preparation of a job panicked").because(&error))
     })
 }

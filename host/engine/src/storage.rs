@@ -30,7 +30,7 @@ use tokio::sync::{
 
 use crate::{
     clock::now_ms,
-    failure::{host_bug, storage_cause},
+    failure::{host_bug, storage_cause, storage_error},
 };
 
 enum Command {
@@ -257,8 +257,8 @@ fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Repo
                 report.event(Event::SnapshotAcked { task, attempt, checkpoint });
             }
             Err(error) => {
-                let message = error.to_string();
-                let reason = AbortReason::SnapshotNotStored { task: Some(task), message };
+                let error = storage_error(error);
+                let reason = AbortReason::SnapshotNotStored { task: Some(task), error };
                 report.event(Event::SnapshotDeclined { task, attempt, checkpoint, reason });
             }
         }
@@ -274,7 +274,7 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
         }
         Command::Begin { slots, restored_from } => {
             if let Err(error) = store.begin_attempt(&slots, restored_from) {
-                let cause = FailureCause::Environment { message: error.to_string() };
+                let cause = FailureCause::Environment(storage_error(&error));
                 report.event(Event::TaskFailed { task: None, cause, lost: None });
             }
         }
@@ -288,14 +288,14 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
                     let cause = FailureCause::Permanent { obstacle, message };
                     Event::TaskFailed { task: None, cause, lost: None }
                 }
-                Err(error) => Event::MetadataLost { checkpoint, message: error.to_string() },
+                Err(error) => Event::MetadataLost { checkpoint, error: storage_error(&error) },
             });
         }
         Command::Export { checkpoint: id, dir } => {
             let checkpoint = CheckpointId(id);
             report.event(match savepoint::write(store, id, now_ms(), &dir) {
                 Ok(()) => Event::SavepointDurable { checkpoint },
-                Err(error) => Event::SavepointLost { checkpoint, message: error.to_string() },
+                Err(error) => Event::SavepointLost { checkpoint, error: storage_error(&error) },
             });
         }
         Command::Subsume { checkpoint, newest, oldest_pending } => {

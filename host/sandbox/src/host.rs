@@ -76,8 +76,13 @@ pub enum StateError {
     #[error("{0}")]
     ForeignKey(String),
     /// The host cannot read or write it.
-    #[error("{0}")]
-    Unavailable(String),
+    #[error("{message}")]
+    Unavailable {
+        /// What it could not do, and why.
+        message: String,
+        /// The number of the operating system's error, where the failure is its.
+        os_error: Option<i32>,
+    },
 }
 
 /// For asking a component what it is: whatever it says meanwhile is of no interest.

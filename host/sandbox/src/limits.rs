@@ -20,7 +20,6 @@ const TABLE_ELEMENTS_MAX: u64 = 100_000;
 /// Declared state of one task that the host keeps: what a disk of 1 TB has for 60 of them.
 const STATE_BYTES_MAX: u64 = 16 << 30;
 /// One result partition: a batch job has many, and most are released early.
-const PARTITION_BYTES_MAX: u64 = 64 << 30;
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 
@@ -40,8 +39,6 @@ pub struct Limits {
     /// Declared state that the host keeps: keys, values, and what an index takes of each. Default:
     /// 16 GiB.
     pub state_bytes_max: u64,
-    /// Bytes of one result partition on disk. Default: 64 GiB.
-    pub partition_bytes_max: u64,
     /// Bytes of log messages a second; what is beyond is dropped. Default: 64 KiB.
     pub log_bytes_per_second_max: u64,
 }
@@ -55,7 +52,6 @@ impl Default for Limits {
             handles_max: HANDLES_MAX,
             table_elements_max: TABLE_ELEMENTS_MAX,
             state_bytes_max: STATE_BYTES_MAX,
-            partition_bytes_max: PARTITION_BYTES_MAX,
             log_bytes_per_second_max: LOG_BYTES_PER_SECOND_MAX,
         }
     }
@@ -72,7 +68,6 @@ impl Limits {
 
 /// A limit that a guest has reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Limit {
     /// [`Limits::memory_bytes_max`].
     Memory {
@@ -108,11 +103,6 @@ pub enum Limit {
         /// What it may have.
         bytes_max: u64,
     },
-    /// [`Limits::partition_bytes_max`].
-    Partition {
-        /// What it may write.
-        bytes_max: u64,
-    },
     /// The stack of the guest's calls.
     Stack,
 }
@@ -121,25 +111,22 @@ impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Memory { wanted_bytes, bytes_max } => {
-                write!(f, "it wants {wanted_bytes} bytes of memory, `limits.memory` is {bytes_max}")
+                write!(f, "it wants {wanted_bytes} bytes of memory, and may have {bytes_max}")
             }
             Self::Call { max } => {
-                write!(f, "a call ran longer than `limits.call` = {} ms", max.as_millis())
+                write!(f, "a call ran longer than {} ms", max.as_millis())
             }
             Self::Output { bytes_max } => {
-                write!(f, "a call gave back more than `limits.output` = {bytes_max} bytes")
+                write!(f, "a call gave back more than {bytes_max} bytes")
             }
             Self::Handles { max } => {
-                write!(f, "it holds more host resources than `limits.handles` = {max}")
+                write!(f, "it holds more than {max} resources of the host")
             }
             Self::Table { elements_max } => {
-                write!(f, "its tables want more than `limits.table-elements` = {elements_max}")
+                write!(f, "its tables want more than {elements_max} elements")
             }
             Self::State { wanted_bytes, bytes_max } => {
-                write!(f, "it wants {wanted_bytes} bytes of state, `limits.state` is {bytes_max}")
-            }
-            Self::Partition { bytes_max } => {
-                write!(f, "a result is larger than `limits.partition` = {bytes_max} bytes")
+                write!(f, "it wants {wanted_bytes} bytes of state, and may have {bytes_max}")
             }
             Self::Stack => write!(f, "its calls are nested too deeply (stack overflow)"),
         }

@@ -42,8 +42,13 @@ pub enum GuestError {
     #[error("{0}")]
     ForeignKey(String),
     /// The host could not do what the guest asked of it.
-    #[error("{0}")]
-    Unavailable(String),
+    #[error("{message}")]
+    Unavailable {
+        /// What it could not do, and why.
+        message: String,
+        /// The number of the operating system's error, where the failure is its.
+        os_error: Option<i32>,
+    },
     /// Something that the host should have prevented.
     #[error("{0}")]
     Host(String),
@@ -64,10 +69,19 @@ impl From<StateError> for GuestError {
         match error {
             StateError::Limit(limit) => Self::Limit(limit),
             StateError::ForeignKey(message) => Self::ForeignKey(message),
-            StateError::Unavailable(message) => Self::Unavailable(message),
+            StateError::Unavailable { message, os_error } => {
+                Self::Unavailable { message, os_error }
+            }
             StateError::NotKept | StateError::NotOpen => Self::Host(error.to_string()),
         }
     }
+}
+
+/// The number of the operating system's error that a memory was not reserved for: wasmtime keeps only the text
+/// of it.
+fn os_error_in(text: &str) -> Option<i32> {
+    let (number, _) = text.rsplit_once("(os error ")?.1.split_once(')')?;
+    number.parse().ok()
 }
 
 /// What wasmtime says when a call gives back more than its fuel for host memory allows. It has no
@@ -98,7 +112,7 @@ impl GuestError {
         let text = format!("{error:#}");
         // A trap names functions as the guest has called them.
         if text.contains(NOT_RESERVED) && error.downcast_ref::<Trap>().is_none() {
-            return Self::Unavailable(text);
+            return Self::Unavailable { os_error: os_error_in(&text), message: text };
         }
         if text.contains(OUTPUT_EXHAUSTED) {
             return Self::Limit(Limit::Output { bytes_max: output_bytes_max });

@@ -232,7 +232,7 @@ impl GuestLog {
     fn write(&self, level: Level, message: &str) {
         let (is_allowed, dropped_before) = self.spend(message.len() as u64);
         if 0 < dropped_before {
-            let text = format!("{dropped_before} messages dropped: `limits.log` is reached");
+            let text = format!("{dropped_before} messages dropped: more than it may log a second");
             self.host.log(Level::Warn, &text);
         }
         if is_allowed {

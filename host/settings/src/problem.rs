@@ -1,10 +1,10 @@
 //! Problems that people can act on: each has a code, says what and where, and what to do next.
 
-use std::{fmt, ops::Range};
+use std::{error::Error, fmt, ops::Range};
 
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 
-use cofferdam_core::failure::{FailureCause, Obstacle};
+use cofferdam_core::failure::{FailureCause, Obstacle, os_error};
 
 macro_rules! codes {
     ($($name:ident = $number:literal, $exit:literal, $title:literal;)*) => {
@@ -135,6 +135,8 @@ pub struct Problem {
     pub place: Option<Box<Place>>,
     /// Where else, and what the machine says about it.
     pub details: Vec<String>,
+    /// The number of the operating system's error that lies behind it.
+    pub os_error: Option<i32>,
     /// What to do next.
     pub hint: Option<String>,
     /// What else is wrong, of its own.
@@ -149,6 +151,7 @@ impl Problem {
             message: message.into(),
             place: None,
             details: Vec::new(),
+            os_error: None,
             hint: None,
             more: Vec::new(),
         }
@@ -172,6 +175,19 @@ impl Problem {
     #[must_use]
     pub fn detail(mut self, detail: impl fmt::Display) -> Self {
         self.details.push(detail.to_string());
+        self
+    }
+
+    /// Adds an error that lies behind it, and remembers what the operating system says.
+    #[must_use]
+    pub fn because(self, error: &(dyn Error + 'static)) -> Self {
+        self.with_os_error(os_error(error)).detail(error)
+    }
+
+    /// Remembers what the operating system says, by its number.
+    #[must_use]
+    pub fn with_os_error(mut self, number: Option<i32>) -> Self {
+        self.os_error = self.os_error.or(number);
         self
     }
 
@@ -229,10 +245,7 @@ impl Problem {
     /// What to do next: what helps against an error of the operating system, before anything else.
     #[must_use]
     pub fn advice(&self) -> Option<String> {
-        let texts = || self.details.iter().chain([&self.message]);
-        let Some(remedy) = texts().find_map(|text| remedy_of(text)) else {
-            return self.hint.clone();
-        };
+        let Some(remedy) = self.os_error.and_then(remedy_of) else { return self.hint.clone() };
         // A job says what has become of its checkpoints; whoever has not begun has nothing to add.
         let is_job = *"C0100" < *self.code.number();
         match &self.hint {
@@ -242,14 +255,12 @@ impl Problem {
     }
 }
 
-/// What helps against an error of the operating system that a text ends with, in the words of the standard
-/// library.
-fn remedy_of(text: &str) -> Option<&'static str> {
-    let (before, number) = text.rsplit_once("(os error ")?;
-    let (number, _) = number.split_once(')')?;
-    Some(match number.parse::<i32>().ok()? {
+/// What helps against an error of the operating system, by its number on Linux.
+fn remedy_of(os_error: i32) -> Option<&'static str> {
+    Some(match os_error {
         5 => "the disk or the way to it fails: look into the kernel's log",
-        11 if before.contains("thread") => "raise the limit of processes and threads (`ulimit -u`)",
+        // Where threads are started; nothing else that blocks waits for it.
+        11 => "raise the limit of processes and threads (`ulimit -u`)",
         12 => "free memory, or raise the limit of address space (`ulimit -v`)",
         23 => "the machine has no file handles left: raise fs.file-max",
         24 => "raise the limit of open files (`ulimit -n`)",
@@ -281,11 +292,11 @@ impl fmt::Display for Problem {
     }
 }
 
-impl std::error::Error for Problem {}
+impl Error for Problem {}
 
 /// An error with all that it stands on.
 #[must_use]
-pub fn with_sources(error: &dyn std::error::Error) -> String {
+pub fn with_sources(error: &dyn Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", with_sources(source)),
         None => error.to_string(),
@@ -298,20 +309,19 @@ mod tests {
 
     #[test]
     fn advice_helps_against_what_the_operating_system_says() {
-        let problem = |code: Code, detail: &str| {
-            Problem::new(code, "it cannot be used").detail(detail).hint("choose another path")
+        let problem = |code: Code, number: i32| {
+            let error = std::io::Error::from_raw_os_error(number);
+            Problem::new(code, "it cannot be used").because(&error).hint("choose another path")
         };
         let advice = |problem: Problem| problem.advice().expect("there is some");
-        let files = "make an index: Too many open files (os error 24)";
         assert_eq!(
-            advice(problem(Code::StateUnusable, files)),
+            advice(problem(Code::StateUnusable, 24)),
             "raise the limit of open files (`ulimit -n`)"
         );
-        let room =
-            problem(Code::Environment, "write a part: No space left on device (os error 28)");
+        let room = problem(Code::Environment, 28);
         assert_eq!(advice(room), "make room on the disk; choose another path");
-        let denied = "open it: Permission denied (os error 13)";
-        assert_eq!(advice(problem(Code::StateUnusable, denied)), "choose another path");
-        assert_eq!(advice(problem(Code::StateUnusable, "it is damaged")), "choose another path");
+        assert_eq!(advice(problem(Code::StateUnusable, 13)), "choose another path");
+        let text = Problem::new(Code::StateUnusable, "it is (os error 28)").hint("look at it");
+        assert_eq!(advice(text), "look at it", "a text is no fact");
     }
 }

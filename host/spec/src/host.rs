@@ -59,7 +59,7 @@ impl HostSettings {
                 Code::ManifestUnreadable,
                 format!("cannot read the host's settings {}", path.display()),
             )
-            .detail(error)
+            .because(&error)
         })?;
         Self::parse(path, text)
     }
@@ -103,7 +103,7 @@ impl HostSettings {
     fn from_yaml(path: &Path, text: &str) -> Result<Self, Problem> {
         let document: serde_json::Value = serde_saphyr::from_str(text).map_err(|error| {
             Problem::new(Code::ManifestSyntax, format!("{} is not YAML", path.display()))
-                .detail(error)
+                .because(&error)
         })?;
         let mut flat = Vec::new();
         flatten("", &document, &mut flat);

@@ -248,6 +248,8 @@ pub struct OperatorSpec {
     pub config: Vec<(String, String)>,
     /// What each instance may use.
     pub limits: Limits,
+    /// How many bytes one result partition of it may take on disk.
+    pub partition_bytes_max: u64,
     /// What a checkpoint holds of it.
     pub snapshot: SnapshotMode,
     /// How many key groups it has.
@@ -296,7 +298,7 @@ impl JobSpec {
                 Code::ManifestUnreadable,
                 format!("cannot read the manifest {}", path.display()),
             )
-            .detail(error)
+            .because(&error)
             .hint("name the job's TOML file, for example `cofferdam run job.toml`")
         })?;
         Self::parse(path, &text, host, catalog)

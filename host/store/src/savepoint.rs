@@ -19,9 +19,7 @@ pub fn write(store: &SnapshotStore, checkpoint: u64, written_at_ms: u64, dir: &P
         let target = objects_at(&dir.to_string_lossy())?;
         return write_objects(store, checkpoint, written_at_ms, target);
     }
-    let failed = |error: io::Error| {
-        StorageError::store("write a savepoint", format!("{}: {error}", dir.display()))
-    };
+    let failed = |error: io::Error| StorageError::at("write a savepoint", dir.display(), error);
     check_place(dir).map_err(|reason| StorageError::store("write a savepoint", reason))?;
     let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));

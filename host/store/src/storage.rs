@@ -1,7 +1,8 @@
 //! What a store must be able to do, and how it fails.
 
-use std::{error::Error, io};
+use std::error::Error;
 
+use cofferdam_core::failure::os_error;
 use cofferdam_settings::problem::with_sources;
 
 /// What lies behind a failure of a store.
@@ -16,6 +17,7 @@ pub enum StorageError {
         /// What was being done.
         doing: &'static str,
         /// Why it failed.
+        #[source]
         cause: Cause,
     },
     /// It cannot be reached; what is in it may be whole.
@@ -24,6 +26,7 @@ pub enum StorageError {
         /// What was being done.
         doing: &'static str,
         /// Why it failed.
+        #[source]
         cause: Cause,
     },
     /// Nobody knows whether the metadata is there.
@@ -54,26 +57,32 @@ pub enum StorageError {
     },
 }
 
+/// An error, and the file or directory that it is about.
+#[derive(Debug, thiserror::Error)]
+#[error("{place}")]
+struct At {
+    place: String,
+    source: Cause,
+}
+
 impl StorageError {
+    /// A failure of the store itself, at a file or directory.
+    pub fn at(doing: &'static str, place: impl ToString, cause: impl Into<Cause>) -> Self {
+        Self::store(doing, At { place: place.to_string(), source: cause.into() })
+    }
+
     /// A failure of the store itself.
     pub fn store(doing: &'static str, cause: impl Into<Cause>) -> Self {
         Self::Store { doing, cause: cause.into() }
     }
 
-    /// What the operating system says, where the failure is its.
+    /// The number of the operating system's error, where the failure is its.
     #[must_use]
-    pub fn io_kind(&self) -> Option<io::ErrorKind> {
-        let (Self::Store { cause, .. } | Self::Unreachable { cause, .. }) = self else {
-            return None;
-        };
-        let mut next: Option<&(dyn Error + 'static)> = Some(&**cause);
-        while let Some(error) = next {
-            if let Some(error) = error.downcast_ref::<io::Error>() {
-                return Some(error.kind());
-            }
-            next = error.source();
+    pub fn os_error(&self) -> Option<i32> {
+        match self {
+            Self::Store { cause, .. } | Self::Unreachable { cause, .. } => os_error(&**cause),
+            Self::InDoubt { .. } | Self::Damaged { .. } | Self::Format { .. } => None,
         }
-        None
     }
 
     /// Something that is not what was written.
@@ -189,5 +198,20 @@ pub trait Generation: Send {
     /// What of it is damaged, though all of it can still be read.
     fn flaws(&self) -> Vec<String> {
         Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn what_the_operating_system_says_stays_a_fact() {
+        let full = StorageError::at("write it", "/data", io::Error::from_raw_os_error(28));
+        assert_eq!(full.os_error(), Some(28));
+        assert_eq!(full.to_string(), "write it: /data: No space left on device (os error 28)");
+        assert_eq!(StorageError::store("write it", "no luck (os error 28)").os_error(), None);
     }
 }

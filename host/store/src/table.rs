@@ -51,7 +51,7 @@ impl Tables {
     pub fn new(dir: &Path, cache_bytes: u64) -> Result<Self> {
         match fs::remove_dir_all(dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(no_room(dir, &error));
+                return Err(no_room(dir, error));
             }
             _ => {}
         }
@@ -97,7 +97,7 @@ impl Drop for Inner {
 
 impl Database {
     fn new(dir: PathBuf, cache_bytes: u64) -> Result<Self> {
-        fs::create_dir_all(&dir).map_err(|error| no_room(&dir, &error))?;
+        fs::create_dir_all(&dir).map_err(|error| no_room(&dir, error))?;
         let config = ::sled::Config::new()
             .path(&dir)
             .cache_capacity((cache_bytes / CACHE_OVERHEAD).max(CACHE_BYTES_MIN))
@@ -133,8 +133,8 @@ impl Drop for Database {
     }
 }
 
-fn no_room(dir: &Path, error: &io::Error) -> StorageError {
-    StorageError::store("make room for state", format!("{}: {error}", dir.display()))
+fn no_room(dir: &Path, error: io::Error) -> StorageError {
+    StorageError::at("make room for state", dir.display(), error)
 }
 
 /// One table.

@@ -32,7 +32,7 @@ use cofferdam_connector::{
 use cofferdam_contract::Batch;
 use cofferdam_core::{
     checkpoint::Purpose,
-    failure::{FailureCause, Obstacle},
+    failure::{EnvironmentError, FailureCause, Obstacle},
     ids::CheckpointId,
 };
 use cofferdam_files::sync_dir;
@@ -519,7 +519,8 @@ fn create_file_for_readers(path: &Path) -> io::Result<File> {
 }
 
 fn failed(output: &Output, doing: &str, error: &io::Error) -> FailureCause {
-    FailureCause::Environment { message: format!("{doing} in {}: {error}", output.dir.display()) }
+    let doing = format_args!("{doing} in {}", output.dir.display());
+    FailureCause::Environment(EnvironmentError::of(doing, error))
 }
 
 fn taken(message: String) -> FailureCause {

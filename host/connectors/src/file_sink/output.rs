@@ -141,7 +141,7 @@ impl Output {
                 Code::OutputUnwritable,
                 format!("sink \"{sink}\" cannot write to {}", dir.display()),
             )
-            .detail(error)
+            .because(&error)
             .hint("choose another path, or make the directory writable")
         };
         let Some(lock) = claim.lock(dir).map_err(unusable)? else {
@@ -204,7 +204,7 @@ impl Output {
         if !claimed.contains(dir) {
             match claim
                 .lock(dir)
-                .map_err(|error| taken(format!("it cannot be written to: {error}")))?
+                .map_err(|error| taken("it cannot be written to".to_owned()).because(&error))?
             {
                 Some(lock) => self.locks.push(lock),
                 None => {
@@ -271,7 +271,7 @@ impl Output {
     fn check_divergence(&self, dir: &Path, own: u64) -> Result<(), Problem> {
         let failed = |error: io::Error| {
             let message = format!("sink \"{}\" cannot read its log", self.sink);
-            Problem::new(Code::OutputUnwritable, message).detail(error)
+            Problem::new(Code::OutputUnwritable, message).because(&error)
         };
         let (mut parts, has_more) = self.diverged(dir, own).map_err(failed)?;
         // Written down and never renamed: nobody has seen it.

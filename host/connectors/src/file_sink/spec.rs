@@ -180,7 +180,7 @@ impl SinkPlan for FileSinkPlan {
         self.output.begin(self.spec.if_exists, &self.kept.names).map_err(|error| {
             let (sink, path) = (self.output.sink(), self.spec.path.display());
             let message = format!("sink \"{sink}\" cannot write to {path}");
-            Problem::new(Code::OutputUnwritable, message).detail(error)
+            Problem::new(Code::OutputUnwritable, message).because(&error)
         })
     }
 

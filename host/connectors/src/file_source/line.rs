@@ -1,6 +1,6 @@
 //! Finds the key and the event time in a line: by a JSON pointer, a column, or a pattern.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use chrono::{
     DateTime, NaiveTime,
@@ -39,9 +39,18 @@ enum Place {
     Pattern(Regex),
 }
 
+/// Why the lines of a file cannot be read.
+#[derive(Debug)]
+pub(super) enum Unread {
+    /// The header does not name what the manifest asks for, or is none.
+    Header(String),
+    /// The file cannot be read now.
+    Io(io::Error),
+}
+
 impl LineReader {
     /// For lines of a file; the header is read from it where there is one.
-    pub(super) fn new(spec: &FileSourceSpec, file: &File) -> Result<Self, String> {
+    pub(super) fn new(spec: &FileSourceSpec, file: &File) -> Result<Self, Unread> {
         let header = match spec.has_header && (spec.key.is_some() || spec.timestamp.is_some()) {
             true => Some(read_header(file, spec)?),
             false => None,
@@ -61,8 +70,8 @@ impl LineReader {
                 }
             })
         };
-        let key = spec.key.as_ref().map(place).transpose()?;
-        let timestamp = spec.timestamp.as_ref().map(place).transpose()?;
+        let key = spec.key.as_ref().map(place).transpose().map_err(Unread::Header)?;
+        let timestamp = spec.timestamp.as_ref().map(place).transpose().map_err(Unread::Header)?;
         let timestamp = timestamp.map(|place| (place, spec.timestamp_format.clone()));
         Ok(Self { format: spec.format, key, timestamp, delimiter: spec.delimiter })
     }
@@ -169,21 +178,20 @@ impl TimeFormat {
     }
 }
 
-fn read_header(file: &File, spec: &FileSourceSpec) -> Result<Vec<Vec<u8>>, String> {
+fn read_header(file: &File, spec: &FileSourceSpec) -> Result<Vec<Vec<u8>>, Unread> {
     let mut line = Vec::new();
     let mut buffer = [0; 4096];
     while line.len() < spec.record_bytes_max {
-        let read = file.read_at(&mut buffer, line.len() as u64);
-        let read = read.map_err(|error| format!("read the header: {error}"))?;
+        let read = file.read_at(&mut buffer, line.len() as u64).map_err(Unread::Io)?;
         line.extend_from_slice(&buffer[..read]);
         if read == 0 || buffer[..read].contains(&b'\n') {
             break;
         }
     }
-    let mark = byte_order_mark(file).map_err(|error| format!("read the header: {error}"))?;
+    let mark = byte_order_mark(file).map_err(Unread::Io)?;
     let end = memchr::memchr(b'\n', &line).unwrap_or(line.len());
     let line = line.get(mark as usize..end).unwrap_or_default();
-    columns(line.strip_suffix(b"\r").unwrap_or(line), spec.delimiter)
+    columns(line.strip_suffix(b"\r").unwrap_or(line), spec.delimiter).map_err(Unread::Header)
 }
 
 /// The columns of a line as RFC 4180 has them, but for line breaks within quotes.

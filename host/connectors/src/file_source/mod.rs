@@ -28,14 +28,14 @@ use cofferdam_connector::{
     state::{decode_all, encode_all, unreadable},
 };
 use cofferdam_contract::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX, Batch, RecordRef};
-use cofferdam_core::failure::{FailureCause, Obstacle};
+use cofferdam_core::failure::{EnvironmentError, FailureCause, Obstacle};
 use cofferdam_settings::{Code, Problem, problem::shown};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use self::spec::{FileSourceSpec, LineFormat, OnBadRecord, TimeFormat};
 use self::{
-    line::{Fields, LineReader},
+    line::{Fields, LineReader, Unread},
     plan::{Changed, FileId, LineNumbers, Listing, Stamp, byte_order_mark},
 };
 pub(crate) use self::{plan::checksum, spec::FILE_SOURCE};
@@ -185,6 +185,15 @@ impl FilePlan {
                 "put the files back as they were, or begin anew with another state directory and output",
             )
         };
+        let refused = |error: Changed| match error {
+            Changed::Content(what) => changed(what),
+            Changed::Unreadable(error) => {
+                let message = format!("source \"{}\" cannot read its files", self.name);
+                Problem::new(Code::SourceUnreadable, message)
+                    .with_os_error(error.os_error)
+                    .detail(error)
+            }
+        };
         let positions = decode_all::<Position>(positions).map_err(|error| {
             let message = format!("the position of source \"{}\" cannot be read", self.name);
             Problem::new(Code::StateMismatch, message).detail(error)
@@ -193,15 +202,9 @@ impl FilePlan {
         for position in &positions {
             for (number, file) in (0..).zip(&position.files) {
                 let opened = file.open(&self.listing.root);
-                let (opened, touched) = opened.map_err(|error| match error {
-                    Changed::Content(what) => changed(what),
-                    Changed::Unreadable(what) => {
-                        let message = format!("source \"{}\" cannot read its files", self.name);
-                        Problem::new(Code::SourceUnreadable, message).detail(what)
-                    }
-                })?;
+                let (opened, touched) = opened.map_err(&refused)?;
                 if touched.is_some() {
-                    self.compare(position, number, &opened).map_err(&changed)?;
+                    self.compare(position, number, &opened).map_err(&refused)?;
                 }
             }
             known.extend(&position.known);
@@ -210,7 +213,7 @@ impl FilePlan {
     }
 
     /// Compares what was read of a file with what it has there now.
-    fn compare(&self, position: &Position, number: u32, file: &File) -> Result<(), String> {
+    fn compare(&self, position: &Position, number: u32, file: &File) -> Result<(), Changed> {
         let name = || {
             let name = position.files.get(number as usize).map_or("", |file| &file.name);
             self.listing.root.join(name).display().to_string()
@@ -220,12 +223,15 @@ impl FilePlan {
         let read = done.map(|(_, read)| read).chain(begun.flat_map(|split| &split.progress));
         for Progress { begin, next, checksum: expected } in read {
             let found = checksum(file, *begin, *next);
-            let found = found.map_err(|error| format!("read {}: {error}", name()))?;
+            let found = found.map_err(|error| {
+                let doing = format_args!("read {}", name());
+                Changed::Unreadable(EnvironmentError::of(doing, &error))
+            })?;
             if found != Some(*expected) {
-                return Err(format!(
+                return Err(Changed::Content(format!(
                     "{}: bytes {begin} to {next} are not those that were read",
                     name()
-                ));
+                )));
             }
         }
         Ok(())
@@ -352,17 +358,16 @@ impl FileSource {
         let path = self.path(&split);
         let failed = |error: std::io::Error| environment(Path::new(&path), &error);
         let opened = self.file(&split)?.open(&self.plan.listing.root);
-        let (file, touched) = opened.map_err(|error| match error {
-            Changed::Content(what) => input_changed(what),
-            Changed::Unreadable(message) => FailureCause::Environment { message },
-        })?;
+        let (file, touched) = opened?;
         if let Some(stamp) = touched {
-            self.plan.compare(&self.position, split.file, &file).map_err(input_changed)?;
+            self.plan.compare(&self.position, split.file, &file)?;
             self.renew(split.file, stamp);
         }
         let mark = byte_order_mark(&file).map_err(failed)?;
-        let fields =
-            LineReader::new(&self.plan.spec, &file).map_err(|what| bad_record(&path, &what))?;
+        let fields = LineReader::new(&self.plan.spec, &file).map_err(|error| match error {
+            Unread::Header(what) => bad_record(&path, &what),
+            Unread::Io(error) => failed(error),
+        })?;
         let mut reader = BufReader::with_capacity(BUFFER_BYTES, file);
         let progress = match split.progress {
             Some(progress) => {
@@ -482,7 +487,7 @@ impl FileSource {
         self.set_progress(Progress { checksum: whole.clone().finalize(), ..progress });
         if !is_compared && let Some(open) = &self.open {
             let file = open.reader.get_ref();
-            self.plan.compare(&self.position, split.file, file).map_err(input_changed)?;
+            self.plan.compare(&self.position, split.file, file)?;
         }
         if let Some(open) = &mut self.open {
             open.checksum = whole;
@@ -623,7 +628,17 @@ fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {
 }
 
 fn environment(path: &Path, error: &std::io::Error) -> FailureCause {
-    FailureCause::Environment { message: format!("read {}: {error}", path.display()) }
+    let doing = format_args!("read {}", path.display());
+    FailureCause::Environment(EnvironmentError::of(doing, error))
+}
+
+impl From<Changed> for FailureCause {
+    fn from(error: Changed) -> Self {
+        match error {
+            Changed::Content(message) => input_changed(message),
+            Changed::Unreadable(error) => Self::Environment(error),
+        }
+    }
 }
 
 fn input_changed(message: String) -> FailureCause {

@@ -14,6 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use cofferdam_core::failure::{EnvironmentError, os_error};
 use cofferdam_settings::{Code, Problem};
 
 use super::spec::FileSourceSpec;
@@ -81,7 +82,10 @@ impl FileId {
         let changed = |what: String| Changed::Content(format!("{}: {what}", path.display()));
         let unreadable = |error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => changed("it is not there any more".to_owned()),
-            _ => Changed::Unreadable(format!("read {}: {error}", path.display())),
+            _ => {
+                let doing = format_args!("read {}", path.display());
+                Changed::Unreadable(EnvironmentError::of(doing, &error))
+            }
         };
         let file = File::open(&path).map_err(unreadable)?;
         let stamp = Stamp::of(&file).map_err(unreadable)?;
@@ -124,7 +128,7 @@ pub(super) enum Changed {
     /// It is not the file that the position speaks of.
     Content(String),
     /// Nobody knows: it cannot be read now.
-    Unreadable(String),
+    Unreadable(EnvironmentError),
 }
 
 fn sample(file: &File, size: u64) -> io::Result<u32> {
@@ -220,12 +224,13 @@ impl Listing {
         };
         let (mut files, mut others) = (BTreeMap::new(), Vec::new());
         for path in found {
-            let cannot = |error: &dyn std::fmt::Display| {
-                unreadable(format!("source \"{name}\" cannot list its files")).detail(error)
+            let cannot = |path: &Path, error: &io::Error| {
+                unreadable(format!("source \"{name}\" cannot list its files"))
+                    .with_os_error(os_error(error))
+                    .detail(format!("{}: {error}", path.display()))
             };
-            let path = path.map_err(|error| cannot(&error))?;
-            let metadata = std::fs::metadata(&path)
-                .map_err(|error| cannot(&format!("{}: {error}", path.display())))?;
+            let path = path.map_err(|error| cannot(error.path(), error.error()))?;
+            let metadata = std::fs::metadata(&path).map_err(|error| cannot(&path, &error))?;
             if !metadata.is_file() {
                 // A pattern such as `logs/*` means the files.
                 if !metadata.is_dir() || rest.is_empty() {

@@ -72,6 +72,7 @@ mod tests {
     //! `CheckpointFailureManagerTest`, row by row.
 
     use super::*;
+    use crate::failure::EnvironmentError;
 
     /// Feeds `REASON@id` and `success@id`; gives how often the job was failed.
     fn exceeded(tolerable: Option<u32>, sequence: &str) -> usize {
@@ -88,9 +89,12 @@ mod tests {
                 }
                 "EXPIRED" => AbortReason::Expired,
                 "DECLINED" => AbortReason::Declined { task: None, message },
-                "IO" => AbortReason::Io { message },
-                "ASYNC" => AbortReason::SnapshotNotStored { task: None, message },
-                "FINALIZE" => AbortReason::NotFinalized { message },
+                "IO" => AbortReason::Io(EnvironmentError::new(message)),
+                "ASYNC" => AbortReason::SnapshotNotStored {
+                    task: None,
+                    error: EnvironmentError::new(message),
+                },
+                "FINALIZE" => AbortReason::NotFinalized(EnvironmentError::new(message)),
                 "JOB_FAILOVER_REGION" => AbortReason::FailoverRegion,
                 "SUBSUMED" => AbortReason::Subsumed,
                 other => panic!("{other}"),

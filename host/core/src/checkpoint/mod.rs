@@ -118,8 +118,10 @@ pub enum Step {
     },
     /// More checkpoints failed than are tolerated: the job fails.
     Exceeded {
-        /// The last of the reasons.
-        message: String,
+        /// The last of them.
+        checkpoint: CheckpointId,
+        /// Why it failed.
+        reason: AbortReason,
     },
 }
 
@@ -466,11 +468,10 @@ impl Coordinator {
             Some(_) => FailureWeight::Tolerated,
             None => self.failures.on_failure(Some(checkpoint), &reason),
         };
-        let message = format!("checkpoint {checkpoint}: {}", reason.message());
         self.cleaning += 1;
-        steps.push(Step::Aborted { checkpoint, trigger, reason });
+        steps.push(Step::Aborted { checkpoint, trigger, reason: reason.clone() });
         if weight == FailureWeight::Exceeded {
-            steps.push(Step::Exceeded { message });
+            steps.push(Step::Exceeded { checkpoint, reason });
         }
     }
 

@@ -1,6 +1,9 @@
 //! Why a checkpoint was given up, in Flink's words.
 
-use crate::ids::TaskId;
+use crate::{
+    failure::{EnvironmentError, FailureCause},
+    ids::TaskId,
+};
 
 /// Why a checkpoint was given up, or a request for one refused. Flink's
 /// `CheckpointFailureReason`, as far as it can happen on one machine.
@@ -15,16 +18,13 @@ pub enum AbortReason {
     /// Before it began: tasks are being started or have ended.
     NotAllTasksRunning,
     /// It could not be begun.
-    Io {
-        /// The environment's reason.
-        message: String,
-    },
+    Io(EnvironmentError),
     /// A task's snapshot could not be stored.
     SnapshotNotStored {
         /// The task.
         task: Option<TaskId>,
         /// The storage's reason.
-        message: String,
+        error: EnvironmentError,
     },
     /// Not every task had acked within the timeout.
     Expired,
@@ -38,10 +38,7 @@ pub enum AbortReason {
         message: String,
     },
     /// The metadata, or the savepoint, could not be made durable.
-    NotFinalized {
-        /// The storage's reason.
-        message: String,
-    },
+    NotFinalized(EnvironmentError),
     /// The job ends.
     CoordinatorShutdown,
     /// The job is not running any more, so what waited is dropped.
@@ -53,8 +50,8 @@ pub enum AbortReason {
     /// The savepoint is durable, but the job could not end with it: what its sinks had still to commit
     /// was not committed. Flink: `StopWithSavepointStoppingException`.
     StopFailed {
-        /// What failed.
-        message: String,
+        /// What failed; `None`: tasks were being restarted.
+        cause: Option<Box<FailureCause>>,
     },
 }
 
@@ -63,11 +60,11 @@ impl AbortReason {
     #[must_use]
     pub fn is_counted(&self) -> bool {
         match self {
-            Self::Io { .. }
+            Self::Io(_)
             | Self::SnapshotNotStored { .. }
             | Self::Expired
             | Self::Declined { .. }
-            | Self::NotFinalized { .. } => true,
+            | Self::NotFinalized(_) => true,
             Self::TooManyRequests
             | Self::MinimumTimeBetweenCheckpoints
             | Self::PeriodicSchedulerShutdown
@@ -89,17 +86,28 @@ impl AbortReason {
             Self::MinimumTimeBetweenCheckpoints => "MINIMUM_TIME_BETWEEN_CHECKPOINTS",
             Self::PeriodicSchedulerShutdown => "PERIODIC_SCHEDULER_SHUTDOWN",
             Self::NotAllTasksRunning => "NOT_ALL_REQUIRED_TASKS_RUNNING",
-            Self::Io { .. } => "IO_EXCEPTION",
+            Self::Io(_) => "IO_EXCEPTION",
             Self::SnapshotNotStored { .. } => "CHECKPOINT_ASYNC_EXCEPTION",
             Self::Expired => "CHECKPOINT_EXPIRED",
             Self::Subsumed => "CHECKPOINT_SUBSUMED",
             Self::Declined { .. } => "CHECKPOINT_DECLINED",
-            Self::NotFinalized { .. } => "FINALIZE_CHECKPOINT_FAILURE",
+            Self::NotFinalized(_) => "FINALIZE_CHECKPOINT_FAILURE",
             Self::CoordinatorShutdown => "CHECKPOINT_COORDINATOR_SHUTDOWN",
             Self::CoordinatorSuspend => "CHECKPOINT_COORDINATOR_SUSPEND",
             Self::FailoverRegion => "JOB_FAILOVER_REGION",
             Self::BlockingOutputExists => "BLOCKING_OUTPUT_EXIST",
             Self::StopFailed { .. } => "STOP_WITH_SAVEPOINT_STOPPING",
+        }
+    }
+
+    /// The number of the operating system's error that lies behind it.
+    #[must_use]
+    pub fn os_error(&self) -> Option<i32> {
+        match self {
+            Self::Io(error) | Self::SnapshotNotStored { error, .. } | Self::NotFinalized(error) => {
+                error.os_error
+            }
+            _ => None,
         }
     }
 
@@ -122,14 +130,14 @@ impl AbortReason {
             }
             Self::PeriodicSchedulerShutdown => "the job takes its last checkpoint".to_owned(),
             Self::NotAllTasksRunning => "not all tasks are running".to_owned(),
-            Self::Io { message } => format!("it could not be begun: {message}"),
-            Self::SnapshotNotStored { message, .. } => {
-                format!("its snapshot was not stored: {message}")
+            Self::Io(error) => format!("it could not be begun: {error}"),
+            Self::SnapshotNotStored { error, .. } => {
+                format!("its snapshot was not stored: {error}")
             }
             Self::Expired => "not every task acked within the timeout".to_owned(),
             Self::Subsumed => "a newer checkpoint is complete".to_owned(),
             Self::Declined { message, .. } => format!("declined: {message}"),
-            Self::NotFinalized { message } => format!("it was not finalized: {message}"),
+            Self::NotFinalized(error) => format!("it was not finalized: {error}"),
             Self::CoordinatorShutdown => "the job ends".to_owned(),
             Self::CoordinatorSuspend => "the job is not running".to_owned(),
             Self::FailoverRegion => "tasks were restarted".to_owned(),
@@ -137,10 +145,16 @@ impl AbortReason {
                 "a job with exchanges that are not pipelined has no state between its regions"
                     .to_owned()
             }
-            Self::StopFailed { message } => format!(
-                "the savepoint is complete, but the job did not stop: its sinks had not committed \
-                 everything when it failed ({message})"
-            ),
+            Self::StopFailed { cause } => {
+                let cause = match cause {
+                    Some(cause) => cause.to_string(),
+                    None => "tasks were being restarted".to_owned(),
+                };
+                format!(
+                    "the savepoint is complete, but the job did not stop: its sinks had not committed \
+                     everything when it failed ({cause})"
+                )
+            }
         }
     }
 }

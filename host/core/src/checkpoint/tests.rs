@@ -1,7 +1,7 @@
 //! `CheckpointCoordinatorTest` and its relatives, each row by its name.
 
 use super::*;
-use crate::ids::OperatorId;
+use crate::{failure::EnvironmentError, ids::OperatorId};
 
 const A: TaskId = TaskId { operator: OperatorId(0), index: 0 };
 const B: TaskId = TaskId { operator: OperatorId(1), index: 0 };
@@ -365,12 +365,12 @@ fn every_reason_has_a_name_and_words_of_its_own() {
         AbortReason::MinimumTimeBetweenCheckpoints,
         AbortReason::PeriodicSchedulerShutdown,
         AbortReason::NotAllTasksRunning,
-        AbortReason::Io { message: message() },
-        AbortReason::SnapshotNotStored { task: None, message: message() },
+        AbortReason::Io(EnvironmentError::new(message())),
+        AbortReason::SnapshotNotStored { task: None, error: EnvironmentError::new(message()) },
         AbortReason::Expired,
         AbortReason::Subsumed,
         AbortReason::Declined { task: None, message: message() },
-        AbortReason::NotFinalized { message: message() },
+        AbortReason::NotFinalized(EnvironmentError::new(message())),
         AbortReason::CoordinatorShutdown,
         AbortReason::CoordinatorSuspend,
         AbortReason::FailoverRegion,

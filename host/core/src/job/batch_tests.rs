@@ -7,6 +7,7 @@ use crate::{
     exchange::ExchangeType::{
         self, Blocking, BlockingPersistent, HybridFull, HybridSelective, PipelinedBounded,
     },
+    failure::EnvironmentError,
     graph::{
         Edge, JobGraph, Operator,
         Partitioner::{self, Forward, Hash},
@@ -122,7 +123,7 @@ impl Rig {
     fn fail(&mut self, name: &str, lost: Option<&str>) -> &mut Self {
         let task = self.task(name);
         let attempt = self.job.attempt(task).expect("known");
-        let cause = FailureCause::Environment { message: "no luck".to_owned() };
+        let cause = FailureCause::Environment(EnvironmentError::new("no luck"));
         let lost = lost.map(|producer| PartitionId { edge: 0, producer: self.task(producer) });
         self.step(Event::TaskFailed { task: Some((task, attempt)), cause, lost });
         self.wait()
@@ -200,7 +201,7 @@ fn a_producer_may_end_before_its_start_is_reported() {
     rig.started();
     rig.finish("p/1");
     let task = rig.task("p/0");
-    let cause = FailureCause::Environment { message: "no luck".to_owned() };
+    let cause = FailureCause::Environment(EnvironmentError::new("no luck"));
     rig.step(Event::TaskFailed { task: Some((task, Attempt(0))), cause, lost: None });
     rig.now += 10;
     let mut effects = Vec::new();
@@ -285,7 +286,7 @@ fn concurrent_failures_of_two_producers_restart_each_once() {
     rig.started();
     for index in ["v1/0", "v1/1"] {
         let task = rig.task(index);
-        let cause = FailureCause::Environment { message: "no luck".to_owned() };
+        let cause = FailureCause::Environment(EnvironmentError::new("no luck"));
         let task = Some((task, Attempt(0)));
         rig.step(Event::TaskFailed { task, cause, lost: None });
     }
@@ -296,7 +297,7 @@ fn concurrent_failures_of_two_producers_restart_each_once() {
 fn global_failure_begins_with_the_first_regions_again() {
     let mut rig = multi_regions();
     rig.finish("a/0 a/1 b/0 b/1").started();
-    let cause = FailureCause::Environment { message: "no luck".to_owned() };
+    let cause = FailureCause::Environment(EnvironmentError::new("no luck"));
     rig.step(Event::TaskFailed { task: None, cause, lost: None });
     assert_eq!(rig.wait().started(), "a/0@1 a/1@1 b/0@1 b/1@1");
     assert_eq!(rig.finish("a/0 a/1 b/0 b/1").started(), "c/0@1 c/1@1 d/0@1");
@@ -331,7 +332,7 @@ fn partition_of_a_reader_that_is_about_to_restart_is_kept() {
     let mut rig = rig(&[("p", 1), ("c", 2)], &[(0, 1, Hash, Blocking)]);
     rig.finish("p/0 c/0").started();
     let task = Some((rig.task("c/0"), Attempt(0)));
-    let cause = FailureCause::Environment { message: "no luck".to_owned() };
+    let cause = FailureCause::Environment(EnvironmentError::new("no luck"));
     rig.step(Event::TaskFailed { task, cause, lost: None });
     // Within the delay the other reader finishes.
     assert_eq!(rig.finish("c/1").released(), "");

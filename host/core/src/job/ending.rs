@@ -170,8 +170,7 @@ impl Job {
             // The sources have ended: only a restart from before brings the rest of their input.
             (_, _, StopInput::Drain) => {
                 self.set_stop(None);
-                let message = format!("the savepoint of a drain: {}", reason.message());
-                let cause = FailureCause::CheckpointsFailed { message };
+                let cause = FailureCause::CheckpointsFailed { checkpoint: None, reason };
                 self.on_failure(now, None, cause, None, effects);
             }
             // Whoever wanted a savepoint has their answer; the job goes on as before.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     checkpoint::{AbortReason, Purpose},
     failover::{RestartReason, topology::PartitionId},
-    failure::FailureCause,
+    failure::{EnvironmentError, FailureCause},
     ids::{Attempt, CheckpointId, TaskId},
 };
 
@@ -68,7 +68,7 @@ pub enum Event {
         /// The checkpoint that will never complete.
         checkpoint: CheckpointId,
         /// The storage's reason.
-        message: String,
+        error: EnvironmentError,
     },
     /// The savepoint is written and flushed.
     SavepointDurable {
@@ -80,7 +80,7 @@ pub enum Event {
         /// Its checkpoint.
         checkpoint: CheckpointId,
         /// The storage's reason.
-        message: String,
+        error: EnvironmentError,
     },
     /// After `Subsume` or `Discard`: the checkpoint's data are gone, or written as part of the next.
     CheckpointCleaned,

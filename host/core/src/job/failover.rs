@@ -44,7 +44,7 @@ impl Job {
             && let Some(stop) = self.stop()
             && let Some(ticket) = stop.savepoint.ticket()
         {
-            let result = Err(AbortReason::StopFailed { message: cause.to_string() });
+            let result = Err(AbortReason::StopFailed { cause: Some(Box::new(cause.clone())) });
             effects.push(Effect::Answer { ticket, result });
             // Who has asked to stop whatever comes of it still wants that.
             let urgent =

@@ -290,10 +290,10 @@ impl Job {
             Event::MetadataDurable { checkpoint } => {
                 self.coordinator.complete(now, checkpoint, &mut steps);
             }
-            Event::MetadataLost { checkpoint, message }
-            | Event::SavepointLost { checkpoint, message } => {
+            Event::MetadataLost { checkpoint, error }
+            | Event::SavepointLost { checkpoint, error } => {
                 if self.coordinator.persisting(checkpoint).is_some() {
-                    let reason = AbortReason::NotFinalized { message };
+                    let reason = AbortReason::NotFinalized(error);
                     self.coordinator.abort(checkpoint, reason, &mut steps);
                 }
             }
@@ -439,8 +439,9 @@ impl Job {
                 }
                 // What restarts already is not to restart for a checkpoint of its last run.
                 Step::Exceeded { .. } if !self.incidents.is_empty() => {}
-                Step::Exceeded { message } => {
-                    let cause = FailureCause::CheckpointsFailed { message };
+                Step::Exceeded { checkpoint, reason } => {
+                    let checkpoint = Some(checkpoint);
+                    let cause = FailureCause::CheckpointsFailed { checkpoint, reason };
                     self.on_failure(now, None, cause, None, effects);
                 }
             }
@@ -498,8 +499,7 @@ impl Job {
                 self.begin_ending(now, checkpoint, trigger, effects);
             } else if self.stop().is_some_and(|stop| stop.input != StopInput::Drain) {
                 // Nobody is left to commit it; whoever runs the job again begins with that.
-                let message = "tasks were being restarted".to_owned();
-                self.answer(trigger, Err(AbortReason::StopFailed { message }), effects);
+                self.answer(trigger, Err(AbortReason::StopFailed { cause: None }), effects);
                 let checkpoint = Some(checkpoint);
                 let outcome = Outcome::Stopped { checkpoint, is_last: true, has_savepoint: false };
                 return self.give_up(now, outcome, effects);

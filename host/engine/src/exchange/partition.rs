@@ -16,11 +16,10 @@ use std::{
 
 use cofferdam_core::{
     failover::topology::PartitionId,
-    failure::FailureCause,
+    failure::{EnvironmentError, FailureCause, LimitKind},
     ids::{Attempt, TaskId},
     job::Event,
 };
-use cofferdam_sandbox::Limit;
 use cofferdam_store::{
     in_flight::InFlight,
     metadata::{seal, unseal},
@@ -159,15 +158,20 @@ impl Partition {
     }
 
     /// The elements of a block.
-    fn read(&self, reader: usize, place: usize, block: Block) -> Result<Vec<InFlight>, String> {
+    fn read(
+        &self,
+        reader: usize,
+        place: usize,
+        block: Block,
+    ) -> Result<Vec<InFlight>, EnvironmentError> {
         let name = || format!("block {place} of {}", self.path.display());
         let mut framed = vec![0; block.len as usize];
         File::open(&self.path)
             .and_then(|file| file.read_exact_at(&mut framed, block.offset))
-            .map_err(|error| format!("read {}: {error}", name()))?;
+            .map_err(|error| EnvironmentError::of(format_args!("read {}", name()), &error))?;
         let payload = unseal(&name(), &block_key(reader, place), &framed)
-            .map_err(|error| error.to_string())?;
-        postcard::from_bytes(payload).map_err(|error| format!("{}: {error}", name()))
+            .map_err(|error| EnvironmentError::new(error.to_string()))?;
+        postcard::from_bytes(payload).map_err(|error| EnvironmentError::of(name(), &error))
     }
 }
 
@@ -234,8 +238,8 @@ impl PartitionWriter {
             });
         let written = match written {
             Ok(block) if self.bytes_max < block.offset + u64::from(block.len) => {
-                let message = Limit::Partition { bytes_max: self.bytes_max }.to_string();
-                Err(FailureCause::LimitExceeded { message })
+                let message = format!("a result is larger than {} bytes", self.bytes_max);
+                Err(FailureCause::LimitExceeded { limit: LimitKind::Partition, message })
             }
             Ok(block) => Ok(block),
             Err(error) => Err(not_written(&self.partition.path, &error)),
@@ -273,7 +277,8 @@ impl PartitionWriter {
 }
 
 fn not_written(path: &Path, error: &io::Error) -> FailureCause {
-    FailureCause::Environment { message: format!("write {}: {error}", path.display()) }
+    let doing = format_args!("write {}", path.display());
+    FailureCause::Environment(EnvironmentError::of(doing, error))
 }
 
 /// What one task reads of partitions: for each of its channels that begins at one, where that is.
@@ -297,8 +302,8 @@ impl PartitionReader {
     /// Feeds one channel after the other; a partition that cannot be read is reported as lost.
     pub(crate) async fn run(self, monitor: Arc<Monitor>) {
         for channel in self.channels {
-            if let Err(message) = channel.feed().await {
-                let cause = FailureCause::Environment { message };
+            if let Err(error) = channel.feed().await {
+                let cause = FailureCause::Environment(error);
                 let task = Some((self.task, self.attempt));
                 return monitor.report(Event::TaskFailed { task, cause, lost: Some(channel.id) });
             }
@@ -307,9 +312,9 @@ impl PartitionReader {
 }
 
 impl PartitionChannel {
-    async fn feed(&self) -> Result<(), String> {
+    async fn feed(&self) -> Result<(), EnvironmentError> {
         let Some(partition) = &self.partition else {
-            return Err("the result partition is not there any more".to_owned());
+            return Err(EnvironmentError::new("the result partition is not there any more"));
         };
         for place in 0.. {
             let block = loop {
@@ -329,7 +334,8 @@ impl PartitionChannel {
             let (reading, reader) = (partition.clone(), self.reader);
             let elements =
                 tokio::task::spawn_blocking(move || reading.read(reader, place, block)).await;
-            for element in elements.map_err(|error| error.to_string())?? {
+            let panicked = |error| EnvironmentError::of("read a result partition", &error);
+            for element in elements.map_err(panicked)?? {
                 self.sender.wait_for_credit().await;
                 self.sender.send(match element {
                     InFlight::Records(batch) => Element::Records(batch),
@@ -374,12 +380,12 @@ mod tests {
             match gate.try_next() {
                 Some((_, Element::Records(batch))) => sizes.push(batch.values.len()),
                 Some((_, Element::EndOfInput)) => {
-                    feeding.await.expect("no panic")?;
+                    feeding.await.expect("no panic").map_err(|error| error.to_string())?;
                     return Ok(sizes);
                 }
                 Some(_) => {}
                 None if is_over => {
-                    feeding.await.expect("no panic")?;
+                    feeding.await.expect("no panic").map_err(|error| error.to_string())?;
                     return Ok(sizes);
                 }
                 None => tokio::task::yield_now().await,

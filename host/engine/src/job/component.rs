@@ -8,6 +8,7 @@ use std::{
 };
 
 use cofferdam_contract::{Description, Port};
+use cofferdam_core::failure::os_error;
 use cofferdam_sandbox::{
     Component, ComponentError, GuestError, InstanceSetup, Limits, QuietHost, Sandbox, SandboxError,
     SandboxOptions,
@@ -58,13 +59,14 @@ pub(super) async fn load(
 pub async fn describe(component: &Component, name: &str) -> Result<Description, Problem> {
     let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 0 };
     let description = component.describe(setup).await.map_err(|error| match error {
-        GuestError::Unavailable(_) => {
+        GuestError::Unavailable { os_error, .. } => {
             Problem::new(Code::CannotStart, format!("operator \"{name}\" cannot be instantiated"))
-                .detail(error)
+                .with_os_error(os_error)
+                .because(&error)
         }
         error => {
             Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is"))
-                .detail(error)
+                .because(&error)
         }
     })?;
     check_description(&description).map_err(|what| {
@@ -131,6 +133,7 @@ fn check_description(description: &Description) -> Result<(), String> {
 pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Component, Problem> {
     let bytes = fs::read(path).map_err(|error| {
         Problem::new(Code::ComponentUnreadable, format!("cannot read the component of operator \"{name}\""))
+            .with_os_error(os_error(&error))
             .detail(format!("{}: {error}", path.display()))
             .hint("build it first: `cofferdam build DIR`; relative paths begin at the manifest's directory")
     })?;

@@ -13,7 +13,7 @@ use cofferdam_connector::blocking::{Blocking, CallsEnded};
 use cofferdam_core::{
     checkpoint::Purpose,
     failover::RestartReason,
-    failure::FailureCause,
+    failure::{EnvironmentError, FailureCause},
     ids::{CheckpointId, Millis, TaskId},
     job::{Effect, Event, Job, Outcome, TaskAttempt},
 };
@@ -34,7 +34,7 @@ use crate::{
     watch::{
         control::{Desk, KeptCheckpoint},
         monitor::{Monitor, WriterReport},
-        progress::Progress,
+        progress::{Progress, Restart},
     },
 };
 
@@ -168,8 +168,8 @@ impl Driver {
             Effect::PersistSavepoint { checkpoint, ticket } => match self.desk.dir(ticket) {
                 Some(dir) => self.monitor.storage.export(checkpoint, dir),
                 None => {
-                    let message = "nobody said where to write it".to_owned();
-                    self.monitor.report(Event::SavepointLost { checkpoint, message });
+                    let error = EnvironmentError::new("nobody said where to write it");
+                    self.monitor.report(Event::SavepointLost { checkpoint, error });
                 }
             },
             Effect::Answer { ticket, result } => {
@@ -228,15 +228,15 @@ impl Driver {
             .map(|(task, reason)| (graph.task_name(*task), reason.words(graph)))
             .collect();
         let count = self.plan.locals.len();
-        self.observe(Progress::restarting(
+        self.observe(Progress::Restarting(Restart {
             task,
-            cause,
+            failure: cause.into(),
             delay_ms,
-            is_new_attempt,
-            remaining,
-            because,
-            count,
-        ));
+            new_attempt: is_new_attempt,
+            remaining_attempts: remaining,
+            restarting: because,
+            tasks: count,
+        }));
     }
 
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {

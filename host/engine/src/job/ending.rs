@@ -83,8 +83,12 @@ pub(super) fn next_step(
     retention: Retention,
 ) -> String {
     let first = match cause {
-        FailureCause::Permanent { obstacle, .. } => remedy(*obstacle),
-        _ => "",
+        FailureCause::Permanent { obstacle, .. } => remedy(*obstacle).to_owned(),
+        FailureCause::LimitExceeded { limit, .. } => match limit.setting() {
+            Some(setting) => format!("raise {setting}, or make the operator need less"),
+            None => "make the operator need less".to_owned(),
+        },
+        _ => String::new(),
     };
     match checkpoint {
         Some(id) if is_kept && !first.is_empty() => {
@@ -149,6 +153,7 @@ pub(super) fn end_of(outcome: &Outcome) -> Option<End> {
 pub(super) fn failure(graph: &JobGraph, task: Option<TaskId>, cause: &FailureCause) -> Problem {
     let who = task.map_or("the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
     let problem = Problem::new(cause.into(), format!("{who} {cause}"));
+    let problem = problem.with_os_error(cause.os_error());
     match cause {
         FailureCause::Trap { backtrace, .. } => {
             backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")))

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    error::Error,
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -91,10 +92,10 @@ pub(super) fn locals(
     tasks.iter().zip(identities).map(local).collect()
 }
 
-pub(crate) fn unusable_state(location: Option<&Path>, error: &dyn std::fmt::Display) -> Problem {
+pub(crate) fn unusable_state(location: Option<&Path>, error: &(dyn Error + 'static)) -> Problem {
     let place = location.map_or("memory".to_owned(), |path| path.display().to_string());
     Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
-        .detail(error)
+        .because(error)
         .hint(
             "set --state-dir, or execution.checkpointing.dir, to a directory that you can write to",
         )

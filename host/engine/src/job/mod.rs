@@ -19,6 +19,7 @@ mod wiring;
 
 use std::{
     collections::BTreeMap,
+    error::Error,
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
@@ -125,7 +126,7 @@ impl CheckedJob {
             );
             return Ok(Some(restorable));
         }
-        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
+        let unusable = |error: &(dyn Error + 'static)| unusable_state(state_dir, error);
         let storage: Box<dyn Storage> = match state_dir {
             Some(dir) if is_nothing_there(&self.spec.storage, dir) => {
                 Box::new(MemoryStorage::default())
@@ -187,7 +188,7 @@ impl Job {
         let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
         let nodes = prepare_nodes(&spec, &operators)?;
         let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
-        let unusable = |error: &dyn std::fmt::Display| unusable_state(state_dir, error);
+        let unusable = |error: &(dyn Error + 'static)| unusable_state(state_dir, error);
         let lock = locked(state_dir, lock)?;
         let digest = digest_of(&identities, &spec);
         let mut targets = Tasks {
@@ -312,7 +313,7 @@ impl Job {
         };
         let started = StorageHandle::start(self.store, report()).map_err(|error| {
             self.desk.close();
-            Problem::new(Code::CannotStart, "start the storage thread").detail(error)
+            Problem::new(Code::CannotStart, "start the storage thread").because(&error)
         });
         let (storage, thread) = started?;
         self.desk.look_with(storage.inspector());

@@ -193,7 +193,7 @@ impl Plan {
     /// How many bytes a result partition of an operator may have. Sources are the host's own.
     pub(crate) fn partition_bytes_max(&self, operator: OperatorId) -> u64 {
         match &self.nodes[operator.0 as usize] {
-            NodePlan::Operator { spec, .. } => spec.limits.partition_bytes_max,
+            NodePlan::Operator { spec, .. } => spec.partition_bytes_max,
             NodePlan::Source(_) | NodePlan::Sink { .. } => u64::MAX,
         }
     }

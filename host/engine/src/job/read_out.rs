@@ -91,7 +91,10 @@ impl OwnComponent {
     ) -> Result<(), GuestError> {
         self.each_piece(image, |_| match go_on() {
             true => Ok(()),
-            false => Err(GuestError::Unavailable("the job has ended".to_owned())),
+            false => Err(GuestError::Unavailable {
+                message: "the job has ended".to_owned(),
+                os_error: None,
+            }),
         })
     }
 
@@ -154,7 +157,7 @@ pub fn each_declared(
     let checkpoint = metadata.checkpoint;
     let damaged = |error: StorageError| {
         let message = format!("checkpoint {checkpoint} in {} is damaged", store.location());
-        Problem::new(Code::StoreDamaged, message).detail(error)
+        Problem::new(Code::StoreDamaged, message).because(&error)
     };
     let mut each = |entries: Entries<'_>| {
         for entry in entries {

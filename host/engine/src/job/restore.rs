@@ -120,7 +120,7 @@ fn take_over(
     redistribute(tasks, metadata, other, warnings).map_err(|failed| match failed {
         Failed::Problem(problem) => *problem,
         Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
-            .detail(error)
+            .because(&error)
             .hint("use another savepoint or checkpoint"),
     })
 }
@@ -281,7 +281,7 @@ pub fn open_named(dir: &Path) -> Result<(SnapshotStore, CheckpointMetadata), Pro
 
 fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
     let message = format!("the state directory {} cannot be used", store.location());
-    Problem::new(Code::StateUnusable, message).detail(error)
+    Problem::new(Code::StateUnusable, message).with_os_error(error.os_error()).detail(error)
 }
 
 fn adopt_state(

@@ -140,7 +140,7 @@ fn read_record(
     let Some(dir) = state_dir else { return nothing() };
     let known = JobRecord::read(dir).map_err(|error| {
         let message = format!("the record of the job in {} cannot be read", dir.display());
-        Problem::new(Code::StateUnusable, message).detail(error).hint(
+        Problem::new(Code::StateUnusable, message).because(&error).hint(
             "put `JOB` back from a copy; without it nobody knows whose state and output this is",
         )
     })?;

@@ -14,7 +14,7 @@ use cofferdam_connector::{
 use cofferdam_contract::{Batch, Emission};
 use cofferdam_core::{
     checkpoint::Purpose,
-    failure::FailureCause,
+    failure::{EnvironmentError, FailureCause},
     ids::{Attempt, CheckpointId, TaskId, micros},
 };
 use cofferdam_store::{declared, snapshot::TaskSnapshot};
@@ -112,8 +112,9 @@ impl Node {
                 if 0 < suspects {
                     let is_restored = checkpoint.is_some() && operator.spec.snapshot.has_memory();
                     let base = is_restored.then(|| self.local.copy_image()).transpose();
-                    let base = base.map_err(|error| FailureCause::Environment {
-                        message: format!("copy the image of a task: {error}"),
+                    let base = base.map_err(|error| {
+                        let doing = "copy the image of a task";
+                        FailureCause::Environment(EnvironmentError::of(doing, &error))
                     })?;
                     operator.begin_guard(&context, base, suspects).await?;
                 }
@@ -130,7 +131,8 @@ impl Node {
         blocking(move || {
             let loaded = monitor.storage.load(slot, checkpoint)?;
             local.lock().load(turn, checkpoint, &loaded).map_err(|error| {
-                FailureCause::Environment { message: format!("make the image of a task: {error}") }
+                let doing = "make the image of a task";
+                FailureCause::Environment(EnvironmentError::of(doing, &error))
             })
         })
         .await

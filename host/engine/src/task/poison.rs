@@ -9,7 +9,11 @@ use std::time::Instant;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use cofferdam_contract::{Batch, Emission, Processed as Answer, RecordRef};
-use cofferdam_core::{failure::FailureCause, ids::micros, isolate::Isolation};
+use cofferdam_core::{
+    failure::{EnvironmentError, FailureCause},
+    ids::micros,
+    isolate::Isolation,
+};
 use cofferdam_sandbox::{GuestError, Image, MemorySnapshot};
 use serde_json::{Map, Value, json};
 
@@ -238,5 +242,5 @@ impl OperatorTask {
 }
 
 fn no_memory(error: std::io::Error) -> FailureCause {
-    FailureCause::Environment { message: format!("keep the image of a guarded task: {error}") }
+    FailureCause::Environment(EnvironmentError::of("keep the image of a guarded task", &error))
 }

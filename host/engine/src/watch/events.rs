@@ -179,7 +179,7 @@ impl Observer for Watch {
     fn observe(&self, progress: Progress) {
         match &progress {
             Progress::Running { .. } => self.set(JobState::Running),
-            Progress::Restarting { .. } => self.set(JobState::Restarting),
+            Progress::Restarting(_) => self.set(JobState::Restarting),
             _ => {}
         }
         let mut known = self.lock();

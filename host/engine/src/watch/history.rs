@@ -41,7 +41,7 @@ impl Entry {
 pub(super) fn is_kept(progress: &Progress) -> bool {
     matches!(
         progress,
-        Progress::Restarting { .. }
+        Progress::Restarting(_)
             | Progress::Failed { .. }
             | Progress::DeadLetter { .. }
             | Progress::RecordsLost { .. }

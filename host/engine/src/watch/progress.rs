@@ -2,8 +2,64 @@
 
 use std::collections::BTreeMap;
 
-use cofferdam_core::{failure::FailureCause, ids::CheckpointId};
+use cofferdam_core::{
+    failure::{FailureCause, LimitKind},
+    ids::CheckpointId,
+};
 use serde::Serialize;
+
+/// The facts of a failure.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FailureFacts {
+    /// Its class: `trap`, `limit-exceeded`, `rejected`, `environment`, `checkpoints-failed`, `permanent`, `host-bug`.
+    pub class: &'static str,
+    /// What happened.
+    pub message: String,
+    /// The guest's frames, innermost first; empty where there are none.
+    pub backtrace: Vec<String>,
+    /// The setting of the limit that was exceeded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<&'static str>,
+    /// The number of the operating system's error that lies behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub os_error: Option<i32>,
+}
+
+impl From<&FailureCause> for FailureFacts {
+    fn from(cause: &FailureCause) -> Self {
+        let backtrace = match cause {
+            FailureCause::Trap { backtrace, .. } => backtrace.clone(),
+            _ => Vec::new(),
+        };
+        Self {
+            class: cause.class(),
+            message: cause.message().into_owned(),
+            backtrace,
+            limit: cause.limit().and_then(LimitKind::setting),
+            os_error: cause.os_error(),
+        }
+    }
+}
+
+/// A failure, and what restarts because of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Restart {
+    /// The task that failed, `operator/index`.
+    pub task: Option<String>,
+    /// What has failed.
+    #[serde(flatten)]
+    pub failure: FailureFacts,
+    /// The tasks start again after this.
+    pub delay_ms: u64,
+    /// False where the restart strategy counts the failure to an attempt that was under way.
+    pub new_attempt: bool,
+    /// How many more failures lead to a restart, if the strategy counts them.
+    pub remaining_attempts: Option<u64>,
+    /// The tasks that restart, `operator/index`, and why each does; all others go on.
+    pub restarting: BTreeMap<String, String>,
+    /// How many tasks there are.
+    pub tasks: usize,
+}
 
 /// Something worth a line.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -59,26 +115,7 @@ pub enum Progress {
         reason: String,
     },
     /// A failure leads to a restart.
-    Restarting {
-        /// The task that failed, `operator/index`.
-        task: Option<String>,
-        /// The class of the failure.
-        class: &'static str,
-        /// What happened.
-        message: String,
-        /// The guest's frames.
-        backtrace: Vec<String>,
-        /// The tasks start again after this.
-        delay_ms: u64,
-        /// False where the restart strategy counts the failure to an attempt that was under way.
-        new_attempt: bool,
-        /// How many more failures lead to a restart, if the strategy counts them.
-        remaining_attempts: Option<u64>,
-        /// The tasks that restart, `operator/index`, and why each does; all others go on.
-        restarting: BTreeMap<String, String>,
-        /// How many tasks there are.
-        tasks: usize,
-    },
+    Restarting(Restart),
     /// Tasks have restarted without all that they read from, over an approximate exchange.
     RecordsLost {
         /// The operator that sends.
@@ -102,12 +139,9 @@ pub enum Progress {
     DeadLetter {
         /// The task, `operator/index`.
         task: String,
-        /// The class of the failure.
-        class: &'static str,
-        /// What happened.
-        message: String,
-        /// The guest's frames.
-        backtrace: Vec<String>,
+        /// What has failed.
+        #[serde(flatten)]
+        failure: FailureFacts,
         /// How often it has trapped.
         traps: u32,
         /// From the trap of its batch until it was found.
@@ -117,12 +151,9 @@ pub enum Progress {
     Failed {
         /// The task that failed, `operator/index`.
         task: Option<String>,
-        /// The class of the failure.
-        class: &'static str,
-        /// What happened.
-        message: String,
-        /// The guest's frames.
-        backtrace: Vec<String>,
+        /// What has failed.
+        #[serde(flatten)]
+        failure: FailureFacts,
     },
     /// Something that may lead to trouble.
     Warning {
@@ -183,51 +214,11 @@ impl Progress {
         traps: u32,
         isolation_us: u64,
     ) -> Self {
-        let (class, message) = (cause.class(), cause.message().to_owned());
-        Self::DeadLetter {
-            task,
-            class,
-            message,
-            backtrace: backtrace_of(cause),
-            traps,
-            isolation_us,
-        }
+        Self::DeadLetter { task, failure: cause.into(), traps, isolation_us }
     }
 
     pub(crate) fn failed(task: Option<String>, cause: &FailureCause) -> Self {
-        let (class, message) = (cause.class(), cause.message().to_owned());
-        Self::Failed { task, class, message, backtrace: backtrace_of(cause) }
-    }
-
-    pub(crate) fn restarting(
-        task: Option<String>,
-        cause: &FailureCause,
-        delay_ms: u64,
-        new_attempt: bool,
-        remaining_attempts: Option<u64>,
-        restarting: BTreeMap<String, String>,
-        tasks: usize,
-    ) -> Self {
-        let backtrace = backtrace_of(cause);
-        let (class, message) = (cause.class(), cause.message().to_owned());
-        Self::Restarting {
-            task,
-            class,
-            message,
-            backtrace,
-            delay_ms,
-            new_attempt,
-            remaining_attempts,
-            restarting,
-            tasks,
-        }
-    }
-}
-
-fn backtrace_of(cause: &FailureCause) -> Vec<String> {
-    match cause {
-        FailureCause::Trap { backtrace, .. } => backtrace.clone(),
-        _ => Vec::new(),
+        Self::Failed { task, failure: cause.into() }
     }
 }
 

@@ -212,7 +212,7 @@ pub async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, Problem>
         io::ErrorKind::PermissionDenied => {
             let message = format!("the job in {} is another user's", state_dir.display());
             Problem::new(Code::RequestRefused, message)
-                .detail(error)
+                .because(&error)
                 .hint("ask as the user who runs it")
         }
         _ => not_running(error.to_string()),

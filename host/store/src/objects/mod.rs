@@ -54,7 +54,8 @@ impl ObjectStorage {
         let (store, root): (Arc<dyn ObjectStore>, ObjectPath) = match location.split_once("://") {
             None | Some(("file", _)) => {
                 let dir = Path::new(location.strip_prefix("file://").unwrap_or(location));
-                make_dir(dir, FOR_ALL).map_err(|error| wrong(&error))?;
+                make_dir(dir, FOR_ALL)
+                    .map_err(|error| StorageError::at("open the checkpoints", location, error))?;
                 let store = LocalFileSystem::new_with_prefix(dir).map_err(|error| wrong(&error))?;
                 let store = store.with_fsync(true).with_automatic_cleanup(true);
                 (Arc::new(store), ObjectPath::default())

@@ -67,7 +67,11 @@ impl<T> Drop for Quiet<T> {
 /// Calls sled, which panics where it finds its own files damaged in some ways.
 pub(crate) fn guarded<T>(doing: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T> {
     match std::panic::catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| StorageError::store(doing, error)),
+        Ok(result) => result.map_err(|error| match error {
+            // sled does not name it as its source.
+            sled::Error::Io(error) => StorageError::store(doing, error),
+            error => StorageError::store(doing, error),
+        }),
         Err(_) => Err(StorageError::damaged("the index", format!("sled gave up: {doing}"))),
     }
 }

@@ -7,6 +7,7 @@ use super::*;
 use crate::{
     checkpoint::CheckpointSettings,
     exchange::ExchangeType,
+    failure::EnvironmentError,
     graph::{Edge, JobGraph, Operator, Partitioner},
     ids::OperatorId,
     restart::RestartStrategy,
@@ -124,12 +125,13 @@ fn event_of(text: &str, all: &[TaskId]) -> Event {
         },
         ["durable", checkpoint] => Event::MetadataDurable { checkpoint: id(checkpoint) },
         ["lost", checkpoint] => {
-            Event::MetadataLost { checkpoint: id(checkpoint), message: "disk".to_owned() }
+            Event::MetadataLost { checkpoint: id(checkpoint), error: EnvironmentError::new("disk") }
         }
         ["saved", checkpoint] => Event::SavepointDurable { checkpoint: id(checkpoint) },
-        ["unsaved", checkpoint] => {
-            Event::SavepointLost { checkpoint: id(checkpoint), message: "disk".to_owned() }
-        }
+        ["unsaved", checkpoint] => Event::SavepointLost {
+            checkpoint: id(checkpoint),
+            error: EnvironmentError::new("disk"),
+        },
         ["trap", who, at] => fail(
             who,
             at,
@@ -140,7 +142,7 @@ fn event_of(text: &str, all: &[TaskId]) -> Event {
         }
         ["global"] => Event::TaskFailed {
             task: None,
-            cause: FailureCause::Environment { message: "disk".to_owned() },
+            cause: FailureCause::Environment(EnvironmentError::new("disk")),
             lost: None,
         },
         ["finished", who, at] => Event::TaskFinished { task: task_of(who), attempt: attempt(at) },

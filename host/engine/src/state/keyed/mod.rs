@@ -477,5 +477,5 @@ impl Inner {
 }
 
 fn unavailable(error: StorageError) -> StateError {
-    StateError::Unavailable(error.to_string())
+    StateError::Unavailable { message: error.to_string(), os_error: error.os_error() }
 }

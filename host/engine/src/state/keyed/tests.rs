@@ -301,7 +301,7 @@ fn a_database_that_has_failed_is_replaced() {
     state.cut(1, &[]).expect("cut");
     state.complete(1).expect("complete");
     state.tables.break_database();
-    assert!(matches!(state.get(2, &[9], 0), Err(StateError::Unavailable(_))));
+    assert!(matches!(state.get(2, &[9], 0), Err(StateError::Unavailable { .. })));
     let turn = state.rewind(1).expect("what is here cannot be read");
     state.load(turn, 1, numbers(3)).expect("there is a new database");
     assert_eq!(state.rewind(1), None);
