@@ -1,5 +1,13 @@
 //! The front door: everything that is done to this project is a verb of `cargo xtask`.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it speaks to who runs it"
+)]
+
+mod checks;
 mod demo;
 mod steps;
 
@@ -59,6 +67,20 @@ enum Verb {
     },
     /// Write what this version writes into `tests/archive`, once for each version of the format
     Archive,
+    /// Check licences, sources and known advisories of what the project depends on
+    Deny,
+    /// Build with the oldest Rust that the project promises
+    Msrv,
+    /// Run the core's tests under miri
+    Miri,
+    /// Look for bytes that break a law: of a manifest, of the store's metadata, of a component
+    Fuzz {
+        /// Which: manifest, metadata or component
+        target: String,
+        /// For how many seconds
+        #[arg(default_value_t = 60)]
+        seconds: u64,
+    },
     /// Run a benchmark: call, recovery, checkpoint, failover, hotstate, state or wordcount
     Bench {
         /// Which one
@@ -79,6 +101,10 @@ fn main() -> Result<()> {
         Verb::Power { cuts } => steps::program("power", cuts),
         Verb::Flights { job } => steps::flights(job.as_deref()),
         Verb::Archive => steps::archive(),
+        Verb::Deny => checks::deny(),
+        Verb::Msrv => checks::msrv(),
+        Verb::Miri => checks::miri(),
+        Verb::Fuzz { target, seconds } => checks::fuzz(&target, seconds),
         Verb::Bench { name } => steps::bench(&name),
     }
 }

@@ -8,11 +8,11 @@ const TARGET: &str = "wasm32-wasip2";
 
 /// The folder of the whole project.
 pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("."))
 }
 
 /// A cargo command in a folder of the project, free of what the outer cargo has set.
-fn cargo(dir: &str) -> Command {
+pub(crate) fn cargo(dir: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
     command.current_dir(root().join(dir));
     command.env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("RUSTFLAGS");

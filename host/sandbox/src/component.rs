@@ -10,7 +10,7 @@ use crate::{
     cache::Cache,
     engine::{Sandbox, Shared},
     instrument::{self, Access},
-    validate::{self, Unsound, Verdict},
+    validate::{self, Unsound, ValidateError},
     wasi::State,
 };
 
@@ -159,19 +159,7 @@ impl Sandbox {
     }
 
     fn compile(&self, bytes: &[u8], digest: Digest) -> Result<Compiled, ComponentError> {
-        check_kind(bytes)?;
-        let malformed = |error: wasmparser::BinaryReaderError| ComponentError::Malformed {
-            message: error.to_string(),
-        };
-        validate::check(bytes).map_err(|verdict| match verdict {
-            Verdict::Malformed(error) => malformed(error),
-            Verdict::Unsound(unsound) => ComponentError::Unsound(unsound),
-        })?;
-        // The rewriting relies on what validation guarantees, so validate what was given first.
-        wasmparser::Validator::new_with_features(validate::features())
-            .validate_all(bytes)
-            .map_err(malformed)?;
-        let instrumented = instrument::instrument(bytes).map_err(malformed)?;
+        let instrumented = rewrite(bytes)?;
         let compile =
             |error: wasmtime::Error| ComponentError::Compile { message: format!("{error:#}") };
         let compiled =
@@ -207,6 +195,30 @@ impl Sandbox {
         let Some((cache, name)) = self.cache_file(digest) else { return Ok(()) };
         cache.write(&name, &compiled.serialize()?)?;
         Ok(())
+    }
+}
+
+/// The component that is compiled in place of this one: the same, with accesses to the state that no export
+/// gives.
+///
+/// # Errors
+/// Where the bytes are no component, or one that cannot be checkpointed.
+pub fn rewrite(bytes: &[u8]) -> Result<Vec<u8>, ComponentError> {
+    check_kind(bytes)?;
+    validate::check(bytes)?;
+    // The rewriting relies on what validation guarantees, so validate what was given first.
+    wasmparser::Validator::new_with_features(validate::features())
+        .validate_all(bytes)
+        .map_err(ValidateError::from)?;
+    Ok(instrument::instrument(bytes)?)
+}
+
+impl From<ValidateError> for ComponentError {
+    fn from(error: ValidateError) -> Self {
+        match error {
+            ValidateError::Malformed(message) => Self::Malformed { message },
+            ValidateError::Unsound(unsound) => Self::Unsound(unsound),
+        }
     }
 }
 

@@ -7,13 +7,19 @@
 //! memories, all in 64-bit numbers. No code is touched, so running costs
 //! what it cost before.
 
+#![warn(clippy::indexing_slicing, reason = "what is read is a tenant's")]
+
+use std::ops::Range;
+
 use wasm_encoder as enc;
 use wasmparser::{
     CanonicalFunction, ComponentAlias, ComponentExternalKind, ComponentTypeRef, ExternalKind,
     Instance, MemoryType, Parser, Payload, TypeRef, ValType,
 };
 
-type Result<T> = std::result::Result<T, wasmparser::BinaryReaderError>;
+use crate::validate::ValidateError;
+
+type Result<T> = std::result::Result<T, ValidateError>;
 
 /// The version of the order in which memories and globals of a component are numbered. A snapshot holds them
 /// by number, so one of another version says nothing to this one.
@@ -81,24 +87,30 @@ pub(crate) fn instrument(bytes: &[u8]) -> Result<Vec<u8>> {
             Payload::ModuleSection { unchecked_range, .. } => {
                 depth += 1;
                 counts.core_modules += 1;
-                let (module, state) = rewrite_module(&bytes[unchecked_range.clone()])?;
+                let (module, state) = rewrite_module(part(bytes, unchecked_range)?)?;
                 out.section(&enc::RawSection { id: 1, data: &module });
                 modules.push(state);
                 continue;
             }
             Payload::ComponentSection { unchecked_range, .. } => {
                 depth += 1;
-                out.section(&enc::RawSection { id: 4, data: &bytes[unchecked_range.clone()] });
+                out.section(&enc::RawSection { id: 4, data: part(bytes, unchecked_range)? });
                 continue;
             }
             other => count(other, &mut counts, &mut instances)?,
         }
         if let Some((id, range)) = payload.as_section() {
-            out.section(&enc::RawSection { id, data: &bytes[range] });
+            out.section(&enc::RawSection { id, data: part(bytes, &range)? });
         }
     }
     append_accessor(&mut out, &counts, &modules, &instances);
     Ok(out.finish())
+}
+
+/// The bytes of a section.
+fn part<'b>(bytes: &'b [u8], range: &Range<usize>) -> Result<&'b [u8]> {
+    let short = || ValidateError::Malformed(format!("it ends before byte {}", range.end));
+    bytes.get(range.clone()).ok_or_else(short)
 }
 
 /// Counts what an alias makes known.
@@ -249,7 +261,7 @@ fn rewrite_module(bytes: &[u8]) -> Result<(Vec<u8>, ModuleState)> {
             out.section(&exports);
             is_exported = true;
         }
-        out.section(&enc::RawSection { id, data: &bytes[range] });
+        out.section(&enc::RawSection { id, data: part(bytes, &range)? });
     }
     if !is_exported {
         out.section(&exports);

@@ -41,7 +41,7 @@ mod bindings {
 }
 
 pub use bindings::cofferdam::operator::logging::Level;
-pub use component::{Component, ComponentError, Digest};
+pub use component::{Component, ComponentError, Digest, rewrite};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
 pub use host::{Host, QuietHost, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};

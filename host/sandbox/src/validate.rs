@@ -1,6 +1,8 @@
 //! Decides whether a component can be checkpointed: whether linear memories and mutable globals
 //! are all the state that running it can change.
 
+#![warn(clippy::indexing_slicing, reason = "what is read is a tenant's")]
+
 use wasmparser::{
     CanonicalFunction, ComponentAlias, ComponentExternalKind, ComponentOuterAliasKind,
     ComponentTypeRef, Instance, Operator, Parser, Payload, TypeRef, WasmFeatures,
@@ -120,12 +122,19 @@ enum Level {
 ///
 /// # Errors
 /// The first such state, or why the bytes are no component.
-pub(crate) fn check(bytes: &[u8]) -> Result<(), Verdict> {
+pub(crate) fn check(bytes: &[u8]) -> Result<(), ValidateError> {
     let mut levels: Vec<Level> = Vec::new();
     let mut modules = 0u32;
     let mut instantiated: Vec<u32> = Vec::new();
     for payload in Parser::new(0).parse_all(bytes) {
         let payload = payload?;
+        if let Payload::ModuleSection { unchecked_range: range, .. }
+        | Payload::ComponentSection { unchecked_range: range, .. } = &payload
+            && bytes.len() < range.end
+        {
+            // The parser takes the end of the bytes for that of the section.
+            return Err(ValidateError::Malformed(format!("it ends before byte {}", range.end)));
+        }
         let level = levels.last().copied();
         match (&payload, level) {
             (Payload::Version { .. }, None) => levels.push(Level::Component),
@@ -166,7 +175,7 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Verdict> {
 }
 
 /// A section of a component, but for those that define core modules and their instances.
-fn check_section(payload: &Payload<'_>, is_outermost: bool) -> Result<(), Verdict> {
+fn check_section(payload: &Payload<'_>, is_outermost: bool) -> Result<(), ValidateError> {
     match payload {
         Payload::ComponentTypeSection(_)
         | Payload::CoreTypeSection(_)
@@ -213,13 +222,13 @@ fn check_section(payload: &Payload<'_>, is_outermost: bool) -> Result<(), Verdic
     }
 }
 
-fn unknown(payload: &Payload<'_>) -> Verdict {
+fn unknown(payload: &Payload<'_>) -> ValidateError {
     let name = format!("{payload:?}");
     let what = name.split([' ', '{', '(']).next().unwrap_or_default().to_owned();
     Unsound::UnknownSection { what }.into()
 }
 
-fn check_name(name: &str) -> Result<(), Verdict> {
+fn check_name(name: &str) -> Result<(), ValidateError> {
     match RESERVED.iter().any(|reserved| name.starts_with(reserved)) {
         true => Err(Unsound::ReservedName { name: name.chars().take(80).collect() }.into()),
         false => Ok(()),
@@ -237,25 +246,25 @@ pub(crate) fn features() -> WasmFeatures {
 
 /// Why a component was not accepted.
 #[derive(Debug)]
-pub(crate) enum Verdict {
-    Malformed(wasmparser::BinaryReaderError),
+pub(crate) enum ValidateError {
+    Malformed(String),
     Unsound(Unsound),
 }
 
-impl From<wasmparser::BinaryReaderError> for Verdict {
+impl From<wasmparser::BinaryReaderError> for ValidateError {
     fn from(error: wasmparser::BinaryReaderError) -> Self {
-        Self::Malformed(error)
+        Self::Malformed(error.to_string())
     }
 }
 
-impl From<Unsound> for Verdict {
+impl From<Unsound> for ValidateError {
     fn from(unsound: Unsound) -> Self {
         Self::Unsound(unsound)
     }
 }
 
 /// Lifting, lowering and dropping handles of the host keep no state of the component's own.
-fn check_canonical(function: &CanonicalFunction) -> Result<(), Verdict> {
+fn check_canonical(function: &CanonicalFunction) -> Result<(), ValidateError> {
     use wasmparser::CanonicalOption;
     match function {
         CanonicalFunction::Lift { options, .. } | CanonicalFunction::Lower { options, .. } => {
@@ -273,7 +282,7 @@ fn check_canonical(function: &CanonicalFunction) -> Result<(), Verdict> {
     }
 }
 
-fn check_module(module: u32, payload: Payload<'_>) -> Result<(), Verdict> {
+fn check_module(module: u32, payload: Payload<'_>) -> Result<(), ValidateError> {
     match payload {
         Payload::ImportSection(section) => {
             for import in section.into_imports() {
@@ -333,7 +342,7 @@ pub(crate) fn is_number(ty: wasmparser::ValType) -> bool {
     matches!(ty, I32 | I64 | F32 | F64)
 }
 
-fn check_operator(module: u32, operator: &Operator<'_>) -> Result<(), Verdict> {
+fn check_operator(module: u32, operator: &Operator<'_>) -> Result<(), ValidateError> {
     let instruction = match operator {
         Operator::TableSet { .. } => "table.set",
         Operator::TableGrow { .. } => "table.grow",

@@ -63,9 +63,9 @@ pub struct SnapshotStats {
 /// What a task's state belongs to. State of another identity is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskIdentity {
-    /// The operator's name in the metadata.
+    /// The operator's name in the manifest.
     pub operator: String,
-    /// What its state is matched by: the name, unless the metadata says otherwise.
+    /// What its state is matched by: the name, unless the manifest says otherwise.
     pub uid: String,
     /// The task's place among the operator's tasks.
     pub index: u32,
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn manifest_is_read_as_it_was_written() {
+    fn metadata_is_read_as_it_was_written() {
         let metadata = metadata();
         let bytes = metadata.encode().expect("encodes");
         assert_eq!(CheckpointMetadata::decode("m", &bytes).expect("decodes"), metadata);
