@@ -97,7 +97,7 @@ mod tests {
 
     /// Table 4.2 of the reference: type, reconsumable, persistent, must be pipelined, blocking.
     #[test]
-    fn result_partition_type_test() {
+    fn each_type_can_be_read_when_and_as_often_as_the_reference_says() {
         let rows = [
             ("blocking", true, false, false, true),
             ("blocking-persistent", true, true, false, true),

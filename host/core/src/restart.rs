@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn exponential_delay_row_e1_max_attempts() {
+    fn exponential_delay_allows_its_attempts_and_not_one_more() {
         let mut state = RestartState::new(exponential(1, 3, 1.2, 10, 0.25, Some(13)));
         let mut random = Random::new(1);
         for round in 0..14u64 {
@@ -320,12 +320,12 @@ mod tests {
     }
 
     #[test]
-    fn exponential_delay_row_e3_initial() {
+    fn exponential_delay_begins_with_the_initial_one() {
         check(exponential(42, 45, 2.0, 8, 0.0, None), &[0], &["new 42"]);
     }
 
     #[test]
-    fn exponential_delay_row_e4_max() {
+    fn exponential_delay_grows_up_to_the_longest_one() {
         for seed in 0..100 {
             let mut state = RestartState::new(exponential(1, 6, 2.0, 8, 0.25, None));
             let mut random = Random::new(seed);
@@ -337,7 +337,8 @@ mod tests {
     }
 
     #[test]
-    fn exponential_delay_row_e5_reset_counts_from_the_end_of_the_delay() {
+    fn exponential_delay_begins_anew_after_a_time_without_failures_that_counts_from_the_end_of_the_delay()
+     {
         check(exponential(1, 5, 2.0, 8, 0.25, None), &[0, 8], &["new 1", "new 2"]);
         check(exponential(1, 5, 2.0, 8, 0.25, None), &[0, 9], &["new 1", "new 1"]);
     }

@@ -104,21 +104,24 @@ mod tests {
         exceeded
     }
 
+    /// Flink: `IgnoresOneCheckpointTwiceAndOldOnes`.
     #[test]
-    fn ignores_one_checkpoint_twice_and_old_ones() {
+    fn a_checkpoint_counts_once_and_an_old_one_not_at_all() {
         let sequence = "EXPIRED@1, EXPIRED@2, success@2, EXPIRED@1, EXPIRED@3, EXPIRED@4";
         assert_eq!(exceeded(Some(2), sequence), 0);
         assert_eq!(exceeded(Some(1), "EXPIRED@1, EXPIRED@1, DECLINED@1"), 0);
     }
 
+    /// Flink: `ContinuousFailure`.
     #[test]
-    fn continuous_failure() {
+    fn failures_in_a_row_exceed_what_is_tolerated() {
         let sequence = "DECLINED@1, DECLINED@2, JOB_FAILOVER_REGION@3, DECLINED@4";
         assert_eq!(exceeded(Some(2), sequence), 1);
     }
 
+    /// Flink: `BreakContinuousFailure`.
     #[test]
-    fn break_continuous_failure() {
+    fn a_completed_checkpoint_forgives_what_failed_before() {
         let sequence = "IO@1, DECLINED@2, JOB_FAILOVER_REGION@3, success@4, EXPIRED@5";
         assert_eq!(exceeded(Some(2), sequence), 0);
     }

@@ -180,8 +180,9 @@ mod tests {
         assert_eq!(number_of(queue.choose(Millis(0), BUSY)), Some(1));
     }
 
+    /// Flink: `EnqueuedOnTooManyPendingAndRunsOnceItDrops`.
     #[test]
-    fn enqueued_on_too_many_pending_and_runs_once_it_drops() {
+    fn a_request_waits_while_as_many_are_pending_as_may_be() {
         for text in ["periodic checkpoint", "user checkpoint", "user savepoint"] {
             let mut queue = queue();
             queue.submit(request(1, text));
@@ -198,8 +199,9 @@ mod tests {
         assert_eq!(number_of(queue.choose(Millis(0), Load { cleaning: 1, ..IDLE })), Some(1));
     }
 
+    /// Flink: `UserSubmittedPrioritized`.
     #[test]
-    fn user_submitted_prioritized() {
+    fn what_a_user_asks_for_comes_first() {
         for kind in ["savepoint", "forced savepoint"] {
             let mut queue = queue();
             queue.submit(request(1, &format!("periodic {kind}")));
@@ -209,8 +211,9 @@ mod tests {
         }
     }
 
+    /// Flink: `SavepointPrioritized`.
     #[test]
-    fn savepoint_prioritized() {
+    fn savepoints_come_before_checkpoints() {
         for forced in ["", "forced "] {
             let mut queue = queue();
             queue.submit(request(1, &format!("user {forced}checkpoint")));
@@ -227,8 +230,9 @@ mod tests {
         assert_eq!(number_of(queue.choose(Millis(0), IDLE)), Some(2));
     }
 
+    /// Flink: `QueueSizeLimit`.
     #[test]
-    fn queue_size_limit() {
+    fn a_full_queue_drops_the_youngest_of_the_timers_requests() {
         let mut queue = queue();
         let dropped: Vec<_> =
             (1..=13).filter_map(|n| queue.submit(request(n, "periodic checkpoint"))).collect();
@@ -243,8 +247,9 @@ mod tests {
         assert_eq!(dropped.number, 30);
     }
 
+    /// Flink: `MinPauseBetweenCheckpoints`.
     #[test]
-    fn min_pause_between_checkpoints() {
+    fn periodic_requests_alone_wait_for_the_pause() {
         let just_completed = Load { last_completed_at: Some(Millis(100)), ..IDLE };
         for text in [
             "user savepoint",

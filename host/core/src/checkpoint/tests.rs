@@ -1,4 +1,4 @@
-//! `CheckpointCoordinatorTest` and its relatives, each row by its name.
+//! When a checkpoint begins, completes and fails: the rows of Flink's `CheckpointCoordinatorTest` and its relatives, and our own.
 
 use super::*;
 use crate::{failure::EnvironmentError, ids::OperatorId};
@@ -115,8 +115,9 @@ fn first_tick_falls_between_pause_and_interval() {
     }
 }
 
+/// Flink: `MinCheckpointPause`.
 #[test]
-fn min_checkpoint_pause() {
+fn the_next_checkpoint_waits_for_the_pause() {
     let mut rig = Rig::new(12, CheckpointSettings { min_pause_ms: 50, ..tolerant() });
     assert_eq!(rig.run_to(60), "begin 1");
     rig.run_to(150);
@@ -138,8 +139,9 @@ fn aborted_checkpoint_does_not_move_the_pause() {
     assert_eq!(steps, "abort 1 CHECKPOINT_EXPIRED, begin 2");
 }
 
+/// Flink: `MaxConcurrentAttempts`.
 #[test]
-fn max_concurrent_attempts() {
+fn no_more_checkpoints_are_pending_than_may_be() {
     for concurrent_max in [1usize, 2, 5] {
         let mut rig = Rig::new(10, CheckpointSettings { concurrent_max, ..tolerant() });
         rig.run_to(200);
@@ -150,15 +152,17 @@ fn max_concurrent_attempts() {
     }
 }
 
+/// Flink: `MaxConcurrentAttemptsWithSubsumption`.
 #[test]
-fn max_concurrent_attempts_with_subsumption() {
+fn a_completed_checkpoint_makes_room_for_as_many_as_it_subsumes() {
     let mut rig = Rig::new(10, CheckpointSettings { concurrent_max: 2, ..tolerant() });
     assert_eq!(rig.run_to(200), "begin 1, begin 2");
     assert_eq!(rig.complete(2), "complete 2, abort 1 CHECKPOINT_SUBSUMED, begin 3, begin 4");
 }
 
+/// Flink: `SuccessfulCheckpointSubsumesUnsuccessful`.
 #[test]
-fn successful_checkpoint_subsumes_unsuccessful() {
+fn a_completed_checkpoint_ends_older_ones_that_are_pending() {
     let mut rig = Rig::new(10, CheckpointSettings { concurrent_max: 2, ..tolerant() });
     rig.run_to(40);
     rig.ack(A, 1);
@@ -167,8 +171,9 @@ fn successful_checkpoint_subsumes_unsuccessful() {
     assert!(rig.complete(3).starts_with("complete 3, subsume 2"));
 }
 
+/// Flink: `CheckpointTimeoutIsolated`.
 #[test]
-fn checkpoint_timeout_isolated() {
+fn a_checkpoint_expires_and_late_acks_change_nothing() {
     let mut rig = Rig::new(10, CheckpointSettings { timeout_ms: 30, ..tolerant() });
     let begun = rig.run_to(10);
     assert_eq!(begun, "begin 1");
@@ -179,8 +184,9 @@ fn checkpoint_timeout_isolated() {
     assert_eq!(rig.coordinator.last_completed(), None);
 }
 
+/// Flink: `TriggerAndDeclineCheckpointComplex`.
 #[test]
-fn trigger_and_decline_checkpoint_complex() {
+fn a_declined_checkpoint_ends_and_no_other() {
     let mut rig = Rig::new(10, CheckpointSettings { concurrent_max: 2, ..tolerant() });
     rig.run_to(40);
     assert_eq!(rig.decline(1), "abort 1 CHECKPOINT_DECLINED");
@@ -207,8 +213,9 @@ fn savepoints_are_not_subsumed() {
     assert!(rig.coordinator.retained().all(|id| id != CheckpointId(2)), "and not in the store");
 }
 
+/// Flink: `ConcurrentSavepoints`.
 #[test]
-fn concurrent_savepoints() {
+fn savepoints_run_beside_each_other() {
     let mut rig = Rig::new(1_000_000, tolerant());
     for ticket in 1..=5 {
         assert_eq!(rig.savepoint(ticket), format!("begin {ticket}"));
@@ -218,8 +225,9 @@ fn concurrent_savepoints() {
     }
 }
 
+/// Flink: `SavepointScheduledInUnalignedMode`.
 #[test]
-fn savepoint_scheduled_in_unaligned_mode() {
+fn a_savepoint_waits_its_turn_where_barriers_overtake() {
     let settings = CheckpointSettings { unaligned_after_ms: Some(0), ..tolerant() };
     let mut rig = Rig::new(1_000_000, settings);
     assert_eq!(rig.savepoint(1), "begin 1");
@@ -227,8 +235,9 @@ fn savepoint_scheduled_in_unaligned_mode() {
     assert_eq!(rig.complete(1), "complete 1, begin 2");
 }
 
+/// Flink: `MinDelayBetweenSavepointsIsIgnored`.
 #[test]
-fn min_delay_between_savepoints_is_ignored() {
+fn savepoints_do_not_wait_for_the_pause() {
     let settings = CheckpointSettings { min_pause_ms: 100_000_000, ..tolerant() };
     let mut rig = Rig::new(10, settings);
     assert_eq!(rig.savepoint(1), "begin 1");
@@ -246,8 +255,9 @@ fn failed_savepoint_does_not_fail_the_job() {
     assert_eq!(rig.decline(2), "abort 2 CHECKPOINT_DECLINED, exceeded");
 }
 
+/// Flink: `PeriodicTriggeringAndStop`.
 #[test]
-fn periodic_triggering_and_stop() {
+fn ticks_come_at_a_fixed_rate_until_the_stop() {
     let mut rig = Rig::new(10, tolerant());
     for id in 1..=5 {
         let from = rig.now;
@@ -273,7 +283,7 @@ fn stop_aborts_what_is_pending_and_drops_what_waits() {
 }
 
 #[test]
-fn manifest_in_doubt_survives_the_stop() {
+fn metadata_in_doubt_survives_the_stop() {
     let mut rig = Rig::new(10, tolerant());
     rig.run_to(10);
     rig.ack(A, 1);
@@ -307,7 +317,7 @@ fn request_that_is_one_too_many_is_refused_by_its_name() {
 }
 
 #[test]
-fn num_retained_checkpoints_are_kept() {
+fn as_many_checkpoints_are_kept_as_are_to_be() {
     let mut rig = Rig::new(10, CheckpointSettings { retained_max: 3, ..tolerant() });
     for id in 1..=5 {
         rig.run_to(id * 10);

@@ -79,8 +79,9 @@ fn six_regions() -> Topology {
     topology("v1 v2 v3 v4 v5 v6", &["v1-B->v4", "v1-B->v5", "v2-B->v4", "v2-B->v5", "v3-B->v6"])
 }
 
+/// Flink: `RegionInternalErrors`.
 #[test]
-fn r1_region_internal_errors() {
+fn a_task_that_fails_restarts_its_region_and_all_that_read_from_it() {
     let topology = six_regions();
     assert_eq!(topology.regions().len(), 6);
     let rows = [
@@ -96,8 +97,9 @@ fn r1_region_internal_errors() {
     }
 }
 
+/// Flink: `DataConsumptionErrors`.
 #[test]
-fn r2_data_consumption_errors() {
+fn a_partition_that_cannot_be_read_restarts_its_producer() {
     let topology = six_regions();
     let rows = [
         ("v4", (0, "v1"), "v1 v4 v5"),
@@ -111,8 +113,9 @@ fn r2_data_consumption_errors() {
     }
 }
 
+/// Flink: `RegionFailoverForVariousPartitionAvailability`.
 #[test]
-fn r3_region_failover_for_various_partition_availability() {
+fn what_is_not_available_any_more_is_produced_again() {
     let topology = topology("v1 v2 v3", &["v1-B->v3", "v2-B->v3"]);
     assert_eq!(restarts(&topology, "v1", &[], &[]), "v1 v3");
     assert_eq!(restarts(&topology, "v2", &[], &[]), "v2 v3");
@@ -123,8 +126,9 @@ fn r3_region_failover_for_various_partition_availability() {
     assert_eq!(restarts(&topology, "v3", &[(0, "v1"), (1, "v2")], &[]), "v1 v2 v3");
 }
 
+/// Flink: `MultipleVerticesInARegion`.
 #[test]
-fn r4_multiple_vertices_in_a_region() {
+fn tasks_of_one_region_restart_together() {
     let topology = topology(
         "v1 v2 v3 v4 v5 v6",
         &["v1-P->v2", "v2-B->v3", "v3-P->v4", "v4-B->v5", "v5-P->v6"],
@@ -133,8 +137,9 @@ fn r4_multiple_vertices_in_a_region() {
     assert_eq!(restarts(&topology, "v3", &[(1, "v2")], &[]), "v1 v2 v3 v4 v5 v6");
 }
 
+/// Flink: `DoesNotRestartCreatedExecutions`.
 #[test]
-fn r5_does_not_restart_created_executions() {
+fn tasks_that_were_never_started_do_not_restart() {
     let topology = topology("v1 v2", &["v1-B->v2"]);
     assert_eq!(restarts(&topology, "v2", &[], &["v1", "v2"]), "");
     assert_eq!(restarts(&topology, "v2", &[(0, "v1")], &["v1", "v2"]), "");
@@ -150,8 +155,9 @@ fn hybrid_selective_cannot_be_read_again_and_hybrid_full_can() {
     assert_eq!(restarts(&topology("v1 v2", &["v1-PA->v2"]), "v2", &[(0, "v1")], &[]), "v1 v2");
 }
 
+/// Flink: `RestartAllFailoverStrategyTest`.
 #[test]
-fn restart_all_failover_strategy_test() {
+fn full_restarts_every_task_whatever_fails() {
     let topology = topology("v1 v2 v3", &["v1-P->v2", "v2-B->v3"]);
     // Also what was never started.
     let situation = Situation { is_lost: &|_| false, is_created: &|_| true, is_exact: false };
@@ -175,49 +181,57 @@ fn every_task_has_its_reason() {
     );
 }
 
+/// Flink: `IndividualVertices`.
 #[test]
-fn g1_individual_vertices() {
+fn tasks_without_edges_are_regions_of_their_own() {
     check_regions("v1 v2 v3", &[], &["v1", "v2", "v3"]);
 }
 
+/// Flink: `EmbarrassinglyParallel`.
 #[test]
-fn g2_embarrassingly_parallel() {
+fn parallel_forward_chains_are_regions_of_their_own() {
     let edges = ["a1-P->b1", "a2-P->b2", "a3-P->b3"];
     check_regions("a1 a2 a3 b1 b2 b3", &edges, &["a1 b1", "a2 b2", "a3 b3"]);
 }
 
+/// Flink: `OneComponentViaTwoExchanges`.
 #[test]
-fn g3_one_component_via_two_exchanges() {
+fn two_exchanges_of_all_with_all_make_one_region() {
     let edges = ["a1 a2-P->b1 b2", "b1 b2-P->c1 c2"];
     check_regions("a1 a2 b1 b2 c1 c2", &edges, &["a1 a2 b1 b2 c1 c2"]);
 }
 
+/// Flink: `OneComponentViaCascadeOfJoins`.
 #[test]
-fn g4_one_component_via_cascade_of_joins() {
+fn a_cascade_of_joins_makes_one_region() {
     let edges = ["v1-P->v5", "v2-P->v5", "v3-P->v6", "v4-P->v6", "v5-P->v7", "v6-P->v7"];
     check_regions("v1 v2 v3 v4 v5 v6 v7", &edges, &["v1 v2 v3 v4 v5 v6 v7"]);
 }
 
+/// Flink: `OneComponentInstanceFromOneSource`.
 #[test]
-fn g5_one_component_instance_from_one_source() {
+fn one_source_of_all_makes_one_region() {
     let edges = ["v1-P->v2", "v1-P->v3", "v2-P->v4", "v2-P->v5", "v3-P->v6", "v3-P->v7"];
     check_regions("v1 v2 v3 v4 v5 v6 v7", &edges, &["v1 v2 v3 v4 v5 v6 v7"]);
 }
 
+/// Flink: `TwoComponentsViaBlockingExchange`.
 #[test]
-fn g6_two_components_via_blocking_exchange() {
+fn a_blocking_exchange_parts_regions() {
     let edges = ["a1 a2-P->b1 b2", "b1-B->c1", "b2-B->c2"];
     check_regions("a1 a2 b1 b2 c1 c2", &edges, &["a1 a2 b1 b2", "c1", "c2"]);
 }
 
+/// Flink: `TwoComponentsViaBlockingExchange2`.
 #[test]
-fn g7_two_components_via_blocking_exchange_2() {
+fn a_blocking_exchange_parts_what_is_pipelined_before_it() {
     let edges = ["a1 a2-P->b1 b2", "b1 b2-B->c1 c2"];
     check_regions("a1 a2 b1 b2 c1 c2", &edges, &["a1 a2 b1 b2", "c1", "c2"]);
 }
 
+/// Flink: `PipelinedApproximateDiamond`.
 #[test]
-fn g11_pipelined_approximate_diamond() {
+fn an_approximate_exchange_parts_regions() {
     let edges = ["v1-PA->v2", "v1-PA->v3", "v2-PA->v4", "v3-PA->v4"];
     check_regions("v1 v2 v3 v4", &edges, &["v1", "v2", "v3", "v4"]);
 }
@@ -241,8 +255,9 @@ fn regions_joined_by_a_cycle_are_one() {
     check_regions("v1 v2 v3 v4", &diamond, &["v1 v2 v3 v4"]);
 }
 
+/// Flink: `LogicalPipelinedRegionComputeUtilTest`.
 #[test]
-fn logical_pipelined_region_compute_util_test() {
+fn regions_that_need_each_other_are_one() {
     check_regions("v1 v2 v3", &["v1-B->v2", "v2-P->v3"], &["v1", "v2 v3"]);
     check_regions("v1 v2 v3", &["v1-B->v2", "v2-B->v3"], &["v1", "v2", "v3"]);
     check_regions("v1 v2 v3", &["v1-P->v2", "v2-P->v3"], &["v1 v2 v3"]);
@@ -250,8 +265,9 @@ fn logical_pipelined_region_compute_util_test() {
     check_regions("v1 v2 v3 v4", &["v1-P->v2", "v2-P->v3", "v2-B->v4"], &["v1 v2 v3", "v4"]);
 }
 
+/// Flink: `StronglyConnectedComponentsComputeUtilsTest`.
 #[test]
-fn strongly_connected_components_compute_utils_test() {
+fn what_can_be_reached_both_ways_is_one_component() {
     let check = |followers: &[&[usize]], expected: &[&[usize]]| {
         let followers: Vec<Vec<usize>> = followers.iter().map(|list| list.to_vec()).collect();
         let found: BTreeSet<BTreeSet<usize>> = strongly_connected_components(&followers)

@@ -136,8 +136,9 @@ impl Rig {
     }
 }
 
+/// Flink: `StartSchedulingAndLastRegionOfHybridAndBlockingEdges`.
 #[test]
-fn test_start_scheduling_and_last_region_of_hybrid_and_blocking_edges() {
+fn a_region_begins_when_its_blocking_inputs_have_ended_and_its_hybrid_ones_have_begun() {
     let edges = [
         (0, 1, Forward, PipelinedBounded),
         (1, 2, Forward, HybridFull),
@@ -162,16 +163,18 @@ fn regions_behind_pointwise_blocking_edges_begin_one_by_one() {
     assert_eq!(rig.finish("map1/0 map2/0 map1/1 map2/1").started(), "sink/0 sink/1");
 }
 
+/// Flink: `SchedulingRegionWithBlockingPersistentEdge`.
 #[test]
-fn test_scheduling_region_with_blocking_persistent_edge() {
+fn a_persistent_blocking_exchange_is_read_as_a_blocking_one() {
     let mut rig = rig(&[("v1", 1), ("v2", 1)], &[(0, 1, Forward, BlockingPersistent)]);
     assert_eq!(rig.started(), "v1/0");
     assert_eq!(rig.finish("v1/0").started(), "v2/0");
     assert_eq!(rig.finish("v2/0").released(), "", "it is kept");
 }
 
+/// Flink: `SchedulingTopologyWithBlockingEdgesBetweenPipelinedRegions`.
 #[test]
-fn test_scheduling_topology_with_blocking_edges_between_pipelined_regions() {
+fn regions_begin_one_after_the_other_where_blocking_exchanges_part_them() {
     let edges = [(0, 1, Hash, PipelinedBounded), (1, 2, Hash, Blocking)];
     let mut rig = rig(&[("v1", 2), ("v2", 3), ("v3", 4)], &edges);
     assert_eq!(rig.started(), "v1/0 v1/1 v2/0 v2/1 v2/2");
@@ -244,8 +247,9 @@ fn multi_regions() -> Rig {
     rig(&[("a", 2), ("b", 2), ("c", 2), ("d", 1)], &edges)
 }
 
+/// Flink: `FailoverRegionTestMultiRegions`.
 #[test]
-fn failover_region_test_multi_regions() {
+fn a_failure_restarts_its_region_and_those_behind_it() {
     let mut rig = multi_regions();
     assert_eq!(rig.started(), "a/0 a/1 b/0 b/1");
     assert_eq!(rig.fail("b/0", None).started(), "a/0@1 b/0@1", "the other pipeline goes on");
@@ -254,7 +258,7 @@ fn failover_region_test_multi_regions() {
 }
 
 #[test]
-fn test_failure_of_a_producer_takes_its_finished_consumers_back() {
+fn failure_of_a_producer_takes_its_finished_consumers_back() {
     // FailoverRegionTest, "status reset": nothing is consumable until the producer finishes again.
     let mut rig = rig(&[("v1", 2), ("v2", 2)], &[(0, 1, Hash, Blocking)]);
     rig.finish("v1/0 v1/1");

@@ -167,7 +167,7 @@ fn show_tasks(tasks: &[TaskAttempt], all: &[TaskId]) -> String {
 }
 
 fn show_checkpoint(checkpoint: Option<CheckpointId>) -> String {
-    checkpoint.map_or("none".to_owned(), |id| format!("#{id}"))
+    checkpoint.map_or_else(|| "none".to_owned(), |id| format!("#{id}"))
 }
 
 fn show(effect: &Effect, all: &[TaskId]) -> String {
@@ -227,7 +227,7 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
 /// Two regions of which one runs, the other in each state that is not running. Where a task has
 /// ended it stays and answers, so the rows with finished tasks have nothing to be planned here.
 #[test]
-fn default_checkpoint_plan_calculator_test_task_that_does_not_run() {
+fn no_checkpoint_begins_while_a_task_does_not_run() {
     check_with(
         two_regions(),
         "0: savepoint         -> not saved: NOT_ALL_REQUIRED_TASKS_RUNNING
