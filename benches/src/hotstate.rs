@@ -55,7 +55,7 @@ pub(crate) fn run() -> Result<()> {
     println!("| a checkpoint takes, median | {:.0} ms |", median(all(|run| &run.durations_ms)));
     println!(
         "| fewest checkpoints in any ten seconds | {} |",
-        fewest.map_or("no run was that long".to_owned(), |fewest| fewest.to_string())
+        fewest.map_or_else(|| "no run was that long".to_owned(), |fewest| fewest.to_string())
     );
     println!("| restarts | {} |", with.iter().map(|run| run.restarts).sum::<usize>());
     Ok(())

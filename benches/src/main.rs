@@ -1,5 +1,12 @@
 //! Measures what Cofferdam promises, each figure beside its native counterpart in the same run.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a benchmark prints what it measures"
+)]
+
 mod call;
 mod checkpoint;
 mod failover;

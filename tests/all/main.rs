@@ -1,5 +1,12 @@
 //! Every test that needs more than one crate, in one binary.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test fails by a panic"
+)]
+
 mod approximate;
 mod archive;
 mod batch;

@@ -29,7 +29,9 @@ fn sources(dir: &str) -> Vec<(PathBuf, String)> {
 fn named_in(dir: &str, word: &str) -> Vec<PathBuf> {
     let root = guest::root();
     let files = sources(dir).into_iter().filter(|(_, text)| text.contains(word));
-    files.map(|(path, _)| path.strip_prefix(root).unwrap_or(Path::new("")).to_owned()).collect()
+    files
+        .map(|(path, _)| path.strip_prefix(root).unwrap_or_else(|_| Path::new("")).to_owned())
+        .collect()
 }
 
 #[test]

@@ -1,6 +1,13 @@
 //! The harness of the tests: guests built on demand, a host that records, jobs that can be run to
 //! their end in this process or killed in another.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a harness fails by a panic"
+)]
+
 pub mod archive;
 pub mod crash;
 pub mod disk;

@@ -108,7 +108,8 @@ impl Opened {
         found.ok_or_else(|| {
             let known: Vec<String> =
                 self.found.checkpoints.iter().map(|found| found.checkpoint.to_string()).collect();
-            let what = id.map_or("no checkpoint".to_owned(), |id| format!("no checkpoint {id}"));
+            let what =
+                id.map_or_else(|| "no checkpoint".to_owned(), |id| format!("no checkpoint {id}"));
             Problem::new(Code::BadValue, format!("there is {what} in {}", self.dir.display()))
                 .hint(format!("there are: {}", known.join(", ")))
         })

@@ -39,7 +39,7 @@ pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
         return Ok(both(dir));
     }
     let storage = JobSpec::read_with(&job.job, job.host.read()?.as_ref(), &builtin())?.storage;
-    let state_dir = job.state_dir.as_deref().or(storage.state_dir());
+    let state_dir = job.state_dir.as_deref().or_else(|| storage.state_dir());
     let checkpoints = match &storage {
         StorageSpec::Objects { location, .. } => Some(Path::new(location)),
         StorageSpec::Sled(_) | StorageSpec::Memory => state_dir,

@@ -1,6 +1,11 @@
 //! Jobs whose regions run one after the other, by seeds: random graphs, exchange types, failures and
 //! lost partitions. Every task reads what its producers have made last, and every job ends.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a test fails by a panic, and reports a long run"
+)]
 #![expect(clippy::disallowed_methods, reason = "the test's own settings come from the environment")]
 
 mod common;

@@ -1,6 +1,12 @@
 //! Simulates the chain of one task: whatever is written, given up, restored or replaced, the snapshots that a
 //! checkpoint is made of give the state that the task had, and what does not count stays in proportion.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a test fails by a panic, and reports a long run"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use cofferdam_core::{

@@ -1,5 +1,11 @@
 //! Restart sets of random graphs against an oracle that knows only pairs of tasks and fixpoints.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a test fails by a panic, and reports a long run"
+)]
+
 mod common;
 
 use std::collections::BTreeSet;

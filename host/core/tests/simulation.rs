@@ -4,6 +4,11 @@
 //! job's state *is* (how many records each task has counted), so that the checkers can say whether
 //! an output was lost or doubled, and not only whether the core followed its own rules.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a test fails by a panic, and reports a long run"
+)]
 #![expect(clippy::disallowed_methods, reason = "the test's own settings come from the environment")]
 
 use std::collections::{BTreeMap, BTreeSet};

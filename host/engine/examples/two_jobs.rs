@@ -3,6 +3,13 @@
 //!
 //! `cargo run -p cofferdam-engine --example two_jobs`
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "an example prints what it does"
+)]
+
 use std::{collections::BTreeMap, fs, path::Path};
 
 use cofferdam_connectors::builtin;

@@ -57,7 +57,7 @@ pub fn create_file(path: &Path) -> io::Result<File> {
 
 /// Replaces a file: whoever looks finds the old content or the new, also after a crash.
 pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = path.parent().unwrap_or_else(|| Path::new("."));
     let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(dir)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;

@@ -390,7 +390,7 @@ impl Source {
             layers.push((table, host_start));
         }
         let root = Section::root(&document, &layers);
-        let base_dir = self.path.parent().unwrap_or(Path::new("")).to_owned();
+        let base_dir = self.path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         let mut spec = read_job(&root, &base_dir, catalog, &self.parallelism)?;
         spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
         spec.effective = document.effective();

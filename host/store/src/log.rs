@@ -210,7 +210,7 @@ impl Log {
         file.write_all_at(&bytes, 0)?;
         file.sync_data()?;
         std::fs::rename(&new, &self.path)?;
-        sync_dir(self.path.parent().unwrap_or(Path::new(".")))?;
+        sync_dir(self.path.parent().unwrap_or_else(|| Path::new(".")))?;
         (self.file, self.epoch, self.durable, self.live) = (file, epoch, len, len);
         self.tail.clear();
         Ok(())

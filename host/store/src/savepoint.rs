@@ -22,7 +22,7 @@ pub fn write(store: &SnapshotStore, checkpoint: u64, written_at_ms: u64, dir: &P
     let failed = |error: io::Error| StorageError::at("write a savepoint", dir.display(), error);
     check_place(dir).map_err(|reason| StorageError::store("write a savepoint", reason))?;
     let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
+    let parent = parent.unwrap_or_else(|| Path::new("."));
     make_dir(parent, FOR_ALL).map_err(failed)?;
     let unfinished = unfinished_name(dir);
     // What an earlier try has left there is of no use to anybody.

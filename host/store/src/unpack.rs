@@ -1,5 +1,7 @@
 //! Reads snapshots, and the chains that they make.
 
+#![warn(clippy::indexing_slicing, reason = "what is read may be damaged")]
+
 use std::{ops::Range, sync::Arc};
 
 use cofferdam_core::checkpoint::chain::checkpoint_of;
@@ -35,20 +37,33 @@ pub(crate) fn cut_short(task: usize, checkpoint: u64) -> StorageError {
     StorageError::damaged(value_name(task, checkpoint), "a pack is cut short")
 }
 
-pub(crate) fn read_value(
+/// A value of the store whose checksum is right, which is not copied to take that off.
+pub(crate) struct Value {
+    framed: Vec<u8>,
+    start: usize,
+}
+
+impl Value {
+    /// What was written.
+    pub(crate) fn content(&self) -> &[u8] {
+        self.framed.get(self.start..).unwrap_or_default()
+    }
+}
+
+fn read_value(
     generation: &dyn Generation,
     task: usize,
     checkpoint: u64,
     kind: u8,
     sequence: u32,
-) -> Result<Vec<u8>> {
+) -> Result<Value> {
     let key = value_key(checkpoint, task, kind, sequence);
     let name = || value_name(task, checkpoint);
     let Some(framed) = generation.get(&key)? else {
         return Err(StorageError::damaged(name(), "a part of it is not there"));
     };
-    unseal(&name(), &key, &framed)?;
-    Ok(framed)
+    let start = framed.len() - unseal(&name(), &key, &framed)?.len();
+    Ok(Value { framed, start })
 }
 
 pub(crate) fn read_header(
@@ -56,27 +71,26 @@ pub(crate) fn read_header(
     task: usize,
     checkpoint: u64,
 ) -> Result<Header> {
-    let framed = read_value(generation, task, checkpoint, KIND_HEADER, 0)?;
-    postcard::from_bytes(&framed[8..])
+    let header = read_value(generation, task, checkpoint, KIND_HEADER, 0)?;
+    postcard::from_bytes(header.content())
         .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
 }
 
-/// A part of a snapshot that may be compressed, and where it begins.
+/// A part of a snapshot that may be compressed.
 pub(crate) fn read_pack(
     generation: &dyn Generation,
     (task, checkpoint): (usize, u64),
     header: &Header,
     kind: u8,
     sequence: u32,
-) -> Result<(Vec<u8>, usize)> {
-    let framed = read_value(generation, task, checkpoint, kind, sequence)?;
-    // Behind its checksum; not copied to take that off.
-    match header.is_compressed {
-        true => decompress(&framed[8..])
-            .map(|pack| (pack, 0))
-            .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error)),
-        false => Ok((framed, 8)),
+) -> Result<Value> {
+    let value = read_value(generation, task, checkpoint, kind, sequence)?;
+    if !header.is_compressed {
+        return Ok(value);
     }
+    decompress(value.content())
+        .map(|framed| Value { framed, start: 0 })
+        .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
 }
 
 /// Whether a task has declared state, and that is in the image of its memory alone. Whether its checkpoints
@@ -119,8 +133,8 @@ pub(crate) fn declared_of<'a>(
     let run = |(checkpoint, header): (u64, Header)| {
         let (of, count) = ((task, checkpoint), header.declared_packs);
         let read = move |sequence| {
-            let (pack, start) = read_pack(generation, of, &header, KIND_DECLARED, sequence)?;
-            postcard::from_bytes::<Vec<Entry>>(&pack[start..])
+            let pack = read_pack(generation, of, &header, KIND_DECLARED, sequence)?;
+            postcard::from_bytes::<Vec<Entry>>(pack.content())
                 .map_err(|error| StorageError::damaged(value_name(of.0, of.1), error))
         };
         let first = match &key_groups {
@@ -166,9 +180,9 @@ pub(crate) fn read_snapshot(
     let of = (task, checkpoint);
     let mut bytes = 0;
     let mut read = |kind: u8, sequence: u32| {
-        let (pack, start) = read_pack(generation, of, &header, kind, sequence)?;
-        bytes += pack.len() as u64;
-        Ok::<_, StorageError>((pack, start))
+        let pack = read_pack(generation, of, &header, kind, sequence)?;
+        bytes += pack.content().len() as u64;
+        Ok::<_, StorageError>(pack)
     };
     if !header.memories.is_empty() || !header.globals.is_empty() {
         if header.inventory != INVENTORY {
@@ -178,8 +192,8 @@ pub(crate) fn read_snapshot(
         let mut memories: Vec<MemoryDelta> =
             header.memories.iter().map(|(size, _)| MemoryDelta::new(*size)).collect();
         for sequence in 0..header.memory_packs {
-            let (pack, start) = read(KIND_MEMORY, sequence)?;
-            unpack_pages(&pack[start..], &mut memories)
+            let pack = read(KIND_MEMORY, sequence)?;
+            unpack_pages(pack.content(), &mut memories)
                 .ok_or_else(|| cut_short(task, checkpoint))?;
         }
         let counts = memories.iter().map(|delta| delta.page_count() as u64);
@@ -190,8 +204,8 @@ pub(crate) fn read_snapshot(
         into.memory.push(MemorySnapshot { memories, globals, monotonic_ns });
     }
     let in_flight = (0..header.in_flight_packs).map(|sequence| {
-        let (pack, start) = read(KIND_IN_FLIGHT, sequence)?;
-        postcard::from_bytes(&pack[start..]).map_err(|error| damaged(&error.to_string()))
+        let pack = read(KIND_IN_FLIGHT, sequence)?;
+        postcard::from_bytes(pack.content()).map_err(|error| damaged(&error.to_string()))
     });
     into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
     into.bytes += bytes;

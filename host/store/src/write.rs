@@ -209,8 +209,8 @@ impl SnapshotStore {
             let header = read_header(generation, task, *id)?;
             for pack in chain.live_packs(*id) {
                 let of = (task, *id);
-                let (pack, start) = read_pack(generation, of, &header, KIND_MEMORY, pack as u32)?;
-                each_page(&pack[start..], |memory, page, bytes| {
+                let pack = read_pack(generation, of, &header, KIND_MEMORY, pack as u32)?;
+                each_page(pack.content(), |memory, page, bytes| {
                     let place = memory as usize;
                     let is_due = chain.owner(memory, page) == *id
                         && is_new.get(place).is_some_and(|new| !new.contains(&page));

@@ -1,5 +1,12 @@
 //! Writes what this version writes into `tests/archive`.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it reports on standard output, and fails by a panic"
+)]
+
 use anyhow::Result;
 
 fn main() -> Result<()> {

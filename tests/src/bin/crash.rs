@@ -1,5 +1,12 @@
 //! Kills a running job with SIGKILL as often as its argument says.
 
+#![allow(
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it reports on standard output, and fails by a panic"
+)]
+
 use anyhow::{Context, Result};
 
 fn main() -> Result<()> {

@@ -169,9 +169,12 @@ impl Output {
                 return Err(output.occupied(first));
             }
             (Some(_), Some(_)) if !is_own => {
-                let whose = owner.map_or("an unknown job".to_owned(), |owner| {
-                    format!("job \"{}\" (sink \"{}\", {})", owner.name, owner.sink, owner.job)
-                });
+                let whose = owner.map_or_else(
+                    || "an unknown job".to_owned(),
+                    |owner| {
+                        format!("job \"{}\" (sink \"{}\", {})", owner.name, owner.sink, owner.job)
+                    },
+                );
                 let message =
                     format!("sink \"{sink}\": {} belongs to {whose}", output.dir.display());
                 return Err(Problem::new(Code::OutputTaken, message)

@@ -203,7 +203,7 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     let delimiter = section.find(&DELIMITER);
     if format != LineFormat::Csv {
         let other = header.as_ref().map(|it| ("header", &it.span));
-        let other = other.or(delimiter.as_ref().map(|it| ("delimiter", &it.span)));
+        let other = other.or_else(|| delimiter.as_ref().map(|it| ("delimiter", &it.span)));
         if let Some((key, span)) = other {
             return Err(section.bad_value(key, span, "only format = \"csv\" has it"));
         }

@@ -162,6 +162,7 @@ impl SnapshotChain {
     /// The next snapshot was written, or pages that are carried forward with it.
     pub fn push(&mut self, id: u64, written: Written) {
         let Written { bytes, packs, is_lasting, replaces } = written;
+        let checkpoint = checkpoint_of(id);
         for (memory, page) in each_page(&packs) {
             let before = std::mem::replace(self.owner_mut(memory, page), id);
             if let Some(link) = self.entry_mut(before) {
@@ -170,10 +171,10 @@ impl SnapshotChain {
         }
         // A snapshot without any page of its own, or without any left, counts up to this one.
         for link in self.entries.iter_mut().filter(|link| link.live_pages == Some(0)) {
-            link.dead_since.get_or_insert(checkpoint_of(id));
+            link.dead_since.get_or_insert(checkpoint);
         }
         for link in self.entries.iter_mut().filter(|link| replaces.contains(&link.id)) {
-            link.dead_since.get_or_insert(checkpoint_of(id));
+            link.dead_since.get_or_insert(checkpoint);
         }
         let is_base = self.entries.is_empty();
         let mut link = ChainEntry { id, bytes, is_base, packs, live_pages: None, dead_since: None };

@@ -151,7 +151,8 @@ pub(super) fn end_of(outcome: &Outcome) -> Option<End> {
 }
 
 pub(super) fn failure(graph: &JobGraph, task: Option<TaskId>, cause: &FailureCause) -> Problem {
-    let who = task.map_or("the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
+    let who =
+        task.map_or_else(|| "the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
     let problem = Problem::new(cause.into(), format!("{who} {cause}"));
     let problem = problem.with_os_error(cause.os_error());
     match cause {

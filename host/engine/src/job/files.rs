@@ -93,7 +93,7 @@ pub(super) fn locals(
 }
 
 pub(crate) fn unusable_state(location: Option<&Path>, error: &(dyn Error + 'static)) -> Problem {
-    let place = location.map_or("memory".to_owned(), |path| path.display().to_string());
+    let place = location.map_or_else(|| "memory".to_owned(), |path| path.display().to_string());
     Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
         .because(error)
         .hint(

@@ -216,7 +216,8 @@ fn check_states(
 }
 
 fn digest_text(digest: Option<[u8; 16]>) -> String {
-    digest.map_or("none".to_owned(), |digest| {
-        cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned()
-    })
+    digest.map_or_else(
+        || "none".to_owned(),
+        |digest| cofferdam_sandbox::Digest(digest).to_string()[..12].to_owned(),
+    )
 }

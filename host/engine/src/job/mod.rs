@@ -116,7 +116,7 @@ impl CheckedJob {
             components: &components_of(&self.spec, &self.operators),
             observer,
         };
-        let state_dir = options.state_dir.as_deref().or(self.spec.storage.state_dir());
+        let state_dir = options.state_dir.as_deref().or_else(|| self.spec.storage.state_dir());
         if state_dir.map_or(Ok(false), state_dir::is_in_use)? {
             let mut restorable = restore::check_from(&tasks, from)?;
             restorable.warnings.push(
@@ -187,7 +187,7 @@ impl Job {
         let CheckedJob { spec, operators } = checked;
         let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
         let nodes = prepare_nodes(&spec, &operators)?;
-        let state_dir = options.state_dir.as_deref().or(spec.storage.state_dir());
+        let state_dir = options.state_dir.as_deref().or_else(|| spec.storage.state_dir());
         let unusable = |error: &(dyn Error + 'static)| unusable_state(state_dir, error);
         let lock = locked(state_dir, lock)?;
         let digest = digest_of(&identities, &spec);

@@ -50,6 +50,7 @@ impl<T> Quiet<T> {
 impl<T> std::ops::Deref for Quiet<T> {
     type Target = T;
 
+    #[allow(clippy::expect_used, reason = "only `drop` takes it")]
     fn deref(&self) -> &T {
         self.0.as_ref().expect("it is there until it is dropped")
     }

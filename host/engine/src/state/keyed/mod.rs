@@ -221,8 +221,10 @@ impl KeyedState {
                 key: Vec::new(),
             }))
         };
-        let mut from = after
-            .map_or(seek(0), |(key, namespace)| Bound::Excluded(self.key(state, key, namespace)));
+        let mut from = after.map_or_else(
+            || seek(0),
+            |(key, namespace)| Bound::Excluded(self.key(state, key, namespace)),
+        );
         let inner = self.lock();
         let (mut page, mut bytes) = (Vec::<Entry>::new(), 0);
         'seeks: loop {
