@@ -1,19 +1,20 @@
 //! A job in a world that misbehaves: random histories of kills, stops, savepoints, forks, rescaling, upgrades,
 //! renamed operators, other paths, moved directories, readers that take what they have read, inputs that
 //! are cut, grown or replaced, outputs that somebody moves away, second jobs, flipped bits, lost files,
-//! failing disks, power cuts, clocks that jump and logs that nobody reads. Each step has a
+//! failing disks, power cuts, clocks that jump, and logs that nobody reads or that wait for a reader. Each step has a
 //! verdict that is known beforehand: the run succeeds, or it is refused with a code and nothing changes;
 //! and at the end every record is in the output once.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::{self, Write},
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
-    time::Duration,
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use cofferdam_core::random::Random;
 
 use crate::{
@@ -198,6 +199,19 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
+/// A program that was asked to end does so, whoever reads what it says.
+fn ends_by_itself(child: &mut Child) -> Result<()> {
+    let began = Instant::now();
+    while child.try_wait()?.is_none() {
+        if Duration::from_secs(30) < began.elapsed() {
+            child.kill()?;
+            bail!("a run does not end while nobody reads what it says");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 /// Whether a signal has ended it, if only before it had begun.
 fn is_killed(output: &Output) -> bool {
     matches!(output.status.code(), None | Some(130))
@@ -292,6 +306,18 @@ path = "out-{out}"
         Ok(output)
     }
 
+    /// Lets a command say what it says into a pipe that is full already. Whoever holds the reader keeps it open.
+    fn full_pipe(&mut self, command: &mut Command) -> Result<io::PipeReader> {
+        let (reader, mut writer) = io::pipe()?;
+        // As much as a pipe holds on Linux: one byte more would wait.
+        writer.write_all(&[b'.'; 64 << 10])?;
+        if self.random.one_in(2) {
+            command.arg("--json");
+        }
+        command.stdout(writer.try_clone()?).stderr(writer);
+        Ok(reader)
+    }
+
     /// A run that is stopped after a while.
     fn interrupted(&mut self, mut run: Command) -> Result<Output> {
         let child = run.spawn()?;
@@ -346,9 +372,19 @@ path = "out-{out}"
         // Where it has written must be known for some of the steps.
         let is_unread =
             self.random.one_in(4) && !self.is_moved && self.ran_with_out == self.setup.out;
+        // What it says waits for a reader that is there and does not read.
+        let sleeping = match is_unread && self.random.one_in(2) {
+            true => {
+                self.did("readers that do not read", tally);
+                Some(self.full_pipe(&mut command)?)
+            }
+            false => None,
+        };
         let mut child = command.spawn()?;
+        // Or the writing ends would stay open here.
+        drop(command);
         std::thread::sleep(Duration::from_millis(self.random.between(30, 450)));
-        if is_unread {
+        if is_unread && sleeping.is_none() {
             // What it says from now on nobody reads.
             drop(child.stderr.take());
             self.did("closed pipes", tally);
@@ -372,7 +408,11 @@ path = "out-{out}"
             }
         }
         guest::signal(&child, if what == 1 || what == 2 { "KILL" } else { "INT" });
+        if sleeping.is_some() {
+            ends_by_itself(&mut child)?;
+        }
         let output = child.wait_with_output()?;
+        drop(sleeping);
         self.settle(&output);
         let is_killed = is_killed(&output);
         if is_unread {
