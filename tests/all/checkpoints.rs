@@ -130,7 +130,7 @@ fn num_retained_checkpoints_stay_and_an_older_one_is_used_when_the_newest_is_dam
             _ => None,
         })
         .collect();
-    let named = format!("checkpoint {} is left out", newest.checkpoint);
+    let named = format!("checkpoint {} is skipped", newest.checkpoint);
     assert!(warnings.iter().any(|warning| warning.contains(&named)), "{warnings:?}");
     let restored = ran.restored().first().copied();
     assert!(

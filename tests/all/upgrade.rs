@@ -267,7 +267,7 @@ fn parts_of_a_sink_that_is_no_more_are_not_left_behind() {
         with_sink(sink);
         let (code, words) = run(more);
         assert_eq!(code, Some(2), "{words}");
-        assert!(words.contains("C0028") && words.contains("is no more"), "{sink}: {words}");
+        assert!(words.contains("C0028") && words.contains("no longer exists"), "{sink}: {words}");
         assert!(words.contains("uid = \"out\""), "{words}");
         assert!(files_in(&dir.path().join("output")) == before, "a refused run changes nothing");
     }
@@ -422,7 +422,7 @@ fn state_that_cannot_be_read_out_is_named_from_the_beginning() {
     let ran = run_manifest(&odd.write_slow(dir.path()), move |job| {
         after_checkpoints(job, 5, move |job| {
             let refused = block_on(job.savepoint(target)).expect_err("it cannot be read out");
-            assert!(refused.contains("state \"bytes\" under the key `k4`"), "{refused}");
+            assert!(refused.reason.contains("state \"bytes\" under the key `k4`"), "{refused:?}");
             job.stop();
         });
     });

@@ -39,11 +39,11 @@ pub(crate) enum Verb {
         after_help = "Examples:\n  cofferdam check job.toml\n  cofferdam check job.toml --from savepoints/savepoint-job-18f\n  cofferdam check job.toml --effective --host-config /etc/flink/flink-conf.yaml"
     )]
     Check(CheckArguments),
-    /// Run a job, or go on with one that was interrupted
+    /// Run a job, or resume an interrupted one
     #[command(
         after_help = "Examples:\n  cofferdam run job.toml\n  cofferdam run job.toml --json | jq -c 'select(.event == \"restarting\")'\n\n\
 Ctrl-C takes a last checkpoint and stops; a second one ends at once. What was committed stays\n\
-committed, and running the job again goes on from its newest checkpoint."
+committed, and running the job again resumes from its newest checkpoint."
     )]
     Run(RunArguments),
     /// Explain an error, or what runs together, what restarts if a task fails, and when
@@ -71,18 +71,18 @@ Without --operator, --state or --key it lists the states and how much is in them
         #[command(subcommand)]
         verb: CheckpointsVerb,
     },
-    /// Say what has failed in a job, and what was done about it
+    /// List the failures of a job and how each was handled
     #[command(after_help = "Example:\n  cofferdam history job.toml --json | jq .message")]
     History {
         #[command(flatten)]
         job: JobArgument,
     },
-    /// Write a savepoint of a running job, which goes on
+    /// Write a savepoint of a running job, which keeps running
     #[command(after_help = "Example:\n  cofferdam savepoint job.toml savepoints")]
     Savepoint(SavepointArguments),
     /// Write a savepoint of a running job and end it
     #[command(after_help = "Example:\n  cofferdam stop job.toml --savepoint-path savepoints\n\n\
-To go on from it: cofferdam run job.toml --from savepoints/savepoint-...")]
+To resume from it: cofferdam run job.toml --from savepoints/savepoint-...")]
     Stop(StopArguments),
     /// End a running job at once
     #[command(after_help = "Example:\n  cofferdam cancel job.toml\n\n\
@@ -142,19 +142,19 @@ pub(crate) struct CheckArguments {
     /// List every setting with its value and where it comes from
     #[arg(long)]
     pub(crate) effective: bool,
-    /// Check, too, whether a run could begin from this savepoint or state directory
+    /// Also check whether a run could start from this savepoint or state directory
     #[arg(long, value_name = "DIR", conflicts_with = "effective")]
     pub(crate) from: Option<PathBuf>,
     /// The state directory of that run [default: as the manifest says, or JOB.cofferdam beside it]
     #[arg(long, value_name = "DIR", requires = "from")]
     pub(crate) state_dir: Option<PathBuf>,
-    /// Leave state behind whose operator is not in the manifest
+    /// Discard state whose operator is not in the manifest
     #[arg(long, requires = "from")]
     pub(crate) ignore_unclaimed_state: bool,
     /// Remove committed output that is newer than the state that the job resumes from
     #[arg(long, requires = "from")]
     pub(crate) discard_output: bool,
-    /// Take output that is neither pending nor committed for taken by a reader, not for lost
+    /// Treat output that is neither pending nor committed as taken by a reader, not as lost
     #[arg(long, requires = "from")]
     pub(crate) assume_committed: bool,
     #[command(flatten)]
@@ -181,22 +181,22 @@ pub(crate) struct RunArguments {
     pub(crate) state_dir: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) host: HostArguments,
-    /// Begin from this savepoint, or from the newest checkpoint of this state directory
+    /// Start from this savepoint, or from the newest checkpoint of this state directory
     #[arg(long, value_name = "DIR")]
     pub(crate) from: Option<PathBuf>,
-    /// Whether that belongs to this run from then on (and is removed), or is never touched
+    /// Whether this run takes ownership of it (and removes it), or never changes it
     #[arg(long, value_name = "MODE", requires = "from", default_value = "no-claim")]
     pub(crate) claim_mode: ClaimMode,
-    /// Leave state behind whose operator is not in the manifest
+    /// Discard state whose operator is not in the manifest
     #[arg(long, requires = "from")]
     pub(crate) ignore_unclaimed_state: bool,
-    /// Run a job that has finished once more, from its beginning
+    /// Run a finished job again, from the beginning
     #[arg(long, conflicts_with = "from")]
     pub(crate) again: bool,
     /// Remove committed output that is newer than the state that the job resumes from
     #[arg(long)]
     pub(crate) discard_output: bool,
-    /// Take output that is neither pending nor committed for taken by a reader, not for lost
+    /// Treat output that is neither pending nor committed as taken by a reader, not as lost
     #[arg(long)]
     pub(crate) assume_committed: bool,
     #[command(flatten)]
@@ -237,7 +237,7 @@ pub(crate) struct StopArguments {
     /// The directory or URL to make it in [default: execution.checkpointing.savepoint-dir]
     #[arg(long, short = 'p', value_name = "DIR")]
     pub(crate) savepoint_path: Option<PathBuf>,
-    /// End the sources first, and process and emit everything that waits in the job
+    /// End the sources first, then process and emit all records in flight
     #[arg(long, short)]
     pub(crate) drain: bool,
 }
@@ -296,7 +296,7 @@ pub(crate) enum ExplainVerb {
         after_help = "Example:\n  cofferdam explain failover job.toml --fail out/0 --lost 'count/1->out' --state in/0=FINISHED"
     )]
     Failover(FailoverArguments),
-    /// What the restart strategy says to failures at these times
+    /// How the restart strategy handles failures at these times
     #[command(
         after_help = "Example:\n  cofferdam explain restarts --set restart-strategy.type=fixed-delay --failures 0,10,20 --json"
     )]
@@ -305,7 +305,7 @@ pub(crate) enum ExplainVerb {
 
 #[derive(Debug, Args)]
 pub(crate) struct FailoverArguments {
-    /// The job's manifest; its components need not be there
+    /// The job's manifest; its components need not exist
     pub(crate) manifest: PathBuf,
     #[command(flatten)]
     pub(crate) host: HostArguments,

@@ -81,10 +81,10 @@ impl Observer for Aside {
 
 fn words(takeover: Takeover) -> String {
     match takeover {
-        Takeover::New => "is not in the checkpoint, begins without state".to_owned(),
-        Takeover::Same => "takes over its state".to_owned(),
+        Takeover::New => "is not in the checkpoint, starts without state".to_owned(),
+        Takeover::Same => "restores its state".to_owned(),
         Takeover::Rescaled { from, to } => {
-            format!("takes over its state, shared out from {from} tasks to {to}")
+            format!("restores its state, redistributed from {from} tasks to {to}")
         }
     }
 }

@@ -174,8 +174,8 @@ impl Opened {
             .iter()
             .fold(problem, Problem::detail)
             .hint(
-                "a run resumes from the newest whole checkpoint, unless output was committed since that \
-                 would come twice",
+                "a run resumes from the newest intact checkpoint, unless that would write committed output \
+                 again",
             ))
     }
 }
@@ -207,7 +207,7 @@ fn lock(dir: &Path) -> Result<Option<File>, Problem> {
             Code::StateInUse,
             format!("a run is using the state directory {}", dir.display()),
         )
-        .hint("wait for it to end, or take a savepoint of it and look into that")),
+        .hint("wait for it to end, or take a savepoint and inspect that")),
         Err(TryLockError::Error(error)) => {
             Err(Problem::new(Code::StateUnusable, format!("{} cannot be locked", dir.display()))
                 .because(&error))

@@ -52,7 +52,7 @@ pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
             Code::NotRunning,
             format!("{} keeps its state in memory", job.job.display()),
         )
-        .hint("only a job with a state directory can be talked to: set storage = \"sled\"")),
+        .hint("only a job with a state directory accepts commands: set storage = \"sled\"")),
     }
 }
 
@@ -164,8 +164,10 @@ fn say(answer: Answer, what: &str, is_json: bool) -> Result<(), Problem> {
         Answer::Accepted { accepted } if is_json => report::line(&json!({ "accepted": accepted })),
         Answer::Accepted { .. } => say!("{what}"),
         Answer::Kept { .. } => return Err(other_answer()),
-        Answer::Refused { error } => {
-            return Err(Problem::new(Code::RequestRefused, error).hint("its own log says more"));
+        Answer::Refused { error, os_error } => {
+            return Err(Problem::new(Code::RequestRefused, error)
+                .with_os_error(os_error)
+                .hint("see the log of the job"));
         }
     }
     Ok(())

@@ -89,7 +89,7 @@ fn main() -> ExitCode {
 fn with_runtime<T>(future: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
-        Problem::new(cofferdam_engine::problem::Code::CannotStart, "start the runtime")
+        Problem::new(cofferdam_engine::problem::Code::CannotStart, "cannot start the runtime")
             .because(&error)
     })?;
     let result = runtime.block_on(async {

@@ -25,7 +25,8 @@ pub(crate) fn never_block(write_error: impl FnMut(&[u8]) + Send + 'static) -> io
         let _ = out.write_all(line).and_then(|()| out.flush());
     };
     let missed_events = |count| format!("{}\n", json!({ "event": "dropped", "lines": count }));
-    let missed_lines = |count| format!("... {count} lines were not printed: nobody read them\n");
+    let missed_lines =
+        |count| format!("... {count} lines were dropped: their reader was too slow\n");
     let output = Lines::new("cofferdam-output", write_output, missed_events)?;
     let error = Lines::new("cofferdam-log", write_error, missed_lines)?;
     let _ = QUEUES.set((output, error));

@@ -176,7 +176,7 @@ async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobH
     let job = tokio::select! {
         job = begun => job,
         () = signals.next() => {
-            tracing::info!("interrupted before the job has begun");
+            tracing::info!("interrupted before the job started");
             std::process::exit(130);
         }
     };
@@ -216,7 +216,7 @@ fn start_log(filter: Option<&str>, is_json: bool, screen: &MultiProgress) -> Res
         let _ = if screen.is_hidden() { write() } else { screen.suspend(write) };
     };
     report::never_block(write).map_err(|error| {
-        Problem::new(Code::CannotStart, "start a thread for the log").because(&error)
+        Problem::new(Code::CannotStart, "cannot start a thread for the log").because(&error)
     })?;
     let filter = EnvFilter::try_new(filter.unwrap_or("info")).map_err(|error| {
         Problem::new(Code::BadValue, "the log filter cannot be read")
@@ -255,7 +255,7 @@ impl Observer for Watcher {
         if self.mode == Mode::Json {
             match serde_json::to_value(&progress) {
                 Ok(value) => report::line(&value),
-                Err(error) => tracing::error!(%error, "show an event"),
+                Err(error) => tracing::error!(%error, "cannot serialize an event"),
             }
             return;
         }
@@ -487,7 +487,7 @@ fn log_restart(restart: Restart) {
     tracing::warn!("{who}: {class}: {message}");
     backtrace.iter().for_each(|frame| tracing::warn!("  in {frame}"));
     let left = remaining_attempts.map_or(String::new(), |left| format!(", {left} more allowed"));
-    let counted = if new_attempt { "" } else { ", counted with the failure before" };
+    let counted = if new_attempt { "" } else { ", counted together with the previous failure" };
     let count = restarting.len();
     tracing::warn!("restarting {count} of {tasks} tasks in {delay_ms} ms{left}{counted}");
 }

@@ -51,8 +51,7 @@ fn check_names(arguments: &StateArguments, metadata: &CheckpointMetadata) -> Res
     if let Some(operator) = &arguments.operator
         && !declared.iter().any(|task| task.operator == *operator)
     {
-        let message =
-            format!("no operator \"{operator}\" with declared state is in the checkpoint");
+        let message = format!("the checkpoint has no operator \"{operator}\" with declared state");
         return Err(unknown(message, declared.iter().map(|task| &*task.operator).collect()));
     }
     let is_asked = |task: &&TaskIdentity| {
@@ -66,7 +65,7 @@ fn check_names(arguments: &StateArguments, metadata: &CheckpointMetadata) -> Res
         .collect();
     match &arguments.state {
         Some(state) if !states.contains(&&**state) => {
-            Err(unknown(format!("no state \"{state}\" is in the checkpoint"), states))
+            Err(unknown(format!("the checkpoint has no state \"{state}\""), states))
         }
         _ => Ok(()),
     }
@@ -81,8 +80,8 @@ fn key_of(text: &str) -> Result<Vec<u8>, Problem> {
         u8::from_str_radix(pair, 16).ok()
     };
     digits.as_bytes().chunks(2).map(byte).collect::<Option<_>>().ok_or_else(|| {
-        Problem::new(Code::BadValue, format!("\"{text}\" is no key"))
-            .hint("behind 0x come pairs of hexadecimal digits")
+        Problem::new(Code::BadValue, format!("\"{text}\" is not a valid key"))
+            .hint("0x must be followed by pairs of hexadecimal digits")
     })
 }
 

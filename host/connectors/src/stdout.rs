@@ -83,7 +83,12 @@ impl StdoutSink {
         let print = move || {
             let printed = call(&mut io::stdout().lock());
             drop(turn);
-            printed.map_err(|error| FailureCause::Environment(EnvironmentError::of(doing, &error)))
+            printed.map_err(|error| {
+                let mut failure = EnvironmentError::of(doing, &error);
+                // The number of a full pipe is that of a machine without threads to give.
+                failure.os_error.take_if(|_| error.kind() == io::ErrorKind::WouldBlock);
+                FailureCause::Environment(failure)
+            })
         };
         self.blocking.call(print).await
     }

@@ -105,7 +105,12 @@ pub enum Obstacle {
     /// What is kept of a checkpoint is damaged.
     StoreDamaged,
     /// Nobody knows whether a checkpoint is complete.
-    StoreInDoubt,
+    StoreInDoubt {
+        /// The number of the operating system's error, where the failure is its.
+        os_error: Option<i32>,
+    },
+    /// The state in the checkpoint needs more than a limit allows.
+    Limit(LimitKind),
 }
 
 /// Why an attempt of a task ended. Decides between restarting and giving up.
@@ -199,6 +204,7 @@ impl FailureCause {
         match self {
             Self::Environment(error) => error.os_error,
             Self::CheckpointsFailed { reason, .. } => reason.os_error(),
+            Self::Permanent { obstacle: Obstacle::StoreInDoubt { os_error }, .. } => *os_error,
             _ => None,
         }
     }
@@ -207,7 +213,8 @@ impl FailureCause {
     #[must_use]
     pub fn limit(&self) -> Option<LimitKind> {
         match self {
-            Self::LimitExceeded { limit, .. } => Some(*limit),
+            Self::LimitExceeded { limit, .. }
+            | Self::Permanent { obstacle: Obstacle::Limit(limit), .. } => Some(*limit),
             _ => None,
         }
     }
@@ -219,10 +226,10 @@ impl fmt::Display for FailureCause {
             Self::Trap { .. } => "trapped",
             Self::LimitExceeded { .. } => "exceeded a limit",
             Self::Rejected { .. } => "rejected its input",
-            Self::Environment { .. } => "could not go on",
+            Self::Environment { .. } => "failed",
             Self::CheckpointsFailed { .. } => "exceeded the tolerable failed checkpoints",
             Self::Permanent { .. } => "cannot run",
-            Self::HostBug { .. } => "met a bug of the host",
+            Self::HostBug { .. } => "hit a bug in the host",
         };
         write!(f, "{verb}: {}", self.message())
     }

@@ -113,6 +113,10 @@ pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
             message: with_sources(&error),
             os_error: os_error(&error),
         }),
+        RestoreError::Limit(limit) => FailureCause::Permanent {
+            obstacle: Obstacle::Limit(kind_of(limit)),
+            message: format!("restore a guest's memory: {limit}"),
+        },
         other => FailureCause::Permanent {
             obstacle: Obstacle::StateMismatch,
             message: format!("restore a guest's memory: {other}"),
@@ -136,7 +140,8 @@ pub(crate) fn storage_cause(error: StorageError) -> FailureCause {
             FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }
         }
         StorageError::InDoubt { .. } => {
-            FailureCause::Permanent { obstacle: Obstacle::StoreInDoubt, message }
+            let obstacle = Obstacle::StoreInDoubt { os_error: error.os_error() };
+            FailureCause::Permanent { obstacle, message }
         }
     }
 }

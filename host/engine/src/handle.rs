@@ -17,7 +17,7 @@ use tokio::sync::{oneshot, watch};
 use crate::{
     job::{CheckedJob, Job, JobOptions},
     watch::{
-        control::{JobControl, KeptCheckpoint},
+        control::{JobControl, KeptCheckpoint, Refusal},
         events::{Events, JobState, Watch},
         history::Entry,
         log::{LogLine, Logs},
@@ -192,7 +192,7 @@ impl JobHandle {
     /// Why there is none. The job continues.
     pub async fn checkpoint(&self) -> Result<u64, Problem> {
         let control = self.shared.control();
-        control.checkpoint().await.map_err(|why| refused("a checkpoint", &why))
+        control.checkpoint().await.map_err(|why| declined("a checkpoint", &why))
     }
 
     /// The completed checkpoints that it keeps, oldest first.
@@ -216,7 +216,7 @@ impl JobHandle {
     /// Why there is none. The job continues.
     pub async fn savepoint(&self, dir: PathBuf) -> Result<u64, Problem> {
         let control = self.shared.control();
-        control.savepoint(dir).await.map_err(|why| refused("a savepoint", &why))
+        control.savepoint(dir).await.map_err(|why| declined("a savepoint", &why))
     }
 
     /// Takes a last checkpoint and ends the job, which resumes from it when it is submitted again. Asking again
@@ -241,7 +241,7 @@ impl JobHandle {
         };
         // Counted down also where nobody waits for the answer any more.
         let _stopping = Stopping(&self.shared);
-        control.stop_with_savepoint(dir, drain).await.map_err(|why| refused("to stop", &why))
+        control.stop_with_savepoint(dir, drain).await.map_err(|why| declined("to stop", &why))
     }
 
     /// Ends the job at once.
@@ -328,6 +328,10 @@ impl Drop for Stopping<'_> {
     fn drop(&mut self) {
         self.0.run().stopping -= 1;
     }
+}
+
+fn declined(what: &str, why: &Refusal) -> Problem {
+    refused(what, &why.reason).with_os_error(why.os_error)
 }
 
 fn refused(what: &str, why: &str) -> Problem {

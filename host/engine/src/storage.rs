@@ -284,7 +284,8 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
                 Ok(()) => Event::MetadataDurable { checkpoint },
                 // To restart now would be to choose. The next run sees what is there.
                 Err(error @ StorageError::InDoubt { .. }) => {
-                    let (obstacle, message) = (Obstacle::StoreInDoubt, error.to_string());
+                    let obstacle = Obstacle::StoreInDoubt { os_error: error.os_error() };
+                    let message = error.to_string();
                     let cause = FailureCause::Permanent { obstacle, message };
                     Event::TaskFailed { task: None, cause, lost: None }
                 }

@@ -59,7 +59,7 @@ pub enum SandboxError {
     },
     /// Without the thread that interrupts guests no call would have a limit.
     #[error("start the thread that interrupts guests: {0}")]
-    Ticker(io::Error),
+    Ticker(#[source] io::Error),
 }
 
 /// Loads components and runs their instances. Cheap to clone: all clones are the same sandbox.

@@ -54,6 +54,17 @@ pub enum GuestError {
     Host(String),
 }
 
+impl GuestError {
+    /// The number of the operating system's error, where the failure is its.
+    #[must_use]
+    pub fn os_error(&self) -> Option<i32> {
+        match self {
+            Self::Unavailable { os_error, .. } => *os_error,
+            _ => None,
+        }
+    }
+}
+
 impl From<OperatorError> for GuestError {
     fn from(error: OperatorError) -> Self {
         let OperatorError { class, message, record } = error;

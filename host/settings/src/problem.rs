@@ -44,11 +44,11 @@ macro_rules! codes {
 codes! {
     ManifestUnreadable = "C0001", 2, "The manifest cannot be read";
     ManifestSyntax = "C0002", 2, "The manifest is not TOML";
-    UnknownKey = "C0003", 2, "The manifest has a key that means nothing";
-    BadValue = "C0004", 2, "A setting has a value it cannot have";
-    MissingKey = "C0005", 2, "A setting that must be there is missing";
+    UnknownKey = "C0003", 2, "The manifest has an unknown key";
+    BadValue = "C0004", 2, "A setting has an invalid value";
+    MissingKey = "C0005", 2, "A required setting is missing";
     DuplicateName = "C0006", 2, "Two operators have the same name";
-    UnknownInput = "C0007", 2, "An input names no operator";
+    UnknownInput = "C0007", 2, "An input is unknown";
     Cycle = "C0008", 2, "The inputs form a cycle";
     ForwardParallelism = "C0009", 2, "A forward edge joins different parallelisms";
     HashWithoutKey = "C0010", 2, "A hash edge carries records without keys";
@@ -62,31 +62,31 @@ codes! {
     StateUnusable = "C0018", 2, "The state directory cannot be used";
     StateInUse = "C0019", 2, "The state directory belongs to another run";
     StateMismatch = "C0020", 2, "The checkpoint does not fit the job";
-    StoreDamaged = "C0021", 2, "No checkpoint in the state directory is whole";
+    StoreDamaged = "C0021", 2, "No checkpoint in the state directory is intact";
     Excluded = "C0022", 2, "Two settings exclude each other";
-    CannotStart = "C0023", 2, "The program cannot set itself up";
+    CannotStart = "C0023", 2, "The program cannot start";
     BuildFailed = "C0024", 2, "An operator crate cannot be built";
     ProjectExists = "C0025", 2, "The directory of the new project is taken";
-    NotRunning = "C0026", 2, "No job runs there";
-    InputChanged = "C0027", 1, "What a source has to read is not what it was";
-    OutputTaken = "C0028", 2, "An output belongs to somebody else";
+    NotRunning = "C0026", 2, "The job is not running";
+    InputChanged = "C0027", 1, "The input of a source has changed";
+    OutputTaken = "C0028", 2, "An output is in use or was modified";
     OutputDiverged = "C0029", 2, "The state is older than the output";
-    StoreInDoubt = "C0030", 1, "Nobody knows whether a checkpoint is complete";
+    StoreInDoubt = "C0030", 1, "It is unknown whether a checkpoint is complete";
     CheckpointsMissing = "C0031", 2, "The newest checkpoints are missing";
     SchemaMismatch = "C0032", 2, "Declared state has another schema";
     StateWithoutKeys = "C0033", 2, "Declared state on records without keys";
-    NotOurs = "C0034", 2, "A directory is not what it should be";
+    NotOurs = "C0034", 2, "The directory is not a state directory";
     AlreadyFinished = "C0035", 0, "The job has finished";
-    OtherFinished = "C0036", 2, "The job has ended, and does not begin by itself";
+    OtherFinished = "C0036", 2, "The job has ended and does not restart by itself";
     Trapped = "C0101", 1, "A task trapped and the job gave up";
     LimitExceeded = "C0102", 1, "A task exceeded a limit and the job gave up";
     Rejected = "C0103", 1, "A task rejected its input and the job gave up";
-    Environment = "C0104", 1, "The machine could not do its part and the job gave up";
+    Environment = "C0104", 1, "The environment failed and the job gave up";
     CheckpointsFailed = "C0105", 1, "Too many checkpoints failed and the job gave up";
-    RequestRefused = "C0106", 1, "The running job refuses";
-    BadRecord = "C0107", 1, "A source cannot make sense of a record";
+    RequestRefused = "C0106", 1, "The running job refused the request";
+    BadRecord = "C0107", 1, "A source cannot parse a record";
     OpenRefused = "C0108", 1, "An operator refuses to open";
-    ForeignKey = "C0109", 1, "State lies under a key that is no record's";
+    ForeignKey = "C0109", 1, "State is stored under a key that is not a record key of its task";
     HostBug = "C0170", 70, "An invariant of the host broke";
 }
 
@@ -234,7 +234,8 @@ impl From<&FailureCause> for Code {
                 Obstacle::OpenRefused => Self::OpenRefused,
                 Obstacle::OutputTaken => Self::OutputTaken,
                 Obstacle::StoreDamaged => Self::StoreDamaged,
-                Obstacle::StoreInDoubt => Self::StoreInDoubt,
+                Obstacle::StoreInDoubt { .. } => Self::StoreInDoubt,
+                Obstacle::Limit(_) => Self::LimitExceeded,
             },
             FailureCause::HostBug { .. } => Self::HostBug,
         }
@@ -258,7 +259,7 @@ impl Problem {
 /// What helps against an error of the operating system, by its number on Linux.
 fn remedy_of(os_error: i32) -> Option<&'static str> {
     Some(match os_error {
-        5 => "the disk or the way to it fails: look into the kernel's log",
+        5 => "the disk or its connection fails: check the kernel log",
         // Where threads are started; nothing else that blocks waits for it.
         11 => "raise the limit of processes and threads (`ulimit -u`)",
         12 => "free memory, or raise the limit of address space (`ulimit -v`)",

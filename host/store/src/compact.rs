@@ -68,7 +68,8 @@ impl SnapshotStore {
         let Some(read_out) = &self.read_out else {
             return Err(failed("there is no component to do it".to_owned()));
         };
-        let image = Image::of(memory).map_err(|error| failed(error.to_string()))?;
+        let image = Image::of(memory)
+            .map_err(|error| StorageError::at("read declared state out", &name, error))?;
         read_out.read(task, &image).map_err(failed)
     }
 

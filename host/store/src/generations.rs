@@ -45,8 +45,8 @@ pub(crate) fn open_places(
                         let last = places.len() - 1;
                         &mut places[last]
                     }
-                    // What cannot be reached may be whole: an older one must not be taken for it.
-                    Err(error @ StorageError::Unreachable { .. }) => return Err(error),
+                    // What cannot be read now may be whole: an older one must not be taken for it.
+                    Err(error) if error.may_pass() => return Err(error),
                     Err(error) => {
                         found.damaged.push(format!("checkpoint {checkpoint}: {error}"));
                         continue;
@@ -60,7 +60,7 @@ pub(crate) fn open_places(
                 found.checkpoints.push(metadata);
             }
             Ok(_) => found.damaged.push(format!("checkpoint {checkpoint}: it is another one")),
-            Err(error @ StorageError::Unreachable { .. }) => return Err(error),
+            Err(error) if error.may_pass() => return Err(error),
             Err(error) => found.damaged.push(format!("checkpoint {checkpoint}: {error}")),
         }
     }

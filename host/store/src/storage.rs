@@ -5,6 +5,9 @@ use std::error::Error;
 use cofferdam_core::failure::os_error;
 use cofferdam_settings::problem::with_sources;
 
+/// The operating system's number for a file that is not there.
+const NOT_FOUND: i32 = 2;
+
 /// What lies behind a failure of a store.
 pub type Cause = Box<dyn Error + Send + Sync>;
 
@@ -36,6 +39,8 @@ pub enum StorageError {
         checkpoint: u64,
         /// Why not.
         reason: String,
+        /// The number of the operating system's error, where the failure is its.
+        os_error: Option<i32>,
     },
     /// Something that was written is not there, or is not what was written.
     #[error("{what} is damaged: {why}")]
@@ -81,7 +86,19 @@ impl StorageError {
     pub fn os_error(&self) -> Option<i32> {
         match self {
             Self::Store { cause, .. } | Self::Unreachable { cause, .. } => os_error(&**cause),
-            Self::InDoubt { .. } | Self::Damaged { .. } | Self::Format { .. } => None,
+            Self::InDoubt { os_error, .. } => *os_error,
+            Self::Damaged { .. } | Self::Format { .. } => None,
+        }
+    }
+
+    /// True where the same call may succeed another time: the machine or the way to the store has failed, and not
+    /// what is in it. A file that is not there is damage.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Store { .. } => self.os_error().is_some_and(|number| number != NOT_FOUND),
+            Self::InDoubt { .. } | Self::Damaged { .. } | Self::Format { .. } => false,
         }
     }
 

@@ -287,7 +287,8 @@ impl SnapshotStore {
             Ok(()) => Err(error),
             Err(again) => {
                 let reason = format!("{error}; and it could not be withdrawn: {again}");
-                Err(StorageError::InDoubt { checkpoint, reason })
+                let os_error = again.os_error().or_else(|| error.os_error());
+                Err(StorageError::InDoubt { checkpoint, reason, os_error })
             }
         }
     }

@@ -130,20 +130,41 @@ impl Part {
     }
 
     /// Compares a pending file with what the checkpoint says.
-    fn verify(&self, path: &Path) -> Result<(), String> {
-        let wrong = |what: String| Err(format!("{}: {what}", path.display()));
-        let file = match File::open(path) {
-            Ok(file) => file,
-            Err(error) => return wrong(error.to_string()),
+    fn verify(&self, path: &Path) -> Result<(), Unfit> {
+        let changed = |what: String| Unfit::Content(format!("{}: {what}", path.display()));
+        let unreadable = |error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => changed(error.to_string()),
+            _ => {
+                let doing = format_args!("read {}", path.display());
+                Unfit::Unreadable(EnvironmentError::of(doing, &error))
+            }
         };
-        let len = file.metadata().map_or(0, |metadata| metadata.len());
+        let file = File::open(path).map_err(unreadable)?;
+        let len = file.metadata().map_err(unreadable)?.len();
         if len < self.bytes || (!self.is_open && self.bytes < len) {
-            return wrong(format!("it has {len} bytes, and the checkpoint says {}", self.bytes));
+            let what = format!("it has {len} bytes, and the checkpoint says {}", self.bytes);
+            return Err(changed(what));
         }
-        match checksum(&file, 0, self.bytes) {
-            Ok(Some(checksum)) if checksum == self.checksum => Ok(()),
-            Ok(_) => wrong("its content is not what was written".to_owned()),
-            Err(error) => wrong(error.to_string()),
+        match checksum(&file, 0, self.bytes).map_err(unreadable)? {
+            Some(checksum) if checksum == self.checksum => Ok(()),
+            _ => Err(changed("its content has changed".to_owned())),
+        }
+    }
+}
+
+/// Why a pending part cannot be committed.
+enum Unfit {
+    /// It is not what the checkpoint says.
+    Content(String),
+    /// Nobody knows: it cannot be read now.
+    Unreadable(EnvironmentError),
+}
+
+impl From<Unfit> for FailureCause {
+    fn from(unfit: Unfit) -> Self {
+        match unfit {
+            Unfit::Content(what) => taken(what),
+            Unfit::Unreadable(error) => Self::Environment(error),
         }
     }
 }
@@ -200,7 +221,7 @@ pub(crate) struct Kept {
 /// Nothing is changed.
 pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Problem> {
     let taken = |what: String| {
-        let message = format!("sink \"{}\" cannot commit what it had written", output.sink);
+        let message = format!("sink \"{}\" cannot commit its pending output", output.sink);
         Problem::new(Code::OutputTaken, message).detail(what)
     };
     let states = decode_all::<State>(states).map_err(|error| {
@@ -209,14 +230,26 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
     })?;
     let parts = || states.iter().flat_map(|state| &state.parts);
     let dirs = parts().map(|part| part.dir.as_path()).collect();
-    let committed = output.committed(&dirs).map_err(|error| taken(error.to_string()))?;
+    let unfit = |why: Unfit, hint: &str| match why {
+        Unfit::Content(what) => taken(what).hint(hint),
+        Unfit::Unreadable(error) => {
+            let message = format!("sink \"{}\" cannot read its pending output", output.sink);
+            Problem::new(Code::OutputUnwritable, message)
+                .with_os_error(error.os_error)
+                .detail(error)
+        }
+    };
+    let committed = output.committed(&dirs).map_err(|error| {
+        let message = format!("sink \"{}\" cannot read what it has committed", output.sink);
+        Problem::new(Code::OutputUnwritable, message).because(&error)
+    })?;
     let mut kept = Kept::default();
     let mut lost = Vec::new();
     for part in parts() {
         match part.find(&output.dir, &committed) {
             Found::Pending(dir, path) => {
-                part.verify(&path).map_err(|what| {
-                    taken(what).hint("use another checkpoint or savepoint, or put the file back")
+                part.verify(&path).map_err(|why| {
+                    unfit(why, "use another checkpoint or savepoint, or put the file back")
                 })?;
                 kept.names.insert(part.pending());
                 if dir != output.dir {
@@ -229,7 +262,7 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
             Found::Nowhere if committed.files.contains(&part.file()) => {
                 if let Some(path) = names::visible_of(&output.dir, &part.file()) {
                     let verified = part.verify(&path);
-                    verified.map_err(|what| taken(what).hint("use another checkpoint"))?;
+                    verified.map_err(|why| unfit(why, "use another checkpoint"))?;
                     kept.names.insert(part.pending());
                 }
             }
@@ -243,9 +276,8 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
             first.dir.join(first.pending()).display()
         ))
         .hint(
-            "put them back; where the whole directory was moved, run the job once with the path that its \
-             sink had; or, if a reader has taken them once they were committed, say so with \
-             --assume-committed",
+            "put them back; if the whole directory was moved, run the job once with the old path of the \
+             sink; or, if a reader removed them after they were committed, use --assume-committed",
         )),
         _ => Ok(kept),
     }
@@ -326,7 +358,7 @@ impl FileSink {
         let committed = self.committed(unseen.iter().copied())?;
         for part in &unseen {
             if let Found::Pending(_, path) = part.find(&self.output.dir, &committed) {
-                part.verify(&path).map_err(taken)?;
+                part.verify(&path)?;
             }
         }
         self.publish(&unseen, &committed)

@@ -196,7 +196,7 @@ impl Output {
         claim: Claim,
     ) -> Result<(), Problem> {
         let taken = |what: String| {
-            let message = format!("sink \"{}\" cannot commit what it had written", self.sink);
+            let message = format!("sink \"{}\" cannot commit its pending output", self.sink);
             Problem::new(Code::OutputTaken, message).detail(format!("{}: {what}", dir.display()))
         };
         let owner = Owner::of(dir).ok().flatten();
@@ -291,7 +291,7 @@ impl Output {
             return Ok(());
         }
         let message = format!(
-            "sink \"{}\" has committed output after checkpoint {own}, which would come twice",
+            "sink \"{}\" has committed output after checkpoint {own}, which would be written twice",
             self.sink
         );
         let mut problem = Problem::new(Code::OutputDiverged, message).detail(format!(
@@ -306,12 +306,13 @@ impl Output {
             problem = problem.detail("and others");
         }
         if has_more {
-            problem = problem
-                .detail("and more that is not listed: older parts, or parts in another directory");
+            problem = problem.detail(
+                "and more parts that are not listed: older ones, or parts in another directory",
+            );
         }
         if !is_here {
             return Err(problem.hint(
-                "parts of the restored state are still to be committed there: resume with that path, \
+                "parts of the restored state must still be committed there: resume with that path \
                  and --discard-output, or from a newer savepoint",
             ));
         }
@@ -326,8 +327,8 @@ impl Output {
         }
         let gone: Vec<&str> = gone.iter().take(NAMED_MAX).map(|(name, _)| name.as_str()).collect();
         Err(problem
-            .detail(format!("somebody has taken or changed some of them: {}", gone.join(", ")))
-            .hint("choose another path: what was taken cannot be taken back"))
+            .detail(format!("some of them were removed or modified: {}", gone.join(", ")))
+            .hint("choose another path: output that was removed or modified cannot be discarded"))
     }
 
     /// Whether a writer is of this run. What earlier runs have left is gone since its begin.

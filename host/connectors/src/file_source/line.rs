@@ -128,7 +128,9 @@ impl LineReader {
                 let text = field(place)?;
                 let text = String::from_utf8_lossy(&text);
                 let time = format.parse(text.trim());
-                Some(time.ok_or_else(|| format!("\"{text}\" is no time ({})", format.wanted()))?)
+                Some(time.ok_or_else(|| {
+                    format!("\"{text}\" is not a valid time ({})", format.wanted())
+                })?)
             }
             None => None,
         };

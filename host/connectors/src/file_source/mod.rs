@@ -180,9 +180,9 @@ impl FilePlan {
     /// Refuses positions of files that are not there as they were; says what will not be read.
     pub(crate) fn check_positions(&self, positions: &[&[u8]]) -> Result<Vec<String>, Problem> {
         let changed = |what: String| {
-            let message = format!("source \"{}\" cannot go on where it was", self.name);
+            let message = format!("source \"{}\" cannot resume from its position", self.name);
             Problem::new(Code::InputChanged, message).detail(what).hint(
-                "put the files back as they were, or begin anew with another state directory and output",
+                "restore the original files, or start over with another state directory and output",
             )
         };
         let refused = |error: Changed| match error {
@@ -229,7 +229,7 @@ impl FilePlan {
             })?;
             if found != Some(*expected) {
                 return Err(Changed::Content(format!(
-                    "{}: bytes {begin} to {next} are not those that were read",
+                    "{}: bytes {begin} to {next} have changed since they were read",
                     name()
                 )));
             }
@@ -257,8 +257,8 @@ impl FilePlan {
             let place = self.listing.root.join(first);
             Some(format!("source \"{}\": {}{others} {what}", self.name, place.display()))
         };
-        let new = words(&new, "came after the job began and will not be read");
-        let grown = words(&grown, "has grown since the job began: what was added will not be read");
+        let new = words(&new, "was not there when the job started and will not be read");
+        let grown = words(&grown, "has grown since the job started: the new data will not be read");
         new.into_iter().chain(grown).collect()
     }
 
@@ -279,7 +279,7 @@ impl FilePlan {
                     };
                     let Some(file) = file else {
                         let path = path.display();
-                        let what = format!("{path}: it has become shorter since the job began");
+                        let what = format!("{path}: it has shrunk since the job started");
                         return Err(input_changed(what));
                     };
                     found = Some(file.clone());
@@ -444,7 +444,7 @@ impl FileSource {
         } else if !is_ended && progress.next + read < split.end {
             let size = progress.next + read;
             let message = format!(
-                "{}: it ends at byte {size}, and had {} bytes when the job began",
+                "{}: it ends at byte {size}, but had {} bytes when the job started",
                 self.path(&split),
                 self.file(&split)?.size
             );

@@ -81,7 +81,7 @@ impl FileId {
         let path = root.join(&self.name);
         let changed = |what: String| Changed::Content(format!("{}: {what}", path.display()));
         let unreadable = |error: io::Error| match error.kind() {
-            io::ErrorKind::NotFound => changed("it is not there any more".to_owned()),
+            io::ErrorKind::NotFound => changed("it no longer exists".to_owned()),
             _ => {
                 let doing = format_args!("read {}", path.display());
                 Changed::Unreadable(EnvironmentError::of(doing, &error))
@@ -93,10 +93,13 @@ impl FileId {
             return Ok((file, None));
         }
         if stamp.size < self.size {
-            return Err(changed(format!("it has {} bytes, and had {}", stamp.size, self.size)));
+            return Err(changed(format!(
+                "it has {} bytes, but had {} before",
+                stamp.size, self.size
+            )));
         }
         if sample(&file, self.size).map_err(unreadable)? != self.sample {
-            return Err(changed("its content is another".to_owned()));
+            return Err(changed("its content has changed".to_owned()));
         }
         Ok((file, Some(stamp)))
     }
@@ -241,7 +244,7 @@ impl Listing {
             let name = path.strip_prefix(&root).unwrap_or(&path);
             let Some(name) = name.to_str() else {
                 let problem = unreadable(format!(
-                    "source \"{name}\" has a file that it cannot name",
+                    "source \"{name}\" matches a file with an unsupported name",
                     name = name.display()
                 ));
                 return Err(problem.detail("its name is not UTF-8"));
@@ -259,12 +262,12 @@ impl Listing {
         }
         let problem = match self.files.is_empty() {
             true => format!("source \"{name}\" has nothing to read"),
-            false => format!("source \"{name}\" cannot read all that its path names"),
+            false => format!("source \"{name}\" cannot read everything that its path matches"),
         };
         let problem = Problem::new(Code::SourceUnreadable, problem);
         Err(match self.others.first() {
             Some(other) => problem
-                .detail(format!("{} is no regular file", other.display()))
+                .detail(format!("{} is not a regular file", other.display()))
                 .hint("a source needs files that it can read again from any position"),
             None if self.pattern.ends_with("/-") => problem
                 .detail("standard input cannot be read again from a position")

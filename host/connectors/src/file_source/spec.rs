@@ -225,7 +225,7 @@ fn read_file_source(section: &Section<'_>) -> Result<FileSourceSpec> {
     let (key, timestamp) = (field(&KEY)?, field(&TIMESTAMP)?);
     let timestamp_format = section.find(&TIMESTAMP_FORMAT);
     if let (Some(located), None) = (&timestamp_format, &timestamp) {
-        let why = "it says how `timestamp` is written, and there is none";
+        let why = "it is the format of `timestamp`, which is not set";
         return Err(section.bad_value("timestamp-format", &located.span, why));
     }
     let timestamp_format = match timestamp_format {
@@ -298,7 +298,7 @@ fn read_time_format(section: &Section<'_>, located: Located<String>) -> Result<T
             return Err(section.bad_value("timestamp-format", &span, why));
         }
         pattern if pattern.contains("%Z") => {
-            let why = "the name of a time zone says no offset: write %z for one such as +0100, or \
+            let why = "the name of a time zone defines no offset: write %z for one such as +0100, or \
                        leave it out for UTC";
             return Err(section.bad_value("timestamp-format", &span, why));
         }

@@ -151,7 +151,7 @@ fn no_position_is_given_out_for_bytes_that_are_not_there_any_more() {
     // As long as before, and other lines.
     std::fs::write(&path, numbers(5_000..8_000)).expect("written over");
     let message = input_is_other(source.position().err());
-    assert!(message.contains("not those that were read"), "{message}");
+    assert!(message.contains("have changed since they were read"), "{message}");
 }
 
 /// Names and sizes were all that was compared: 42,845 records came of one file, 157,155 of the other.
@@ -160,7 +160,8 @@ fn a_file_that_was_replaced_by_another_of_the_same_size_is_refused() {
     let dir = tempfile::tempdir().expect("a directory");
     let (_, path, _, position) = half_way(dir.path());
     let mut text = numbers(0..3_000).into_bytes();
-    for (place, what) in [(0, "another"), (9_000, "not those that were read"), (35_900, "another")]
+    for (place, what) in
+        [(0, "changed"), (9_000, "have changed since they were read"), (35_900, "changed")]
     {
         let before = std::mem::replace(&mut text[place], b'#');
         std::fs::write(&path, &text).expect("replaced");
@@ -393,7 +394,7 @@ fn a_file_that_was_written_over_with_its_time_set_back_is_refused() {
     file.set_modified(time).expect("set back");
     let mut source = FileSource::open(&plan, 0, 1, Some(&position)).expect("opens");
     let message = input_is_other(source.read().err());
-    assert!(message.contains("not those that were read"), "{message}");
+    assert!(message.contains("have changed since they were read"), "{message}");
 }
 
 #[test]

@@ -107,6 +107,7 @@ impl AbortReason {
             Self::Io(error) | Self::SnapshotNotStored { error, .. } | Self::NotFinalized(error) => {
                 error.os_error
             }
+            Self::StopFailed { cause: Some(cause) } => cause.os_error(),
             _ => None,
         }
     }
@@ -124,17 +125,17 @@ impl AbortReason {
     #[must_use]
     pub fn message(&self) -> String {
         match self {
-            Self::TooManyRequests => "too many requests for checkpoints wait".to_owned(),
+            Self::TooManyRequests => "too many checkpoint requests are waiting".to_owned(),
             Self::MinimumTimeBetweenCheckpoints => {
                 "the pause since the last completed checkpoint is not over".to_owned()
             }
-            Self::PeriodicSchedulerShutdown => "the job takes its last checkpoint".to_owned(),
+            Self::PeriodicSchedulerShutdown => "the job is taking its final checkpoint".to_owned(),
             Self::NotAllTasksRunning => "not all tasks are running".to_owned(),
-            Self::Io(error) => format!("it could not be begun: {error}"),
+            Self::Io(error) => format!("it could not start: {error}"),
             Self::SnapshotNotStored { error, .. } => {
                 format!("its snapshot was not stored: {error}")
             }
-            Self::Expired => "not every task acked within the timeout".to_owned(),
+            Self::Expired => "not every task acknowledged it within the timeout".to_owned(),
             Self::Subsumed => "a newer checkpoint is complete".to_owned(),
             Self::Declined { message, .. } => format!("declined: {message}"),
             Self::NotFinalized(error) => format!("it was not finalized: {error}"),

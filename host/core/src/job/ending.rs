@@ -29,9 +29,7 @@ impl Job {
         }
         if self.is_batch && !self.is_ending() {
             // Its regions cannot be continued half-way.
-            let outcome =
-                Outcome::Stopped { checkpoint: None, is_last: false, has_savepoint: false };
-            return self.give_up(now, outcome, effects);
+            return self.stop_at_completed(now, effects);
         }
         if let Some(mut under_way) = self.stop() {
             // Whoever asks again is in more of a hurry: nothing is drained any more.
@@ -168,13 +166,13 @@ impl Job {
             // Who has asked again wants no savepoint: the next try is without one.
             (true, true, StopInput::Keep) => {}
             // The sources have ended: only a restart from before brings the rest of their input.
-            (_, _, StopInput::Drain) => {
+            (_, _, StopInput::Drain) | (true, false, StopInput::DrainGivenUp) => {
                 self.set_stop(None);
                 let cause = FailureCause::CheckpointsFailed { checkpoint: None, reason };
                 self.on_failure(now, None, cause, None, effects);
             }
             // Whoever wanted a savepoint has their answer; the job goes on as before.
-            (true, false, _) => {
+            (true, false, StopInput::Keep) => {
                 self.set_stop(None);
                 if !is_restarting && self.all(TaskRun::is_running) {
                     self.coordinator.start(now, &mut self.random);

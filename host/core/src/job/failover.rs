@@ -78,6 +78,10 @@ impl Job {
         self.phase = Phase::Active { stop: self.stop() };
         let restarting: Vec<TaskId> = reasons.keys().copied().collect();
         self.suspend_checkpoints(now, effects);
+        // The end of its last checkpoint may have been that of the job.
+        if !self.is_active() {
+            return;
+        }
         let incident = self.new_incident(now.after(delay_ms));
         self.cancel(&restarting, Some(incident), effects);
         let tasks = reasons;

@@ -71,8 +71,8 @@ impl CheckedJob {
             let (node, states) = (self.spec.node(*id), &operator.description.states);
             if !states.is_empty() && !self.spec.is_keyed(*id) {
                 warnings.push(format!(
-                    "operator \"{}\" has declared state, and its records do not come by their key \
-                     (partition = \"hash\"): the state stays with its task, and the parallelism cannot be \
+                    "operator \"{}\" has declared state, but its input is not partitioned by key \
+                     (partition = \"hash\"): the state belongs to its task, and the parallelism cannot be \
                      changed later",
                     node.name
                 ));
@@ -82,8 +82,8 @@ impl CheckedJob {
                 && !spec.snapshot.has_memory()
             {
                 warnings.push(format!(
-                    "operator \"{}\" declares no state, and snapshot = \"declared\" keeps nothing else: what it \
-                     has in its memory is lost with every restart",
+                    "operator \"{}\" declares no state, and snapshot = \"declared\" keeps nothing else: the \
+                     contents of its memory are lost at every restart",
                     node.name
                 ));
             }
@@ -132,11 +132,11 @@ fn check_approximate(spec: &JobSpec) -> Result<(), Problem> {
     let is_batch = spec.graph.has_exchange(ExchangeType::has_partition);
     let (other, hint) = match spec.checkpoint.unaligned_after_ms {
         Some(_) => {
-            let hint = "what a checkpoint holds of the channels would be missing or come twice; set `execution.checkpointing.unaligned.enabled = false`";
+            let hint = "in-flight records in a checkpoint would be lost or duplicated; set `execution.checkpointing.unaligned.enabled = false`";
             ("unaligned checkpoints", hint)
         }
         None if is_batch => {
-            let hint = "a job that runs region by region has no checkpoints to go on from; use \"pipelined-bounded\" or \"blocking\"";
+            let hint = "a job that runs region by region has no checkpoints to resume from; use \"pipelined-bounded\" or \"blocking\"";
             ("exchanges that are not pipelined", hint)
         }
         None => return Ok(()),
@@ -144,7 +144,7 @@ fn check_approximate(spec: &JobSpec) -> Result<(), Problem> {
     let node = spec.node(edge.to);
     let place = node.inputs.get(edge.input as usize).map_or("", |input| &input.place);
     let message = format!(
-        "the exchange \"{}\" between \"{}\" and \"{}\" does not go together with {other}",
+        "the exchange \"{}\" between \"{}\" and \"{}\" cannot be combined with {other}",
         edge.exchange.name(),
         spec.node(edge.from).name,
         node.name

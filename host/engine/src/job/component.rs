@@ -31,6 +31,7 @@ pub fn sandbox(cache_dir: Option<PathBuf>) -> Result<Sandbox, Problem> {
     let options = SandboxOptions { cache_dir, ..SandboxOptions::default() };
     Sandbox::new(options).map_err(|error| {
         let problem = Problem::new(Code::CannotStart, error.to_string());
+        let problem = problem.with_os_error(os_error(&error));
         match error {
             SandboxError::Cache { source, .. } => {
                 problem.detail(source).hint("set --cache-dir to a directory of your own")
@@ -65,15 +66,15 @@ pub async fn describe(component: &Component, name: &str) -> Result<Description, 
                 .because(&error)
         }
         error => {
-            Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot say what it is"))
+            Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot describe itself"))
                 .because(&error)
         }
     })?;
     check_description(&description).map_err(|what| {
-        let message = format!("operator \"{name}\" describes itself as nothing that can be");
+        let message = format!("operator \"{name}\" has an invalid description");
         Problem::new(Code::OtherWorld, message)
             .detail(what)
-            .hint("#[operator] makes a description that can be; build the component with it")
+            .hint("build the component with #[operator], which generates a valid description")
     })?;
     Ok(description)
 }
@@ -95,7 +96,10 @@ fn check_description(description: &Description) -> Result<(), String> {
         ("state", states.iter().map(|state| state.name.clone()).collect()),
     ] {
         if DESCRIBED_MAX < names.len() {
-            return Err(format!("it has {} {what}s, and may have {DESCRIBED_MAX}", names.len()));
+            return Err(format!(
+                "it has {} {what}s, but at most {DESCRIBED_MAX} are allowed",
+                names.len()
+            ));
         }
         let mut known = BTreeSet::new();
         for name in names {
@@ -120,7 +124,7 @@ fn check_description(description: &Description) -> Result<(), String> {
         }
         let Some(origin) = &state.renamed_from else { continue };
         if states.iter().any(|other| other.name == *origin) || !origins.insert(origin) {
-            return Err(format!("two states claim what was called {origin:.64?}"));
+            return Err(format!("two states claim the former name {origin:.64?}"));
         }
     }
     Ok(())
@@ -147,7 +151,7 @@ pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Comp
             }
             ComponentError::Unsound(_) => (
                 Code::CannotCheckpoint,
-                "a snapshot holds linear memory and numeric globals; docs/errors.md lists what lies outside",
+                "a snapshot holds only linear memory and numeric globals; see `cofferdam explain C0014`",
             ),
             ComponentError::Import { .. } => {
                 (Code::OtherWorld, "an operator gets logging, metrics, clocks, randomness and standard output: no files, no network")

@@ -168,12 +168,12 @@ impl Driver {
             Effect::PersistSavepoint { checkpoint, ticket } => match self.desk.dir(ticket) {
                 Some(dir) => self.monitor.storage.export(checkpoint, dir),
                 None => {
-                    let error = EnvironmentError::new("nobody said where to write it");
+                    let error = EnvironmentError::new("no directory was given for it");
                     self.monitor.report(Event::SavepointLost { checkpoint, error });
                 }
             },
             Effect::Answer { ticket, result } => {
-                self.desk.answer(ticket, result.map_err(|reason| reason.message()));
+                self.desk.answer(ticket, result);
             }
             Effect::NotifyComplete { checkpoint, purpose } => {
                 self.notify_complete(checkpoint, purpose)
@@ -254,12 +254,12 @@ impl Driver {
         self.blocking.run(move || {
             for local in locals {
                 if let Err(error) = local.lock().settle(checkpoint.0) {
-                    tracing::warn!(%error, "bring the local image forward: a restart will read the storage");
+                    tracing::warn!(%error, "cannot update the local image: a restart will read the storage");
                 }
                 if let Some(keyed) = &local.keyed
                     && let Err(error) = keyed.complete(checkpoint.0)
                 {
-                    tracing::warn!(%error, "bring the declared state forward: it is tried again");
+                    tracing::warn!(%error, "cannot update the declared state: it will be retried");
                 }
             }
             if let Some(rehearsal) = rehearsal {
@@ -279,7 +279,7 @@ impl Driver {
                 if let Some(keyed) = &local.keyed
                     && let Err(error) = keyed.fold(completed, needed_from.0)
                 {
-                    tracing::warn!(%error, "make one of what was given up: it is tried again");
+                    tracing::warn!(%error, "cannot merge an aborted checkpoint: it will be retried");
                 }
             }
         });

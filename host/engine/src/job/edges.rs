@@ -70,8 +70,9 @@ pub(super) fn check_dead_letters(
         let outputs = operators.get(&id).map(|operator| &operator.description.outputs);
         if outputs.into_iter().flatten().any(|port| port.name == DEAD_LETTER) {
             let message = format!("operator \"{name}\" has an output \"{DEAD_LETTER}\" of its own");
-            return Err(Problem::new(Code::BadValue, message)
-                .hint("leave on-trap out, or name that output otherwise"));
+            return Err(
+                Problem::new(Code::BadValue, message).hint("remove on-trap, or rename that output")
+            );
         }
         let takes =
             |input: &InputSpec| input.from == id && input.output.as_deref() == Some(DEAD_LETTER);

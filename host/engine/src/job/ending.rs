@@ -63,13 +63,13 @@ impl Ending<'_> {
         if let Some(claimed) = self.claimed.filter(|_| !is_needed)
             && let Err(error) = remove_claimed(claimed)
         {
-            self.warn(format!("remove {}, which was claimed: {error}", claimed.display()));
+            self.warn(format!("cannot remove {}, which was claimed: {error}", claimed.display()));
         }
         let is_kept = is_needed || end_of(outcome).is_none_or(|end| self.retention.keeps(end));
         if let (false, Some(store)) = (is_kept, store)
             && let Err(error) = store.clear()
         {
-            self.warn(format!("remove the state of the job: {error}"));
+            self.warn(format!("cannot remove the state of the job: {error}"));
         }
         is_kept
     }
@@ -83,11 +83,8 @@ pub(super) fn next_step(
     retention: Retention,
 ) -> String {
     let first = match cause {
-        FailureCause::Permanent { obstacle, .. } => remedy(*obstacle).to_owned(),
-        FailureCause::LimitExceeded { limit, .. } => match limit.setting() {
-            Some(setting) => format!("raise {setting}, or make the operator need less"),
-            None => "make the operator need less".to_owned(),
-        },
+        FailureCause::Permanent { obstacle, .. } => remedy(*obstacle),
+        FailureCause::LimitExceeded { limit, .. } => remedy(Obstacle::Limit(*limit)),
         _ => String::new(),
     };
     match checkpoint {
@@ -97,8 +94,8 @@ pub(super) fn next_step(
         None if !first.is_empty() => format!("{first}; then run it again"),
         Some(id) if is_kept => format!("run it again to resume from checkpoint {id}"),
         Some(_) => format!(
-            "its checkpoints were removed, as externalized-checkpoint-retention = \"{}\" says; with \
-             RETAIN_ON_CANCELLATION they are kept",
+            "its checkpoints were removed because externalized-checkpoint-retention = \"{}\"; \
+             RETAIN_ON_CANCELLATION keeps them",
             retention.name()
         ),
         None => "no checkpoint completed; the next run starts from the beginning".to_owned(),
@@ -106,20 +103,25 @@ pub(super) fn next_step(
 }
 
 /// What helps before a job is run again; to run it again alone does not.
-pub(super) fn remedy(obstacle: Obstacle) -> &'static str {
-    match obstacle {
+pub(super) fn remedy(obstacle: Obstacle) -> String {
+    let remedy = match obstacle {
         Obstacle::InputChanged => "put the files back as they were",
-        Obstacle::BadRecord => {
-            "correct the record, or choose what becomes of such ones with on-bad-record"
-        }
+        Obstacle::BadRecord => "correct the record, or set on-bad-record to skip or dead-letter",
         Obstacle::OpenRefused => "correct the operator's config",
         Obstacle::ForeignKey => "correct the operator",
         Obstacle::OutputTaken => "put the part back, or use an older checkpoint or savepoint",
         Obstacle::StateMismatch => "put back what was changed",
         Obstacle::StoreDamaged => "restore the state directory from a copy",
         // What is there is read again.
-        Obstacle::StoreInDoubt => "",
-    }
+        Obstacle::StoreInDoubt { .. } => "",
+        Obstacle::Limit(limit) => {
+            return match limit.setting() {
+                Some(setting) => format!("raise {setting}, or reduce what the operator uses"),
+                None => "reduce what the operator uses".to_owned(),
+            };
+        }
+    };
+    remedy.to_owned()
 }
 
 /// Writes down how a job has ended, before its state is removed: it must not begin by itself again.

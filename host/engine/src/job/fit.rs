@@ -12,8 +12,9 @@ use super::target::Tasks;
 use crate::job::read_out::on_instance;
 
 /// What to do with a type that does not fit.
-pub(super) const HOW_TO_GROW: &str = "keep the type, or let it grow: a new field has #[serde(default)], an integer may \
-                           become wider; or give a state of another type another name";
+pub(super) const HOW_TO_GROW: &str = "keep the type, or extend it: a new field needs \
+                           #[serde(default)], an integer may become wider; or give the new \
+                           type a new state name";
 
 /// Whether a checkpoint's state can become the state of these tasks.
 pub(super) fn check_fit(
@@ -29,7 +30,7 @@ pub(super) fn check_fit(
                 "the checkpoint is of job \"{}\", not of \"{}\"",
                 metadata.job, tasks.spec.name
             ),
-            "to begin anew, move the state directory away or choose another with --state-dir",
+            "to start from the beginning, move the state directory away or choose another with --state-dir",
         );
     }
     let stored = || metadata.tasks.iter().map(|task| &task.identity);
@@ -46,7 +47,7 @@ pub(super) fn check_fit(
                 extra.operator
             ),
             &format!(
-                "put it back; or say which node it is now, with uid = \"{}\"; or leave its state behind \
+                "put it back; or, if it was renamed, give it uid = \"{}\"; or discard its state \
                  with --from DIR --ignore-unclaimed-state",
                 extra.uid
             ),
@@ -83,7 +84,7 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
                 "the checkpoint has state \"{left}\" of \"{name}\", which its component does not have"
             ),
             format!(
-                "if it has another name now, say so: #[state(renamed_from = \"{left}\")]; or leave it behind \
+                "if it was renamed, add #[state(renamed_from = \"{left}\")]; or discard it \
                  with --from DIR --ignore-unclaimed-state"
             ),
         ),
@@ -99,8 +100,8 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
         ),
         Misfit::MemoryLeft => mismatch(
             format!("the checkpoint of \"{name}\" holds linear memory and no declared state"),
-            "set snapshot back, with the component that wrote it and its parallelism; or, if the operator keeps \
-             nothing in its memory that counts, leave that behind with --from DIR --ignore-unclaimed-state"
+            "restore the old snapshot setting, component and parallelism; or, if the operator needs \
+             nothing from its memory, discard the memory with --from DIR --ignore-unclaimed-state"
                 .to_owned(),
         ),
         Misfit::NoMemory => mismatch(
@@ -110,7 +111,7 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
         Misfit::OtherComponent => {
             let (then, now) = (digest_text(known.digest), digest_text(task.digest));
             let what = format!("was written by another component ({then} then, {now} now)");
-            foreign(what, "component that wrote it: put that one back")
+            foreign(what, "component that wrote it: restore that component")
         }
         Misfit::OtherBackend => {
             let backend = |is_host: bool| if is_host { "sled" } else { "hashmap" };
@@ -118,7 +119,7 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
             let what = format!(
                 "was taken with state.backend.type = \"{then}\", the manifest has \"{now}\""
             );
-            foreign(what, "state backend that it was written with: set that one back")
+            foreign(what, "state backend that wrote it: set state.backend.type back")
         }
         Misfit::MemoryParallelism => mismatch(
             format!(
@@ -126,7 +127,7 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
                 known.parallelism, task.parallelism
             ),
             format!(
-                "linear memory cannot be shared out: set the parallelism back{}",
+                "linear memory cannot be redistributed: set the parallelism back{}",
                 by_declared_state(known)
             ),
         ),
@@ -136,10 +137,10 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
 /// The other way for state that lies in linear memory.
 fn by_declared_state(known: &TaskIdentity) -> &'static str {
     match known.has_declared {
-        true => "; or set snapshot = \"declared\" to go on from its declared state alone",
+        true => "; or set snapshot = \"declared\" to resume from its declared state only",
         false => {
-            "; or, if the operator keeps nothing in its memory that counts, set snapshot = \"declared\" and \
-             leave the memory behind with --from DIR --ignore-unclaimed-state"
+            "; or, if the operator needs nothing from its memory, set snapshot = \"declared\" and \
+             discard the memory with --from DIR --ignore-unclaimed-state"
         }
     }
 }
@@ -147,11 +148,11 @@ fn by_declared_state(known: &TaskIdentity) -> &'static str {
 /// Declared state does not lie with the keys of the records that come now.
 fn without_keys(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdentity) -> Problem {
     let name = &task.operator;
-    let by = |is_keyed: bool| if is_keyed { "by their key" } else { "not by their key" };
+    let by = |is_keyed: bool| if is_keyed { "keyed" } else { "not keyed" };
     let (message, hint) = match misfit {
         Misfit::KeysChanged => (
             format!(
-                "records came to \"{name}\" {} when its declared state was written, and come {} now",
+                "the input of \"{name}\" was {} when its declared state was written, and is {} now",
                 by(known.is_keyed),
                 by(task.is_keyed)
             ),
@@ -159,16 +160,16 @@ fn without_keys(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdentity) -> P
         ),
         _ => (
             format!(
-                "\"{name}\" has declared state, its records come not by their key, and its parallelism \
-                 was {} and is {}",
+                "\"{name}\" has declared state, its input is not partitioned by key, and its parallelism \
+                 changed from {} to {}",
                 known.parallelism, task.parallelism
             ),
-            "set the parallelism back; to change it, begin anew with partition = \"hash\" in another state \
+            "set the parallelism back; to change it, start over with partition = \"hash\" and another state \
              directory",
         ),
     };
     Problem::new(Code::StateWithoutKeys, message)
-        .detail("state that does not lie with the keys of its records stays with its task")
+        .detail("declared state that is not partitioned by key cannot be redistributed")
         .hint(hint)
 }
 
@@ -199,7 +200,7 @@ fn check_states(
         };
         if !is_known {
             let what =
-                "serde does not tell what values of it look like, and the component is another";
+                "serde does not describe the type of its values, and the component has changed";
             return Err(mismatch(what.to_owned()));
         }
         let Some(component) = tasks.components.get(name) else { continue };

@@ -120,8 +120,8 @@ impl CheckedJob {
         if state_dir.map_or(Ok(false), state_dir::is_in_use)? {
             let mut restorable = restore::check_from(&tasks, from)?;
             restorable.warnings.push(
-                "a run uses the state directory: what is in it then, and what the output allows, is \
-                 known when that has ended"
+                "a run uses the state directory: its contents and the output can be checked only \
+                 after that run has ended"
                     .to_owned(),
             );
             return Ok(Some(restorable));
@@ -313,7 +313,7 @@ impl Job {
         };
         let started = StorageHandle::start(self.store, report()).map_err(|error| {
             self.desk.close();
-            Problem::new(Code::CannotStart, "start the storage thread").because(&error)
+            Problem::new(Code::CannotStart, "cannot start the storage thread").because(&error)
         });
         let (storage, thread) = started?;
         self.desk.look_with(storage.inspector());

@@ -42,9 +42,8 @@ pub(crate) fn on_instance<T: Send>(
         });
         asked.join()
     });
-    answer.unwrap_or_else(|_| {
-        Err(GuestError::Host("the question to the component panicked".to_owned()))
-    })
+    answer
+        .unwrap_or_else(|_| Err(GuestError::Host("the call to the component panicked".to_owned())))
 }
 
 /// Whose memory an image is of.
@@ -73,7 +72,7 @@ impl OwnComponent {
             return Ok(run);
         }
         let message = format!(
-            "it has handed over {handed_over} entries, and only {} of them have keys of their own",
+            "it returned {handed_over} entries, but only {} of them have distinct keys",
             run.len()
         );
         Err(GuestError::Trap { message, backtrace: Vec::new() })
@@ -200,7 +199,7 @@ pub(super) fn read_out_task(
         let message = format!("the declared state of {} cannot be read", identity.name());
         let problem = Problem::new(Code::StateMismatch, message)
             .detail(what)
-            .detail("it lies in the image of the task's memory, and the component that it ran reads it out")
+            .detail("it is in the task's memory image, and only the component that wrote it can read it")
             .hint("resume with that component, the same parallelism and snapshot = \"both\"");
         Failed::Problem(Box::new(problem))
     };
@@ -209,7 +208,7 @@ pub(super) fn read_out_task(
         error => Failed::Storage(error),
     })?;
     let Some(sandbox) = sandbox else {
-        return Err(refused("the job has no operator any more".to_owned()));
+        return Err(refused("the job no longer has any operator".to_owned()));
     };
     let component = sandbox.load(&bytes);
     let component = component

@@ -78,7 +78,9 @@ fn convert(
             converted.map_err(|what| {
                 let message =
                     format!("the declared state of \"{}\" cannot be converted", task.operator);
-                let problem = Problem::new(Code::SchemaMismatch, message).detail(what);
+                let problem = Problem::new(Code::SchemaMismatch, message)
+                    .with_os_error(what.os_error())
+                    .detail(what);
                 Failed::Problem(Box::new(problem.hint(HOW_TO_GROW)))
             })?;
         }
@@ -132,8 +134,8 @@ pub(super) fn redistribute(
     let is_over = !shares.is_empty() && shares.iter().all(|share| share.state.is_drained);
     if is_over {
         warnings.push(
-            "every task had processed the end of its inputs (`stop --drain`, or the last checkpoint): \
-             nothing more is read"
+            "every task had already reached the end of its inputs (`stop --drain`, or the last checkpoint): \
+             no more records are read"
                 .to_owned(),
         );
     }
@@ -256,10 +258,12 @@ fn check_left_behind(
         let uncommitted = Some(&*state).filter(|state| !state.is_empty());
         if let Some(example) = uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state)) {
             let message =
-                format!("sink \"{operator}\" is no more, and what it has written is not committed");
+                format!("sink \"{operator}\" no longer exists, but its output is not committed");
             let problem = Problem::new(Code::OutputTaken, message)
                 .detail(format!("for example {example}"))
-                .hint(format!("put it back; or say which sink it is now, with uid = \"{uid}\""));
+                .hint(format!(
+                    "put it back; or, if it was renamed, give the new sink uid = \"{uid}\""
+                ));
             return Err(Failed::Problem(Box::new(problem)));
         }
     }
@@ -277,9 +281,9 @@ fn check_config(
     let old = &metadata.tasks[old].identity;
     if new.has_memory && old.has_memory && old.config != new.config {
         warnings.push(format!(
-            "operator \"{}\" has another config than its checkpoint, and its linear memory is restored, \
-             with what it has read of the old one; snapshot = \"declared\" restores the declared state \
-             alone",
+            "the config of operator \"{}\" has changed since the checkpoint, but its restored linear memory \
+             may still hold values from the old config; snapshot = \"declared\" restores only the declared \
+             state",
             new.operator
         ));
     }
@@ -332,11 +336,11 @@ fn check_in_flight<'a>(
     };
     let Some(channel) = in_flight.find(|channel| !fits(channel)) else { return Ok(()) };
     let message = format!(
-        "the checkpoint holds records on their way from \"{}\" to input {} of \"{}\"",
+        "the checkpoint holds in-flight records from \"{}\" to input {} of \"{}\"",
         channel.from, channel.place, node.name
     );
     Err(Problem::new(Code::StateMismatch, message)
-        .detail("the manifest has no such edge any more")
+        .detail("the manifest no longer has this edge")
         .hint("put the edge back, or change it with a savepoint, which holds no records in flight"))
 }
 
@@ -360,11 +364,15 @@ fn distribute(
         NodeKind::Operator(_) => Ok(vec![Vec::new(); parallelism]),
     };
     let shares = shares.map_err(|cause| {
-        Problem::new(Code::StateMismatch, format!("the state of \"{name}\" cannot be shared out"))
-            .detail(cause.message())
+        Problem::new(
+            Code::StateMismatch,
+            format!("the state of \"{name}\" cannot be redistributed"),
+        )
+        .with_os_error(cause.os_error())
+        .detail(cause.message())
     })?;
     if shares.len() != parallelism {
-        let message = format!("the connector of \"{name}\" has shared its state out wrongly");
+        let message = format!("the connector of \"{name}\" redistributed its state incorrectly");
         return Err(Problem::new(Code::HostBug, message)
             .detail(format!("it gave {} states for {parallelism} tasks", shares.len())));
     }
@@ -395,7 +403,7 @@ fn share_in_flight(
             let shares = channel.clone().share(receiver, partitioner, parallelism, groups);
             let shares = shares.ok_or_else(|| {
                 let message = format!(
-                    "the checkpoint holds records on their way from \"{}\" to every task of \"{}\"",
+                    "the checkpoint holds in-flight records from \"{}\" to every task of \"{}\"",
                     channel.from, node.name
                 );
                 Problem::new(Code::StateMismatch, message)

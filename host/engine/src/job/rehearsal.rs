@@ -86,9 +86,9 @@ impl Rehearsal {
             }
             Err(error) => self.observer.observe(Progress::Warning {
                 message: format!(
-                    "the declared state of {task} cannot be read out of its memory: {error}; until that is \
-                     corrected its savepoints fail, and it resumes with this component and this parallelism \
-                     alone"
+                    "the declared state of {task} cannot be read out of its memory: {error}; until this is \
+                     fixed, savepoints fail, and the task can resume only with this component and this \
+                     parallelism"
                 ),
             }),
         }

@@ -64,11 +64,14 @@ pub(crate) fn choose(
     record: &JobRecord,
 ) -> Result<Chosen, Problem> {
     if found.is_headless {
-        let message = format!("nobody knows which checkpoints {} has had", store.location());
+        let message =
+            format!("the list of the checkpoints in {} is lost or damaged", store.location());
         let problem = Problem::new(Code::CheckpointsMissing, message);
-        return Err(found.damaged.iter().fold(problem, Problem::detail).hint(
-            "to go on from what is there, begin from it in another place: --from DIR --state-dir OTHER",
-        ));
+        return Err(found
+            .damaged
+            .iter()
+            .fold(problem, Problem::detail)
+            .hint("to resume from the checkpoints that were found: --from DIR --state-dir OTHER"));
     }
     let Some(from) = from else { return choose_newest(tasks, store, found, record) };
     let named = from.dir.display().to_string();
@@ -86,14 +89,14 @@ pub(crate) fn choose(
             let mut chosen = choose_newest(tasks, store, found, record)?;
             let id = chosen.checkpoint().unwrap_or_default();
             chosen.warnings.push(format!(
-                "the job has begun from {named} before, and resumes from its own checkpoint {id}"
+                "the job already started from {named} earlier; it resumes from its own checkpoint {id}"
             ));
             return Ok(chosen);
         }
         let message =
-            format!("{} holds checkpoint {} of this job already", store.location(), own.checkpoint);
+            format!("{} already holds checkpoint {} of this job", store.location(), own.checkpoint);
         return Err(Problem::new(Code::StateMismatch, message)
-            .detail(format!("and it is to begin from {named}, from which it does not come"))
+            .detail(format!("that checkpoint does not descend from {named}, which --from names"))
             .hint(
                 "run without --from to resume, or choose another --state-dir to begin from there",
             ));
@@ -119,7 +122,7 @@ fn take_over(
     })?;
     redistribute(tasks, metadata, other, warnings).map_err(|failed| match failed {
         Failed::Problem(problem) => *problem,
-        Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is not whole"))
+        Failed::Storage(error) => Problem::new(Code::StoreDamaged, format!("{named} is damaged"))
             .because(&error)
             .hint("use another savepoint or checkpoint"),
     })
@@ -215,7 +218,7 @@ fn choose_newest(
                 return Err(unusable(store, &error));
             }
             Err(Failed::Storage(error)) => {
-                warnings.push(format!("checkpoint {id} is left out: {error}"));
+                warnings.push(format!("checkpoint {id} is skipped: {error}"));
                 damaged.push(format!("checkpoint {id}: {error}"));
             }
         }
@@ -225,10 +228,13 @@ fn choose_newest(
         let shares = tasks.identities.iter().map(|_| Share::default()).collect();
         return Ok(Chosen { lineage, shares, warnings, metadata: None, other: None });
     }
-    let problem =
-        Problem::new(Code::StoreDamaged, format!("no checkpoint in {} is whole", store.location()));
+    let problem = Problem::new(
+        Code::StoreDamaged,
+        format!("no checkpoint in {} is intact", store.location()),
+    );
     let problem = damaged.iter().fold(problem, Problem::detail);
-    Err(problem.hint("to begin anew, move the directory away; what sinks have committed stays"))
+    Err(problem
+        .hint("to start from the beginning, move the directory away; committed output stays"))
 }
 
 /// A path as it is found again from another directory.
@@ -272,7 +278,7 @@ pub fn open_named(dir: &Path) -> Result<(SnapshotStore, CheckpointMetadata), Pro
     };
     let (store, found) = cofferdam_store::open_at(dir)
         .and_then(SnapshotStore::open_existing)
-        .map_err(|error| missing(error.to_string()))?;
+        .map_err(|error| missing(error.to_string()).with_os_error(error.os_error()))?;
     match found.checkpoints.into_iter().next_back() {
         Some(metadata) => Ok((store, metadata)),
         None => Err(missing(found.damaged.join("; "))),

@@ -118,10 +118,11 @@ pub(super) fn look(
     let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
     let has_partitions = tasks.spec.graph.has_exchange(ExchangeType::has_partition);
     if has_partitions && chosen.checkpoint().is_some() && is_half_way() {
-        let message = "the checkpoint is of a job half-way, and this one runs region by region";
+        let message =
+            "the checkpoint was taken in the middle of a job, but this job runs region by region";
         return Err(Problem::new(Code::StateMismatch, message)
-            .detail("what its sources had still to read would be lost")
-            .hint("make its exchanges pipelined again, or begin anew with another --state-dir"));
+            .detail("the input that its sources had not read yet would be lost")
+            .hint("make its exchanges pipelined again, or start over with another --state-dir"));
     }
     if chosen.checkpoint().is_none() {
         tasks.sources.values().try_for_each(|source| source.check_fresh())?;
@@ -141,7 +142,7 @@ fn read_record(
     let known = JobRecord::read(dir).map_err(|error| {
         let message = format!("the record of the job in {} cannot be read", dir.display());
         Problem::new(Code::StateUnusable, message).because(&error).hint(
-            "put `JOB` back from a copy; without it nobody knows whose state and output this is",
+            "restore `JOB` from a backup; without it the owner of the state and output is unknown",
         )
     })?;
     let Some(mut record) = known else { return nothing() };
@@ -149,7 +150,7 @@ fn read_record(
         Some(_) => Before::Ended(record.job),
         None => Before::Running,
     };
-    let anew = "to run it from its beginning, say so: --again";
+    let anew = "to run it from the beginning, use --again";
     let from = options.from.as_ref().and_then(|from| restore::absolute(&from.dir));
     match &record.ended {
         Some(_) if options.again => record = JobRecord::new(&spec.name),
@@ -161,7 +162,8 @@ fn read_record(
                 let message = format!("job \"{}\" has finished; there is nothing to do", spec.name);
                 return Err(Problem::new(Code::AlreadyFinished, message).hint(anew));
             } else {
-                let message = format!("job \"{}\" has finished, and was another one", spec.name);
+                let message =
+                    format!("job \"{}\" finished with other components or settings", spec.name);
                 return Err(Problem::new(Code::OtherFinished, message)
                     .detail(format!("its state directory is {}", dir.display()))
                     .hint(format!("{anew}; or give it another --state-dir")));

@@ -123,10 +123,13 @@ fn check_ours(dir: &Path) -> Result<(), Problem> {
             // A crash may have left a record that was never finished.
             let is_unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
             if entry.file_name() != LOCK && !is_unfinished {
-                let message = format!("{} is no state directory", dir.display());
+                let message = format!("{} is not a state directory", dir.display());
                 return Err(Problem::new(Code::NotOurs, message)
-                    .detail(format!("it has no `{RECORD}`, but {}", entry.path().display()))
-                    .hint("name a directory that is empty or not there: --state-dir DIR"));
+                    .detail(format!(
+                        "it has no `{RECORD}`, but contains {}",
+                        entry.path().display()
+                    ))
+                    .hint("name a directory that is empty or does not exist: --state-dir DIR"));
             }
         }
     }

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use cofferdam_core::{ids::CheckpointId, job::Event};
+use cofferdam_core::{checkpoint::AbortReason, ids::CheckpointId, job::Event};
 use cofferdam_store::{inspect::TaskReport, metadata::CheckpointMetadata, savepoint};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
@@ -34,18 +34,39 @@ pub struct KeptCheckpoint {
 }
 
 impl From<&CheckpointMetadata> for KeptCheckpoint {
-    fn from(manifest: &CheckpointMetadata) -> Self {
+    fn from(metadata: &CheckpointMetadata) -> Self {
         Self {
-            checkpoint: manifest.checkpoint,
-            job: manifest.job.clone(),
-            tasks: manifest.tasks.len(),
-            written_at_ms: manifest.written_at_ms,
+            checkpoint: metadata.checkpoint,
+            job: metadata.job.clone(),
+            tasks: metadata.tasks.len(),
+            written_at_ms: metadata.written_at_ms,
         }
     }
 }
 
 /// The answer to a request for a savepoint: its checkpoint's id, or why there is none.
-pub type SavepointResult = Result<u64, String>;
+pub type SavepointResult = Result<u64, Refusal>;
+
+/// Why a job does not do what it is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The reason, for people.
+    pub reason: String,
+    /// The number of the operating system's error that lies behind it.
+    pub os_error: Option<i32>,
+}
+
+impl From<AbortReason> for Refusal {
+    fn from(reason: AbortReason) -> Self {
+        Self { os_error: reason.os_error(), reason: reason.message() }
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self { reason, os_error: None }
+    }
+}
 
 impl JobControl {
     pub(crate) fn new(events: UnboundedSender<Event>, desk: Arc<Desk>) -> Self {
@@ -108,7 +129,9 @@ impl JobControl {
         dir.as_deref().map_or(Ok(()), savepoint::check_place)?;
         let (ticket, answer) = self.desk.open(dir);
         self.send(event(ticket));
-        answer.await.unwrap_or_else(|_| Err("the job ended before it was complete".to_owned()))
+        answer
+            .await
+            .unwrap_or_else(|_| Err("the job ended before it was complete".to_owned().into()))
     }
 
     fn send(&self, event: Event) {
@@ -157,14 +180,14 @@ impl Desk {
     }
 
     /// Answers a request.
-    pub(crate) fn answer(&self, ticket: u64, result: Result<CheckpointId, String>) {
+    pub(crate) fn answer(&self, ticket: u64, result: Result<CheckpointId, AbortReason>) {
         let mut requests = self.lock();
         if let Some((dir, sender)) = requests.open.remove(&ticket) {
             if result.is_ok() && dir.is_some() {
                 requests.saved = dir;
             }
             // Whoever asked may have gone.
-            let _ = sender.send(result.map(|checkpoint| checkpoint.0));
+            let _ = sender.send(result.map(|checkpoint| checkpoint.0).map_err(Refusal::from));
         }
     }
 

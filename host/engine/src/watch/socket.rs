@@ -78,6 +78,9 @@ pub enum Answer {
     Refused {
         /// What the job says.
         error: String,
+        /// The number of the operating system's error that lies behind it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        os_error: Option<i32>,
     },
 }
 
@@ -155,7 +158,7 @@ async fn converse(stream: UnixStream, job: &JobHandle) -> io::Result<()> {
     BufReader::new(reader).read_line(&mut line).await?;
     let answer = match serde_json::from_str(&line) {
         Ok(request) => answer(request, job).await,
-        Err(error) => Answer::Refused { error: format!("not a request: {error}") },
+        Err(error) => Answer::Refused { error: format!("not a request: {error}"), os_error: None },
     };
     let mut text = serde_json::to_string(&answer)?;
     text.push('\n');
@@ -176,7 +179,7 @@ async fn answer(request: Request, job: &JobHandle) -> Answer {
         let error = "there is no place for the savepoint: give --savepoint-path DIR, \
                      or set execution.checkpointing.savepoint-dir"
             .to_owned();
-        return Answer::Refused { error };
+        return Answer::Refused { error, os_error: None };
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
     let dir = target.join(format!("savepoint-{}-{now:x}", job.name()));
@@ -186,7 +189,7 @@ async fn answer(request: Request, job: &JobHandle) -> Answer {
     };
     match saved {
         Ok(checkpoint) => Answer::Saved { savepoint: dir, checkpoint },
-        Err(problem) => Answer::Refused { error: problem.message },
+        Err(problem) => Answer::Refused { error: problem.message, os_error: problem.os_error },
     }
 }
 
@@ -215,7 +218,7 @@ pub async fn ask(state_dir: &Path, request: &Request) -> Result<Answer, Problem>
                 .because(&error)
                 .hint("ask as the user who runs it")
         }
-        _ => not_running(error.to_string()),
+        _ => not_running(error.to_string()).with_os_error(error.raw_os_error()),
     };
     let folder = File::open(state_dir.join(FOLDER)).map_err(failed)?;
     let mut stream = UnixStream::connect(short_path(&folder)).await.map_err(failed)?;

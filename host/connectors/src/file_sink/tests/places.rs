@@ -71,7 +71,7 @@ fn a_state_that_is_older_than_the_output_is_refused_unless_somebody_says_what_to
     let content = fs::read(&taken).expect("there");
     fs::remove_file(&taken).expect("taken");
     let problem = setup.run(Some((1, &[&savepoint]))).expect_err("it cannot be taken back");
-    assert!(problem.details.iter().any(|it| it.contains("somebody has taken")), "{problem}");
+    assert!(problem.details.iter().any(|it| it.contains("were removed or modified")), "{problem}");
     fs::write(&taken, content).expect("given back");
     let output = setup.run(Some((1, &[&savepoint]))).expect("what diverges is removed");
     let mut sink = setup.open(&output, 0, Some(&savepoint));

@@ -241,3 +241,30 @@ fn drain_ends_the_sources_and_finishes() {
          57: started @1       -> end input",
     );
 }
+
+/// The sources had ended, and the job that "went on as before" finished without the rest of their input.
+#[test]
+fn a_drain_that_was_given_up_and_whose_savepoint_fails_restarts_from_before_it() {
+    check(
+        fixed_delay(1),
+        "0: started @0         ->
+         1: drain              -> end input
+         2: stop savepoint     -> not saved: CHECKPOINT_COORDINATOR_SHUTDOWN, barrier #1 last
+         3: decline b @0 #1    -> discard #1 declined, not saved: CHECKPOINT_DECLINED, cancel @0, restart in 50
+         4: stopped @0         ->
+         53: tick              -> start @1 empty",
+    );
+}
+
+/// A failure ended the job in the middle of deciding about its restart, which was announced all the same.
+#[test]
+fn a_failure_that_ends_the_job_announces_no_restart() {
+    check(
+        fixed_delay(1),
+        "0: started @0         ->
+         1: drain              -> end input
+         2: stop               -> barrier #1 last
+         3: trap b @0          -> discard #1 restarted, not saved: JOB_FAILOVER_REGION, cancel @0
+         4: stopped @0         -> stop at none not last",
+    );
+}
