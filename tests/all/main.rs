@@ -20,6 +20,7 @@ mod failover;
 mod objects;
 mod program;
 mod readers;
+mod readme;
 mod sandbox;
 mod soak;
 mod state_backend;
