@@ -58,11 +58,11 @@ fn vary(random: &mut Random, bytes: &[u8], other: &[u8]) -> Vec<u8> {
     varied
 }
 
-/// Tries each file as it is, and so many variations of it; `FUZZ_VARIATIONS` says another number. Gives how many were
+/// Tries each file as it is, and so many variations of all; `FUZZ_VARIATIONS` says another number. Gives how many were
 /// accepted.
 fn replay(inputs: &[(PathBuf, Vec<u8>)], variations: u64, law: fn(&[u8]) -> bool) -> u64 {
     let asked_for = std::env::var("FUZZ_VARIATIONS").ok().and_then(|text| text.parse().ok());
-    let variations = asked_for.unwrap_or(variations);
+    let variations = asked_for.unwrap_or(variations) / inputs.len() as u64;
     let mut accepted = 0;
     let mut random = Random::new(inputs.len() as u64);
     for (path, bytes) in inputs {
@@ -89,19 +89,19 @@ fn any_manifest_is_read_or_refused() {
     let mut inputs = files("corpus/manifest");
     let ui = files("../ui").into_iter();
     inputs.extend(ui.filter(|(path, _)| path.extension().is_some_and(|it| it == "toml")));
-    let accepted = replay(&inputs, 500, cofferdam_fuzz::manifest);
+    let accepted = replay(&inputs, 40_000, cofferdam_fuzz::manifest);
     assert!(50 < accepted, "only {accepted} are manifests");
 }
 
 #[test]
 fn any_record_of_the_store_is_read_as_it_was_written_or_refused() {
-    let accepted = replay(&files("corpus/metadata"), 20_000, cofferdam_fuzz::metadata);
+    let accepted = replay(&files("corpus/metadata"), 200_000, cofferdam_fuzz::metadata);
     assert!(1_000 < accepted, "only {accepted} are records");
 }
 
 #[test]
 fn any_component_is_refused_or_rewritten_into_one_that_is_valid() {
-    let accepted = replay(&files("corpus/component"), 3_000, cofferdam_fuzz::component);
+    let accepted = replay(&files("corpus/component"), 30_000, cofferdam_fuzz::component);
     assert!(500 < accepted, "only {accepted} are components that can be checkpointed");
     // Bytes that choose a module.
     let mut random = Random::new(7);
