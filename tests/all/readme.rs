@@ -12,8 +12,7 @@ fn readme() -> String {
 fn blocks(language: &str) -> Vec<String> {
     let text = readme();
     let mut blocks = Vec::new();
-    let mut parts = text.split("```").skip(1).step_by(2);
-    while let Some(part) = parts.next() {
+    for part in text.split("```").skip(1).step_by(2) {
         let (first, rest) = part.split_once('\n').expect("a language");
         if first == language {
             blocks.push(rest.to_owned());
@@ -118,7 +117,7 @@ fn its_demo_says_what_the_jobs_of_the_demo_say() {
     let shown = blocks("text").remove(0);
     let (log, results) = shown.split_once("\n\n").expect("a log, and the results");
     let dir = tempfile::tempdir().expect("a directory");
-    let mut run = guest::command(&guest::root(), &["run", "examples/faulty/job.toml"]);
+    let mut run = guest::command(guest::root(), &["run", "examples/faulty/job.toml"]);
     run.args(["--log", "info", "--no-progress", "--state-dir"]).arg(dir.path().join("state"));
     let output = run.output().expect("it runs");
     let given = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -142,9 +142,11 @@ pub struct OffThread<S, T> {
 
 #[derive(Debug)]
 enum State<S, T> {
+    /// Sink: it is being opened, and whoever calls it first waits for that.
+    Opening(JoinHandle<Result<S>>),
     Idle(S),
     Running(JoinHandle<(S, Result<T>)>),
-    /// A call has panicked, and the connector is gone with it.
+    /// It was not opened, or a call has panicked, and the connector is gone with it.
     Gone,
 }
 
@@ -187,8 +189,13 @@ impl<S: Send + 'static, T: Send + 'static> OffThread<S, T> {
         self.state = State::Running(self.start(inner, call));
     }
 
-    /// Waits for the call that is running, if one is.
+    /// Waits until it is open, and for the call that is running, if one is.
     async fn end(&mut self) -> Result<Option<T>> {
+        if let State::Opening(opening) = &mut self.state {
+            let opened = opening.await;
+            self.state = State::Gone;
+            self.state = State::Idle(opened.map_err(|error| panicked(&error))??);
+        }
         let State::Running(running) = &mut self.state else { return Ok(None) };
         let ended = running.await;
         self.state = State::Gone;
@@ -242,7 +249,7 @@ impl<S: BlockingSource> Source for OffThread<S, ReadOutcome> {
                         return Poll::Ready(Err(cause));
                     }
                 },
-                State::Gone => return Poll::Ready(Err(is_gone())),
+                State::Opening(_) | State::Gone => return Poll::Ready(Err(is_gone())),
             }
         }
     }
@@ -273,6 +280,14 @@ impl<S: BlockingSource> Source for OffThread<S, ReadOutcome> {
 const COLLECTED_BYTES: usize = 256 << 10;
 
 impl<S: BlockingSink> OffThread<S, ()> {
+    /// A sink that is being opened, while its task starts already and collects the first records for it. What
+    /// opening it fails by is the failure of the first call that needs it, at the latest of the first barrier.
+    #[must_use]
+    pub fn opening(blocking: Blocking, open: impl FnOnce() -> Result<S> + Send + 'static) -> Self {
+        let state = State::Opening(blocking.run(open));
+        Self { blocking, state, wait: None, collected: Vec::new(), collected_bytes: 0 }
+    }
+
     /// What was collected, as a call that writes it.
     fn write_collected(&mut self) -> impl FnOnce(&mut S) -> Result<()> + Send + 'static {
         let batches = std::mem::take(&mut self.collected);

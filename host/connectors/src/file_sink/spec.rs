@@ -188,7 +188,8 @@ impl SinkPlan for FileSinkPlan {
         let (spec, output, index) = (self.spec.clone(), self.output.clone(), task.index);
         let blocking = task.blocking.clone();
         let open = move || FileSink::open(output, &spec, index, state.as_deref());
-        let opening = OffThread::open(blocking, open);
-        Box::pin(async move { Ok(Box::new(opening.await?) as Box<dyn Sink>) })
+        // A restart need not wait for what is removed from the directory.
+        let sink: Box<dyn Sink> = Box::new(OffThread::opening(blocking, open));
+        ready(Ok(sink))
     }
 }
