@@ -189,7 +189,8 @@ pub trait SinkPlan: Send + Sync {
         Ok(())
     }
 
-    /// Opens the sink of one task. With a state it commits what that state has pre-committed.
+    /// Opens the sink of one task. With a state it commits what that state has pre-committed, before its first barrier
+    /// is answered at the latest: a sink may go on opening while its task processes the first records.
     fn open(&self, task: &TaskContext, state: Option<Vec<u8>>) -> Answer<'static, Box<dyn Sink>>;
 }
 

@@ -177,7 +177,8 @@ async fn pre_commit(sink: &mut dyn Sink, checkpoint: u64) -> Result<Vec<u8>> {
 /// - nothing is seen before its checkpoint is committed, and everything after;
 /// - a second commit changes nothing;
 /// - what a given-up checkpoint held is seen with the next one, once;
-/// - a state that is restored is committed, as often as that happens, and what was written after it is not.
+/// - a state that is restored is committed by the first barrier at the latest, as often as that happens, and what
+///   was written after it is not.
 ///
 /// # Errors
 /// The law that it breaks, and how.
@@ -214,7 +215,9 @@ pub async fn check_sink(test: &mut dyn SinkUnderTest) -> std::result::Result<(),
     for _ in 0..2 {
         let plan = test.claim(Some((4, vec![state.clone()])));
         plan.begin().map_err(|problem| problem.to_string())?;
-        drop(plan.open(&task(0, 1), Some(state.clone())).await.map_err(said)?);
+        let mut sink = plan.open(&task(0, 1), Some(state.clone())).await.map_err(said)?;
+        pre_commit(&mut *sink, 5).await.map_err(said)?;
+        drop(sink);
         let law = "what was restored is committed, and what came after it is not";
         sees(test, &["a", "b", "c", "d", "e"], law)?;
     }
