@@ -231,4 +231,14 @@ mod tests {
         assert_eq!(full.to_string(), "write it: /data: No space left on device (os error 28)");
         assert_eq!(StorageError::store("write it", "no luck (os error 28)").os_error(), None);
     }
+
+    /// Too many open files were damage: the advice was to move the directory away, and an older checkpoint was taken.
+    #[test]
+    fn what_the_machine_refuses_for_now_is_not_damage_and_a_missing_file_is() {
+        let of = |number| StorageError::store("read", io::Error::from_raw_os_error(number));
+        assert!(of(24).may_pass() && of(5).may_pass() && of(12).may_pass());
+        assert!(!of(2).may_pass());
+        assert!(!StorageError::damaged("it", "its checksum is wrong").may_pass());
+        assert!(!StorageError::store("read", "there is no checkpoint in it").may_pass());
+    }
 }
