@@ -4,6 +4,7 @@
 //! Each has a module of its own, which holds its settings, what it looks at before a run, and what its tasks do. The
 //! engine knows none of them: the program hands it a [`Catalog`], for example [`builtin`].
 
+mod changed;
 mod discard;
 mod file_sink;
 mod file_source;

@@ -48,6 +48,7 @@ use self::{
     output::{Claim, Claimant, Output},
 };
 use crate::{
+    changed::Changed,
     file_source::checksum,
     line::{LineContent, push_lines},
 };
@@ -130,41 +131,17 @@ impl Part {
     }
 
     /// Compares a pending file with what the checkpoint says.
-    fn verify(&self, path: &Path) -> Result<(), Unfit> {
-        let changed = |what: String| Unfit::Content(format!("{}: {what}", path.display()));
-        let unreadable = |error: io::Error| match error.kind() {
-            io::ErrorKind::NotFound => changed(error.to_string()),
-            _ => {
-                let doing = format_args!("read {}", path.display());
-                Unfit::Unreadable(EnvironmentError::of(doing, &error))
-            }
-        };
-        let file = File::open(path).map_err(unreadable)?;
-        let len = file.metadata().map_err(unreadable)?.len();
+    fn verify(&self, path: &Path) -> Result<(), Changed> {
+        let unread = |error: io::Error| Changed::unread(path, &error);
+        let file = File::open(path).map_err(unread)?;
+        let len = file.metadata().map_err(unread)?.len();
         if len < self.bytes || (!self.is_open && self.bytes < len) {
             let what = format!("it has {len} bytes, and the checkpoint says {}", self.bytes);
-            return Err(changed(what));
+            return Err(Changed::content(path, what));
         }
-        match checksum(&file, 0, self.bytes).map_err(unreadable)? {
+        match checksum(&file, 0, self.bytes).map_err(unread)? {
             Some(checksum) if checksum == self.checksum => Ok(()),
-            _ => Err(changed("its content has changed".to_owned())),
-        }
-    }
-}
-
-/// Why a pending part cannot be committed.
-enum Unfit {
-    /// It is not what the checkpoint says.
-    Content(String),
-    /// Nobody knows: it cannot be read now.
-    Unreadable(EnvironmentError),
-}
-
-impl From<Unfit> for FailureCause {
-    fn from(unfit: Unfit) -> Self {
-        match unfit {
-            Unfit::Content(what) => taken(what),
-            Unfit::Unreadable(error) => Self::Environment(error),
+            _ => Err(Changed::content(path, "its content has changed")),
         }
     }
 }
@@ -230,13 +207,11 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
     })?;
     let parts = || states.iter().flat_map(|state| &state.parts);
     let dirs = parts().map(|part| part.dir.as_path()).collect();
-    let unfit = |why: Unfit, hint: &str| match why {
-        Unfit::Content(what) => taken(what).hint(hint),
-        Unfit::Unreadable(error) => {
+    let unfit = |why: Changed, hint: &str| match why {
+        Changed::Content(what) => taken(what).hint(hint),
+        Changed::Unreadable(error) => {
             let message = format!("sink \"{}\" cannot read its pending output", output.sink);
-            Problem::new(Code::OutputUnwritable, message)
-                .with_os_error(error.os_error)
-                .detail(error)
+            Problem::new(Code::OutputUnwritable, message).because(&error)
         }
     };
     let committed = output.committed(&dirs).map_err(|error| {
@@ -358,7 +333,7 @@ impl FileSink {
         let committed = self.committed(unseen.iter().copied())?;
         for part in &unseen {
             if let Found::Pending(_, path) = part.find(&self.output.dir, &committed) {
-                part.verify(&path)?;
+                part.verify(&path).map_err(|why| why.into_cause(Obstacle::OutputTaken))?;
             }
         }
         self.publish(&unseen, &committed)

@@ -28,7 +28,7 @@ use cofferdam_connector::{
     state::{decode_all, encode_all, unreadable},
 };
 use cofferdam_contract::{BATCH_BYTES_MAX, BATCH_RECORDS_MAX, Batch, RecordRef};
-use cofferdam_core::failure::{EnvironmentError, FailureCause, Obstacle};
+use cofferdam_core::failure::{FailureCause, Obstacle};
 use cofferdam_settings::{Code, Problem, problem::shown};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -36,9 +36,10 @@ use serde_json::{Value, json};
 pub use self::spec::{FileSourceSpec, LineFormat, OnBadRecord, TimeFormat};
 use self::{
     line::{Fields, LineReader, Unread},
-    plan::{Changed, FileId, LineNumbers, Listing, Stamp, byte_order_mark},
+    plan::{FileId, LineNumbers, Listing, Stamp, byte_order_mark},
 };
 pub(crate) use self::{plan::checksum, spec::FILE_SOURCE};
+use crate::changed::{Changed, unreadable as unreadable_now};
 
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -189,9 +190,7 @@ impl FilePlan {
             Changed::Content(what) => changed(what),
             Changed::Unreadable(error) => {
                 let message = format!("source \"{}\" cannot read its files", self.name);
-                Problem::new(Code::SourceUnreadable, message)
-                    .with_os_error(error.os_error)
-                    .detail(error)
+                Problem::new(Code::SourceUnreadable, message).because(&error)
             }
         };
         let positions = decode_all::<Position>(positions).map_err(|error| {
@@ -214,24 +213,16 @@ impl FilePlan {
 
     /// Compares what was read of a file with what it has there now.
     fn compare(&self, position: &Position, number: u32, file: &File) -> Result<(), Changed> {
-        let name = || {
-            let name = position.files.get(number as usize).map_or("", |file| &file.name);
-            self.listing.root.join(name).display().to_string()
-        };
+        let name = position.files.get(number as usize).map_or("", |file| &file.name);
+        let path = self.listing.root.join(name);
         let done = position.done.iter().filter(|(file, _)| *file == number);
         let begun = position.rest.iter().filter(|split| split.file == number);
         let read = done.map(|(_, read)| read).chain(begun.flat_map(|split| &split.progress));
         for Progress { begin, next, checksum: expected } in read {
             let found = checksum(file, *begin, *next);
-            let found = found.map_err(|error| {
-                let doing = format_args!("read {}", name());
-                Changed::Unreadable(EnvironmentError::of(doing, &error))
-            })?;
-            if found != Some(*expected) {
-                return Err(Changed::Content(format!(
-                    "{}: bytes {begin} to {next} have changed since they were read",
-                    name()
-                )));
+            if found.map_err(|error| Changed::unread(&path, &error))? != Some(*expected) {
+                let what = format!("bytes {begin} to {next} have changed since they were read");
+                return Err(Changed::content(&path, what));
             }
         }
         Ok(())
@@ -358,9 +349,9 @@ impl FileSource {
         let path = self.path(&split);
         let failed = |error: std::io::Error| environment(Path::new(&path), &error);
         let opened = self.file(&split)?.open(&self.plan.listing.root);
-        let (file, touched) = opened?;
+        let (file, touched) = opened.map_err(changed)?;
         if let Some(stamp) = touched {
-            self.plan.compare(&self.position, split.file, &file)?;
+            self.plan.compare(&self.position, split.file, &file).map_err(changed)?;
             self.renew(split.file, stamp);
         }
         let mark = byte_order_mark(&file).map_err(failed)?;
@@ -487,7 +478,7 @@ impl FileSource {
         self.set_progress(Progress { checksum: whole.clone().finalize(), ..progress });
         if !is_compared && let Some(open) = &self.open {
             let file = open.reader.get_ref();
-            self.plan.compare(&self.position, split.file, file)?;
+            self.plan.compare(&self.position, split.file, file).map_err(changed)?;
         }
         if let Some(open) = &mut self.open {
             open.checksum = whole;
@@ -628,17 +619,11 @@ fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {
 }
 
 fn environment(path: &Path, error: &std::io::Error) -> FailureCause {
-    let doing = format_args!("read {}", path.display());
-    FailureCause::Environment(EnvironmentError::of(doing, error))
+    FailureCause::Environment(unreadable_now(path, error))
 }
 
-impl From<Changed> for FailureCause {
-    fn from(error: Changed) -> Self {
-        match error {
-            Changed::Content(message) => input_changed(message),
-            Changed::Unreadable(error) => Self::Environment(error),
-        }
-    }
+fn changed(why: Changed) -> FailureCause {
+    why.into_cause(Obstacle::InputChanged)
 }
 
 fn input_changed(message: String) -> FailureCause {

@@ -14,10 +14,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use cofferdam_core::failure::{EnvironmentError, os_error};
+use cofferdam_core::failure::os_error;
 use cofferdam_settings::{Code, Problem};
 
 use super::spec::FileSourceSpec;
+use crate::changed::Changed;
 
 /// How much of the beginning and of the end of a file tells it apart from others.
 const SAMPLE_BYTES: u64 = 4096;
@@ -79,27 +80,18 @@ impl FileId {
     /// touched, so that what was read of it has to be compared.
     pub(super) fn open(&self, root: &Path) -> Result<(File, Option<Stamp>), Changed> {
         let path = root.join(&self.name);
-        let changed = |what: String| Changed::Content(format!("{}: {what}", path.display()));
-        let unreadable = |error: io::Error| match error.kind() {
-            io::ErrorKind::NotFound => changed("it no longer exists".to_owned()),
-            _ => {
-                let doing = format_args!("read {}", path.display());
-                Changed::Unreadable(EnvironmentError::of(doing, &error))
-            }
-        };
-        let file = File::open(&path).map_err(unreadable)?;
-        let stamp = Stamp::of(&file).map_err(unreadable)?;
+        let unread = |error: io::Error| Changed::unread(&path, &error);
+        let file = File::open(&path).map_err(unread)?;
+        let stamp = Stamp::of(&file).map_err(unread)?;
         if stamp == self.stamp {
             return Ok((file, None));
         }
         if stamp.size < self.size {
-            return Err(changed(format!(
-                "it has {} bytes, but had {} before",
-                stamp.size, self.size
-            )));
+            let what = format!("it has {} bytes, but had {} before", stamp.size, self.size);
+            return Err(Changed::content(&path, what));
         }
-        if sample(&file, self.size).map_err(unreadable)? != self.sample {
-            return Err(changed("its content has changed".to_owned()));
+        if sample(&file, self.size).map_err(unread)? != self.sample {
+            return Err(Changed::content(&path, "its content has changed"));
         }
         Ok((file, Some(stamp)))
     }
@@ -123,15 +115,6 @@ impl FileId {
     pub(super) fn renew(&mut self, stamp: Stamp) {
         self.stamp = stamp;
     }
-}
-
-/// Why a file cannot be read as a position says.
-#[derive(Debug, Clone)]
-pub(super) enum Changed {
-    /// It is not the file that the position speaks of.
-    Content(String),
-    /// Nobody knows: it cannot be read now.
-    Unreadable(EnvironmentError),
 }
 
 fn sample(file: &File, size: u64) -> io::Result<u32> {
