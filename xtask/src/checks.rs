@@ -37,7 +37,7 @@ fn toolchain(version: &str) -> Result<String> {
     }
 }
 
-/// The core has no unsafe code: what miri looks for is what a dependency or a compiler may do to it.
+/// The core has no unsafe code and no dependencies: an interpreter that knows the rules of the language holds it to that.
 pub(crate) fn miri() -> Result<()> {
     let probe = ["rustup", "run", NIGHTLY, "cargo", "miri", "--version"];
     need(&probe, &install(NIGHTLY, " --component miri,rust-src"))?;

@@ -1,11 +1,6 @@
 //! The front door: everything that is done to this project is a verb of `cargo xtask`.
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "it speaks to who runs it"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it speaks to who runs it")]
 
 mod checks;
 mod demo;

@@ -153,7 +153,10 @@ enum State<S, T> {
 impl<S: Send + 'static, T: Send + 'static> OffThread<S, T> {
     /// Runs the calls of `inner` by way of `blocking`.
     pub fn new(inner: S, blocking: Blocking) -> Self {
-        let state = State::Idle(inner);
+        Self::in_state(State::Idle(inner), blocking)
+    }
+
+    fn in_state(state: State<S, T>, blocking: Blocking) -> Self {
         Self { blocking, state, wait: None, collected: Vec::new(), collected_bytes: 0 }
     }
 
@@ -284,8 +287,7 @@ impl<S: BlockingSink> OffThread<S, ()> {
     /// opening it fails by is the failure of the first call that needs it, at the latest of the first barrier.
     #[must_use]
     pub fn opening(blocking: Blocking, open: impl FnOnce() -> Result<S> + Send + 'static) -> Self {
-        let state = State::Opening(blocking.run(open));
-        Self { blocking, state, wait: None, collected: Vec::new(), collected_bytes: 0 }
+        Self::in_state(State::Opening(blocking.run(open)), blocking)
     }
 
     /// What was collected, as a call that writes it.

@@ -31,11 +31,16 @@ impl fmt::Display for EnvironmentError {
     }
 }
 
+impl Error for EnvironmentError {}
+
 /// The number of the operating system's error that an error is, or stands on.
 #[must_use]
 pub fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
     let mut next = Some(error);
     while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<EnvironmentError>() {
+            return error.os_error;
+        }
         let error_of_io = error.downcast_ref::<io::Error>();
         if let Some(number) = error_of_io.and_then(io::Error::raw_os_error) {
             return Some(number);
@@ -198,6 +203,15 @@ impl FailureCause {
         }
     }
 
+    /// The guest's frames, innermost first; empty where there are none.
+    #[must_use]
+    pub fn backtrace(&self) -> &[String] {
+        match self {
+            Self::Trap { backtrace, .. } => backtrace,
+            _ => &[],
+        }
+    }
+
     /// The number of the operating system's error that lies behind it.
     #[must_use]
     pub fn os_error(&self) -> Option<i32> {
@@ -261,6 +275,7 @@ mod tests {
         assert_eq!(os_error(&Wrapped(full())), Some(28));
         assert_eq!(os_error(&Wrapped(io::Error::other(Wrapped(full())))), Some(28));
         assert_eq!(os_error(&io::Error::other(full())), Some(28));
+        assert_eq!(os_error(&EnvironmentError::of("write", &full())), Some(28));
         assert_eq!(os_error(&io::Error::other("no number (os error 28)")), None);
     }
 }

@@ -3,12 +3,7 @@
 //!
 //! `cargo run -p cofferdam-engine --example two_jobs`
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "an example prints what it does"
-)]
+#![allow(clippy::print_stdout, reason = "an example prints what it does")]
 
 use std::{collections::BTreeMap, fs, path::Path};
 

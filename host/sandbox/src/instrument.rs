@@ -107,7 +107,8 @@ pub(crate) fn instrument(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(out.finish())
 }
 
-/// The bytes of a section.
+/// The bytes of a section. One within another may say that it is longer than all there is: the parser takes the end
+/// of the bytes for its own.
 fn part<'b>(bytes: &'b [u8], range: &Range<usize>) -> Result<&'b [u8]> {
     let short = || ValidateError::Malformed(format!("it ends before byte {}", range.end));
     bytes.get(range.clone()).ok_or_else(short)

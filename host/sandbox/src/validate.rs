@@ -128,13 +128,6 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), ValidateError> {
     let mut instantiated: Vec<u32> = Vec::new();
     for payload in Parser::new(0).parse_all(bytes) {
         let payload = payload?;
-        if let Payload::ModuleSection { unchecked_range: range, .. }
-        | Payload::ComponentSection { unchecked_range: range, .. } = &payload
-            && bytes.len() < range.end
-        {
-            // The parser takes the end of the bytes for that of the section.
-            return Err(ValidateError::Malformed(format!("it ends before byte {}", range.end)));
-        }
         let level = levels.last().copied();
         match (&payload, level) {
             (Payload::Version { .. }, None) => levels.push(Level::Component),

@@ -260,7 +260,7 @@ impl Problem {
 fn remedy_of(os_error: i32) -> Option<&'static str> {
     Some(match os_error {
         5 => "the disk or its connection fails: check the kernel log",
-        // Where threads are started; nothing else that blocks waits for it.
+        // Where threads are started. A pipe that is full has the same number, and does not say it.
         11 => "raise the limit of processes and threads (`ulimit -u`)",
         12 => "free memory, or raise the limit of address space (`ulimit -v`)",
         23 => "the machine has no file handles left: raise fs.file-max",

@@ -1,11 +1,6 @@
 //! Writes what this version writes into `tests/archive`.
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "it reports on standard output, and fails by a panic"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it reports on standard output")]
 
 use anyhow::Result;
 

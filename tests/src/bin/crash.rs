@@ -1,11 +1,6 @@
 //! Kills a running job with SIGKILL as often as its argument says.
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "it reports on standard output, and fails by a panic"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it reports on standard output")]
 
 use anyhow::{Context, Result};
 

@@ -1,11 +1,6 @@
 //! Eight jobs over the flights of a year, or one of them: `flights [JOB]`.
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "it reports on standard output, and fails by a panic"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it reports on standard output")]
 
 use anyhow::Result;
 

@@ -1,11 +1,6 @@
 //! Cuts the power of the program's disk as often as its argument says.
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "it reports on standard output, and fails by a panic"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it reports on standard output")]
 
 use anyhow::{Context, Result};
 

@@ -1,12 +1,7 @@
 //! Lives through as many random histories of a job as its argument says. Without `SEED` it goes on where the
 //! run before has ended, and what both have seen is counted together, in `target/world.json`.
 
-#![allow(
-    clippy::expect_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "it reports on standard output, and fails by a panic"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it reports on standard output")]
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 

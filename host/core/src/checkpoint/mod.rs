@@ -144,6 +144,14 @@ impl Pending {
     fn is_persisting(&self) -> bool {
         matches!(self.stage, Stage::Persisting)
     }
+
+    /// When it expires; `None` once every task has acked.
+    fn deadline(&self) -> Option<Millis> {
+        match self.stage {
+            Stage::Collecting { deadline, .. } => Some(deadline),
+            Stage::Persisting => None,
+        }
+    }
 }
 
 /// Who may ask for a checkpoint.
@@ -302,19 +310,15 @@ impl Coordinator {
     /// When [`Coordinator::expire`] or [`Coordinator::begin_due`] has something to do.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
-        let deadlines = self.pending.values().filter_map(|pending| match pending.stage {
-            Stage::Collecting { deadline, .. } => Some(deadline),
-            Stage::Persisting => None,
-        });
+        let deadlines = self.pending.values().filter_map(Pending::deadline);
         deadlines.chain(self.next_tick()).min()
     }
 
     /// Gives up what has not been acked in time. What follows from that comes before
     /// [`Coordinator::begin_due`]: the job may fail or end by it.
     pub fn expire(&mut self, now: Millis, steps: &mut Vec<Step>) {
-        let has_expired = |pending: &Pending| matches!(pending.stage, Stage::Collecting { deadline, .. } if deadline <= now);
         for checkpoint in self.collecting() {
-            if has_expired(&self.pending[&checkpoint]) {
+            if self.pending[&checkpoint].deadline().is_some_and(|deadline| deadline <= now) {
                 self.abort(checkpoint, AbortReason::Expired, steps);
             }
         }

@@ -60,10 +60,10 @@ pub(super) async fn load(
 pub async fn describe(component: &Component, name: &str) -> Result<Description, Problem> {
     let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 0 };
     let description = component.describe(setup).await.map_err(|error| match error {
-        GuestError::Unavailable { os_error, .. } => {
+        GuestError::Unavailable { .. } => {
             Problem::new(Code::CannotStart, format!("operator \"{name}\" cannot be instantiated"))
-                .with_os_error(os_error)
-                .because(&error)
+                .with_os_error(error.os_error())
+                .detail(error)
         }
         error => {
             Problem::new(Code::OtherWorld, format!("operator \"{name}\" cannot describe itself"))

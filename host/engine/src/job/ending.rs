@@ -103,7 +103,7 @@ pub(super) fn next_step(
 }
 
 /// What helps before a job is run again; to run it again alone does not.
-pub(super) fn remedy(obstacle: Obstacle) -> String {
+fn remedy(obstacle: Obstacle) -> String {
     let remedy = match obstacle {
         Obstacle::InputChanged => "put the files back as they were",
         Obstacle::BadRecord => "correct the record, or set on-bad-record to skip or dead-letter",
@@ -157,10 +157,5 @@ pub(super) fn failure(graph: &JobGraph, task: Option<TaskId>, cause: &FailureCau
         task.map_or_else(|| "the job".to_owned(), |task| format!("task {}", graph.task_name(task)));
     let problem = Problem::new(cause.into(), format!("{who} {cause}"));
     let problem = problem.with_os_error(cause.os_error());
-    match cause {
-        FailureCause::Trap { backtrace, .. } => {
-            backtrace.iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")))
-        }
-        _ => problem,
-    }
+    cause.backtrace().iter().fold(problem, |problem, frame| problem.detail(format!("in {frame}")))
 }

@@ -287,7 +287,7 @@ pub fn open_named(dir: &Path) -> Result<(SnapshotStore, CheckpointMetadata), Pro
 
 fn unusable(store: &SnapshotStore, error: &StorageError) -> Problem {
     let message = format!("the state directory {} cannot be used", store.location());
-    Problem::new(Code::StateUnusable, message).with_os_error(error.os_error()).detail(error)
+    Problem::new(Code::StateUnusable, message).because(error)
 }
 
 fn adopt_state(

@@ -224,17 +224,13 @@ impl OperatorTask {
             bytes("value", record.value);
         }
         let timestamp = record.and_then(|record| record.timestamp);
-        let backtrace = match cause {
-            FailureCause::Trap { backtrace, .. } => backtrace.as_slice(),
-            _ => &[],
-        };
         letter.extend([
             ("timestamp".to_owned(), json!(timestamp)),
             ("task".to_owned(), Value::from(context.name(&self.name))),
             ("input".to_owned(), Value::from(input)),
             ("class".to_owned(), Value::from(cause.class())),
             ("message".to_owned(), Value::from(cause.message())),
-            ("backtrace".to_owned(), json!(backtrace)),
+            ("backtrace".to_owned(), json!(cause.backtrace())),
             ("traps".to_owned(), Value::from(traps)),
         ]);
         Value::Object(letter).to_string()

@@ -27,14 +27,10 @@ pub struct FailureFacts {
 
 impl From<&FailureCause> for FailureFacts {
     fn from(cause: &FailureCause) -> Self {
-        let backtrace = match cause {
-            FailureCause::Trap { backtrace, .. } => backtrace.clone(),
-            _ => Vec::new(),
-        };
         Self {
             class: cause.class(),
             message: cause.message().into_owned(),
-            backtrace,
+            backtrace: cause.backtrace().to_vec(),
             limit: cause.limit().and_then(LimitKind::setting),
             os_error: cause.os_error(),
         }
