@@ -26,8 +26,6 @@ use crate::{
 const LINES: u64 = 40_000;
 const RATE: u64 = 40_000;
 const FINISHED: &str = "has finished; there is nothing to do";
-/// Also where it is another one that would run now.
-const HAS_FINISHED: &str = "job \"world\" has finished";
 /// A checkpoint of the end of all inputs: whatever they are now, nothing more is read.
 const IS_DRAINED: &str = "every task had processed the end of its inputs";
 /// Runs of one history before it is let finish.
@@ -217,6 +215,11 @@ fn is_killed(output: &Output) -> bool {
     matches!(output.status.code(), None | Some(130))
 }
 
+/// Whether a run found that the job has finished already, as it is now (a message, no failure) or as it was.
+fn had_finished(words: &str) -> bool {
+    words.contains(FINISHED) || words.contains("error[C0036]")
+}
+
 fn lines(path: &Path) -> Result<Vec<String>> {
     Ok(fs::read_to_string(path)?.lines().map(str::to_owned).collect())
 }
@@ -333,7 +336,7 @@ path = "out-{out}"
         if words.contains(" INFO attempt 0: ") {
             self.ran_with = self.setup;
         }
-        if words.contains(HAS_FINISHED) {
+        if had_finished(&words) {
             // It was killed when it had finished, and had not said so.
             (self.is_finished, self.setup) = (true, self.ran_with);
         }
@@ -572,7 +575,7 @@ path = "out-{out}"
         let words = said(&output);
         let is_at_its_end =
             code == "C0027" && words.contains(IS_DRAINED) && output.status.success();
-        if words.contains(HAS_FINISHED) || is_at_its_end {
+        if had_finished(&words) || is_at_its_end {
             self.settle(&output);
             return Ok(());
         }
@@ -752,7 +755,7 @@ path = "out-{out}"
         std::thread::sleep(Duration::from_millis(self.random.between(50, 700)));
         let _ = child.kill();
         let output = child.wait_with_output()?;
-        if said(&output).contains(HAS_FINISHED) {
+        if had_finished(&said(&output)) {
             self.settle(&output);
             return Ok(());
         }
@@ -886,7 +889,7 @@ path = "out-{out}"
         let output = self.interrupted(self.run_command()?)?;
         self.settle(&output);
         let words = said(&output);
-        if is_killed(&output) || words.contains(HAS_FINISHED) {
+        if is_killed(&output) || had_finished(&words) {
             // Interrupted before it could look at anything, or there was nothing to do: nobody knows.
             fs::remove_dir_all(&state)?;
             fs::rename(&copy, &state)?;
