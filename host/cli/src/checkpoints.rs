@@ -14,7 +14,7 @@ use cofferdam_engine::{
     state_dir::{Ended, JobRecord},
 };
 use cofferdam_store::{
-    Found, SnapshotStore, StorageError, inspect::TaskReport, metadata::CheckpointMetadata,
+    OpenedStore, SnapshotStore, StorageError, inspect::TaskReport, metadata::CheckpointMetadata,
 };
 use serde_json::json;
 
@@ -75,7 +75,7 @@ async fn kept_by_a_run(state_dir: &Path) -> Result<Option<Vec<KeptCheckpoint>>, 
 pub(crate) struct Opened {
     pub(crate) dir: PathBuf,
     pub(crate) store: SnapshotStore,
-    found: Found,
+    found: OpenedStore,
     /// Held as long as the store is open: a run must not begin meanwhile.
     _lock: Option<File>,
 }

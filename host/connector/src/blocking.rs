@@ -257,11 +257,11 @@ impl<S: BlockingSource> Source for OffThread<S, ReadOutcome> {
         }
     }
 
-    fn is_settled(&self) -> bool {
+    fn is_between_steps(&self) -> bool {
         !matches!(self.state, State::Running(_))
     }
 
-    fn settle(&mut self) -> Answer<'_, Option<Step>> {
+    fn complete_step(&mut self) -> Answer<'_, Option<Step>> {
         Box::pin(async {
             match self.end().await? {
                 Some(ReadOutcome::Step(step)) => Ok(Some(step)),
@@ -406,9 +406,10 @@ mod tests {
         allow.send(()).expect("it reads");
         let step = poll_fn(|context| source.poll_next(context)).await.expect("a step");
         assert_eq!(value(&step).as_deref(), Some("1"));
-        let ahead = source.settle().await.expect("it reads").expect("one step was under way");
+        let ahead =
+            source.complete_step().await.expect("it reads").expect("one step was under way");
         assert_eq!(value(&ahead).as_deref(), Some("2"));
-        assert!(source.settle().await.expect("nothing is under way").is_none());
+        assert!(source.complete_step().await.expect("nothing is under way").is_none());
         assert_eq!(source.position().await.expect("a position"), [2]);
         drop(allow);
         let end = poll_fn(|context| source.poll_next(context)).await.expect("a step");

@@ -56,7 +56,7 @@ pub struct Lag {
 /// One task of a source.
 ///
 /// The task asks in turns: [`poll_next`](Self::poll_next) while there is credit downstream,
-/// [`settle`](Self::settle) and [`position`](Self::position) at each barrier,
+/// [`complete_step`](Self::complete_step) and [`position`](Self::position) at each barrier,
 /// [`on_complete`](Self::on_complete) when a checkpoint is complete. A source that is dropped must leave
 /// nothing behind that a later attempt cannot cope with.
 pub trait Source: Send {
@@ -69,7 +69,7 @@ pub trait Source: Send {
 
     /// Whether nothing is under way: `Pending` then means that there is nothing at the moment, and what the task has
     /// collected goes out at once.
-    fn is_settled(&self) -> bool {
+    fn is_between_steps(&self) -> bool {
         true
     }
 
@@ -78,7 +78,7 @@ pub trait Source: Send {
     ///
     /// # Errors
     /// As [`poll_next`](Self::poll_next).
-    fn settle(&mut self) -> Answer<'_, Option<Step>> {
+    fn complete_step(&mut self) -> Answer<'_, Option<Step>> {
         ready(Ok(None))
     }
 

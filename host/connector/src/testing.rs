@@ -74,7 +74,7 @@ async fn read(
             break;
         }
     }
-    while let Some(step) = source.settle().await.map_err(said)? {
+    while let Some(step) = source.complete_step().await.map_err(said)? {
         take(step, bag, &mut watermark)?;
     }
     source.position().await.map_err(said)

@@ -44,10 +44,10 @@ pub struct JobStatus {
 /// The way to a submitted job. Cloning it gives another way to the same job.
 #[derive(Clone)]
 pub struct JobHandle {
-    shared: Arc<Shared>,
+    shared: Arc<Submission>,
 }
 
-struct Shared {
+struct Submission {
     name: String,
     state_dir: Option<PathBuf>,
     resumed_from: Option<u64>,
@@ -103,7 +103,7 @@ impl JobHandle {
         watch.recall(job.state_dir());
         // Whatever comes after this run resumes from the job's own state.
         let options = JobOptions { from: None, again: false, ..options };
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(Submission {
             name: checked.spec.name.clone(),
             state_dir: job.state_dir().map(Path::to_owned),
             resumed_from: job.resumes_from(),
@@ -174,7 +174,7 @@ impl JobHandle {
     /// # Errors
     /// Where the job has ended.
     pub async fn running(&self) -> Result<(), Problem> {
-        match self.shared.watch.settled().await {
+        match self.shared.watch.begun_or_ended().await {
             JobState::Running => Ok(()),
             ended => Err(refused("to run", &format!("it is {}", ended.flink_name()))),
         }
@@ -322,7 +322,7 @@ impl JobHandle {
 }
 
 /// Somebody waits for a savepoint that ends the job.
-struct Stopping<'a>(&'a Shared);
+struct Stopping<'a>(&'a Submission);
 
 impl Drop for Stopping<'_> {
     fn drop(&mut self) {
@@ -338,7 +338,7 @@ fn refused(what: &str, why: &str) -> Problem {
     Problem::new(Code::RequestRefused, format!("the job refused {what}: {why}"))
 }
 
-impl Shared {
+impl Submission {
     fn run(&self) -> MutexGuard<'_, Run> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -366,7 +366,7 @@ impl Run {
 }
 
 /// Runs a job to its end, through every rescale.
-async fn supervise(shared: Arc<Shared>, mut job: Job) {
+async fn supervise(shared: Arc<Submission>, mut job: Job) {
     let ended = loop {
         let outcome = tokio::spawn(job.run()).await.unwrap_or_else(|panic| {
             Err(Problem::new(Code::HostBug, "the run of a job panicked").detail(panic))
@@ -415,7 +415,7 @@ async fn supervise(shared: Arc<Shared>, mut job: Job) {
 }
 
 /// The next run of a job that has stopped.
-async fn resume(shared: &Shared, checked: CheckedJob) -> Result<Job, Problem> {
+async fn resume(shared: &Submission, checked: CheckedJob) -> Result<Job, Problem> {
     let (options, lock) = {
         let run = shared.run();
         (run.options.clone(), run.lock.clone())

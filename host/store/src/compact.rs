@@ -8,12 +8,12 @@ use cofferdam_sandbox::{Image, MemorySnapshot};
 use crate::{
     Generation, Result, Storage, StorageError,
     declared::{Entries, Merge},
-    generations::{Place, metadata_checksum},
+    generations::{OpenGeneration, metadata_checksum},
     head::{Head, Kept},
     merge::{copy_merged, merge, renumbered, write_merged},
     metadata::{CheckpointMetadata, SnapshotStats, TaskMetadata},
     run::Run,
-    snapshot::Share,
+    snapshot::TaskRestore,
     store::{CHAIN_LENGTH_MAX, COMPACT_BYTES_MIN, SnapshotStore, put_components},
     unpack::{declared_of, is_in_image, load_chain},
 };
@@ -126,8 +126,8 @@ impl SnapshotStore {
             self.current.checkpoints.retain(is_other);
             self.has_leftovers = true;
         }
-        for place in &mut self.older {
-            place.checkpoints.retain(is_other);
+        for opened in &mut self.older {
+            opened.checkpoints.retain(is_other);
         }
         self.remove_empty_generations()
     }
@@ -136,8 +136,8 @@ impl SnapshotStore {
         let (empty, kept) =
             std::mem::take(&mut self.older).into_iter().partition(|p| p.checkpoints.is_empty());
         self.older = kept;
-        let empty: Vec<Place> = empty;
-        for Place { number, generation, .. } in empty {
+        let empty: Vec<OpenGeneration> = empty;
+        for OpenGeneration { number, generation, .. } in empty {
             drop(generation);
             self.storage.remove(number)?;
         }
@@ -152,12 +152,12 @@ impl SnapshotStore {
     pub fn compact(&mut self, checkpoint: u64) -> Result<()> {
         let metadata = self.metadata(checkpoint)?;
         // Increments taken since belong to a checkpoint that is still pending: they would be lost.
-        let is_settled = metadata
+        let is_whole = metadata
             .tasks
             .iter()
             .zip(&self.chains)
             .all(|(task, chain)| chain.ids().eq(task.chain.iter().copied()));
-        if !is_settled || !self.unwritten.is_empty() {
+        if !is_whole || !self.unwritten.is_empty() {
             return Ok(());
         }
         self.begin_generation(|store, next| {
@@ -176,7 +176,7 @@ impl SnapshotStore {
         checkpoint: u64,
         written_at_ms: u64,
         other: Option<&Self>,
-        shares: &[Share],
+        restores: &[TaskRestore],
     ) -> Result<()> {
         self.highest_id = self.highest_id.max(checkpoint);
         self.begin_generation(|store, next| {
@@ -190,15 +190,15 @@ impl SnapshotStore {
             let metadata = CheckpointMetadata { job, lineage, checkpoint, written_at_ms, tasks };
             let from = other.unwrap_or(store);
             let merged = |task: usize| {
-                let share = &shares[task];
-                let declared = match &share.converted {
+                let restore = &restores[task];
+                let declared = match &restore.converted {
                     // Packs beside the pages of a task that hands nothing over would be older than they are
                     // from its next checkpoint on.
-                    _ if share.is_in_image || !store.tasks[task].has_declared => None,
+                    _ if restore.is_in_image || !store.tasks[task].has_declared => None,
                     Some(run) => Some(run.entries(None)),
-                    None => Some(share.entries(from, checkpoint)?),
+                    None => Some(restore.entries(from, checkpoint)?),
                 };
-                Ok((merge(&share.state), declared))
+                Ok((merge(&restore.state), declared))
             };
             write_merged(&merged, &metadata, store.is_compressing, next)
         })
@@ -238,11 +238,11 @@ impl SnapshotStore {
         self.has_components = true;
         self.chains =
             written.into_iter().map(|it| SnapshotChain::begun_with(checkpoint, it)).collect();
-        let next = Place { number, generation: next, checkpoints: vec![checkpoint] };
+        let next = OpenGeneration { number, generation: next, checkpoints: vec![checkpoint] };
         let old = std::mem::replace(&mut self.current, next);
         self.older.push(old);
-        for place in &mut self.older {
-            place.checkpoints.retain(|id| *id != checkpoint);
+        for opened in &mut self.older {
+            opened.checkpoints.retain(|id| *id != checkpoint);
         }
         self.remove_empty_generations()
     }
@@ -288,10 +288,10 @@ impl SnapshotStore {
             self.head.checkpoints.iter().map(|kept| kept.generation).collect();
         let kept: BTreeSet<u64> = head.checkpoints.iter().map(|kept| kept.generation).collect();
         self.commit_head(head, after)?;
-        for place in self.older.iter_mut().chain([&mut self.current]) {
-            place.checkpoints.retain(|id| *id <= after);
+        for opened in self.older.iter_mut().chain([&mut self.current]) {
+            opened.checkpoints.retain(|id| *id <= after);
         }
-        self.older.retain(|place| !place.checkpoints.is_empty());
+        self.older.retain(|opened| !opened.checkpoints.is_empty());
         for number in left.difference(&kept).filter(|number| **number != self.current.number) {
             if let Err(error) = self.storage.set_aside(*number) {
                 tracing::warn!(number, %error, "set a damaged generation aside");
@@ -301,7 +301,7 @@ impl SnapshotStore {
     }
 }
 
-impl Share {
+impl TaskRestore {
     /// The declared state that it takes over, as it was written.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use crate::{
 
 /// What opening a store has found.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct OpenedStore {
     /// The metadata that are whole, oldest first.
     pub checkpoints: Vec<CheckpointMetadata>,
     /// Checkpoints that were complete and cannot be used, and whatever else is wrong.
@@ -19,7 +19,7 @@ pub struct Found {
 }
 
 /// An open generation.
-pub(crate) struct Place {
+pub(crate) struct OpenGeneration {
     pub(crate) number: u64,
     pub(crate) generation: Box<dyn Generation>,
     /// The checkpoints whose metadata are in it, ascending.
@@ -28,22 +28,26 @@ pub(crate) struct Place {
 
 /// Opens the generations that the head names for reading, and compares each of their metadata with
 /// what it says.
-pub(crate) fn open_places(
+pub(crate) fn open_generations(
     storage: &dyn Storage,
     head: &Head,
-    found: &mut Found,
-) -> Result<Vec<Place>> {
-    let mut places: Vec<Place> = Vec::new();
+    found: &mut OpenedStore,
+) -> Result<Vec<OpenGeneration>> {
+    let mut generations: Vec<OpenGeneration> = Vec::new();
     for Kept { checkpoint, generation: number, checksum, .. } in &head.checkpoints {
-        let place = match places.iter().position(|place| place.number == *number) {
-            Some(place) => &mut places[place],
+        let opened = match generations.iter().position(|opened| opened.number == *number) {
+            Some(index) => &mut generations[index],
             None => {
                 match storage.read(*number, head.end_of(*number)) {
                     Ok(generation) => {
                         let checkpoints = Vec::new();
-                        places.push(Place { number: *number, generation, checkpoints });
-                        let last = places.len() - 1;
-                        &mut places[last]
+                        generations.push(OpenGeneration {
+                            number: *number,
+                            generation,
+                            checkpoints,
+                        });
+                        let last = generations.len() - 1;
+                        &mut generations[last]
                     }
                     // What cannot be read now may be whole: an older one must not be taken for it.
                     Err(error) if error.may_pass() => return Err(error),
@@ -54,9 +58,9 @@ pub(crate) fn open_places(
                 }
             }
         };
-        match read_metadata_as_stored(&*place.generation, &metadata_key(*checkpoint)) {
+        match read_metadata_as_stored(&*opened.generation, &metadata_key(*checkpoint)) {
             Ok((metadata, found_checksum)) if found_checksum == *checksum => {
-                place.checkpoints.push(*checkpoint);
+                opened.checkpoints.push(*checkpoint);
                 found.checkpoints.push(metadata);
             }
             Ok(_) => found.damaged.push(format!("checkpoint {checkpoint}: it is another one")),
@@ -65,15 +69,15 @@ pub(crate) fn open_places(
         }
     }
     found.checkpoints.sort_by_key(|metadata| metadata.checkpoint);
-    places.retain(|place| !place.checkpoints.is_empty());
-    Ok(places)
+    generations.retain(|opened| !opened.checkpoints.is_empty());
+    Ok(generations)
 }
 
 /// A store whose head is lost: what its generations say has to do.
 pub(crate) fn head_of_generations(
     storage: &dyn Storage,
     numbers: &[u64],
-    found: &mut Found,
+    found: &mut OpenedStore,
 ) -> Head {
     let mut head = Head::default();
     for &number in numbers {

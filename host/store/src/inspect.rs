@@ -38,7 +38,7 @@ impl SnapshotStore {
     /// # Errors
     /// Where it is missing or damaged.
     pub fn inspect(&self, checkpoint: u64) -> Result<Vec<TaskReport>> {
-        let place = self.place_of(checkpoint)?;
+        let opened = self.generation_of(checkpoint)?;
         let metadata = self.metadata(checkpoint)?;
         let reports = metadata.tasks.iter().enumerate().map(|(task, entry)| {
             let identity = &entry.identity;
@@ -49,7 +49,7 @@ impl SnapshotStore {
                 ..TaskReport::default()
             };
             for id in &entry.chain {
-                let header = read_header(&*place.generation, task, *id)?;
+                let header = read_header(&*opened.generation, task, *id)?;
                 report.memory_bytes = header.memories.iter().map(|(size, _)| size).sum();
                 report.increment_pages = header.memories.iter().map(|(_, pages)| pages).sum();
                 report.stored_pages += report.increment_pages;
@@ -57,11 +57,11 @@ impl SnapshotStore {
                 report.is_drained = header.is_drained;
             }
             if identity.has_declared {
-                report.declared_entries = match is_in_image(&*place.generation, task, &entry.chain)?
-                {
-                    true => None,
-                    false => Some(self.check_declared(task, checkpoint)?),
-                };
+                report.declared_entries =
+                    match is_in_image(&*opened.generation, task, &entry.chain)? {
+                        true => None,
+                        false => Some(self.check_declared(task, checkpoint)?),
+                    };
                 report.is_in_image = report.declared_entries.is_none();
             }
             Ok(report)

@@ -37,7 +37,7 @@ mod write;
 mod tests;
 
 pub use self::{
-    generations::Found,
+    generations::OpenedStore,
     open::{is_url, objects_at, open_at},
     storage::{Cause, Generation, Result, Storage, StorageError},
     store::SnapshotStore,

@@ -96,7 +96,7 @@ pub struct LoadedTask {
 
 /// What a task begins with: state that was read, and whose declared state.
 #[derive(Debug, Default)]
-pub struct Share {
+pub struct TaskRestore {
     /// Everything but declared state.
     pub state: LoadedTask,
     /// The tasks of the checkpoint whose declared state it takes over.

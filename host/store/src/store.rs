@@ -21,7 +21,9 @@ use cofferdam_sandbox::{Component, Digest};
 use crate::{
     Generation, Result, Storage, StorageError,
     declared::Entries,
-    generations::{Found, Place, head_of_generations, open_places, read_metadata},
+    generations::{
+        OpenGeneration, OpenedStore, head_of_generations, open_generations, read_metadata,
+    },
     head::Head,
     key::{component_key, key_parts, metadata_key},
     memory::MemoryStorage,
@@ -40,9 +42,9 @@ pub(crate) const CHAIN_LENGTH_MAX: usize = 256;
 /// The snapshots and metadata of one job.
 pub struct SnapshotStore {
     pub(crate) storage: Box<dyn Storage>,
-    pub(crate) current: Place,
+    pub(crate) current: OpenGeneration,
     /// Generations before the current one that hold a checkpoint which is still kept.
-    pub(crate) older: Vec<Place>,
+    pub(crate) older: Vec<OpenGeneration>,
     /// What is durable of the store as a whole.
     pub(crate) head: Head,
     /// The copy of the head that is written next.
@@ -80,15 +82,15 @@ impl SnapshotStore {
         mut storage: Box<dyn Storage>,
         job: &str,
         tasks: Vec<TaskIdentity>,
-    ) -> Result<(Self, Found)> {
+    ) -> Result<(Self, OpenedStore)> {
         let (mut head, mut found) = Self::find_head(&*storage)?;
-        let mut places = open_places(&*storage, &head, &mut found)?;
-        let current = places.iter().position(|place| place.number == head.generation);
+        let mut generations = open_generations(&*storage, &head, &mut found)?;
+        let current = generations.iter().position(|opened| opened.number == head.generation);
         // Only a generation that is whole as far as anybody knows is written to.
         let current = match current.filter(|_| found.damaged.is_empty()) {
             Some(current) => {
-                let Place { number, checkpoints, .. } = places.remove(current);
-                Place {
+                let OpenGeneration { number, checkpoints, .. } = generations.remove(current);
+                OpenGeneration {
                     number,
                     generation: storage.open(number, head.end_of(number))?,
                     checkpoints,
@@ -102,10 +104,14 @@ impl SnapshotStore {
                     head.sequence = 1;
                     storage.write_head(1, &head.encode()?)?;
                 }
-                Place { number, generation: storage.open(number, 0)?, checkpoints: Vec::new() }
+                OpenGeneration {
+                    number,
+                    generation: storage.open(number, 0)?,
+                    checkpoints: Vec::new(),
+                }
             }
         };
-        let mut store = Self::of(storage, current, places, job, tasks, head);
+        let mut store = Self::of(storage, current, generations, job, tasks, head);
         let keys = store.current.generation.keys(b"s")?;
         let ids = keys.iter().filter_map(|key| key_parts(key)).map(|(_, id)| checkpoint_of(id));
         let newest = ids.max().unwrap_or(0);
@@ -124,23 +130,23 @@ impl SnapshotStore {
     ///
     /// # Errors
     /// Where it cannot be read.
-    pub fn look(storage: Box<dyn Storage>) -> Result<(Self, Found)> {
+    pub fn look(storage: Box<dyn Storage>) -> Result<(Self, OpenedStore)> {
         let (head, mut found) = Self::find_head(&*storage)?;
-        let mut places = open_places(&*storage, &head, &mut found)?;
-        let nothing = || -> Result<Place> {
+        let mut generations = open_generations(&*storage, &head, &mut found)?;
+        let nothing = || -> Result<OpenGeneration> {
             let generation = MemoryStorage::default().open(0, 0)?;
-            Ok(Place { number: 0, generation, checkpoints: Vec::new() })
+            Ok(OpenGeneration { number: 0, generation, checkpoints: Vec::new() })
         };
-        let current = places.pop().map_or_else(nothing, Ok)?;
+        let current = generations.pop().map_or_else(nothing, Ok)?;
         // Nothing is written, so there are no tasks to write for.
-        Ok((Self::of(storage, current, places, "", Vec::new(), head), found))
+        Ok((Self::of(storage, current, generations, "", Vec::new(), head), found))
     }
 
     /// Looks into a store that must hold something.
     ///
     /// # Errors
     /// Where there is none, or none that can be read.
-    pub fn open_existing(storage: Box<dyn Storage>) -> Result<(Self, Found)> {
+    pub fn open_existing(storage: Box<dyn Storage>) -> Result<(Self, OpenedStore)> {
         let (store, found) = Self::look(storage)?;
         match found.damaged.first() {
             _ if 0 < store.current.number => Ok((store, found)),
@@ -149,8 +155,8 @@ impl SnapshotStore {
         }
     }
 
-    fn find_head(storage: &dyn Storage) -> Result<(Head, Found)> {
-        let mut found = Found::default();
+    fn find_head(storage: &dyn Storage) -> Result<(Head, OpenedStore)> {
+        let mut found = OpenedStore::default();
         let numbers = storage.generations()?;
         let error = match Head::newest(&storage.heads()?) {
             Ok(Some(head)) => return Ok((head, found)),
@@ -173,8 +179,8 @@ impl SnapshotStore {
 
     fn of(
         storage: Box<dyn Storage>,
-        current: Place,
-        older: Vec<Place>,
+        current: OpenGeneration,
+        older: Vec<OpenGeneration>,
         job: &str,
         tasks: Vec<TaskIdentity>,
         head: Head,
@@ -225,8 +231,8 @@ impl SnapshotStore {
     /// # Errors
     /// Where it is missing or damaged.
     pub fn component(&self, task: usize, checkpoint: u64) -> Result<Vec<u8>> {
-        let place = self.place_of(checkpoint)?;
-        let metadata = read_metadata(&*place.generation, &metadata_key(checkpoint))?;
+        let opened = self.generation_of(checkpoint)?;
+        let metadata = read_metadata(&*opened.generation, &metadata_key(checkpoint))?;
         let identity = metadata.tasks.get(task).map(|entry| &entry.identity);
         let Some(digest) = identity.and_then(|identity| identity.digest) else {
             let name = format!("checkpoint {checkpoint}");
@@ -234,7 +240,7 @@ impl SnapshotStore {
         };
         let name = format!("the component {}", Digest(digest));
         let key = component_key(&digest);
-        let Some(framed) = place.generation.get(&key)? else {
+        let Some(framed) = opened.generation.get(&key)? else {
             return Err(StorageError::damaged(name, "it is not there"));
         };
         let bytes = unseal(&name, &key, &framed)?;
@@ -249,7 +255,7 @@ impl SnapshotStore {
     /// # Errors
     /// Where a part of the checkpoint is missing or damaged.
     pub fn is_in_image(&self, task: usize, checkpoint: u64) -> Result<bool> {
-        let generation = &*self.place_of(checkpoint)?.generation;
+        let generation = &*self.generation_of(checkpoint)?.generation;
         let metadata = read_metadata(generation, &metadata_key(checkpoint))?;
         match metadata.tasks.get(task) {
             Some(entry) => lies_in_image(generation, task, entry),
@@ -314,15 +320,15 @@ impl SnapshotStore {
         self.current.generation.flush()
     }
 
-    fn places(&self) -> impl Iterator<Item = &Place> {
+    fn generations(&self) -> impl Iterator<Item = &OpenGeneration> {
         self.older.iter().chain([&self.current])
     }
 
     /// The generation that holds a completed checkpoint.
-    pub(crate) fn place_of(&self, checkpoint: u64) -> Result<&Place> {
-        self.places().find(|place| place.checkpoints.contains(&checkpoint)).ok_or_else(|| {
-            StorageError::damaged(format!("checkpoint {checkpoint}"), "it is not in the store")
-        })
+    pub(crate) fn generation_of(&self, checkpoint: u64) -> Result<&OpenGeneration> {
+        self.generations().find(|opened| opened.checkpoints.contains(&checkpoint)).ok_or_else(
+            || StorageError::damaged(format!("checkpoint {checkpoint}"), "it is not in the store"),
+        )
     }
 
     /// True for a checkpoint whose snapshots increments can follow.
@@ -334,7 +340,7 @@ impl SnapshotStore {
     /// Every checkpoint that is kept, ascending.
     #[must_use]
     pub fn checkpoints(&self) -> Vec<u64> {
-        self.places().flat_map(|place| place.checkpoints.iter().copied()).collect()
+        self.generations().flat_map(|opened| opened.checkpoints.iter().copied()).collect()
     }
 
     /// An id above every one that was ever used for a snapshot.
@@ -346,7 +352,7 @@ impl SnapshotStore {
     /// What is damaged in the generations of its checkpoints, though everything can still be read.
     #[must_use]
     pub fn flaws(&self) -> Vec<String> {
-        self.places().flat_map(|place| place.generation.flaws()).collect()
+        self.generations().flat_map(|opened| opened.generation.flaws()).collect()
     }
 
     /// Where the store is, for messages.
@@ -360,7 +366,7 @@ impl SnapshotStore {
     /// # Errors
     /// Where it is missing or damaged.
     pub fn metadata(&self, checkpoint: u64) -> Result<CheckpointMetadata> {
-        read_metadata(&*self.place_of(checkpoint)?.generation, &metadata_key(checkpoint))
+        read_metadata(&*self.generation_of(checkpoint)?.generation, &metadata_key(checkpoint))
     }
 
     /// Reads a task's declared state as of a completed checkpoint, entry by entry.
@@ -382,7 +388,7 @@ impl SnapshotStore {
         checkpoint: u64,
         key_groups: Option<Range<u32>>,
     ) -> Result<Entries<'_>> {
-        let generation = &*self.place_of(checkpoint)?.generation;
+        let generation = &*self.generation_of(checkpoint)?.generation;
         let metadata = read_metadata(generation, &metadata_key(checkpoint))?;
         let Some(entry) = metadata.tasks.get(task) else { return Ok(Box::new(std::iter::empty())) };
         if lies_in_image(generation, task, entry)? {
@@ -405,10 +411,10 @@ impl SnapshotStore {
     /// # Errors
     /// Where a part of it is missing or damaged.
     pub fn load(&self, task: usize, checkpoint: u64) -> Result<LoadedTask> {
-        let place = self.place_of(checkpoint)?;
-        let metadata = read_metadata(&*place.generation, &metadata_key(checkpoint))?;
+        let opened = self.generation_of(checkpoint)?;
+        let metadata = read_metadata(&*opened.generation, &metadata_key(checkpoint))?;
         match metadata.tasks.get(task) {
-            Some(entry) => load_chain(&*place.generation, task, &entry.chain),
+            Some(entry) => load_chain(&*opened.generation, task, &entry.chain),
             None => {
                 Err(StorageError::damaged(format!("checkpoint {checkpoint}"), "it has fewer tasks"))
             }

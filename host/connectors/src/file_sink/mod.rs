@@ -108,26 +108,26 @@ impl Part {
     /// Where it is, if it is not committed, in the directory that it was written to or in the one that
     /// the sink has now. What a savepoint holds of a part that was cut is no sign that the cut one was
     /// not seen: that is what `committed` and the copy say.
-    fn find(&self, now: &Path, committed: &CommittedNames) -> Found {
+    fn find(&self, now: &Path, committed: &CommittedNames) -> PartState {
         let is_listed = committed.names.contains(&self.name());
         // The directory may have been moved, or copied: what lies here is this run's.
         for dir in [now, self.dir.as_path()] {
             if dir.join(self.name()).exists() {
-                return Found::Visible;
+                return PartState::Visible;
             }
             let copy = copy_of(dir, &self.name());
             if is_listed && copy.is_file() {
-                return Found::Pending(dir.to_owned(), copy);
+                return PartState::Pending(dir.to_owned(), copy);
             }
             for name in [self.pending(), self.held()] {
                 let is_of_savepoint = self.is_open && name == self.held();
                 let path = dir.join(name);
                 if path.is_file() && !(is_of_savepoint && is_listed) {
-                    return Found::Pending(dir.to_owned(), path);
+                    return PartState::Pending(dir.to_owned(), path);
                 }
             }
         }
-        Found::Nowhere
+        PartState::Nowhere
     }
 
     /// Compares a pending file with what the checkpoint says.
@@ -147,7 +147,7 @@ impl Part {
 }
 
 /// Where a part is.
-enum Found {
+enum PartState {
     /// Not committed: its directory and its file.
     Pending(PathBuf, PathBuf),
     /// Committed.
@@ -180,8 +180,8 @@ pub(crate) fn uncommitted(states: &[&[u8]]) -> Option<PathBuf> {
     let nothing = CommittedNames::default();
     let parts = states.iter().flat_map(|state| &state.parts);
     parts.into_iter().find_map(|part| match part.find(&part.dir, &nothing) {
-        Found::Pending(_, path) => Some(path),
-        Found::Visible | Found::Nowhere => None,
+        PartState::Pending(_, path) => Some(path),
+        PartState::Visible | PartState::Nowhere => None,
     })
 }
 
@@ -222,7 +222,7 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
     let mut lost = Vec::new();
     for part in parts() {
         match part.find(&output.dir, &committed) {
-            Found::Pending(dir, path) => {
+            PartState::Pending(dir, path) => {
                 part.verify(&path).map_err(|why| {
                     unfit(why, "use another checkpoint or savepoint, or put the file back")
                 })?;
@@ -231,17 +231,17 @@ pub(crate) fn check_states(output: &Output, states: &[&[u8]]) -> Result<Kept, Pr
                     kept.elsewhere.insert(dir);
                 }
             }
-            Found::Visible => {}
-            Found::Nowhere if committed.names.contains(&part.name()) => {}
+            PartState::Visible => {}
+            PartState::Nowhere if committed.names.contains(&part.name()) => {}
             // A later checkpoint has committed the whole of it: what is discarded becomes this again.
-            Found::Nowhere if committed.files.contains(&part.file()) => {
+            PartState::Nowhere if committed.files.contains(&part.file()) => {
                 if let Some(path) = names::visible_of(&output.dir, &part.file()) {
                     let verified = part.verify(&path);
                     verified.map_err(|why| unfit(why, "use another checkpoint"))?;
                     kept.names.insert(part.pending());
                 }
             }
-            Found::Nowhere => lost.push(part),
+            PartState::Nowhere => lost.push(part),
         }
     }
     match lost.first() {
@@ -332,7 +332,7 @@ impl FileSink {
         }
         let committed = self.committed(unseen.iter().copied())?;
         for part in &unseen {
-            if let Found::Pending(_, path) = part.find(&self.output.dir, &committed) {
+            if let PartState::Pending(_, path) = part.find(&self.output.dir, &committed) {
                 part.verify(&path).map_err(|why| why.into_cause(Obstacle::OutputTaken))?;
             }
         }
@@ -379,7 +379,7 @@ impl FileSink {
     }
 
     /// Makes what was written durable, as a part that is sealed or still open.
-    fn secure_open(&mut self, checkpoint: u64, is_savepoint: bool) -> io::Result<Option<Part>> {
+    fn end_open_part(&mut self, checkpoint: u64, is_savepoint: bool) -> io::Result<Option<Part>> {
         let Some(open) = &mut self.open else { return Ok(None) };
         open.file.flush()?;
         open.file.get_ref().sync_all()?;
@@ -434,9 +434,9 @@ impl FileSink {
         let mut missing = Vec::new();
         for part in parts {
             match part.find(&self.output.dir, committed) {
-                Found::Pending(dir, path) => pending.push((*part, dir, path)),
-                Found::Visible => {}
-                Found::Nowhere => missing.push(*part),
+                PartState::Pending(dir, path) => pending.push((*part, dir, path)),
+                PartState::Visible => {}
+                PartState::Nowhere => missing.push(*part),
             }
         }
         if !missing.is_empty() && !self.output.context.conflicts.assume_committed {
@@ -564,9 +564,9 @@ impl BlockingSink for FileSink {
     ) -> Result<Vec<u8>, FailureCause> {
         // A savepoint holds nothing that is still written to, and the last checkpoint may be one.
         let is_end = purpose != Purpose::Periodic;
-        let secured = self.secure_open(checkpoint.0, is_end);
-        let secured = secured.map_err(|error| self.failed("end a part", &error))?;
-        let open = match secured {
+        let ended = self.end_open_part(checkpoint.0, is_end);
+        let ended = ended.map_err(|error| self.failed("end a part", &error))?;
+        let open = match ended {
             Some(part) if part.is_open => Some(part),
             sealed => {
                 self.parts.extend(sealed);

@@ -27,13 +27,13 @@ pub(super) struct Fields {
 #[derive(Debug)]
 pub(super) struct LineReader {
     format: LineFormat,
-    key: Option<Place>,
-    timestamp: Option<(Place, TimeFormat)>,
+    key: Option<Field>,
+    timestamp: Option<(Field, TimeFormat)>,
     delimiter: u8,
 }
 
 #[derive(Debug)]
-enum Place {
+enum Field {
     Pointer(String),
     Column { name: String, index: usize },
     Pattern(Regex),
@@ -55,18 +55,18 @@ impl LineReader {
             true => Some(read_header(file, spec)?),
             false => None,
         };
-        let place = |field: &String| -> Result<Place, String> {
+        let place = |field: &String| -> Result<Field, String> {
             Ok(match spec.format {
-                LineFormat::Json => Place::Pointer(field.clone()),
+                LineFormat::Json => Field::Pointer(field.clone()),
                 LineFormat::Text => {
-                    Place::Pattern(Regex::new(field).map_err(|error| error.to_string())?)
+                    Field::Pattern(Regex::new(field).map_err(|error| error.to_string())?)
                 }
                 LineFormat::Csv => {
                     let named = header.iter().flatten().position(|name| name == field.as_bytes());
                     let numbered = || field.parse::<usize>().ok()?.checked_sub(1);
                     let index = named.or_else(numbered);
                     let index = index.ok_or_else(|| format!("there is no column \"{field}\""))?;
-                    Place::Column { name: field.clone(), index }
+                    Field::Column { name: field.clone(), index }
                 }
             })
         };
@@ -92,9 +92,9 @@ impl LineReader {
             LineFormat::Csv => columns(line, self.delimiter)?,
             _ => Vec::new(),
         };
-        let field = |place: &Place| -> Result<Vec<u8>, String> {
+        let field = |place: &Field| -> Result<Vec<u8>, String> {
             match place {
-                Place::Pointer(pointer) => {
+                Field::Pointer(pointer) => {
                     let found = document.as_ref().and_then(|document| document.pointer(pointer));
                     match found.ok_or_else(|| format!("there is no {pointer}"))? {
                         serde_json::Value::String(text) => Ok(text.clone().into_bytes()),
@@ -109,11 +109,11 @@ impl LineReader {
                         other => Ok(other.to_string().into_bytes()),
                     }
                 }
-                Place::Column { name, index } => {
+                Field::Column { name, index } => {
                     let column = columns.get(*index);
                     column.cloned().ok_or_else(|| format!("there is no column \"{name}\""))
                 }
-                Place::Pattern(pattern) => {
+                Field::Pattern(pattern) => {
                     let found = pattern.captures(line).and_then(|found| {
                         found.iter().skip(1).flatten().next().or_else(|| found.get(0))
                     });

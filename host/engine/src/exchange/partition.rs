@@ -64,7 +64,7 @@ struct Block {
 }
 
 /// What a reader finds at a place.
-enum Found {
+enum BlockLookup {
     Block(Block),
     /// There are no more.
     End,
@@ -148,12 +148,12 @@ impl Partition {
         }
     }
 
-    fn find(&self, reader: usize, place: usize) -> Found {
+    fn find(&self, reader: usize, place: usize) -> BlockLookup {
         let state = self.lock();
         match state.blocks.get(reader).and_then(|blocks| blocks.get(place)) {
-            Some(block) => Found::Block(*block),
-            None if state.is_finished => Found::End,
-            None => Found::NotYet,
+            Some(block) => BlockLookup::Block(*block),
+            None if state.is_finished => BlockLookup::End,
+            None => BlockLookup::NotYet,
         }
     }
 
@@ -323,12 +323,12 @@ impl PartitionChannel {
                 // From here on no news is missed.
                 changed.as_mut().enable();
                 match partition.find(self.reader, place) {
-                    Found::Block(block) => break block,
-                    Found::End => {
+                    BlockLookup::Block(block) => break block,
+                    BlockLookup::End => {
                         self.sender.send(Element::EndOfInput);
                         return Ok(());
                     }
-                    Found::NotYet => changed.await,
+                    BlockLookup::NotYet => changed.await,
                 }
             };
             let (reading, reader) = (partition.clone(), self.reader);

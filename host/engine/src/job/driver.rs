@@ -32,7 +32,7 @@ use crate::{
     state::local::TaskLocal,
     task::{Control, Head},
     watch::{
-        control::{Desk, KeptCheckpoint},
+        control::{KeptCheckpoint, SavepointRequests},
         monitor::{Monitor, WriterReport},
         progress::{Progress, Restart},
     },
@@ -51,7 +51,7 @@ pub(crate) struct Driver {
     outcome: Option<Outcome>,
     /// Whether every task runs, as was reported last.
     is_running: bool,
-    desk: Arc<Desk>,
+    requests: Arc<SavepointRequests>,
     /// Brings forward what the process keeps of tasks; the job ends after the last of it.
     blocking: Blocking,
     rehearsal: Arc<Rehearsal>,
@@ -85,7 +85,7 @@ impl Driver {
         monitor: Monitor,
         report: &WriterReport,
         inbox: UnboundedReceiver<Event>,
-        desk: Arc<Desk>,
+        requests: Arc<SavepointRequests>,
         blocking: Blocking,
     ) -> Self {
         let untried = std::mem::take(&mut plan.untried);
@@ -100,7 +100,7 @@ impl Driver {
             event_at: Instant::now(),
             outcome: None,
             is_running: false,
-            desk,
+            requests,
             blocking,
             rehearsal: Arc::new(rehearsal),
         }
@@ -165,7 +165,7 @@ impl Driver {
             }
             Effect::EndInput => self.tell_sources(Control::EndInput),
             Effect::PersistMetadata { checkpoint } => self.monitor.storage.complete(checkpoint),
-            Effect::PersistSavepoint { checkpoint, ticket } => match self.desk.dir(ticket) {
+            Effect::PersistSavepoint { checkpoint, ticket } => match self.requests.dir(ticket) {
                 Some(dir) => self.monitor.storage.export(checkpoint, dir),
                 None => {
                     let error = EnvironmentError::new("no directory was given for it");
@@ -173,13 +173,13 @@ impl Driver {
                 }
             },
             Effect::Answer { ticket, result } => {
-                self.desk.answer(ticket, result);
+                self.requests.answer(ticket, result);
             }
             Effect::NotifyComplete { checkpoint, purpose } => {
                 self.notify_complete(checkpoint, purpose)
             }
             Effect::Subsume { checkpoint, newest, oldest_pending } => {
-                self.desk.forget(checkpoint);
+                self.requests.forget(checkpoint);
                 self.monitor.storage.subsume(checkpoint, newest, oldest_pending);
             }
             Effect::Discard { checkpoint, reason, completed, needed_from } => {
@@ -242,7 +242,7 @@ impl Driver {
     fn notify_complete(&mut self, checkpoint: CheckpointId, purpose: Purpose) {
         tell(&self.workers, Control::Complete(checkpoint, purpose));
         self.plan.links.complete(checkpoint);
-        self.desk.keep(KeptCheckpoint {
+        self.requests.keep(KeptCheckpoint {
             checkpoint: checkpoint.0,
             job: self.plan.job.clone(),
             tasks: self.plan.locals.len(),
@@ -253,7 +253,7 @@ impl Driver {
         let rehearsal = (purpose == Purpose::Periodic).then(|| self.rehearsal.clone());
         self.blocking.run(move || {
             for local in locals {
-                if let Err(error) = local.lock().settle(checkpoint.0) {
+                if let Err(error) = local.lock().apply_completed(checkpoint.0) {
                     tracing::warn!(%error, "cannot update the local image: a restart will read the storage");
                 }
                 if let Some(keyed) = &local.keyed

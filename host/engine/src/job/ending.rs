@@ -39,7 +39,7 @@ impl Ending<'_> {
     }
 
     /// Records how the job has ended, and removes what is not kept. Whether its checkpoints are kept.
-    pub(super) fn settle(
+    pub(super) fn record(
         &self,
         outcome: &Outcome,
         store: Option<SnapshotStore>,

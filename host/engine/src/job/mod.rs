@@ -59,7 +59,7 @@ use self::{
 use crate::{
     storage::StorageHandle,
     watch::{
-        control::{Desk, JobControl, KeptCheckpoint},
+        control::{JobControl, KeptCheckpoint, SavepointRequests},
         history::{self, Recorder},
         log::Logs,
         metrics::Metrics,
@@ -157,7 +157,7 @@ pub struct Job {
     logs: Arc<Logs>,
     events: mpsc::UnboundedSender<Event>,
     inbox: mpsc::UnboundedReceiver<Event>,
-    desk: Arc<Desk>,
+    requests: Arc<SavepointRequests>,
     /// See [`digest_of`].
     digest: String,
 }
@@ -224,7 +224,7 @@ impl Job {
         if let Some(dir) = state_dir {
             record.begin(dir, chosen.lineage.job, begun_from).map_err(|error| unusable(&error))?;
         }
-        let desk = desk_of(&store, &resume).map_err(|error| unusable(&error))?;
+        let requests = savepoint_requests(&store, &resume).map_err(|error| unusable(&error))?;
         let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators);
         (plan.partitions, plan.locals, plan.untried) = (partitions, locals, untried);
         let metrics = Arc::new(Metrics::of(spec.nodes.iter().map(|node| node.name.as_str())));
@@ -242,7 +242,7 @@ impl Job {
             logs: Arc::default(),
             events,
             inbox,
-            desk,
+            requests,
             digest,
             spec,
         })
@@ -275,7 +275,7 @@ impl Job {
     /// The way to it while it runs.
     #[must_use]
     pub fn control(&self) -> JobControl {
-        JobControl::new(self.events.clone(), self.desk.clone())
+        JobControl::new(self.events.clone(), self.requests.clone())
     }
 
     /// The lock of its state directory.
@@ -312,20 +312,21 @@ impl Job {
             stats: stats.clone(),
         };
         let started = StorageHandle::start(self.store, report()).map_err(|error| {
-            self.desk.close();
+            self.requests.close();
             Problem::new(Code::CannotStart, "cannot start the storage thread").because(&error)
         });
         let (storage, thread) = started?;
-        self.desk.look_with(storage.inspector());
+        self.requests.look_with(storage.inspector());
         let graph = self.plan.graph.clone();
         let monitor = Monitor::new(&report(), storage, self.metrics, self.logs);
         let (blocking, mut calls_ended) = Blocking::new();
-        let desk = self.desk.clone();
-        let driver = Driver::new(self.plan, core, monitor, &report(), self.inbox, desk, blocking);
+        let requests = self.requests.clone();
+        let driver =
+            Driver::new(self.plan, core, monitor, &report(), self.inbox, requests, blocking);
         // On the runtime's own threads, next to the workers: a failure is answered without waking
         // another thread.
         let outcome = tokio::spawn(driver.run(first)).await;
-        self.desk.close();
+        self.requests.close();
         let outcome = outcome.map_err(|panic| {
             let message = format!("the driver of the job panicked: {panic}");
             Problem::new(Code::HostBug, message)
@@ -350,7 +351,7 @@ impl Job {
             resumed_from,
             observer: &*self.observer,
         };
-        let is_kept = ending.settle(&outcome, store, self.desk.last_saved());
+        let is_kept = ending.record(&outcome, store, self.requests.last_saved());
         match outcome {
             Outcome::Failed { task, cause, checkpoint } => {
                 let problem = failure(&graph, task, &cause);
@@ -378,12 +379,15 @@ fn recorded(
 }
 
 /// What can be said of the job at once: the checkpoints that it keeps.
-fn desk_of(store: &SnapshotStore, resume: &Resume) -> Result<Arc<Desk>, StorageError> {
-    let desk = Arc::<Desk>::default();
+fn savepoint_requests(
+    store: &SnapshotStore,
+    resume: &Resume,
+) -> Result<Arc<SavepointRequests>, StorageError> {
+    let requests = Arc::<SavepointRequests>::default();
     for checkpoint in &resume.completed {
-        desk.keep(KeptCheckpoint::from(&store.metadata(checkpoint.0)?));
+        requests.keep(KeptCheckpoint::from(&store.metadata(checkpoint.0)?));
     }
-    Ok(desk)
+    Ok(requests)
 }
 
 /// Passes warnings on.

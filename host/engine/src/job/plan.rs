@@ -310,10 +310,10 @@ pub(super) fn untried(
     locals: &BTreeMap<TaskId, Arc<TaskLocal>>,
     own: &OwnComponents,
 ) -> Vec<Untried> {
-    let tasks = identities.iter().zip(&chosen.shares).zip(locals).zip(&own.tasks);
-    let untried = tasks.filter_map(|(((identity, share), (task, local)), own)| {
+    let tasks = identities.iter().zip(&chosen.restores).zip(locals).zip(&own.tasks);
+    let untried = tasks.filter_map(|(((identity, restore), (task, local)), own)| {
         let is_in_image = identity.has_declared && identity.has_memory && !identity.has_host_state;
-        (is_in_image && share.state.memory.is_empty()).then_some(())?;
+        (is_in_image && restore.state.memory.is_empty()).then_some(())?;
         let (task, local) = (spec.graph.task_name(*task), local.clone());
         Some(Untried { task, local, own: own.clone()? })
     });

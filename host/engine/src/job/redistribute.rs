@@ -18,7 +18,7 @@ use cofferdam_store::{
     in_flight::{ChannelState, InFlight},
     metadata::{CheckpointMetadata, StateIdentity, TaskIdentity},
     run::{Run, RunBuilder},
-    snapshot::{LoadedTask, Share},
+    snapshot::{LoadedTask, TaskRestore},
 };
 use futures::executor::block_on;
 
@@ -30,14 +30,14 @@ use super::{
 use crate::{failure::host_bug, job::read_out::on_instance, watch::progress::RestoreStep};
 
 /// What every task takes over, by slot.
-pub(crate) type Shares = Vec<Share>;
+pub(crate) type TaskRestores = Vec<TaskRestore>;
 
 /// Converts declared state whose schema has changed: the component of now reads it, and hands it over.
 fn convert(
     tasks: &Tasks<'_>,
     from: &SnapshotStore,
     metadata: &CheckpointMetadata,
-    shares: &mut Shares,
+    restores: &mut TaskRestores,
 ) -> Result<(), Failed> {
     let known = |uid: &str| metadata.tasks.iter().find(|task| task.identity.uid == uid);
     for (slot, task) in tasks.identities.iter().enumerate() {
@@ -57,7 +57,7 @@ fn convert(
         let node = tasks.spec.nodes.iter().find(|node| node.name == task.operator);
         let limits = node.map_or_else(Limits::default, |node| node.kind.limits());
         tasks.tell(metadata.checkpoint, RestoreStep::Convert { task: task.name() });
-        let mut entries = shares[slot].entries(from, metadata.checkpoint)?;
+        let mut entries = restores[slot].entries(from, metadata.checkpoint)?;
         let mut builder = RunBuilder::new(task.max_parallelism);
         // An instance holds a part at a time: state that the host keeps may be larger than its memory.
         loop {
@@ -85,7 +85,7 @@ fn convert(
             })?;
         }
         drop(entries);
-        shares[slot].converted = Some(builder.finish()?);
+        restores[slot].converted = Some(builder.finish()?);
     }
     Ok(())
 }
@@ -103,9 +103,9 @@ pub(super) fn redistribute(
     metadata: &CheckpointMetadata,
     store: &SnapshotStore,
     warnings: &mut Vec<String>,
-) -> Result<Shares, Failed> {
+) -> Result<TaskRestores, Failed> {
     let refused = |problem| Failed::Problem(Box::new(problem));
-    let mut shares: Shares = Vec::with_capacity(tasks.identities.len());
+    let mut restores: TaskRestores = Vec::with_capacity(tasks.identities.len());
     for node in &tasks.spec.nodes {
         let new: Vec<&TaskIdentity> =
             tasks.identities.iter().filter(|identity| identity.operator == node.name).collect();
@@ -117,21 +117,24 @@ pub(super) fn redistribute(
         let loaded = Loaded::of(tasks, metadata, store, node, old)?;
         let own = loaded.share(tasks, metadata, node, &new).map_err(refused)?;
         if let Some(source) = tasks.sources.get(&node.name) {
-            let positions: Vec<&[u8]> =
-                own.iter().map(|share| &*share.state.state).filter(|it| !it.is_empty()).collect();
+            let positions: Vec<&[u8]> = own
+                .iter()
+                .map(|restore| &*restore.state.state)
+                .filter(|it| !it.is_empty())
+                .collect();
             let checked = match positions.is_empty() {
                 true => source.check_fresh().map(|()| Vec::new()),
                 false => source.check_positions(&positions),
             };
             warnings.extend(checked.map_err(refused)?);
         }
-        let in_flight = own.iter().flat_map(|share| &*share.state.in_flight);
+        let in_flight = own.iter().flat_map(|restore| &*restore.state.in_flight);
         check_in_flight(tasks, node, in_flight).map_err(refused)?;
-        shares.extend(own);
+        restores.extend(own);
     }
     check_left_behind(tasks, metadata, store)?;
-    convert(tasks, store, metadata, &mut shares)?;
-    let is_over = !shares.is_empty() && shares.iter().all(|share| share.state.is_drained);
+    convert(tasks, store, metadata, &mut restores)?;
+    let is_over = !restores.is_empty() && restores.iter().all(|restore| restore.state.is_drained);
     if is_over {
         warnings.push(
             "every task had already reached the end of its inputs (`stop --drain`, or the last checkpoint): \
@@ -139,7 +142,7 @@ pub(super) fn redistribute(
                 .to_owned(),
         );
     }
-    Ok(shares)
+    Ok(restores)
 }
 
 /// The old tasks of a node.
@@ -201,7 +204,7 @@ impl Loaded {
         metadata: &CheckpointMetadata,
         node: &NodeSpec,
         new: &[&TaskIdentity],
-    ) -> Result<Vec<Share>, Problem> {
+    ) -> Result<Vec<TaskRestore>, Problem> {
         let Self { slots, tasks: loaded, read_outs, is_in_image } = self;
         let states = state_numbers(metadata, slots.first(), new.first());
         let are_drained: Vec<bool> = loaded.iter().map(|task| task.is_drained).collect();
@@ -216,13 +219,13 @@ impl Loaded {
         let mut states_of_now = states_of_now.into_iter();
         let share = |takeover| {
             let (declared_from, key_groups) = match takeover {
-                Takeover::Nothing => return Share::default(),
+                Takeover::Nothing => return TaskRestore::default(),
                 Takeover::Task(number) => (vec![slots[number]], None),
                 Takeover::Share { from, key_groups } => {
                     (from.into_iter().map(|number| slots[number]).collect(), key_groups)
                 }
             };
-            Share {
+            TaskRestore {
                 state: states_of_now.next().unwrap_or_default(),
                 declared_from,
                 key_groups,

@@ -12,12 +12,13 @@ use cofferdam_core::{ids::CheckpointId, job::Resume};
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::NodeSpec;
 use cofferdam_store::{
-    self, Found, SnapshotStore, StorageError, metadata::CheckpointMetadata, snapshot::Share,
+    self, OpenedStore, SnapshotStore, StorageError, metadata::CheckpointMetadata,
+    snapshot::TaskRestore,
 };
 
 use super::{
     fit::check_fit,
-    redistribute::{Shares, redistribute},
+    redistribute::{TaskRestores, redistribute},
     target::{Failed, Tasks},
 };
 use crate::{job::state_dir::JobRecord, watch::progress::RestoreStep};
@@ -39,7 +40,7 @@ pub(crate) struct Chosen {
     /// Which course of events it is.
     pub(crate) lineage: Lineage,
     /// What every task takes over, by slot; nothing where the job begins.
-    pub(crate) shares: Shares,
+    pub(crate) restores: TaskRestores,
     /// What people should hear.
     pub(crate) warnings: Vec<String>,
     /// The checkpoint; `None`: the job begins.
@@ -59,7 +60,7 @@ impl Chosen {
 pub(crate) fn choose(
     tasks: &Tasks<'_>,
     store: &SnapshotStore,
-    found: &Found,
+    found: &OpenedStore,
     from: Option<&RestoreFrom>,
     record: &JobRecord,
 ) -> Result<Chosen, Problem> {
@@ -103,9 +104,9 @@ pub(crate) fn choose(
     }
     let (other, metadata) = other?;
     let mut warnings = Vec::new();
-    let shares = take_over(tasks, from, &other, &metadata, &mut warnings)?;
+    let restores = take_over(tasks, from, &other, &metadata, &mut warnings)?;
     let lineage = metadata.lineage.fork(metadata.checkpoint);
-    Ok(Chosen { lineage, shares, warnings, metadata: Some(metadata), other: Some(other) })
+    Ok(Chosen { lineage, restores, warnings, metadata: Some(metadata), other: Some(other) })
 }
 
 /// The state of another store's checkpoint, shared out. Changes nothing.
@@ -115,7 +116,7 @@ fn take_over(
     other: &SnapshotStore,
     metadata: &CheckpointMetadata,
     warnings: &mut Vec<String>,
-) -> Result<Shares, Problem> {
+) -> Result<TaskRestores, Problem> {
     let named = from.dir.display();
     check_fit(tasks, metadata, from.ignore_unclaimed_state).map_err(|problem| {
         problem.detail(format!("checkpoint {} in {named}", metadata.checkpoint))
@@ -189,7 +190,7 @@ pub(crate) fn restorable(
 fn choose_newest(
     tasks: &Tasks<'_>,
     store: &SnapshotStore,
-    found: &Found,
+    found: &OpenedStore,
     record: &JobRecord,
 ) -> Result<Chosen, Problem> {
     let (mut damaged, mut warnings) = (found.damaged.clone(), found.damaged.clone());
@@ -199,7 +200,7 @@ fn choose_newest(
             |problem: Problem| problem.detail(format!("checkpoint {id} in {}", store.location()));
         check_fit(tasks, metadata, false).map_err(at)?;
         match redistribute(tasks, metadata, store, &mut warnings) {
-            Ok(shares) => {
+            Ok(restores) => {
                 let is_newest = store.newest_known() == Some(id);
                 if !is_newest {
                     warnings.push(format!("resuming from checkpoint {id}, which is older"));
@@ -209,7 +210,7 @@ fn choose_newest(
                     false => metadata.lineage.fork(id),
                 };
                 let metadata = Some(metadata.clone());
-                return Ok(Chosen { lineage, shares, warnings, metadata, other: None });
+                return Ok(Chosen { lineage, restores, warnings, metadata, other: None });
             }
             Err(Failed::Problem(problem)) => return Err(*problem),
             Err(Failed::Storage(
@@ -225,8 +226,8 @@ fn choose_newest(
     }
     if damaged.is_empty() {
         let lineage = Lineage { job: record.job, ..Lineage::new() };
-        let shares = tasks.identities.iter().map(|_| Share::default()).collect();
-        return Ok(Chosen { lineage, shares, warnings, metadata: None, other: None });
+        let restores = tasks.identities.iter().map(|_| TaskRestore::default()).collect();
+        return Ok(Chosen { lineage, restores, warnings, metadata: None, other: None });
     }
     let problem = Problem::new(
         Code::StoreDamaged,
@@ -302,17 +303,17 @@ fn adopt_state(
         && metadata.tasks.iter().map(|task| &task.identity).eq(tasks.identities);
     if !is_as_it_was {
         tasks.tell(id, RestoreStep::Write { tasks: tasks.identities.len() });
-        store.import(id, metadata.written_at_ms, chosen.other.as_ref(), &chosen.shares)?;
+        store.import(id, metadata.written_at_ms, chosen.other.as_ref(), &chosen.restores)?;
     }
     // Only now, when what is gone on from is safe in a generation of its own.
     if chosen.other.is_none() {
         store.leave_behind(id)?;
     }
-    for (local, share) in tasks.locals.values().zip(&chosen.shares) {
+    for (local, restore) in tasks.locals.values().zip(&chosen.restores) {
         let mut local = local.lock();
-        if let Some(turn) = local.rewind(id) {
+        if let Some(token) = local.rewind(id) {
             local
-                .load(turn, id, &share.state)
+                .load(token, id, &restore.state)
                 .map_err(|error| StorageError::store("make the image of a task", error))?;
         }
     }

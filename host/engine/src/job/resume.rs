@@ -15,7 +15,7 @@ use cofferdam_files::resolved;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind};
 use cofferdam_store::{
-    Found, SnapshotStore, Storage,
+    OpenedStore, SnapshotStore, Storage,
     faulty::Faults,
     metadata::{CheckpointMetadata, TaskIdentity},
 };
@@ -74,7 +74,7 @@ impl Before {
     /// Whether the checkpoints that are there belong to a job that has ended. A crash may have left them
     /// behind after its end was recorded. What the run is to begin from is not over, whatever its place is
     /// called.
-    fn is_over(&self, found: &Found, from: Option<&RestoreFrom>) -> bool {
+    fn is_over(&self, found: &OpenedStore, from: Option<&RestoreFrom>) -> bool {
         let Self::Ended(job) = self else { return false };
         let is_its = |metadata: &CheckpointMetadata| metadata.lineage.job == *job;
         if found.is_headless
@@ -112,10 +112,10 @@ pub(super) fn look(
         SnapshotStore::look(storage).map_err(|error| unusable_state(state_dir, &error))?;
     let is_over = before.is_over(&found, options.from.as_ref());
     if is_over {
-        found = Found::default();
+        found = OpenedStore::default();
     }
     let chosen = restore::choose(tasks, &looked, &found, options.from.as_ref(), &record)?;
-    let is_half_way = || chosen.shares.iter().any(|share| !share.state.is_drained);
+    let is_half_way = || chosen.restores.iter().any(|restore| !restore.state.is_drained);
     let has_partitions = tasks.spec.graph.has_exchange(ExchangeType::has_partition);
     if has_partitions && chosen.checkpoint().is_some() && is_half_way() {
         let message =
@@ -198,10 +198,10 @@ pub(super) fn claim_outputs(
     let mut plans: BTreeMap<String, Box<dyn SinkPlan>> = BTreeMap::new();
     for node in &spec.nodes {
         let NodeKind::Sink(sink) = &node.kind else { continue };
-        let tasks = identities.iter().zip(&chosen.shares);
+        let tasks = identities.iter().zip(&chosen.restores);
         let own = tasks.filter(|(identity, _)| identity.operator == node.name);
         let states: Vec<&[u8]> =
-            own.map(|(_, share)| &*share.state.state).filter(|it| !it.is_empty()).collect();
+            own.map(|(_, restore)| &*restore.state.state).filter(|it| !it.is_empty()).collect();
         if let Some(path) = sink.directory()
             && let Some(other) = path.canonicalize().ok().and_then(|dir| claimed.get(&dir))
         {

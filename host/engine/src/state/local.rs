@@ -20,7 +20,7 @@ use cofferdam_store::{
 };
 use tokio::runtime::Handle;
 
-use crate::state::keyed::{KeyedState, Turn};
+use crate::state::keyed::{KeyedState, LoadToken};
 
 /// Snapshots that wait for their checkpoints may take so much memory, or as much as the state.
 const FOLD_BYTES_MIN: u64 = 16 << 20;
@@ -34,18 +34,18 @@ pub(crate) struct TaskLocal {
     /// Declared state that the host keeps.
     pub(crate) keyed: Option<Arc<KeyedState>>,
     /// The instance of the attempt before, whose memory is still mapped.
-    buried: Mutex<Option<Instance>>,
+    retired: Mutex<Option<Instance>>,
     /// Whether there is one: asked once a batch.
-    has_buried: AtomicBool,
+    has_retired: AtomicBool,
     /// How many records the next attempt guards, because the operator has trapped; 0: none.
-    suspects: AtomicU64,
+    records_to_guard: AtomicU64,
 }
 
 /// The image of a task while a guest maps it. Goes back when it is dropped, also where the attempt is
 /// aborted in between.
 pub(crate) struct Lent<'a> {
     local: &'a TaskLocal,
-    turn: Turn,
+    token: LoadToken,
     at: Option<u64>,
     pub(crate) image: Image,
 }
@@ -53,7 +53,7 @@ pub(crate) struct Lent<'a> {
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
         let mut inner = self.local.lock();
-        if inner.turn == self.turn {
+        if inner.token == self.token {
             (inner.image, inner.at) = (std::mem::take(&mut self.image), self.at);
         }
     }
@@ -63,7 +63,7 @@ impl Drop for Lent<'_> {
 #[derive(Debug, Default)]
 pub(crate) struct Inner {
     /// That of the newest attempt.
-    turn: Turn,
+    token: LoadToken,
     /// The checkpoint that everything below is of; `None`: nothing is here.
     at: Option<u64>,
     image: Image,
@@ -88,7 +88,7 @@ impl TaskLocal {
     pub(crate) fn lend_image(&self) -> Lent<'_> {
         let mut inner = self.lock();
         let image = std::mem::take(&mut inner.image);
-        Lent { local: self, turn: inner.turn, at: inner.at.take(), image }
+        Lent { local: self, token: inner.token, at: inner.at.take(), image }
     }
 
     /// A copy of the image.
@@ -100,29 +100,29 @@ impl TaskLocal {
     }
 
     /// The operator has trapped, and the record that made it will be among the next so many.
-    pub(crate) fn suspect(&self, records: u64) {
-        self.suspects.store(records, Ordering::Relaxed);
+    pub(crate) fn guard_next(&self, records: u64) {
+        self.records_to_guard.store(records, Ordering::Relaxed);
     }
 
     /// How many records are to be guarded.
-    pub(crate) fn suspects(&self) -> u64 {
-        self.suspects.load(Ordering::Relaxed)
+    pub(crate) fn records_to_guard(&self) -> u64 {
+        self.records_to_guard.load(Ordering::Relaxed)
     }
 
     /// Keeps an instance that has ended until its successor runs.
-    pub(crate) fn bury(&self, instance: Instance) {
-        let mut buried = self.buried.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = buried.replace(instance);
-        self.has_buried.store(true, Ordering::Relaxed);
-        drop(buried);
+    pub(crate) fn retire(&self, instance: Instance) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = retired.replace(instance);
+        self.has_retired.store(true, Ordering::Relaxed);
+        drop(retired);
         unmap(before);
     }
 
     /// The successor runs: now there is time to unmap.
-    pub(crate) fn unmap_buried(&self) {
-        if self.has_buried.load(Ordering::Relaxed) {
-            self.has_buried.store(false, Ordering::Relaxed);
-            unmap(self.buried.lock().unwrap_or_else(PoisonError::into_inner).take());
+    pub(crate) fn drop_retired(&self) {
+        if self.has_retired.load(Ordering::Relaxed) {
+            self.has_retired.store(false, Ordering::Relaxed);
+            unmap(self.retired.lock().unwrap_or_else(PoisonError::into_inner).take());
         }
     }
 }
@@ -154,7 +154,7 @@ impl Inner {
     /// next, and where those that wait have become more than the state they are merged. Costs a copy of
     /// them, so not to be called where a guest waits.
     pub(crate) fn fold(&mut self, completed: u64, needed_from: u64) {
-        // What is complete and not settled yet is not to be made part of anything.
+        // What is complete and not applied yet is not to be made part of anything.
         if self.pending.front().is_some_and(|(id, _)| *id <= completed) {
             return;
         }
@@ -178,7 +178,7 @@ impl Inner {
     ///
     /// # Errors
     /// Where there is no memory left; nothing is here then until an attempt has loaded it.
-    pub(crate) fn settle(&mut self, checkpoint: u64) -> io::Result<()> {
+    pub(crate) fn apply_completed(&mut self, checkpoint: u64) -> io::Result<()> {
         while let Some((taken_for, snapshot)) =
             self.pending.pop_front_if(|(id, _)| *id <= checkpoint)
         {
@@ -201,19 +201,19 @@ impl Inner {
     }
 
     /// An attempt begins at a checkpoint; 0: at the beginning. The state may not be here, and must be
-    /// [loaded](Self::load) in the turn that is given.
-    pub(crate) fn rewind(&mut self, checkpoint: u64) -> Option<Turn> {
-        self.turn.pass();
+    /// [loaded](Self::load) with the token that is returned.
+    pub(crate) fn rewind(&mut self, checkpoint: u64) -> Option<LoadToken> {
+        self.token.renew();
         if checkpoint == 0 {
             self.clear();
             self.at = Some(0);
             return None;
         }
-        if let Err(error) = self.settle(checkpoint) {
+        if let Err(error) = self.apply_completed(checkpoint) {
             tracing::warn!(%error, "the local image is lost: it is read from the storage");
         }
         self.pending.clear();
-        (self.at != Some(checkpoint)).then_some(self.turn)
+        (self.at != Some(checkpoint)).then_some(self.token)
     }
 
     /// Takes over what was loaded from the storage. Does nothing if another attempt has begun
@@ -223,11 +223,11 @@ impl Inner {
     /// Where there is no memory left.
     pub(crate) fn load(
         &mut self,
-        turn: Turn,
+        token: LoadToken,
         checkpoint: u64,
         loaded: &LoadedTask,
     ) -> io::Result<()> {
-        if self.turn != turn {
+        if self.token != token {
             return Ok(());
         }
         self.clear();
@@ -240,7 +240,7 @@ impl Inner {
     }
 
     fn clear(&mut self) {
-        *self = Self { turn: self.turn, ..Self::default() };
+        *self = Self { token: self.token, ..Self::default() };
     }
 }
 
@@ -264,11 +264,11 @@ mod tests {
         let mut inner = local.lock();
         inner.rewind(0);
         (1..=3).for_each(|id| inner.push(id, snapshot(id as u8)));
-        inner.settle(1).expect("memory");
+        inner.apply_completed(1).expect("memory");
         assert_eq!(inner.state, [1]);
         assert_eq!(inner.rewind(2), None, "2 completed unnoticed");
         assert_eq!(inner.state, [2]);
-        inner.settle(3).expect("memory");
+        inner.apply_completed(3).expect("memory");
         assert_eq!(inner.state, [2], "3 was taken by the attempt before");
         assert!(inner.rewind(9).is_some(), "9 is not here");
         assert_eq!(inner.rewind(0), None);
@@ -294,11 +294,11 @@ mod tests {
         let mut inner = local.lock();
         inner.rewind(0);
         inner.push(1, snapshot(1));
-        inner.settle(1).expect("memory");
+        inner.apply_completed(1).expect("memory");
         // As it is when there was no memory for the next one.
         inner.clear();
         inner.push(2, snapshot(2));
-        inner.settle(2).expect("memory");
+        inner.apply_completed(2).expect("memory");
         assert!(inner.rewind(2).is_some(), "it must be loaded");
         assert!(inner.state.is_empty());
     }
@@ -355,7 +355,7 @@ mod tests {
             let bytes: u64 = inner.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
             assert!(bytes <= FOLD_BYTES_MIN + (20 << 20), "{bytes} bytes after {id}");
         }
-        inner.settle(40).expect("there is memory");
+        inner.apply_completed(40).expect("there is memory");
         assert_eq!((inner.at, &inner.state[..]), (Some(40), &[40][..]));
         assert_eq!(inner.image.size_bytes(), 64 << 20);
     }

@@ -11,7 +11,7 @@ use super::{
     Control, Result,
     align::Alignment,
     node::SnapshotOutcome,
-    worker::{Intake, Origin, Turn, Worker, has_credit, until, wait_for_credit},
+    worker::{Flow, Intake, Origin, Worker, has_credit, until, wait_for_credit},
 };
 use crate::exchange::{Element, Gate};
 
@@ -47,7 +47,7 @@ impl Worker {
             let announced = gate.announced();
             // Between two batches, so that a busy stream does not keep sinks from committing.
             while let Ok(control) = self.control.try_recv() {
-                if self.on_gate_control(control, gate, &mut inputs).await? == Turn::Done {
+                if self.on_gate_control(control, gate, &mut inputs).await? == Flow::Done {
                     return Ok(());
                 }
             }
@@ -69,7 +69,7 @@ impl Worker {
                 () = gate.readable(), if has_credit => continue,
             };
             let Some(control) = control else { return Ok(()) };
-            if self.on_gate_control(control, gate, &mut inputs).await? == Turn::Done {
+            if self.on_gate_control(control, gate, &mut inputs).await? == Flow::Done {
                 return Ok(());
             }
         }
@@ -168,7 +168,7 @@ impl Worker {
         control: Control,
         gate: &Gate,
         inputs: &mut Inputs,
-    ) -> Result<Turn> {
+    ) -> Result<Flow> {
         if let Control::Abort(checkpoint) = control {
             if inputs.alignment.barriers.on_abort(checkpoint) {
                 gate.unblock_all();

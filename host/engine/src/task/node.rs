@@ -108,15 +108,15 @@ impl Node {
                     instance.expect_snapshots();
                 }
                 operator.instance = Some(instance);
-                let suspects = self.local.suspects();
-                if 0 < suspects {
+                let records_to_guard = self.local.records_to_guard();
+                if 0 < records_to_guard {
                     let is_restored = checkpoint.is_some() && operator.spec.snapshot.has_memory();
                     let base = is_restored.then(|| self.local.copy_image()).transpose();
                     let base = base.map_err(|error| {
                         let doing = "copy the image of a task";
                         FailureCause::Environment(EnvironmentError::of(doing, &error))
                     })?;
-                    operator.begin_guard(&context, base, suspects).await?;
+                    operator.begin_guard(&context, base, records_to_guard).await?;
                 }
             }
         }
@@ -126,11 +126,11 @@ impl Node {
 
     /// Brings the local copy of the state to a checkpoint, from the storage if need be.
     async fn fetch_state(&mut self, monitor: &Arc<Monitor>, checkpoint: u64) -> Result<()> {
-        let Some(turn) = self.local.lock().rewind(checkpoint) else { return Ok(()) };
+        let Some(token) = self.local.lock().rewind(checkpoint) else { return Ok(()) };
         let (local, slot, monitor) = (self.local.clone(), self.slot, monitor.clone());
         blocking(move || {
             let loaded = monitor.storage.load(slot, checkpoint)?;
-            local.lock().load(turn, checkpoint, &loaded).map_err(|error| {
+            local.lock().load(token, checkpoint, &loaded).map_err(|error| {
                 let doing = "make the image of a task";
                 FailureCause::Environment(EnvironmentError::of(doing, &error))
             })
@@ -141,10 +141,10 @@ impl Node {
     /// Brings the declared state that the host keeps to a checkpoint.
     async fn fetch_keyed(&mut self, monitor: &Arc<Monitor>, checkpoint: u64) -> Result<()> {
         let Some(keyed) = self.local.keyed.clone() else { return Ok(()) };
-        let Some(turn) = keyed.rewind(checkpoint) else { return Ok(()) };
+        let Some(token) = keyed.rewind(checkpoint) else { return Ok(()) };
         let (slot, monitor) = (self.slot, monitor.clone());
         blocking(move || {
-            let load = |entries: declared::Entries<'_>| keyed.load(turn, checkpoint, entries);
+            let load = |entries: declared::Entries<'_>| keyed.load(token, checkpoint, entries);
             match checkpoint {
                 0 => load(Box::new(std::iter::empty())).map_err(storage_cause),
                 _ => monitor.storage.read_declared(slot, checkpoint, None, load),
@@ -172,7 +172,7 @@ impl Node {
                 let emissions = match operator.instance()?.process(input, &batch).await {
                     Ok(processed) => {
                         operator.processed.add(batch.record_count());
-                        operator.secure(&self.local, batch.record_count()).await?;
+                        operator.commit_call(&self.local, batch.record_count()).await?;
                         let (local, task, attempt) = (&self.local, self.task, self.attempt);
                         let parallelism = self.parallelism;
                         let context = Context { monitor, local, task, attempt, parallelism };
@@ -186,12 +186,12 @@ impl Node {
                     }
                     Err(error) => {
                         if operator.spec.dead_letter_after.is_some() {
-                            self.local.suspect(operator.suspects());
+                            self.local.guard_next(operator.records_to_guard());
                         }
                         return Err(cause_with_record(error, &batch));
                     }
                 };
-                self.local.unmap_buried();
+                self.local.drop_retired();
                 monitor.note_processed(self.task);
                 Ok(emissions)
             }
@@ -212,7 +212,7 @@ impl Node {
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = operator.instance()?.advance(watermark).await.map_err(cause_of)?;
-                operator.secure(&self.local, 0).await?;
+                operator.commit_call(&self.local, 0).await?;
                 Ok(emissions)
             }
             Work::Source { .. } | Work::Sink { .. } => Ok(Vec::new()),
@@ -322,7 +322,7 @@ impl Node {
                 operator.processed.on_complete(checkpoint.0);
                 // What had trapped lies behind a checkpoint: it will not come again.
                 if operator.guard.is_none() {
-                    self.local.suspect(0);
+                    self.local.guard_next(0);
                 }
                 Ok(())
             }
@@ -356,7 +356,7 @@ impl Drop for Node {
         if let Work::Operator(operator) = &mut self.work
             && let Some(instance) = operator.instance.take()
         {
-            self.local.bury(instance);
+            self.local.retire(instance);
         }
     }
 }

@@ -57,7 +57,7 @@ pub(crate) struct OperatorTask {
     pub(crate) dead_letter_output: u32,
     pub(crate) processed: Processed,
     pub(crate) guard: Option<Guard>,
-    /// What was secured since the last checkpoint's snapshot.
+    /// What was committed since the last checkpoint's snapshot.
     pub(crate) unsaved: Vec<MemorySnapshot>,
 }
 
@@ -212,7 +212,7 @@ impl OperatorTask {
             }
         } else {
             // Handing over has changed the memory, too.
-            self.secure(local, 0).await?;
+            self.commit_call(local, 0).await?;
         }
         Ok(None)
     }

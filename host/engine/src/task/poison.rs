@@ -49,7 +49,7 @@ fn is_about_records(error: &GuestError) -> bool {
 
 impl OperatorTask {
     /// How many records are to be guarded after a trap now.
-    pub(crate) fn suspects(&self) -> u64 {
+    pub(crate) fn records_to_guard(&self) -> u64 {
         // Channels may deliver in another order the next time, so some more.
         (2 * self.processed.since_completed()).max(GUARDED_RECORDS_MIN)
     }
@@ -65,7 +65,7 @@ impl OperatorTask {
         if let Some(keyed) = &context.local.keyed {
             keyed.guard();
         }
-        self.secure(context.local, 0).await
+        self.commit_call(context.local, 0).await
     }
 
     fn end_guard(&mut self, local: &TaskLocal) -> Result<()> {
@@ -74,7 +74,7 @@ impl OperatorTask {
     }
 
     /// A call has ended well: what it has written is part of the image from now on.
-    pub(crate) async fn secure(&mut self, local: &TaskLocal, records: usize) -> Result<()> {
+    pub(crate) async fn commit_call(&mut self, local: &TaskLocal, records: usize) -> Result<()> {
         if self.guard.is_none() {
             return Ok(());
         }
@@ -83,7 +83,7 @@ impl OperatorTask {
             return self.end_guard(local);
         }
         if let Some(keyed) = &local.keyed {
-            keyed.secure().map_err(storage_cause)?;
+            keyed.commit_call().map_err(storage_cause)?;
         }
         let written = self.instance()?.snapshot().await.map_err(snapshot_cause)?;
         let Some(guard) = &mut self.guard else { return Ok(()) };
@@ -100,7 +100,7 @@ impl OperatorTask {
         if is_over { self.end_guard(local) } else { Ok(()) }
     }
 
-    /// A checkpoint's snapshot was taken: adds what was secured since the one before.
+    /// A checkpoint's snapshot was taken: adds what was committed since the one before.
     pub(crate) fn complete_snapshot(&mut self, memory: MemorySnapshot) -> Result<MemorySnapshot> {
         if let Some(guard) = &mut self.guard {
             guard.image.apply(&memory).map_err(no_memory)?;
@@ -179,7 +179,7 @@ impl OperatorTask {
                     Ok(processed) => {
                         search.on_success();
                         self.processed.add(part.record_count());
-                        self.secure(context.local, part.record_count()).await?;
+                        self.commit_call(context.local, part.record_count()).await?;
                         emissions.extend(self.accept(context, input, &part, processed)?);
                     }
                     Err(error) => break error,
@@ -191,7 +191,7 @@ impl OperatorTask {
     /// Replaces the instance by a copy of what it was before the call that has trapped.
     async fn rewind(&mut self, context: &Context<'_>) -> Result<()> {
         if let Some(trapped) = self.instance.take() {
-            context.local.bury(trapped);
+            context.local.retire(trapped);
         }
         if let Some(keyed) = &context.local.keyed {
             keyed.discard();

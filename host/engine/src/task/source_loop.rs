@@ -12,7 +12,7 @@ use cofferdam_core::{job::Event, watermark::Watermarks};
 
 use super::{
     Control, Result,
-    worker::{Intake, Turn, Worker, has_credit, until, wait_for_credit},
+    worker::{Flow, Intake, Worker, has_credit, until, wait_for_credit},
 };
 use crate::{clock::now_ms, exchange::Element, failure::TaskFailure};
 
@@ -65,7 +65,7 @@ impl Worker {
         }
         loop {
             while let Ok(control) = self.control.try_recv() {
-                if self.on_source_control(control, &mut intake, &mut quiet).await? == Turn::Done {
+                if self.on_source_control(control, &mut intake, &mut quiet).await? == Flow::Done {
                     return Ok(());
                 }
             }
@@ -80,7 +80,7 @@ impl Worker {
                 quiet.since = Instant::now();
                 if let Some(control) = control {
                     let Some(control) = control else { return Ok(()) };
-                    if self.on_source_control(control, &mut intake, &mut quiet).await? == Turn::Done
+                    if self.on_source_control(control, &mut intake, &mut quiet).await? == Flow::Done
                     {
                         return Ok(());
                     }
@@ -100,7 +100,7 @@ impl Worker {
                 }
                 Woken::Control(None) => return Ok(()),
                 Woken::Control(Some(control)) => {
-                    if self.on_source_control(control, &mut intake, &mut quiet).await? == Turn::Done
+                    if self.on_source_control(control, &mut intake, &mut quiet).await? == Flow::Done
                     {
                         return Ok(());
                     }
@@ -126,7 +126,7 @@ impl Worker {
             return step.map(Woken::Step).map_err(failure);
         }
         // A step that is under way may well be there before what was collected is worth sending.
-        if !quiet.is_flushed && source.is_settled() {
+        if !quiet.is_flushed && source.is_between_steps() {
             quiet.is_flushed = true;
             self.flush();
         }
@@ -194,13 +194,13 @@ impl Worker {
 
     /// Processes what the source has begun and not given yet: it lies before the position that is asked for
     /// next.
-    async fn settle(&mut self, intake: &mut Intake, quiet: &mut Quiet) -> Result<()> {
+    async fn complete_steps(&mut self, intake: &mut Intake, quiet: &mut Quiet) -> Result<()> {
         while *intake == Intake::Open {
             let node = &mut self.nodes[0];
             let task = node.task;
             let failure = |cause| TaskFailure { task, cause };
-            let settled = node.source().map_err(failure)?.settle().await;
-            match settled.map_err(failure)? {
+            let step = node.source().map_err(failure)?.complete_step().await;
+            match step.map_err(failure)? {
                 Some(step) => self.take_step(step, intake, quiet).await?,
                 None => break,
             }
@@ -213,9 +213,9 @@ impl Worker {
         control: Control,
         intake: &mut Intake,
         quiet: &mut Quiet,
-    ) -> Result<Turn> {
+    ) -> Result<Flow> {
         if matches!(control, Control::Barrier(..) | Control::EndInput) {
-            self.settle(intake, quiet).await?;
+            self.complete_steps(intake, quiet).await?;
         }
         self.on_control(control, intake).await
     }

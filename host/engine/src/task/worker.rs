@@ -87,7 +87,7 @@ pub(crate) struct Held {
 
 /// What a turn of the loop leads to.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(super) enum Flow {
     Continue,
     /// The last checkpoint is committed: the worker is done.
     Done,
@@ -143,7 +143,7 @@ impl Worker {
         &mut self,
         control: Control,
         intake: &mut Intake,
-    ) -> Result<Turn> {
+    ) -> Result<Flow> {
         match control {
             Control::Barrier(checkpoint, purpose) => {
                 self.snapshot(checkpoint, purpose, Instant::now()).await?;
@@ -158,7 +158,7 @@ impl Worker {
                     committed.map_err(|cause| TaskFailure { task, cause })?;
                 }
                 if purpose == Purpose::Last {
-                    return Ok(Turn::Done);
+                    return Ok(Flow::Done);
                 }
             }
             Control::Abort(checkpoint) => {
@@ -177,7 +177,7 @@ impl Worker {
                 }
             }
         }
-        Ok(Turn::Continue)
+        Ok(Flow::Continue)
     }
 }
 

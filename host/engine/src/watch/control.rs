@@ -17,7 +17,7 @@ use crate::storage::Inspector;
 #[derive(Clone)]
 pub struct JobControl {
     events: UnboundedSender<Event>,
-    desk: Arc<Desk>,
+    requests: Arc<SavepointRequests>,
 }
 
 /// A completed checkpoint that a running job keeps.
@@ -69,8 +69,8 @@ impl From<String> for Refusal {
 }
 
 impl JobControl {
-    pub(crate) fn new(events: UnboundedSender<Event>, desk: Arc<Desk>) -> Self {
-        Self { events, desk }
+    pub(crate) fn new(events: UnboundedSender<Event>, requests: Arc<SavepointRequests>) -> Self {
+        Self { events, requests }
     }
 
     /// Asks for a last checkpoint and the end of the job. Asking again changes nothing.
@@ -86,7 +86,7 @@ impl JobControl {
     /// The completed checkpoints that it keeps, oldest first.
     #[must_use]
     pub fn checkpoints(&self) -> Vec<KeptCheckpoint> {
-        self.desk.lock().kept.values().cloned().collect()
+        self.requests.lock().kept.values().cloned().collect()
     }
 
     /// Takes a checkpoint now.
@@ -102,7 +102,7 @@ impl JobControl {
     /// # Errors
     /// Where it is not kept, or cannot be read.
     pub async fn checkpoint_tasks(&self, checkpoint: u64) -> Result<Vec<TaskReport>, String> {
-        let asked = self.desk.lock().inspector.as_ref().map(|it| it.inspect(checkpoint));
+        let asked = self.requests.lock().inspector.as_ref().map(|it| it.inspect(checkpoint));
         let Some(answer) = asked else { return Err("the job does not run".to_owned()) };
         answer.await.unwrap_or_else(|_| Err("the job has ended".to_owned()))
     }
@@ -127,7 +127,7 @@ impl JobControl {
     async fn ask(&self, dir: Option<PathBuf>, event: impl FnOnce(u64) -> Event) -> SavepointResult {
         // A place that cannot be is no reason to stop anything.
         dir.as_deref().map_or(Ok(()), savepoint::check_place)?;
-        let (ticket, answer) = self.desk.open(dir);
+        let (ticket, answer) = self.requests.open(dir);
         self.send(event(ticket));
         answer
             .await
@@ -142,7 +142,7 @@ impl JobControl {
 
 /// Requests that wait for their savepoint, and what can be told at once.
 #[derive(Default)]
-pub(crate) struct Desk(Mutex<Requests>);
+pub(crate) struct SavepointRequests(Mutex<Requests>);
 
 #[derive(Default)]
 struct Requests {
@@ -157,7 +157,7 @@ struct Requests {
     inspector: Option<Inspector>,
 }
 
-impl Desk {
+impl SavepointRequests {
     fn lock(&self) -> MutexGuard<'_, Requests> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

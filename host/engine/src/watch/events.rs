@@ -141,12 +141,12 @@ impl Watch {
     }
 
     /// Waits until the job runs, or has ended; gives which.
-    pub(crate) async fn settled(&self) -> JobState {
+    pub(crate) async fn begun_or_ended(&self) -> JobState {
         let mut states = self.state.subscribe();
-        let is_settled =
+        let is_known =
             |(state, _): &(JobState, u64)| state.is_last() || *state == JobState::Running;
         // The sender is here, so it is not gone.
-        states.wait_for(is_settled).await.map_or(JobState::Failed, |it| it.0)
+        states.wait_for(is_known).await.map_or(JobState::Failed, |it| it.0)
     }
 
     /// The job has ended: subscribers have heard everything.

@@ -10,7 +10,7 @@ use twox_hash::XxHash3_64;
 
 use super::{
     client::{Objects, failed, number_of},
-    segment::{Index, MAGIC, Place, Segment, SharedValues, Size, TAIL_BYTES, release},
+    segment::{Index, MAGIC, Segment, SharedValues, Size, TAIL_BYTES, ValueLocation, release},
 };
 use crate::{
     Generation, Result, StorageError,
@@ -27,7 +27,7 @@ pub(crate) const UPLOADS_MAX: usize = 4;
 pub(crate) struct ObjectGeneration {
     objects: Objects,
     folder: ObjectPath,
-    index: BTreeMap<Vec<u8>, Place>,
+    index: BTreeMap<Vec<u8>, ValueLocation>,
     deleted: BTreeMap<Vec<u8>, u64>,
     /// Every segment that is written or being filled.
     sizes: BTreeMap<u64, Size>,
@@ -64,13 +64,13 @@ impl ObjectGeneration {
             generation.sizes.insert(*segment, Size { bytes: *bytes, live: 0 });
             let Index { entries, deleted } = generation.read_index(*segment, *bytes)?;
             for (key, offset, len) in entries {
-                generation.insert(key, Place { segment: *segment, offset, len });
+                generation.insert(key, ValueLocation { segment: *segment, offset, len });
             }
             generation.deleted = deleted.into_iter().collect();
         }
         for key in generation.deleted.keys() {
-            if let Some(place) = generation.index.remove(key) {
-                release(&mut generation.sizes, place);
+            if let Some(location) = generation.index.remove(key) {
+                release(&mut generation.sizes, location);
             }
         }
         generation.fill(segments.last().map_or(1, |(last, _)| last + 1));
@@ -128,10 +128,10 @@ impl ObjectGeneration {
         }
     }
 
-    /// The newest place of a key counts.
-    fn insert(&mut self, key: Vec<u8>, place: Place) {
-        self.sizes.entry(place.segment).or_default().live += place.len;
-        if let Some(old) = self.index.insert(key, place) {
+    /// The newest location of a key counts.
+    fn insert(&mut self, key: Vec<u8>, location: ValueLocation) {
+        self.sizes.entry(location.segment).or_default().live += location.len;
+        if let Some(old) = self.index.insert(key, location) {
             release(&mut self.sizes, old);
         }
     }
@@ -152,7 +152,7 @@ impl ObjectGeneration {
         self.has_deleted = false;
         self.upload(segment)?;
         while UPLOADS_MAX < self.uploads.len() {
-            self.settle_oldest()?;
+            self.finish_oldest_upload()?;
         }
         Ok(())
     }
@@ -184,7 +184,7 @@ impl ObjectGeneration {
     }
 
     /// Waits for the upload that began first.
-    fn settle_oldest(&mut self) -> Result<()> {
+    fn finish_oldest_upload(&mut self) -> Result<()> {
         let Some((segment, answer)) = self.uploads.pop_front() else { return Ok(()) };
         let error = match answer.recv() {
             Ok(Ok(())) => return Ok(()),
@@ -214,8 +214,8 @@ impl ObjectGeneration {
         self.has_deleted |= !self.lost.is_empty();
         for segment in std::mem::take(&mut self.lost) {
             for (key, offset, len) in segment.entries {
-                let place = Place { segment: segment.number, offset, len };
-                if self.index.get(&key) == Some(&place) {
+                let location = ValueLocation { segment: segment.number, offset, len };
+                if self.index.get(&key) == Some(&location) {
                     self.append(&key, &segment.values[offset as usize..(offset + len) as usize]);
                 }
             }
@@ -225,11 +225,12 @@ impl ObjectGeneration {
 
     fn append(&mut self, key: &[u8], value: &[u8]) {
         let offset = self.filling.values.len() as u64;
-        let place = Place { segment: self.filling.number, offset, len: value.len() as u64 };
+        let location =
+            ValueLocation { segment: self.filling.number, offset, len: value.len() as u64 };
         Arc::make_mut(&mut self.filling.values).extend_from_slice(value);
-        self.filling.entries.push((key.to_vec(), place.offset, place.len));
+        self.filling.entries.push((key.to_vec(), location.offset, location.len));
         self.deleted.remove(key);
-        self.insert(key.to_vec(), place);
+        self.insert(key.to_vec(), location);
     }
 
     /// Empties segments of which less than half counts into the one that is being filled.
@@ -240,7 +241,7 @@ impl ObjectGeneration {
         };
         let sparse: Vec<u64> = self.sizes.iter().filter_map(is_sparse).collect();
         for number in sparse {
-            let is_in = |(_, place): &(&Vec<u8>, &Place)| place.segment == number;
+            let is_in = |(_, location): &(&Vec<u8>, &ValueLocation)| location.segment == number;
             let keys: Vec<Vec<u8>> =
                 self.index.iter().filter(is_in).map(|(key, _)| key.clone()).collect();
             for key in keys {
@@ -287,23 +288,23 @@ impl Generation for ObjectGeneration {
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let Some(place) = self.index.get(key) else { return Ok(None) };
+        let Some(location) = self.index.get(key) else { return Ok(None) };
         let waiting = self.uploads.iter().map(|(segment, _)| segment).chain(&self.lost);
         let held = [&self.filling].into_iter().chain(waiting);
-        if let Some(segment) = held.into_iter().find(|held| held.number == place.segment) {
-            let range = place.offset as usize..(place.offset + place.len) as usize;
+        if let Some(segment) = held.into_iter().find(|held| held.number == location.segment) {
+            let range = location.offset as usize..(location.offset + location.len) as usize;
             return Ok(segment.values.get(range).map(<[u8]>::to_vec));
         }
-        if place.len == 0 {
+        if location.len == 0 {
             return Ok(Some(Vec::new()));
         }
-        self.objects.read(self.path(place.segment), place.offset, place.len).map(Some)
+        self.objects.read(self.path(location.segment), location.offset, location.len).map(Some)
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<()> {
-        if let Some(place) = self.index.remove(key) {
-            release(&mut self.sizes, place);
-            self.deleted.insert(key.to_vec(), place.segment);
+        if let Some(location) = self.index.remove(key) {
+            release(&mut self.sizes, location);
+            self.deleted.insert(key.to_vec(), location.segment);
             self.has_deleted = true;
         }
         Ok(())
@@ -325,7 +326,7 @@ impl Generation for ObjectGeneration {
         }
         let mut first_error = None;
         while !self.uploads.is_empty() {
-            if let Err(error) = self.settle_oldest() {
+            if let Err(error) = self.finish_oldest_upload() {
                 first_error.get_or_insert(error);
             }
         }

@@ -11,7 +11,7 @@ pub(crate) const TAIL_BYTES: usize = 4 + 8 + 2 + 4;
 
 /// Where a value is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct ValueLocation {
     pub(crate) segment: u64,
     pub(crate) offset: u64,
     pub(crate) len: u64,
@@ -51,8 +51,8 @@ impl AsRef<[u8]> for SharedValues {
     }
 }
 
-pub(crate) fn release(sizes: &mut BTreeMap<u64, Size>, place: Place) {
-    if let Some(size) = sizes.get_mut(&place.segment) {
-        size.live = size.live.saturating_sub(place.len);
+pub(crate) fn release(sizes: &mut BTreeMap<u64, Size>, location: ValueLocation) {
+    if let Some(size) = sizes.get_mut(&location.segment) {
+        size.live = size.live.saturating_sub(location.len);
     }
 }

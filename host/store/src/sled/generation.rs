@@ -11,7 +11,7 @@ use cofferdam_files::sync_dir;
 use super::{
     INDEX, LOG, PACK,
     database::{Quiet, entries_of, guarded, open_index},
-    pack_file::{INLINE, Pack, Place, value_of},
+    pack_file::{INLINE, Pack, PackExtent, value_of},
     read::instead_of,
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     log::{self, Entries, Log},
 };
 
-/// Values from here on go into the pack file; below, a place would save little.
+/// Values from here on go into the pack file; below, an extent would save little.
 pub(crate) const PACKED_BYTES_MIN: usize = 2 << 10;
 
 pub(crate) struct SledGeneration {
@@ -33,7 +33,7 @@ pub(super) struct Files {
     pack: Pack,
     log: Log,
     /// What was deleted or replaced since the last flush.
-    freed: Vec<Place>,
+    freed: Vec<PackExtent>,
 }
 
 impl Files {
@@ -80,7 +80,7 @@ impl Files {
     fn free(&mut self, key: &[u8], replaced: Option<sled::IVec>) {
         if let Some(kept) = replaced {
             self.log.replaced(key, &kept);
-            self.freed.extend(Place::of(&kept));
+            self.freed.extend(PackExtent::of(&kept));
         }
     }
 
@@ -88,8 +88,8 @@ impl Files {
         self.pack.sync().map_err(|error| StorageError::store("flush the pack file", error))?;
         self.log.flush().map_err(|error| StorageError::store("flush the log", error))?;
         // Only now is it certain that nobody will ask for them, not even after a crash.
-        for place in self.freed.drain(..) {
-            self.pack.give_back(place);
+        for extent in self.freed.drain(..) {
+            self.pack.give_back(extent);
         }
         if self.log.is_outgrown() {
             let entries = entries_of(&self.index)?;

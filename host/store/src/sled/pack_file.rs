@@ -19,16 +19,16 @@ pub(crate) const BLOCK_BYTES: u64 = 4096;
 /// So many blocks may wait for other values, or as many as have one.
 pub(crate) const FREE_BLOCKS_MIN: u64 = 1024;
 
-/// The first byte of what sled keeps for a key: the value itself follows, or its place.
+/// The first byte of what sled keeps for a key: the value itself follows, or its extent.
 pub(crate) const INLINE: u8 = 0;
 
-pub(crate) const PLACE: u8 = 1;
+pub(crate) const EXTENT: u8 = 1;
 
 /// Large values, each in blocks of its own. What a crash left behind the last flush is never pointed at.
 ///
 /// Where a value was that does not count any more another one is written, if there is room: blocks that
 /// the file has cost a third of what new ones do. What is too much of that goes back to the file system,
-/// and only the place is remembered.
+/// and only the extent is remembered.
 #[derive(Debug)]
 pub(crate) struct Pack {
     pub(crate) file: File,
@@ -68,7 +68,7 @@ impl Extents {
         self.by_first.insert(first, count);
     }
 
-    /// The first place with so many blocks.
+    /// The first extent with so many blocks.
     pub(super) fn take(&mut self, count: u64) -> Option<u64> {
         let (&first, &blocks) = self.by_first.iter().find(|(_, blocks)| count <= **blocks)?;
         self.by_first.remove(&first);
@@ -88,14 +88,14 @@ impl Extents {
 
 /// Where a value lies in the pack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct PackExtent {
     pub(crate) offset: u64,
     pub(crate) len: u32,
 }
 
-impl Place {
+impl PackExtent {
     pub(crate) fn encode(self) -> [u8; 13] {
-        let mut bytes = [PLACE; 13];
+        let mut bytes = [EXTENT; 13];
         bytes[1..9].copy_from_slice(&self.offset.to_le_bytes());
         bytes[9..].copy_from_slice(&self.len.to_le_bytes());
         bytes
@@ -107,10 +107,10 @@ impl Place {
         Some(Self { offset: u64::from_le_bytes(*offset), len: u32::from_le_bytes(len) })
     }
 
-    /// The place in what is kept for a key, if it has one.
+    /// The extent in what is kept for a key, if it has one.
     pub(crate) fn of(kept: &[u8]) -> Option<Self> {
         match kept.split_first() {
-            Some((&PLACE, place)) => Self::decode(place),
+            Some((&EXTENT, extent)) => Self::decode(extent),
             _ => None,
         }
     }
@@ -127,14 +127,18 @@ impl Place {
     }
 }
 
-/// The bytes at a place; `None` where the file ends before them.
-pub(crate) fn read_place(file: &File, len: u64, place: Place) -> io::Result<Option<Vec<u8>>> {
-    // A place whose bits have rotted must not make us ask for more memory than there is file.
-    if len < place.end() {
+/// The bytes of an extent; `None` where the file ends before them.
+pub(crate) fn read_extent(
+    file: &File,
+    len: u64,
+    extent: PackExtent,
+) -> io::Result<Option<Vec<u8>>> {
+    // An extent whose bits have rotted must not make us ask for more memory than there is file.
+    if len < extent.end() {
         return Ok(None);
     }
-    let mut value = vec![0; place.len as usize];
-    match file.read_exact_at(&mut value, place.offset) {
+    let mut value = vec![0; extent.len as usize];
+    match file.read_exact_at(&mut value, extent.offset) {
         Ok(()) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
         Err(error) => Err(error),
@@ -145,8 +149,8 @@ pub(crate) fn read_place(file: &File, len: u64, place: Place) -> io::Result<Opti
 pub(crate) fn value_of(kept: &[u8], file: &File, len: u64) -> Result<Option<Vec<u8>>> {
     match kept.split_first() {
         Some((&INLINE, value)) => Ok(Some(value.to_vec())),
-        Some((&PLACE, place)) => match Place::decode(place) {
-            Some(place) => read_place(file, len, place)
+        Some((&EXTENT, extent)) => match PackExtent::decode(extent) {
+            Some(extent) => read_extent(file, len, extent)
                 .map_err(|error| StorageError::store("read the pack file", error)),
             None => Ok(None),
         },
@@ -159,8 +163,8 @@ impl Pack {
         let file = create_file(path)?;
         // Nothing may take the place of a value that counts, whatever the file has lost: giving it
         // back would take another's.
-        let places = entries.values().filter_map(|kept| Place::of(kept));
-        let mut used: Vec<(u64, u64)> = places.map(Place::blocks).collect();
+        let extents = entries.values().filter_map(|kept| PackExtent::of(kept));
+        let mut used: Vec<(u64, u64)> = extents.map(PackExtent::blocks).collect();
         used.sort_unstable();
         let mut pack = Self {
             file,
@@ -188,7 +192,7 @@ impl Pack {
         Ok(pack)
     }
 
-    pub(crate) fn append(&mut self, value: &[u8]) -> io::Result<Place> {
+    pub(crate) fn append(&mut self, value: &[u8]) -> io::Result<PackExtent> {
         let len = u32::try_from(value.len())
             .map_err(|_| io::Error::other("a value of more than 4 GiB"))?;
         let blocks = u64::from(len).div_ceil(BLOCK_BYTES);
@@ -202,12 +206,12 @@ impl Pack {
         self.is_dirty = true;
         let offset = first * BLOCK_BYTES;
         self.file.write_all_at(value, offset)?;
-        Ok(Place { offset, len })
+        Ok(PackExtent { offset, len })
     }
 
     /// A value does not count any more, durably: another one may take its place.
-    pub(crate) fn give_back(&mut self, place: Place) {
-        let (mut first, mut blocks) = place.blocks();
+    pub(crate) fn give_back(&mut self, extent: PackExtent) {
+        let (mut first, mut blocks) = extent.blocks();
         self.used_blocks = self.used_blocks.saturating_sub(blocks);
         if self.shared.contains(&first) {
             (first, blocks) = (first + 1, blocks - 1);

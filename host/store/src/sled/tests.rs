@@ -9,7 +9,7 @@ use std::{
 use super::{
     PACK,
     generation::{PACKED_BYTES_MIN, SledGeneration},
-    pack_file::{Extents, Pack, Place, read_place},
+    pack_file::{Extents, Pack, PackExtent, read_extent},
     read::copy_dir,
     *,
 };
@@ -112,8 +112,8 @@ fn blocks_are_given_away_once_and_come_together_again() {
                 taken.push((first, count));
             }
         } else if !taken.is_empty() {
-            let place = random.between(0, taken.len() as u64 - 1) as usize;
-            let (first, count) = taken.swap_remove(place);
+            let index = random.between(0, taken.len() as u64 - 1) as usize;
+            let (first, count) = taken.swap_remove(index);
             extents.insert(first, count);
         }
         let used: u64 = taken.iter().map(|(_, count)| count).sum();
@@ -128,23 +128,24 @@ fn values_that_share_a_block_do_not_lose_it_with_one_of_them() {
     let dir = tempfile::tempdir().expect("dir");
     let file = dir.path().join("pack");
     // As format 5 wrote them: the second begins in the last block of the first.
-    let places = [
-        Place { offset: 0, len: 10_000 },
-        Place { offset: 10_000, len: 3_000 },
-        Place { offset: 16_384, len: 8_192 },
+    let extents = [
+        PackExtent { offset: 0, len: 10_000 },
+        PackExtent { offset: 10_000, len: 3_000 },
+        PackExtent { offset: 16_384, len: 8_192 },
     ];
-    for gone in places {
+    for gone in extents {
         fs::write(&file, vec![7; 24_576]).expect("written");
-        let entries = places.iter().enumerate();
-        let entries = entries.map(|(n, place)| (vec![n as u8], place.encode().to_vec())).collect();
+        let entries = extents.iter().enumerate();
+        let entries =
+            entries.map(|(n, extent)| (vec![n as u8], extent.encode().to_vec())).collect();
         let mut pack = Pack::open(&file, &entries).expect("opens");
         pack.give_back(gone);
         for len in [1_000, 5_000, 5_000, 10_000] {
             pack.append(&vec![1; len]).expect("written");
         }
-        for place in places.iter().filter(|place| **place != gone) {
-            let value = read_place(&pack.file, pack.len, *place).expect("read").expect("there");
-            assert!(value.iter().all(|byte| *byte == 7), "{place:?} without {gone:?}");
+        for extent in extents.iter().filter(|extent| **extent != gone) {
+            let value = read_extent(&pack.file, pack.len, *extent).expect("read").expect("there");
+            assert!(value.iter().all(|byte| *byte == 7), "{extent:?} without {gone:?}");
         }
     }
 }

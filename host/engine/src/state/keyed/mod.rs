@@ -61,18 +61,18 @@ pub(crate) struct KeyedState {
     limits: KeyedLimits,
     inner: Mutex<Inner>,
     /// Held by whoever writes into the table.
-    settling: Mutex<()>,
+    applying: Mutex<()>,
     /// Keys and values in the table.
     base_bytes: AtomicU64,
 }
 
 /// What makes an attempt's load its own: one that was aborted may have left a load behind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Turn(u64);
+pub(crate) struct LoadToken(u64);
 
-impl Turn {
+impl LoadToken {
     /// Another attempt begins.
-    pub(crate) fn pass(&mut self) {
+    pub(crate) fn renew(&mut self) {
         self.0 += 1;
     }
 }
@@ -82,14 +82,14 @@ struct Inner {
     /// The checkpoint that the table is of, 0 for the beginning; `None`: its content is not known.
     at: Option<u64>,
     /// That of the newest attempt.
-    turn: Turn,
+    token: LoadToken,
     /// By the barriers that ended them, oldest first.
     pending: VecDeque<(u64, Arc<Layer>)>,
     /// The newest checkpoint that is known to be complete.
     completed: u64,
     current: Layer,
     /// What was written since the last call that ended well, while the task is guarded.
-    unsecured: Option<Layer>,
+    uncommitted: Option<Layer>,
 }
 
 impl fmt::Debug for KeyedState {
@@ -104,14 +104,14 @@ impl KeyedState {
         let inner = Inner {
             base: Arc::new(tables.table()?),
             at: Some(0),
-            turn: Turn::default(),
+            token: LoadToken::default(),
             pending: VecDeque::new(),
             completed: 0,
             current: Layer::default(),
-            unsecured: None,
+            uncommitted: None,
         };
-        let (settling, base_bytes) = (Mutex::default(), AtomicU64::new(0));
-        Ok(Self { tables, limits, inner: Mutex::new(inner), settling, base_bytes })
+        let (applying, base_bytes) = (Mutex::default(), AtomicU64::new(0));
+        Ok(Self { tables, limits, inner: Mutex::new(inner), applying, base_bytes })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -169,7 +169,7 @@ impl KeyedState {
         let is_behind = BEHIND_MAX * self.limits.write_buffer_bytes < inner.behind_bytes();
         drop(inner);
         if is_behind {
-            tokio::task::block_in_place(|| self.settle()).map_err(unavailable)?;
+            tokio::task::block_in_place(|| self.apply_completed()).map_err(unavailable)?;
         }
         Ok(())
     }
@@ -257,7 +257,7 @@ impl KeyedState {
     ) -> std::result::Result<Arc<Layer>, StateError> {
         let mut inner = self.lock();
         pieces.iter().try_for_each(|changes| self.write(&mut inner, changes))?;
-        inner.merge_unsecured().map_err(unavailable)?;
+        inner.merge_uncommitted().map_err(unavailable)?;
         // Checkpoints that never complete leave their layers here: together they take no more memory
         // than one may.
         let buffered_bytes = inner.layers().map(|layer| layer.buffered_bytes).sum();
@@ -277,7 +277,7 @@ impl KeyedState {
             let mut inner = self.lock();
             inner.completed = inner.completed.max(checkpoint);
         }
-        self.settle()
+        self.apply_completed()
     }
 
     /// No checkpoint before this one will complete any more: their layers count only together, and are made
@@ -286,14 +286,14 @@ impl KeyedState {
     /// # Errors
     /// Where they cannot be read, or the disk does not take the whole; the state is as it was.
     pub(crate) fn fold(&self, completed: u64, needed_from: u64) -> Result<()> {
-        let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        let (apart, turn) = {
+        let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let (apart, token) = {
             let inner = self.lock();
             let completed = completed.max(inner.completed);
             let is_given_up = |(id, _): &&(u64, Arc<Layer>)| completed < *id && *id < needed_from;
             let apart: Vec<(u64, Arc<Layer>)> =
                 inner.pending.iter().filter(is_given_up).cloned().collect();
-            (apart, inner.turn)
+            (apart, inner.token)
         };
         let sizes = apart.iter().map(|(_, layer)| layer.bytes);
         let is_due = are_worth_merging(sizes, self.limits.write_buffer_bytes);
@@ -302,7 +302,7 @@ impl KeyedState {
         let runs = apart.iter().map(|(_, layer)| layer.entries()).collect();
         for (number, entry) in Merge::of(runs).enumerate() {
             // A restart waits, and has forgotten them.
-            if number % LOADED_AT_ONCE == 0 && self.lock().turn != turn {
+            if number % LOADED_AT_ONCE == 0 && self.lock().token != token {
                 return Ok(());
             }
             let (key, value) = entry?;
@@ -313,7 +313,7 @@ impl KeyedState {
         }
         let mut inner = self.lock();
         // A restart has forgotten them.
-        if inner.turn != turn {
+        if inner.token != token {
             return Ok(());
         }
         let at = inner.pending.iter().position(|(id, _)| *id == apart[0].0).unwrap_or(0);
@@ -322,8 +322,8 @@ impl KeyedState {
         Ok(())
     }
 
-    fn settle(&self) -> Result<()> {
-        let _turn = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+    fn apply_completed(&self) -> Result<()> {
+        let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let (checkpoint, layer, base) = {
                 let inner = self.lock();
@@ -359,16 +359,16 @@ impl KeyedState {
     }
 
     /// An attempt begins at a checkpoint; 0: at the beginning. What the state was then may not be here,
-    /// and must be [loaded](Self::load) in the turn that is given.
-    pub(crate) fn rewind(&self, checkpoint: u64) -> Option<Turn> {
+    /// and must be [loaded](Self::load) with the token that is returned.
+    pub(crate) fn rewind(&self, checkpoint: u64) -> Option<LoadToken> {
         let mut inner = self.lock();
-        inner.turn.pass();
-        (inner.current, inner.unsecured) = (Layer::default(), None);
+        inner.token.renew();
+        (inner.current, inner.uncommitted) = (Layer::default(), None);
         inner.pending.retain(|(id, _)| *id <= checkpoint);
         inner.completed = inner.completed.max(checkpoint);
         let newest = inner.pending.back().map(|(id, _)| *id).or(inner.at);
         let is_here = inner.at.is_some() && newest == Some(checkpoint) && !inner.is_broken();
-        (!is_here).then_some(inner.turn)
+        (!is_here).then_some(inner.token)
     }
 
     /// Takes over what was read from the storage, or nothing for the beginning. Does nothing if
@@ -376,25 +376,30 @@ impl KeyedState {
     ///
     /// # Errors
     /// Where it cannot be read, or not be written here; the state is then not known.
-    pub(crate) fn load(&self, turn: Turn, checkpoint: u64, entries: Entries<'_>) -> Result<()> {
-        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn load(
+        &self,
+        token: LoadToken,
+        checkpoint: u64,
+        entries: Entries<'_>,
+    ) -> Result<()> {
+        let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let base = Arc::new(self.tables.table()?);
         let before = {
             let mut inner = self.lock();
-            if inner.turn != turn {
+            if inner.token != token {
                 base.drop_table();
                 return Ok(());
             }
             inner.at = None;
             inner.pending.clear();
-            (inner.current, inner.unsecured) = (Layer::default(), None);
+            (inner.current, inner.uncommitted) = (Layer::default(), None);
             std::mem::replace(&mut inner.base, base.clone())
         };
         before.drop_table();
         self.base_bytes.store(0, Ordering::Relaxed);
         for (number, entry) in entries.enumerate() {
             // Its successor waits.
-            if number % LOADED_AT_ONCE == 0 && self.lock().turn != turn {
+            if number % LOADED_AT_ONCE == 0 && self.lock().token != token {
                 return Ok(());
             }
             let (key, value) = entry?;
@@ -404,29 +409,29 @@ impl KeyedState {
         Ok(())
     }
 
-    /// From now on [`discard`](Self::discard) goes back to the last [`secure`](Self::secure).
+    /// From now on [`discard`](Self::discard) goes back to the last [`commit_call`](Self::commit_call).
     pub(crate) fn guard(&self) {
-        self.lock().unsecured.get_or_insert_default();
+        self.lock().uncommitted.get_or_insert_default();
     }
 
     /// A call has ended well: what it has written stays.
-    pub(crate) fn secure(&self) -> Result<()> {
+    pub(crate) fn commit_call(&self) -> Result<()> {
         let mut inner = self.lock();
-        inner.merge_unsecured()?;
+        inner.merge_uncommitted()?;
         self.spill_beyond(inner.current.buffered_bytes, &mut inner.current)
     }
 
     /// A call has trapped: what it has written is gone.
     pub(crate) fn discard(&self) {
-        if let Some(unsecured) = &mut self.lock().unsecured {
-            *unsecured = Layer::default();
+        if let Some(uncommitted) = &mut self.lock().uncommitted {
+            *uncommitted = Layer::default();
         }
     }
 
     /// The guard ends after a call that ended well.
     pub(crate) fn unguard(&self) -> Result<()> {
-        self.secure()?;
-        self.lock().unsecured = None;
+        self.commit_call()?;
+        self.lock().uncommitted = None;
         Ok(())
     }
 }
@@ -435,12 +440,12 @@ impl Inner {
     /// Oldest first.
     fn layers(&self) -> impl DoubleEndedIterator<Item = &Layer> {
         let pending = self.pending.iter().map(|(_, layer)| &**layer);
-        pending.chain([&self.current]).chain(&self.unsecured)
+        pending.chain([&self.current]).chain(&self.uncommitted)
     }
 
     /// Where a write goes.
     fn top(&mut self) -> &mut Layer {
-        self.unsecured.as_mut().unwrap_or(&mut self.current)
+        self.uncommitted.as_mut().unwrap_or(&mut self.current)
     }
 
     /// Everything from a key on.
@@ -455,9 +460,9 @@ impl Inner {
     }
 
     /// What was written since the last call that ended well stays.
-    fn merge_unsecured(&mut self) -> Result<()> {
-        let Some(unsecured) = &mut self.unsecured else { return Ok(()) };
-        let written = std::mem::take(unsecured);
+    fn merge_uncommitted(&mut self) -> Result<()> {
+        let Some(uncommitted) = &mut self.uncommitted else { return Ok(()) };
+        let written = std::mem::take(uncommitted);
         for entry in written.entries() {
             let (key, value) = entry?;
             self.current.set(encode(&key), value);

@@ -56,7 +56,7 @@ fn random_life(seed: u64, write_buffer_bytes: u64) {
     };
     let (mut now, mut at) = (Model::new(), BTreeMap::from([(0, Model::new())]));
     let (mut completed, mut barrier) = (0, 0);
-    let mut secured: Option<Model> = None;
+    let mut committed: Option<Model> = None;
     for _ in 0..1_500 {
         let key = format!("key-{}", next(60)).into_bytes();
         match next(40) {
@@ -75,7 +75,7 @@ fn random_life(seed: u64, write_buffer_bytes: u64) {
                 state.cut(barrier, &[changes_of([&entry].into_iter())]).expect("cut");
                 now.insert(key, b"handed over".to_vec());
                 at.insert(barrier, now.clone());
-                secured = secured.map(|_| now.clone());
+                committed = committed.map(|_| now.clone());
             }
             33..35 if completed < barrier => {
                 // A barrier of an attempt that has ended completes no more.
@@ -91,24 +91,24 @@ fn random_life(seed: u64, write_buffer_bytes: u64) {
                 assert_eq!(state.rewind(completed), None, "{completed} is here");
                 now = at[&completed].clone();
                 at.retain(|id, _| *id <= completed);
-                secured = None;
+                committed = None;
             }
             36 => {
                 state.guard();
-                state.secure().expect("secured");
-                secured = Some(now.clone());
+                state.commit_call().expect("committed");
+                committed = Some(now.clone());
             }
             37 => {
-                state.secure().expect("secured");
-                secured = secured.map(|_| now.clone());
+                state.commit_call().expect("committed");
+                committed = committed.map(|_| now.clone());
             }
             38 => {
                 state.discard();
-                now = secured.clone().unwrap_or(now);
+                now = committed.clone().unwrap_or(now);
             }
             _ => {
                 state.unguard().expect("unguarded");
-                secured = None;
+                committed = None;
             }
         }
         let key = format!("key-{}", next(60)).into_bytes();
@@ -166,8 +166,8 @@ fn more_than_the_limit_is_refused_and_what_was_removed_does_not_count() {
 fn what_was_loaded_is_there() {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, 1 << 10);
-    let turn = state.rewind(4).expect("nothing is here");
-    state.load(turn, 4, numbers(100)).expect("loaded");
+    let token = state.rewind(4).expect("nothing is here");
+    state.load(token, 4, numbers(100)).expect("loaded");
     assert_eq!(state.rewind(4), None);
     assert_eq!(scanned(&state, 2), (0..100).map(|n| (vec![n], vec![n])).collect());
 }
@@ -262,13 +262,13 @@ fn layers_of_checkpoints_that_never_complete_are_made_one() {
 }
 
 #[test]
-fn what_was_secured_moves_to_disk_too() {
+fn what_calls_have_committed_moves_to_disk_too() {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, 1 << 10);
     state.guard();
     for number in 0..200u8 {
         write(&state, 0, &[number], Some(vec![number; 20]));
-        state.secure().expect("secured");
+        state.commit_call().expect("committed");
         assert!(state.lock().current.buffered_bytes <= 1 << 10);
     }
     assert_eq!(scanned(&state, 0).len(), 200);
@@ -302,8 +302,8 @@ fn a_database_that_has_failed_is_replaced() {
     state.complete(1).expect("complete");
     state.tables.break_database();
     assert!(matches!(state.get(2, &[9], 0), Err(StateError::Unavailable { .. })));
-    let turn = state.rewind(1).expect("what is here cannot be read");
-    state.load(turn, 1, numbers(3)).expect("there is a new database");
+    let token = state.rewind(1).expect("what is here cannot be read");
+    state.load(token, 1, numbers(3)).expect("there is a new database");
     assert_eq!(state.rewind(1), None);
     assert_eq!(scanned(&state, 2).len(), 3);
 }
