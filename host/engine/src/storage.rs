@@ -34,13 +34,13 @@ use crate::{
 };
 
 enum Command {
-    Begin { slots: Vec<usize>, restored_from: Option<u64> },
+    Begin { slots: Vec<usize>, restored_from: Option<CheckpointId> },
     Write(Snapshot),
-    Complete(u64),
-    Export { checkpoint: u64, dir: PathBuf },
-    Subsume { checkpoint: u64, newest: u64, oldest_pending: Option<u64> },
-    Release { needed_from: u64 },
-    Inspect { checkpoint: u64, answer: oneshot::Sender<Inspected> },
+    Complete(CheckpointId),
+    Export { checkpoint: CheckpointId, dir: PathBuf },
+    Subsume { checkpoint: CheckpointId, newest: CheckpointId, oldest_pending: Option<CheckpointId> },
+    Release { needed_from: CheckpointId },
+    Inspect { checkpoint: CheckpointId, answer: oneshot::Sender<Inspected> },
 }
 
 struct Snapshot {
@@ -69,7 +69,7 @@ pub(crate) struct Inspector(UnboundedSender<Command>);
 
 impl Inspector {
     /// Asks what a completed checkpoint consists of.
-    pub(crate) fn inspect(&self, checkpoint: u64) -> oneshot::Receiver<Inspected> {
+    pub(crate) fn inspect(&self, checkpoint: CheckpointId) -> oneshot::Receiver<Inspected> {
         let (answer, answered) = oneshot::channel();
         // The thread ends only after this sender.
         let _ = self.0.send(Command::Inspect { checkpoint, answer });
@@ -130,17 +130,17 @@ impl StorageHandle {
 
     /// Tasks begin a new attempt; what is written for them from now on is its own.
     pub(crate) fn begin(&self, slots: Vec<usize>, restored_from: Option<CheckpointId>) {
-        self.send(Command::Begin { slots, restored_from: restored_from.map(|id| id.0) });
+        self.send(Command::Begin { slots, restored_from });
     }
 
     /// Writes the metadata. Answer: `MetadataDurable` or `MetadataLost`.
     pub(crate) fn complete(&self, checkpoint: CheckpointId) {
-        self.send(Command::Complete(checkpoint.0));
+        self.send(Command::Complete(checkpoint));
     }
 
     /// Writes a savepoint into a directory. Answer: `SavepointDurable` or `SavepointLost`.
     pub(crate) fn export(&self, checkpoint: CheckpointId, dir: PathBuf) {
-        self.send(Command::Export { checkpoint: checkpoint.0, dir });
+        self.send(Command::Export { checkpoint, dir });
     }
 
     /// A completed checkpoint is no longer needed. Answer: `CheckpointCleaned`.
@@ -150,22 +150,22 @@ impl StorageHandle {
         newest: CheckpointId,
         oldest_pending: Option<CheckpointId>,
     ) {
-        self.send(Command::Subsume {
-            checkpoint: checkpoint.0,
-            newest: newest.0,
-            oldest_pending: oldest_pending.map(|id| id.0),
-        });
+        self.send(Command::Subsume { checkpoint, newest, oldest_pending });
     }
 
     /// A checkpoint was given up: pending ones from `needed_from` on are all that may still complete. Answer:
     /// `CheckpointCleaned`, when what was handed in before is written.
     pub(crate) fn release(&self, needed_from: CheckpointId) {
-        self.send(Command::Release { needed_from: needed_from.0 });
+        self.send(Command::Release { needed_from });
     }
 
     /// Reads a task's state. Blocks.
-    pub(crate) fn load(&self, slot: usize, checkpoint: u64) -> Result<LoadedTask, FailureCause> {
-        lock(&self.store).load(slot, checkpoint).map_err(storage_cause)
+    pub(crate) fn load(
+        &self,
+        slot: usize,
+        checkpoint: CheckpointId,
+    ) -> Result<LoadedTask, FailureCause> {
+        lock(&self.store).load(slot, checkpoint.0).map_err(storage_cause)
     }
 
     /// Reads a task's declared state, entry by entry; that of some key groups alone, where they are given.
@@ -173,12 +173,12 @@ impl StorageHandle {
     pub(crate) fn read_declared<T>(
         &self,
         slot: usize,
-        checkpoint: u64,
+        checkpoint: CheckpointId,
         key_groups: Option<Range<u32>>,
         read: impl FnOnce(Entries<'_>) -> cofferdam_store::Result<T>,
     ) -> Result<T, FailureCause> {
         let store = lock(&self.store);
-        store.declared_within(slot, checkpoint, key_groups).and_then(read).map_err(storage_cause)
+        store.declared_within(slot, checkpoint.0, key_groups).and_then(read).map_err(storage_cause)
     }
 
     fn send(&self, command: Command) {
@@ -216,7 +216,7 @@ fn run(
                         Ok(Command::Write(snapshot)) => snapshots.push(snapshot),
                         // Of what waits it says what may be written together.
                         Ok(Command::Release { needed_from }) => {
-                            lock(store).release(needed_from);
+                            lock(store).release(needed_from.0);
                             releases += 1;
                         }
                         Ok(other) => {
@@ -270,17 +270,16 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
         Command::Write(_) => {}
         Command::Inspect { checkpoint, answer } => {
             // Whoever has asked may have gone.
-            let _ = answer.send(store.inspect(checkpoint).map_err(|error| error.to_string()));
+            let _ = answer.send(store.inspect(checkpoint.0).map_err(|error| error.to_string()));
         }
         Command::Begin { slots, restored_from } => {
-            if let Err(error) = store.begin_attempt(&slots, restored_from) {
+            if let Err(error) = store.begin_attempt(&slots, restored_from.map(|id| id.0)) {
                 let cause = FailureCause::Environment(storage_error(&error));
                 report.event(Event::TaskFailed { task: None, cause, lost: None });
             }
         }
-        Command::Complete(id) => {
-            let checkpoint = CheckpointId(id);
-            report.event(match store.complete(id, now_ms()) {
+        Command::Complete(checkpoint) => {
+            report.event(match store.complete(checkpoint.0, now_ms()) {
                 Ok(()) => Event::MetadataDurable { checkpoint },
                 // To restart now would be to choose. The next run sees what is there.
                 Err(error @ StorageError::InDoubt { .. }) => {
@@ -292,21 +291,21 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
                 Err(error) => Event::MetadataLost { checkpoint, error: storage_error(&error) },
             });
         }
-        Command::Export { checkpoint: id, dir } => {
-            let checkpoint = CheckpointId(id);
-            report.event(match savepoint::write(store, id, now_ms(), &dir) {
+        Command::Export { checkpoint, dir } => {
+            report.event(match savepoint::write(store, checkpoint.0, now_ms(), &dir) {
                 Ok(()) => Event::SavepointDurable { checkpoint },
                 Err(error) => Event::SavepointLost { checkpoint, error: storage_error(&error) },
             });
         }
         Command::Subsume { checkpoint, newest, oldest_pending } => {
-            if let Err(error) = store.subsume(checkpoint, newest, oldest_pending) {
+            if let Err(error) = store.subsume(checkpoint.0, newest.0, oldest_pending.map(|id| id.0))
+            {
                 report.warning(format!("reclaim the space of checkpoint {checkpoint}: {error}"));
             }
             report.event(Event::CheckpointCleaned);
         }
         Command::Release { needed_from } => {
-            store.release(needed_from);
+            store.release(needed_from.0);
             report.event(Event::CheckpointCleaned);
         }
     }

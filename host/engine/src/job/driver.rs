@@ -253,11 +253,11 @@ impl Driver {
         let rehearsal = (purpose == Purpose::Periodic).then(|| self.rehearsal.clone());
         self.blocking.run(move || {
             for local in locals {
-                if let Err(error) = local.lock().apply_completed(checkpoint.0) {
+                if let Err(error) = local.lock().apply_completed(checkpoint) {
                     tracing::warn!(%error, "cannot update the local image: a restart will read the storage");
                 }
                 if let Some(keyed) = &local.keyed
-                    && let Err(error) = keyed.complete(checkpoint.0)
+                    && let Err(error) = keyed.complete(checkpoint)
                 {
                     tracing::warn!(%error, "cannot update the declared state: it will be retried");
                 }
@@ -271,13 +271,12 @@ impl Driver {
     /// What a checkpoint that was given up has taken counts only as far as later ones stand on it.
     fn release(&self, completed: Option<CheckpointId>, needed_from: CheckpointId) {
         self.monitor.storage.release(needed_from);
-        let completed = completed.map_or(0, |completed| completed.0);
         let locals: Vec<Arc<TaskLocal>> = self.plan.locals.values().cloned().collect();
         self.blocking.run(move || {
             for local in locals {
-                local.lock().fold(completed, needed_from.0);
+                local.lock().fold(completed, needed_from);
                 if let Some(keyed) = &local.keyed
-                    && let Err(error) = keyed.fold(completed, needed_from.0)
+                    && let Err(error) = keyed.fold(completed, needed_from)
                 {
                     tracing::warn!(%error, "cannot merge an aborted checkpoint: it will be retried");
                 }

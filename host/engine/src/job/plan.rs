@@ -153,7 +153,7 @@ impl Plan {
                 expects_snapshots: *expects_snapshots,
                 own_keys: own_keys(&self.graph, task, *is_keyed, spec.max_parallelism),
                 random_seed: self.random_seed(uid, task.index),
-                restored_from: 0,
+                restored_from: None,
                 instance: None,
                 dead_letter_output: *dead_letter_output,
                 processed: Processed::default(),

@@ -311,9 +311,9 @@ fn adopt_state(
     }
     for (local, restore) in tasks.locals.values().zip(&chosen.restores) {
         let mut local = local.lock();
-        if let Some(token) = local.rewind(id) {
+        if let Some(token) = local.rewind(Some(CheckpointId(id))) {
             local
-                .load(token, id, &restore.state)
+                .load(token, CheckpointId(id), &restore.state)
                 .map_err(|error| StorageError::store("make the image of a task", error))?;
         }
     }

@@ -13,6 +13,7 @@ use std::{
     },
 };
 
+use cofferdam_core::ids::CheckpointId;
 use cofferdam_sandbox::{Image, Instance};
 use cofferdam_store::{
     in_flight::ChannelState,
@@ -20,7 +21,10 @@ use cofferdam_store::{
 };
 use tokio::runtime::Handle;
 
-use crate::state::keyed::{KeyedState, LoadToken};
+use crate::state::{
+    as_of::AsOf,
+    keyed::{KeyedState, LoadToken},
+};
 
 /// Snapshots that wait for their checkpoints may take so much memory, or as much as the state.
 const FOLD_BYTES_MIN: u64 = 16 << 20;
@@ -46,7 +50,7 @@ pub(crate) struct TaskLocal {
 pub(crate) struct Lent<'a> {
     local: &'a TaskLocal,
     token: LoadToken,
-    at: Option<u64>,
+    at: AsOf,
     pub(crate) image: Image,
 }
 
@@ -64,14 +68,14 @@ impl Drop for Lent<'_> {
 pub(crate) struct Inner {
     /// That of the newest attempt.
     token: LoadToken,
-    /// The checkpoint that everything below is of; `None`: nothing is here.
-    at: Option<u64>,
+    /// What everything below is of.
+    at: AsOf,
     image: Image,
     pub(crate) state: Vec<u8>,
     pub(crate) is_drained: bool,
     pub(crate) in_flight: Arc<Vec<ChannelState>>,
     /// Snapshots of checkpoints that are not known to be complete, oldest first.
-    pending: VecDeque<(u64, Arc<TaskSnapshot>)>,
+    pending: VecDeque<(CheckpointId, Arc<TaskSnapshot>)>,
 }
 
 impl TaskLocal {
@@ -88,7 +92,7 @@ impl TaskLocal {
     pub(crate) fn lend_image(&self) -> Lent<'_> {
         let mut inner = self.lock();
         let image = std::mem::take(&mut inner.image);
-        Lent { local: self, token: inner.token, at: inner.at.take(), image }
+        Lent { local: self, token: inner.token, at: std::mem::take(&mut inner.at), image }
     }
 
     /// A copy of the image.
@@ -136,7 +140,7 @@ fn unmap(instance: Option<Instance>) {
 impl Inner {
     /// Keeps a snapshot until its checkpoint's fate is known; but for what was handed over, which the store
     /// alone needs.
-    pub(crate) fn push(&mut self, checkpoint: u64, snapshot: Arc<TaskSnapshot>) {
+    pub(crate) fn push(&mut self, checkpoint: CheckpointId, snapshot: Arc<TaskSnapshot>) {
         let kept = match snapshot.declared {
             None => snapshot,
             Some(_) => Arc::new(TaskSnapshot {
@@ -153,9 +157,9 @@ impl Inner {
     /// No checkpoint before this one will complete any more: snapshots for them count only as part of the
     /// next, and where those that wait have become more than the state they are merged. Costs a copy of
     /// them, so not to be called where a guest waits.
-    pub(crate) fn fold(&mut self, completed: u64, needed_from: u64) {
+    pub(crate) fn fold(&mut self, completed: Option<CheckpointId>, needed_from: CheckpointId) {
         // What is complete and not applied yet is not to be made part of anything.
-        if self.pending.front().is_some_and(|(id, _)| *id <= completed) {
+        if self.pending.front().is_some_and(|(id, _)| Some(*id) <= completed) {
             return;
         }
         let waiting: u64 = self.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
@@ -178,12 +182,12 @@ impl Inner {
     ///
     /// # Errors
     /// Where there is no memory left; nothing is here then until an attempt has loaded it.
-    pub(crate) fn apply_completed(&mut self, checkpoint: u64) -> io::Result<()> {
+    pub(crate) fn apply_completed(&mut self, checkpoint: CheckpointId) -> io::Result<()> {
         while let Some((taken_for, snapshot)) =
             self.pending.pop_front_if(|(id, _)| *id <= checkpoint)
         {
             // An increment is nothing without what it stands on.
-            if self.at.is_none() {
+            if self.at == AsOf::Unknown {
                 continue;
             }
             if let Some(memory) = &snapshot.memory
@@ -195,25 +199,25 @@ impl Inner {
             self.state.clone_from(&snapshot.state);
             self.is_drained = snapshot.is_drained;
             self.in_flight = snapshot.in_flight.clone();
-            self.at = Some(taken_for);
+            self.at = AsOf::Checkpoint(taken_for);
         }
         Ok(())
     }
 
-    /// An attempt begins at a checkpoint; 0: at the beginning. The state may not be here, and must be
+    /// An attempt begins at a checkpoint; `None`: at the beginning. The state may not be here, and must be
     /// [loaded](Self::load) with the token that is returned.
-    pub(crate) fn rewind(&mut self, checkpoint: u64) -> Option<LoadToken> {
+    pub(crate) fn rewind(&mut self, checkpoint: Option<CheckpointId>) -> Option<LoadToken> {
         self.token.renew();
-        if checkpoint == 0 {
+        let Some(checkpoint) = checkpoint else {
             self.clear();
-            self.at = Some(0);
+            self.at = AsOf::Beginning;
             return None;
-        }
+        };
         if let Err(error) = self.apply_completed(checkpoint) {
             tracing::warn!(%error, "the local image is lost: it is read from the storage");
         }
         self.pending.clear();
-        (self.at != Some(checkpoint)).then_some(self.token)
+        (self.at != AsOf::Checkpoint(checkpoint)).then_some(self.token)
     }
 
     /// Takes over what was loaded from the storage. Does nothing if another attempt has begun
@@ -224,7 +228,7 @@ impl Inner {
     pub(crate) fn load(
         &mut self,
         token: LoadToken,
-        checkpoint: u64,
+        checkpoint: CheckpointId,
         loaded: &LoadedTask,
     ) -> io::Result<()> {
         if self.token != token {
@@ -235,7 +239,7 @@ impl Inner {
         self.state.clone_from(&loaded.state);
         self.is_drained = loaded.is_drained;
         self.in_flight = loaded.in_flight.clone();
-        self.at = Some(checkpoint);
+        self.at = AsOf::Checkpoint(checkpoint);
         Ok(())
     }
 
@@ -254,6 +258,10 @@ mod tests {
 
     use super::*;
 
+    fn id(number: u64) -> CheckpointId {
+        CheckpointId(number)
+    }
+
     fn snapshot(state: u8) -> Arc<TaskSnapshot> {
         Arc::new(TaskSnapshot { state: vec![state], ..TaskSnapshot::default() })
     }
@@ -262,16 +270,16 @@ mod tests {
     fn only_completed_checkpoints_are_restored() {
         let local = TaskLocal::default();
         let mut inner = local.lock();
-        inner.rewind(0);
-        (1..=3).for_each(|id| inner.push(id, snapshot(id as u8)));
-        inner.apply_completed(1).expect("memory");
+        inner.rewind(None);
+        (1..=3).for_each(|number| inner.push(id(number), snapshot(number as u8)));
+        inner.apply_completed(id(1)).expect("memory");
         assert_eq!(inner.state, [1]);
-        assert_eq!(inner.rewind(2), None, "2 completed unnoticed");
+        assert_eq!(inner.rewind(Some(id(2))), None, "2 completed unnoticed");
         assert_eq!(inner.state, [2]);
-        inner.apply_completed(3).expect("memory");
+        inner.apply_completed(id(3)).expect("memory");
         assert_eq!(inner.state, [2], "3 was taken by the attempt before");
-        assert!(inner.rewind(9).is_some(), "9 is not here");
-        assert_eq!(inner.rewind(0), None);
+        assert!(inner.rewind(Some(id(9))).is_some(), "9 is not here");
+        assert_eq!(inner.rewind(None), None);
         assert!(inner.state.is_empty());
     }
 
@@ -280,11 +288,11 @@ mod tests {
         let local = TaskLocal::default();
         let mut inner = local.lock();
         let loaded = |state: u8| LoadedTask { state: vec![state], ..LoadedTask::default() };
-        let aborted = inner.rewind(4).expect("nothing is here");
-        let next = inner.rewind(5).expect("nothing is here");
-        inner.load(next, 5, &loaded(5)).expect("memory");
-        inner.load(aborted, 4, &loaded(4)).expect("memory");
-        assert_eq!(inner.rewind(5), None);
+        let aborted = inner.rewind(Some(id(4))).expect("nothing is here");
+        let next = inner.rewind(Some(id(5))).expect("nothing is here");
+        inner.load(next, id(5), &loaded(5)).expect("memory");
+        inner.load(aborted, id(4), &loaded(4)).expect("memory");
+        assert_eq!(inner.rewind(Some(id(5))), None);
         assert_eq!(inner.state, [5]);
     }
 
@@ -292,26 +300,26 @@ mod tests {
     fn an_increment_does_not_stand_for_an_image_that_was_lost() {
         let local = TaskLocal::default();
         let mut inner = local.lock();
-        inner.rewind(0);
-        inner.push(1, snapshot(1));
-        inner.apply_completed(1).expect("memory");
+        inner.rewind(None);
+        inner.push(id(1), snapshot(1));
+        inner.apply_completed(id(1)).expect("memory");
         // As it is when there was no memory for the next one.
         inner.clear();
-        inner.push(2, snapshot(2));
-        inner.apply_completed(2).expect("memory");
-        assert!(inner.rewind(2).is_some(), "it must be loaded");
+        inner.push(id(2), snapshot(2));
+        inner.apply_completed(id(2)).expect("memory");
+        assert!(inner.rewind(Some(id(2))).is_some(), "it must be loaded");
         assert!(inner.state.is_empty());
     }
 
     #[test]
     fn an_image_that_is_lent_comes_back_but_not_to_another_attempt() {
         let local = TaskLocal::default();
-        let is_here = |checkpoint| local.lock().rewind(checkpoint).is_none();
+        let is_here = |number| local.lock().rewind(Some(id(number))).is_none();
         {
             let mut inner = local.lock();
-            inner.rewind(0);
-            inner.push(1, snapshot(1));
-            assert_eq!(inner.rewind(1), None);
+            inner.rewind(None);
+            inner.push(id(1), snapshot(1));
+            assert_eq!(inner.rewind(Some(id(1))), None);
         }
         drop(local.lend_image());
         assert!(is_here(1));
@@ -343,20 +351,21 @@ mod tests {
                 ..TaskSnapshot::default()
             })
         };
-        let mut inner = Inner { at: Some(0), ..Inner::default() };
-        for id in 1..=40u8 {
-            inner.push(id.into(), delta(u32::from(id) * 10, id));
-            inner.fold(0, u64::from(id) + 1);
+        let mut inner = Inner { at: AsOf::Beginning, ..Inner::default() };
+        for number in 1..=40u8 {
+            let checkpoint = id(number.into());
+            inner.push(checkpoint, delta(u32::from(number) * 10, number));
+            inner.fold(None, checkpoint.next());
             let pages = |it: &TaskSnapshot| {
                 it.memory.as_ref().map_or(0, |memory| memory.memories[0].page_count())
             };
             let waiting: usize = inner.pending.iter().map(|(_, snapshot)| pages(snapshot)).sum();
-            assert!(waiting <= 8_000, "{waiting} pages after {id}");
+            assert!(waiting <= 8_000, "{waiting} pages after {number}");
             let bytes: u64 = inner.pending.iter().map(|(_, snapshot)| snapshot.bytes()).sum();
-            assert!(bytes <= FOLD_BYTES_MIN + (20 << 20), "{bytes} bytes after {id}");
+            assert!(bytes <= FOLD_BYTES_MIN + (20 << 20), "{bytes} bytes after {number}");
         }
-        inner.apply_completed(40).expect("there is memory");
-        assert_eq!((inner.at, &inner.state[..]), (Some(40), &[40][..]));
+        inner.apply_completed(id(40)).expect("there is memory");
+        assert_eq!((inner.at, &inner.state[..]), (AsOf::Checkpoint(id(40)), &[40][..]));
         assert_eq!(inner.image.size_bytes(), 64 << 20);
     }
 }

@@ -1,5 +1,6 @@
 //! What an operator keeps to isolate poison records: an image as of its last good call, and how far it is.
 
+use cofferdam_core::ids::CheckpointId;
 use cofferdam_sandbox::Image;
 
 /// An operator's memory as of its last call that ended well.
@@ -13,7 +14,7 @@ pub(crate) struct Guard {
 pub(crate) struct Processed {
     total: u64,
     /// Checkpoints that are not complete, with the total at their barriers.
-    barriers: Vec<(u64, u64)>,
+    barriers: Vec<(CheckpointId, u64)>,
     /// The total at the barrier of the last one that is.
     completed: u64,
 }
@@ -23,11 +24,11 @@ impl Processed {
         self.total += records as u64;
     }
 
-    pub(crate) fn on_barrier(&mut self, checkpoint: u64) {
+    pub(crate) fn on_barrier(&mut self, checkpoint: CheckpointId) {
         self.barriers.push((checkpoint, self.total));
     }
 
-    pub(crate) fn on_complete(&mut self, checkpoint: u64) {
+    pub(crate) fn on_complete(&mut self, checkpoint: CheckpointId) {
         if let Some((_, total)) = self.barriers.iter().rfind(|(id, _)| *id <= checkpoint) {
             self.completed = *total;
         }

@@ -72,13 +72,11 @@ impl Node {
     pub(crate) async fn open(
         &mut self,
         monitor: &Arc<Monitor>,
-        restore_from: Option<CheckpointId>,
+        checkpoint: Option<CheckpointId>,
         blocking: &Blocking,
     ) -> Result<()> {
-        let checkpoint = restore_from.map(|checkpoint| checkpoint.0);
-        // Checkpoints are counted from 1.
-        self.fetch_state(monitor, checkpoint.unwrap_or(0)).await?;
-        self.fetch_keyed(monitor, checkpoint.unwrap_or(0)).await?;
+        self.fetch_state(monitor, checkpoint).await?;
+        self.fetch_keyed(monitor, checkpoint).await?;
         let (state, is_drained) = {
             let local = self.local.lock();
             // A node that the checkpoint does not know begins anew: a real state is never empty.
@@ -98,7 +96,7 @@ impl Node {
                 *sink = Some(plan.open(&connector, state).await?);
             }
             Work::Operator(operator) => {
-                operator.restored_from = checkpoint.unwrap_or(0);
+                operator.restored_from = checkpoint;
                 let mut instance = operator.open(&context).await?;
                 if let Some(checkpoint) = checkpoint {
                     operator.restore(&context, self.slot, checkpoint, &mut instance).await?;
@@ -125,8 +123,13 @@ impl Node {
     }
 
     /// Brings the local copy of the state to a checkpoint, from the storage if need be.
-    async fn fetch_state(&mut self, monitor: &Arc<Monitor>, checkpoint: u64) -> Result<()> {
-        let Some(token) = self.local.lock().rewind(checkpoint) else { return Ok(()) };
+    async fn fetch_state(
+        &mut self,
+        monitor: &Arc<Monitor>,
+        checkpoint: Option<CheckpointId>,
+    ) -> Result<()> {
+        let token = self.local.lock().rewind(checkpoint);
+        let (Some(token), Some(checkpoint)) = (token, checkpoint) else { return Ok(()) };
         let (local, slot, monitor) = (self.local.clone(), self.slot, monitor.clone());
         blocking(move || {
             let loaded = monitor.storage.load(slot, checkpoint)?;
@@ -139,15 +142,19 @@ impl Node {
     }
 
     /// Brings the declared state that the host keeps to a checkpoint.
-    async fn fetch_keyed(&mut self, monitor: &Arc<Monitor>, checkpoint: u64) -> Result<()> {
+    async fn fetch_keyed(
+        &mut self,
+        monitor: &Arc<Monitor>,
+        checkpoint: Option<CheckpointId>,
+    ) -> Result<()> {
         let Some(keyed) = self.local.keyed.clone() else { return Ok(()) };
         let Some(token) = keyed.rewind(checkpoint) else { return Ok(()) };
         let (slot, monitor) = (self.slot, monitor.clone());
         blocking(move || {
             let load = |entries: declared::Entries<'_>| keyed.load(token, checkpoint, entries);
             match checkpoint {
-                0 => load(Box::new(std::iter::empty())).map_err(storage_cause),
-                _ => monitor.storage.read_declared(slot, checkpoint, None, load),
+                None => load(Box::new(std::iter::empty())).map_err(storage_cause),
+                Some(checkpoint) => monitor.storage.read_declared(slot, checkpoint, None, load),
             }
         })
         .await
@@ -310,7 +317,7 @@ impl Node {
 
     /// Keeps a snapshot until the checkpoint's fate is known.
     pub(crate) fn keep(&self, checkpoint: CheckpointId, snapshot: Arc<TaskSnapshot>) {
-        self.local.lock().push(checkpoint.0, snapshot);
+        self.local.lock().push(checkpoint, snapshot);
     }
 
     /// A checkpoint is complete.
@@ -319,7 +326,7 @@ impl Node {
             Work::Sink { sink: Some(sink), .. } => sink.commit(checkpoint).await,
             Work::Source { source: Some(source), .. } => source.on_complete(checkpoint).await,
             Work::Operator(operator) => {
-                operator.processed.on_complete(checkpoint.0);
+                operator.processed.on_complete(checkpoint);
                 // What had trapped lies behind a checkpoint: it will not come again.
                 if operator.guard.is_none() {
                     self.local.guard_next(0);

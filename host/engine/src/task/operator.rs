@@ -51,7 +51,7 @@ pub(crate) struct OperatorTask {
     /// Of this task of this job: the seed of what it gets for random.
     pub(crate) random_seed: u64,
     /// The checkpoint that the attempt began from; 0: the beginning.
-    pub(crate) restored_from: u64,
+    pub(crate) restored_from: Option<CheckpointId>,
     pub(crate) instance: Option<Instance>,
     /// The host's own output, behind those that the component describes.
     pub(crate) dead_letter_output: u32,
@@ -87,7 +87,7 @@ impl OperatorTask {
         let index = task.index;
         let keyed = context.local.keyed.clone();
         // What is done again after a restart is done with the same numbers; what comes later with others.
-        let random_seed = mix(self.random_seed ^ mix(self.restored_from));
+        let random_seed = mix(self.random_seed ^ mix(self.restored_from.map_or(0, |id| id.0)));
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
         let host = Arc::new(TaskHost::new(monitor, task, &self.name, attempt, keyed, random_seed));
         // The same in every attempt: what a guest's library takes for random must not change.
@@ -120,7 +120,7 @@ impl OperatorTask {
         &mut self,
         context: &Context<'_>,
         slot: usize,
-        checkpoint: u64,
+        checkpoint: CheckpointId,
         instance: &mut Instance,
     ) -> Result<()> {
         let Context { monitor, local, .. } = context;
@@ -166,7 +166,7 @@ impl OperatorTask {
         snapshot: &mut TaskSnapshot,
     ) -> Result<Option<String>> {
         let (mode, has_states) = (self.spec.snapshot, self.has_states);
-        self.processed.on_barrier(checkpoint.0);
+        self.processed.on_barrier(checkpoint);
         let bytes_max = self.spec.limits.state_bytes_max;
         let (tracks_changes, own_keys) = (self.tracks_changes, self.own_keys);
         let instance = self.instance()?;
@@ -184,7 +184,7 @@ impl OperatorTask {
             let pieces = pieces.map_err(cause_of)?;
             let changes = match &local.keyed {
                 Some(keyed) => {
-                    let layer = keyed.cut(checkpoint.0, &pieces);
+                    let layer = keyed.cut(checkpoint, &pieces);
                     Changes::Host(layer.map_err(|error| cause_of(error.into()))?)
                 }
                 None => {

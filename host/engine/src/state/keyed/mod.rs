@@ -21,7 +21,7 @@ use std::{
 };
 
 use cofferdam_contract::{StateChanges, StateEntry};
-use cofferdam_core::checkpoint::chain::are_worth_merging;
+use cofferdam_core::{checkpoint::chain::are_worth_merging, ids::CheckpointId};
 use cofferdam_sandbox::{Limit, StateError};
 use cofferdam_store::{
     Result, StorageError,
@@ -31,6 +31,7 @@ use cofferdam_store::{
 };
 
 use self::layer::{ENTRY_BYTES, Layer, decode, encode, unspilled};
+use super::as_of::AsOf;
 
 /// Completed layers that wait for the table: from so many write buffers on, whoever writes helps.
 const BEHIND_MAX: u64 = 2;
@@ -79,14 +80,14 @@ impl LoadToken {
 
 struct Inner {
     base: Arc<Table>,
-    /// The checkpoint that the table is of, 0 for the beginning; `None`: its content is not known.
-    at: Option<u64>,
+    /// What the table is of.
+    at: AsOf,
     /// That of the newest attempt.
     token: LoadToken,
     /// By the barriers that ended them, oldest first.
-    pending: VecDeque<(u64, Arc<Layer>)>,
+    pending: VecDeque<(CheckpointId, Arc<Layer>)>,
     /// The newest checkpoint that is known to be complete.
-    completed: u64,
+    completed: Option<CheckpointId>,
     current: Layer,
     /// What was written since the last call that ended well, while the task is guarded.
     uncommitted: Option<Layer>,
@@ -103,10 +104,10 @@ impl KeyedState {
     pub(crate) fn new(tables: Tables, limits: KeyedLimits) -> Result<Self> {
         let inner = Inner {
             base: Arc::new(tables.table()?),
-            at: Some(0),
+            at: AsOf::Beginning,
             token: LoadToken::default(),
             pending: VecDeque::new(),
-            completed: 0,
+            completed: None,
             current: Layer::default(),
             uncommitted: None,
         };
@@ -252,7 +253,7 @@ impl KeyedState {
     /// As those of [`put`](Self::put).
     pub(crate) fn cut(
         &self,
-        checkpoint: u64,
+        checkpoint: CheckpointId,
         pieces: &[StateChanges],
     ) -> std::result::Result<Arc<Layer>, StateError> {
         let mut inner = self.lock();
@@ -272,10 +273,10 @@ impl KeyedState {
     ///
     /// # Errors
     /// Where the disk does not take it; the state is as it was, and the next call tries again.
-    pub(crate) fn complete(&self, checkpoint: u64) -> Result<()> {
+    pub(crate) fn complete(&self, checkpoint: CheckpointId) -> Result<()> {
         {
             let mut inner = self.lock();
-            inner.completed = inner.completed.max(checkpoint);
+            inner.completed = inner.completed.max(Some(checkpoint));
         }
         self.apply_completed()
     }
@@ -285,13 +286,18 @@ impl KeyedState {
     ///
     /// # Errors
     /// Where they cannot be read, or the disk does not take the whole; the state is as it was.
-    pub(crate) fn fold(&self, completed: u64, needed_from: u64) -> Result<()> {
+    pub(crate) fn fold(
+        &self,
+        completed: Option<CheckpointId>,
+        needed_from: CheckpointId,
+    ) -> Result<()> {
         let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let (apart, token) = {
             let inner = self.lock();
             let completed = completed.max(inner.completed);
-            let is_given_up = |(id, _): &&(u64, Arc<Layer>)| completed < *id && *id < needed_from;
-            let apart: Vec<(u64, Arc<Layer>)> =
+            let is_given_up =
+                |(id, _): &&(CheckpointId, Arc<Layer>)| completed < Some(*id) && *id < needed_from;
+            let apart: Vec<(CheckpointId, Arc<Layer>)> =
                 inner.pending.iter().filter(is_given_up).cloned().collect();
             (apart, inner.token)
         };
@@ -328,7 +334,7 @@ impl KeyedState {
             let (checkpoint, layer, base) = {
                 let inner = self.lock();
                 match inner.pending.front() {
-                    Some((checkpoint, layer)) if *checkpoint <= inner.completed => {
+                    Some((checkpoint, layer)) if Some(*checkpoint) <= inner.completed => {
                         (*checkpoint, layer.clone(), inner.base.clone())
                     }
                     _ => return Ok(()),
@@ -341,7 +347,7 @@ impl KeyedState {
             // Only now: whoever has not found it in the layer finds it in the table.
             let mut inner = self.lock();
             inner.pending.pop_front_if(|(id, _)| *id == checkpoint);
-            inner.at = Some(checkpoint);
+            inner.at = AsOf::Checkpoint(checkpoint);
         }
     }
 
@@ -358,16 +364,17 @@ impl KeyedState {
         Ok(())
     }
 
-    /// An attempt begins at a checkpoint; 0: at the beginning. What the state was then may not be here,
+    /// An attempt begins at a checkpoint; `None`: at the beginning. What the state was then may not be here,
     /// and must be [loaded](Self::load) with the token that is returned.
-    pub(crate) fn rewind(&self, checkpoint: u64) -> Option<LoadToken> {
+    pub(crate) fn rewind(&self, checkpoint: Option<CheckpointId>) -> Option<LoadToken> {
         let mut inner = self.lock();
         inner.token.renew();
         (inner.current, inner.uncommitted) = (Layer::default(), None);
-        inner.pending.retain(|(id, _)| *id <= checkpoint);
+        inner.pending.retain(|(id, _)| Some(*id) <= checkpoint);
         inner.completed = inner.completed.max(checkpoint);
-        let newest = inner.pending.back().map(|(id, _)| *id).or(inner.at);
-        let is_here = inner.at.is_some() && newest == Some(checkpoint) && !inner.is_broken();
+        let newest = inner.pending.back().map_or(inner.at, |(id, _)| AsOf::Checkpoint(*id));
+        let is_known = inner.at != AsOf::Unknown && !inner.is_broken();
+        let is_here = is_known && newest == AsOf::from(checkpoint);
         (!is_here).then_some(inner.token)
     }
 
@@ -379,7 +386,7 @@ impl KeyedState {
     pub(crate) fn load(
         &self,
         token: LoadToken,
-        checkpoint: u64,
+        checkpoint: Option<CheckpointId>,
         entries: Entries<'_>,
     ) -> Result<()> {
         let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
@@ -390,7 +397,7 @@ impl KeyedState {
                 base.drop_table();
                 return Ok(());
             }
-            inner.at = None;
+            inner.at = AsOf::Unknown;
             inner.pending.clear();
             (inner.current, inner.uncommitted) = (Layer::default(), None);
             std::mem::replace(&mut inner.base, base.clone())
@@ -405,7 +412,7 @@ impl KeyedState {
             let (key, value) = entry?;
             self.write_into(&base, &encode(&key), value.as_deref())?;
         }
-        self.lock().at = Some(checkpoint);
+        self.lock().at = checkpoint.into();
         Ok(())
     }
 
@@ -478,7 +485,7 @@ impl Inner {
 
     /// What is complete and waits for the table.
     fn behind_bytes(&self) -> u64 {
-        let is_complete = |entry: &&(u64, Arc<Layer>)| entry.0 <= self.completed;
+        let is_complete = |entry: &&(CheckpointId, Arc<Layer>)| Some(entry.0) <= self.completed;
         self.pending.iter().filter(is_complete).map(|(_, layer)| layer.bytes).sum()
     }
 }

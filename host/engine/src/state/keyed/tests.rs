@@ -14,6 +14,11 @@ use super::*;
 
 type Model = BTreeMap<Vec<u8>, Vec<u8>>;
 
+/// A restore point; 0 is the beginning.
+fn point(number: u64) -> Option<CheckpointId> {
+    (0 < number).then_some(CheckpointId(number))
+}
+
 fn state(dir: &tempfile::TempDir, write_buffer_bytes: u64) -> KeyedState {
     let tables = Tables::new(&dir.path().join("tables"), 1 << 20).expect("tables");
     let limits = KeyedLimits {
@@ -48,7 +53,7 @@ fn scanned(state: &KeyedState, number: u32) -> Model {
 fn random_life(seed: u64, write_buffer_bytes: u64) {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, write_buffer_bytes);
-    assert_eq!(state.rewind(0), None, "an empty table is here");
+    assert_eq!(state.rewind(point(0)), None, "an empty table is here");
     let mut random = seed;
     let mut next = |below: u64| {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -72,7 +77,7 @@ fn random_life(seed: u64, write_buffer_bytes: u64) {
             30..33 => {
                 barrier += 1;
                 let entry = (DeclaredKey::new(1, &key, 0, 128), Some(b"handed over".to_vec()));
-                state.cut(barrier, &[changes_of([&entry].into_iter())]).expect("cut");
+                state.cut(CheckpointId(barrier), &[changes_of([&entry].into_iter())]).expect("cut");
                 now.insert(key, b"handed over".to_vec());
                 at.insert(barrier, now.clone());
                 committed = committed.map(|_| now.clone());
@@ -82,13 +87,13 @@ fn random_life(seed: u64, write_buffer_bytes: u64) {
                 let pending: Vec<u64> = at.range(completed + 1..).map(|(id, _)| *id).collect();
                 let Some(chosen) = pending.get(next(5) as usize) else { continue };
                 completed = *chosen;
-                state.complete(completed).expect("complete");
+                state.complete(CheckpointId(completed)).expect("complete");
             }
             35 => {
                 // Sometimes a checkpoint has completed and nobody has said so.
                 let known: Vec<u64> = at.range(completed..).map(|(id, _)| *id).collect();
                 completed = known[next(known.len() as u64) as usize];
-                assert_eq!(state.rewind(completed), None, "{completed} is here");
+                assert_eq!(state.rewind(point(completed)), None, "{completed} is here");
                 now = at[&completed].clone();
                 at.retain(|id, _| *id <= completed);
                 committed = None;
@@ -117,7 +122,7 @@ fn random_life(seed: u64, write_buffer_bytes: u64) {
     }
     assert_eq!(scanned(&state, 1), now);
     assert!(scanned(&state, 0).is_empty());
-    assert!(state.rewind(barrier + 7).is_some(), "that one never was");
+    assert!(state.rewind(point(barrier + 7)).is_some(), "that one never was");
 }
 
 #[test]
@@ -136,7 +141,7 @@ fn what_is_cut_off_is_what_has_changed_since_the_barrier_before() {
         for number in 0..count {
             write(&state, 0, &[number], Some(vec![barrier]));
         }
-        let layer = state.cut(u64::from(barrier), &[]).expect("cut");
+        let layer = state.cut(CheckpointId(u64::from(barrier)), &[]).expect("cut");
         let entries: Vec<Entry> = layer.entries().collect::<Result<_>>().expect("readable");
         assert_eq!(entries.len(), usize::from(count));
         assert_eq!(layer.is_empty(), count == 0);
@@ -153,8 +158,8 @@ fn more_than_the_limit_is_refused_and_what_was_removed_does_not_count() {
         for number in 0..10u8 {
             write(&state, 0, &[number], Some(vec![7; 2_000]));
         }
-        state.cut(round, &[]).expect("cut");
-        state.complete(round).expect("complete");
+        state.cut(CheckpointId(round), &[]).expect("cut");
+        state.complete(CheckpointId(round)).expect("complete");
     }
     assert_eq!(state.base_bytes.load(Ordering::Relaxed), 10 * (13 + 2_000 + KEY_BYTES));
     let entry = (DeclaredKey::new(0, b"large", 0, 128), Some(vec![0; 1 << 20]));
@@ -166,9 +171,9 @@ fn more_than_the_limit_is_refused_and_what_was_removed_does_not_count() {
 fn what_was_loaded_is_there() {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, 1 << 10);
-    let token = state.rewind(4).expect("nothing is here");
-    state.load(token, 4, numbers(100)).expect("loaded");
-    assert_eq!(state.rewind(4), None);
+    let token = state.rewind(point(4)).expect("nothing is here");
+    state.load(token, point(4), numbers(100)).expect("loaded");
+    assert_eq!(state.rewind(point(4)), None);
     assert_eq!(scanned(&state, 2), (0..100).map(|n| (vec![n], vec![n])).collect());
 }
 
@@ -183,31 +188,31 @@ fn numbers(count: u8) -> Entries<'static> {
 fn what_an_aborted_attempt_still_loads_is_not_what_the_next_one_finds() {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, 1 << 10);
-    let aborted = state.rewind(4).expect("nothing is here");
-    let next = state.rewind(5).expect("nothing is here");
-    state.load(next, 5, numbers(7)).expect("loaded");
-    state.load(aborted, 4, numbers(100)).expect("nothing is done");
+    let aborted = state.rewind(point(4)).expect("nothing is here");
+    let next = state.rewind(point(5)).expect("nothing is here");
+    state.load(next, point(5), numbers(7)).expect("loaded");
+    state.load(aborted, point(4), numbers(100)).expect("nothing is done");
     assert_eq!(scanned(&state, 2).len(), 7);
-    assert_eq!(state.rewind(5), None);
+    assert_eq!(state.rewind(point(5)), None);
     // And the next may begin while the one before is at it: it ends soon, or is whole.
-    let aborted = state.rewind(6).expect("nothing is here");
+    let aborted = state.rewind(point(6)).expect("nothing is here");
     let while_loading = numbers(9).enumerate().map(|(number, entry)| {
-        assert!(number == 0 || state.rewind(6).is_some(), "not yet");
+        assert!(number == 0 || state.rewind(point(6)).is_some(), "not yet");
         entry
     });
-    state.load(aborted, 6, Box::new(while_loading)).expect("loaded");
-    assert_eq!(state.rewind(6), None, "whole, whoever has loaded it");
+    state.load(aborted, point(6), Box::new(while_loading)).expect("loaded");
+    assert_eq!(state.rewind(point(6)), None, "whole, whoever has loaded it");
     assert_eq!(scanned(&state, 2).len(), 9);
-    let aborted = state.rewind(7).expect("nothing is here");
+    let aborted = state.rewind(point(7)).expect("nothing is here");
     let mut taken = 0;
     let without_end = std::iter::repeat_with(|| {
-        assert!(state.rewind(7).is_some(), "not yet");
+        assert!(state.rewind(point(7)).is_some(), "not yet");
         taken += 1;
         Ok((DeclaredKey::new(2, b"the same", 0, 128), Some(vec![1])))
     });
-    state.load(aborted, 7, Box::new(without_end)).expect("ended");
+    state.load(aborted, point(7), Box::new(without_end)).expect("ended");
     assert!(taken <= LOADED_AT_ONCE + 1, "{taken}");
-    assert!(state.rewind(7).is_some(), "not whole");
+    assert!(state.rewind(point(7)).is_some(), "not whole");
 }
 
 #[test]
@@ -218,7 +223,7 @@ fn checkpoints_that_never_complete_do_not_fill_the_memory() {
         for number in 0..10u8 {
             write(&state, 0, &[number], Some(vec![barrier; 100]));
         }
-        state.cut(u64::from(barrier), &[]).expect("cut");
+        state.cut(CheckpointId(u64::from(barrier)), &[]).expect("cut");
         let buffered: u64 = state.lock().layers().map(|layer| layer.buffered_bytes).sum();
         assert!(buffered <= 2 * (4 << 10), "{buffered} bytes after {barrier} barriers");
     }
@@ -230,8 +235,8 @@ fn layers_of_checkpoints_that_never_complete_are_made_one() {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, 500);
     write(&state, 0, b"base", Some(vec![1; 10]));
-    state.cut(1, &[]).expect("cut");
-    state.complete(1).expect("complete");
+    state.cut(CheckpointId(1), &[]).expect("cut");
+    state.complete(CheckpointId(1)).expect("complete");
     let mut expected = Model::from([(b"base".to_vec(), vec![1; 10])]);
     for id in 2..200_u8 {
         let key = [b'k', id % 7];
@@ -241,23 +246,23 @@ fn layers_of_checkpoints_that_never_complete_are_made_one() {
             Some(value) => expected.insert(key.to_vec(), value),
             None => expected.remove(&key[..]),
         };
-        state.cut(id.into(), &[]).expect("cut");
+        state.cut(CheckpointId(id.into()), &[]).expect("cut");
         // One is still under way, and lies over them.
-        state.fold(1, u64::from(id) - 1).expect("folded");
+        state.fold(point(1), CheckpointId(u64::from(id) - 1)).expect("folded");
         assert!(state.lock().pending.len() <= 20, "{}", state.lock().pending.len());
         assert_eq!(scanned(&state, 0), expected, "after {id}");
     }
-    state.complete(199).expect("complete");
+    state.complete(CheckpointId(199)).expect("complete");
     assert_eq!(state.lock().pending.len(), 0);
     assert_eq!(scanned(&state, 0), expected);
     // A restart forgets what was made one, with the rest.
     write(&state, 0, b"later", Some(vec![2]));
     for id in 200..220 {
         write(&state, 0, b"later", Some(vec![3; 100]));
-        state.cut(id, &[]).expect("cut");
-        state.fold(199, id + 1).expect("folded");
+        state.cut(CheckpointId(id), &[]).expect("cut");
+        state.fold(point(199), CheckpointId(id + 1)).expect("folded");
     }
-    assert_eq!(state.rewind(199), None, "it is here");
+    assert_eq!(state.rewind(point(199)), None, "it is here");
     assert_eq!(scanned(&state, 0), expected);
 }
 
@@ -281,8 +286,8 @@ fn a_scan_finds_its_state_among_others() {
     for number in 0..200u8 {
         write(&state, u32::from(number % 5), &[number], Some(vec![number; 2_000]));
         if number % 50 == 0 {
-            state.cut(u64::from(number) + 1, &[]).expect("cut");
-            state.complete(u64::from(number) + 1).expect("complete");
+            state.cut(CheckpointId(u64::from(number) + 1), &[]).expect("cut");
+            state.complete(CheckpointId(u64::from(number) + 1)).expect("complete");
         }
     }
     for wanted in 0..5 {
@@ -298,12 +303,12 @@ fn a_database_that_has_failed_is_replaced() {
     let dir = tempfile::tempdir().expect("a directory");
     let state = state(&dir, 1 << 10);
     write(&state, 2, &[1], Some(vec![1]));
-    state.cut(1, &[]).expect("cut");
-    state.complete(1).expect("complete");
+    state.cut(CheckpointId(1), &[]).expect("cut");
+    state.complete(CheckpointId(1)).expect("complete");
     state.tables.break_database();
     assert!(matches!(state.get(2, &[9], 0), Err(StateError::Unavailable { .. })));
-    let token = state.rewind(1).expect("what is here cannot be read");
-    state.load(token, 1, numbers(3)).expect("there is a new database");
-    assert_eq!(state.rewind(1), None);
+    let token = state.rewind(point(1)).expect("what is here cannot be read");
+    state.load(token, point(1), numbers(3)).expect("there is a new database");
+    assert_eq!(state.rewind(point(1)), None);
     assert_eq!(scanned(&state, 2).len(), 3);
 }
