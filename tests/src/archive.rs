@@ -5,7 +5,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Output,
     time::{Duration, Instant},
 };
 
@@ -64,9 +64,8 @@ fn component(target: &Path) -> Result<PathBuf> {
         home.context("where cargo keeps its sources")?,
         guest::root().display()
     );
-    let status = Command::new(env!("CARGO"))
+    let status = guest::cargo(&guest::root().join("tests/guests"))
         .args(["build", "--release", "--quiet", "--target", "wasm32-wasip2", "--package", "totals"])
-        .current_dir(guest::root().join("tests/guests"))
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", remapped)
         .env("CARGO_TARGET_DIR", target)

@@ -29,8 +29,8 @@ const FINISHED: &str = "has finished; there is nothing to do";
 pub fn library() -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "cofferdam-disk"]).current_dir(guest::root());
+        let mut build = guest::cargo(guest::root());
+        build.args(["build", "--quiet", "--package", "cofferdam-disk"]);
         assert!(build.status().expect("run cargo").success(), "build the library");
     });
     guest::program().with_file_name("libcofferdam_disk.so")

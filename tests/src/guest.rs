@@ -68,9 +68,9 @@ pub fn signal(process: &Child, name: &str) {
 pub fn program() -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
-        let mut build = Command::new(env!("CARGO"));
+        let mut build = cargo(root());
         // With the features of the whole workspace, as the tests: nothing is compiled twice.
-        build.args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]).current_dir(root());
+        build.args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]);
         assert!(build.status().expect("run cargo").success(), "build the program");
     });
     let target =
@@ -89,11 +89,24 @@ pub fn start(arguments: &[&str], manifest: &Path, stdout: Stdio) -> Child {
     command.spawn().expect("the program runs")
 }
 
+/// A cargo command in a folder, as if nothing had called it: crates are built anew where their build script finds
+/// what the cargo around it has set (`ring` for one, and everything above it).
+pub(crate) fn cargo(dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    for (name, _) in std::env::vars_os() {
+        let of_a_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
+        if of_a_package.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            command.env_remove(name);
+        }
+    }
+    command.current_dir(dir);
+    command
+}
+
 fn built(workspace: &Path, once: &OnceLock<()>) -> PathBuf {
     once.get_or_init(|| {
-        let status = Command::new(env!("CARGO"))
+        let status = cargo(workspace)
             .args(["build", "--release", "--quiet", "--target", "wasm32-wasip2"])
-            .current_dir(workspace)
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env_remove("RUSTFLAGS")
             .env_remove("CARGO_TARGET_DIR")

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::steps::{announce, guests, root};
+use crate::steps::{announce, cargo, guests, root};
 
 pub(crate) fn run_job(example: &str) -> Result<String> {
     let manifest = root().join("examples").join(example).join("job.toml");
@@ -41,11 +41,12 @@ fn program() -> PathBuf {
 pub(crate) fn run() -> Result<()> {
     guests()?;
     announce("building cofferdam, without object stores: some minutes the first time");
-    crate::steps::run(
-        Command::new(env!("CARGO"))
-            .args(["build", "--package", "cofferdam", "--no-default-features"])
-            .current_dir(root()),
-    )?;
+    crate::steps::run(cargo(".").args([
+        "build",
+        "--package",
+        "cofferdam",
+        "--no-default-features",
+    ]))?;
 
     announce("wordcount: the words of the King James Bible, undisturbed");
     run_job("wordcount")?;

@@ -385,3 +385,62 @@ impl CacheArguments {
         self.cache_dir.clone().or_else(|| Some(user_cache()?.join("cofferdam")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, error::ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound_and_every_verb_and_argument_explains_itself() {
+        let mut command = Arguments::command();
+        command.build();
+        command.clone().debug_assert();
+        let mut waiting = vec![command];
+        while let Some(command) = waiting.pop() {
+            let name = command.get_name().to_owned();
+            assert!(command.get_about().is_some(), "{name} says nothing about itself");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{name}: {} has no help", argument.get_id());
+            }
+            let is_leaf = !command.has_subcommands();
+            assert!(
+                !is_leaf || name == "help" || is_example_given(&command),
+                "{name} gives no example"
+            );
+            waiting.extend(command.get_subcommands().filter(|it| it.get_name() != "help").cloned());
+        }
+    }
+
+    /// The verbs below `checkpoints` and `explain` have theirs there.
+    fn is_example_given(command: &clap::Command) -> bool {
+        let is_below = ["list", "inspect", "verify", "delete"].contains(&command.get_name());
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        is_below || help.contains("cofferdam ")
+    }
+
+    #[test]
+    fn arguments_that_contradict_each_other_are_refused() {
+        let conflict = ErrorKind::ArgumentConflict;
+        let missing = ErrorKind::MissingRequiredArgument;
+        for (line, expected) in [
+            ("run job.toml --again --from save", conflict),
+            ("run job.toml --claim-mode claim", missing),
+            ("run job.toml --ignore-unclaimed-state", missing),
+            ("check job.toml --from save --effective", conflict),
+            ("check job.toml --discard-output", missing),
+            ("run", missing),
+            ("run job.toml --no-such-thing", ErrorKind::UnknownArgument),
+        ] {
+            let words = std::iter::once("cofferdam").chain(line.split(' '));
+            let error = Arguments::try_parse_from(words).expect_err(line);
+            assert_eq!(error.kind(), expected, "{line}");
+        }
+        let words = "cofferdam run job.toml --from save --claim-mode claim --json".split(' ');
+        let arguments = Arguments::try_parse_from(words).expect("this is fine");
+        assert!(arguments.json, "it may stand anywhere");
+        let Verb::Run(run) = arguments.verb else { panic!("another verb") };
+        assert_eq!(run.claim_mode, ClaimMode::Claim);
+    }
+}

@@ -2,16 +2,17 @@
 //! savepoint or a place with objects that no job is using. `list` asks the job if one is.
 
 use std::{
-    fs::{File, TryLockError},
+    fs::File,
     path::{Path, PathBuf},
     time::{Duration, UNIX_EPOCH},
 };
 
 use cofferdam_engine::{
     control::KeptCheckpoint,
+    location::JobLocation,
     problem::{Code, Problem},
     socket::{Answer, Request, ask, other_answer},
-    state_dir::{Ended, JobRecord},
+    state_dir::{Ended, JobRecord, lock_existing},
 };
 use cofferdam_store::{
     OpenedStore, SnapshotStore, StorageError, inspect::TaskReport, metadata::CheckpointMetadata,
@@ -20,7 +21,7 @@ use serde_json::json;
 
 use crate::{
     args::{CheckpointsVerb, JobArgument},
-    control::{Places, places},
+    control::location,
     report, with_runtime,
 };
 
@@ -28,7 +29,7 @@ pub(crate) fn run(verb: &CheckpointsVerb, is_json: bool) -> Result<(), Problem> 
     match verb {
         CheckpointsVerb::List { job } => {
             // The store belongs to the run that uses it, so that is asked.
-            if let Some(running) = with_runtime(kept_by_a_run(&places(job)?.state_dir))? {
+            if let Some(running) = with_runtime(kept_by_a_run(&location(job)?.state_dir))? {
                 running.iter().for_each(|checkpoint| list(checkpoint, is_json));
                 return Ok(());
             }
@@ -82,8 +83,8 @@ pub(crate) struct Opened {
 
 impl Opened {
     pub(crate) fn new(job: &JobArgument) -> Result<Self, Problem> {
-        let Places { state_dir, checkpoints: dir } = places(job)?;
-        let lock = lock(&state_dir)?;
+        let JobLocation { state_dir, checkpoints: dir } = location(job)?;
+        let lock = lock_existing(&state_dir)?;
         let opened = cofferdam_store::open_at(&dir).and_then(SnapshotStore::open_existing);
         let (store, found) = opened.map_err(|error| {
             if let Ok(Some(ended)) =
@@ -198,23 +199,6 @@ fn has_ended(dir: &Path, ended: &Ended) -> Problem {
     }
 }
 
-fn lock(dir: &Path) -> Result<Option<File>, Problem> {
-    // A savepoint has none, and needs none.
-    let Ok(file) = File::open(dir.join("LOCK")) else { return Ok(None) };
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Err(Problem::new(
-            Code::StateInUse,
-            format!("a run is using the state directory {}", dir.display()),
-        )
-        .hint("wait for it to end, or take a savepoint and inspect that")),
-        Err(TryLockError::Error(error)) => {
-            Err(Problem::new(Code::StateUnusable, format!("{} cannot be locked", dir.display()))
-                .because(&error))
-        }
-    }
-}
-
 fn age(written_at_ms: u64) -> String {
     let written = UNIX_EPOCH + Duration::from_millis(written_at_ms);
     match written.elapsed() {
@@ -285,10 +269,10 @@ fn inspect(metadata: &CheckpointMetadata, tasks: &[TaskReport], is_json: bool) {
         }));
     }
     list(&metadata.into(), false);
-    let mut rows = vec![COLUMNS.map(str::to_owned).to_vec()];
+    let mut rows = vec![COLUMNS.map(str::to_owned)];
     for task in tasks {
         let stats = &task.stats;
-        rows.push(vec![
+        rows.push([
             task.name.clone(),
             report::bytes(task.memory_bytes),
             match task.declared_entries {
@@ -305,14 +289,63 @@ fn inspect(metadata: &CheckpointMetadata, tasks: &[TaskReport], is_json: bool) {
             report::bytes(stats.in_flight_bytes),
         ]);
     }
+    aligned(&rows).iter().for_each(|line| say!("{line}"));
+}
+
+/// Rows as lines with their columns below each other: the first to the left, the others to the right.
+fn aligned(rows: &[[String; COLUMNS.len()]]) -> Vec<String> {
     let width =
         |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
-    for row in &rows {
+    let widths: [usize; COLUMNS.len()] = std::array::from_fn(width);
+    let line = |row: &[String; COLUMNS.len()]| {
         let mut line = format!("  {:<width$}", row[0], width = widths[0]);
-        for (cell, width) in row.iter().zip(&widths).skip(1) {
+        for (cell, width) in row.iter().zip(widths).skip(1) {
             line.push_str(&format!("  {cell:>width$}"));
         }
-        say!("{line}");
+        line
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_lie_below_each_other_whatever_is_in_them() {
+        let mut rows = vec![COLUMNS.map(str::to_owned); 2];
+        rows[1] = std::array::from_fn(|column| match column {
+            0 => "a-long-name/11".to_owned(),
+            1 => "1.00 GiB".to_owned(),
+            _ => "1 \u{b5}s".to_owned(),
+        });
+        let lines = aligned(&rows);
+        let ends: Vec<usize> = lines.iter().map(|line| line.chars().count()).collect();
+        assert_eq!(ends[0], ends[1], "{lines:?}");
+        assert!(lines[0].starts_with("  task            "), "{lines:?}");
+        assert!(lines[1].starts_with("  a-long-name/11  1.00 GiB  "), "{lines:?}");
+    }
+
+    #[test]
+    fn an_age_is_unknown_where_the_clock_cannot_be_right() {
+        assert_eq!(age(0), "at an unknown time");
+        assert_eq!(age(u64::MAX / 4), "at an unknown time", "that is to come");
+        assert_eq!(age(1_000), format!("{} ago", indicatif::HumanDuration(since_1970())));
+    }
+
+    fn since_1970() -> Duration {
+        UNIX_EPOCH.elapsed().expect("after 1970")
+    }
+
+    #[test]
+    fn a_job_that_has_ended_says_what_it_left() {
+        let savepoint = Some(PathBuf::from("saved/savepoint-job-1"));
+        let stopped = has_ended(Path::new("state"), &Ended::Stopped { at_ms: 1, savepoint });
+        assert_eq!(stopped.code, Code::AlreadyFinished);
+        assert_eq!(stopped.all_details(), ["saved/savepoint-job-1"]);
+        let finished = Ended::Finished { at_ms: 1, digest: String::new() };
+        assert!(
+            has_ended(Path::new("state"), &finished).message.contains("no checkpoints in state")
+        );
     }
 }

@@ -7,10 +7,11 @@ use std::{
 
 use cofferdam_connectors::builtin;
 use cofferdam_engine::{
+    location::JobLocation,
     problem::{Code, Problem},
     socket::{Answer, Request, ask, other_answer},
 };
-use cofferdam_spec::{JobSpec, StorageSpec};
+use cofferdam_spec::JobSpec;
 use cofferdam_store::is_url;
 use indicatif::HumanDuration;
 use serde_json::json;
@@ -20,45 +21,16 @@ use crate::{
     report,
 };
 
-/// Where a job keeps things.
-pub(crate) struct Places {
-    /// Its lock, its socket, its history.
-    pub(crate) state_dir: PathBuf,
-    /// Its checkpoints: that directory, another, or a URL.
-    pub(crate) checkpoints: PathBuf,
-}
-
-/// The places of a job that is named by its manifest, its state directory or where its checkpoints
-/// are.
-pub(crate) fn places(job: &JobArgument) -> Result<Places, Problem> {
-    let both = |dir: &Path| Places { state_dir: dir.to_owned(), checkpoints: dir.to_owned() };
-    if job.job.is_dir() || is_url(&job.job) {
-        return Ok(both(job.state_dir.as_deref().unwrap_or(&job.job)));
-    }
-    if let (Some(dir), false) = (&job.state_dir, job.job.is_file()) {
-        return Ok(both(dir));
-    }
-    let storage = JobSpec::read_with(&job.job, job.host.read()?.as_ref(), &builtin())?.storage;
-    let state_dir = job.state_dir.as_deref().or_else(|| storage.state_dir());
-    let checkpoints = match &storage {
-        StorageSpec::Objects { location, .. } => Some(Path::new(location)),
-        StorageSpec::Sled(_) | StorageSpec::Memory => state_dir,
-    };
-    match (state_dir, checkpoints) {
-        (Some(state_dir), Some(checkpoints)) => {
-            Ok(Places { state_dir: state_dir.to_owned(), checkpoints: checkpoints.to_owned() })
-        }
-        _ => Err(Problem::new(
-            Code::NotRunning,
-            format!("{} keeps its state in memory", job.job.display()),
-        )
-        .hint("only a job with a state directory accepts commands: set storage = \"sled\"")),
-    }
+/// Where the job keeps things that is named by its manifest, its state directory or where its checkpoints are.
+pub(crate) fn location(job: &JobArgument) -> Result<JobLocation, Problem> {
+    JobLocation::find(&job.job, job.state_dir.as_deref(), || {
+        Ok(JobSpec::read_with(&job.job, job.host.read()?.as_ref(), &builtin())?.storage)
+    })
 }
 
 /// The state directory of a job.
 pub(crate) fn state_dir(job: &JobArgument) -> Result<PathBuf, Problem> {
-    Ok(places(job)?.state_dir)
+    Ok(location(job)?.state_dir)
 }
 
 pub(crate) async fn savepoint(
@@ -171,4 +143,31 @@ fn say(answer: Answer, what: &str, is_json: bool) -> Result<(), Problem> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_means_the_same_in_the_directory_of_the_job() {
+        let here = std::env::current_dir().expect("a directory");
+        for (given, expected) in [
+            ("saved", here.join("saved")),
+            ("/srv/saved", PathBuf::from("/srv/saved")),
+            ("file:///srv/saved", PathBuf::from("/srv/saved")),
+            ("s3://bucket/saved", PathBuf::from("s3://bucket/saved")),
+        ] {
+            assert_eq!(absolute(Path::new(given)).expect(given), expected);
+        }
+        assert_eq!(absolute(Path::new("")).expect_err("no path").code, Code::BadValue);
+    }
+
+    #[test]
+    fn an_answer_that_refuses_is_an_error_with_what_the_system_says() {
+        let refused = Answer::Refused { error: "no".to_owned(), os_error: Some(28) };
+        let problem = say(refused, "savepoint", true).expect_err("it was refused");
+        assert_eq!(problem.code, Code::RequestRefused);
+        assert!(problem.advice().expect("some").contains("make room"), "{problem}");
+    }
 }

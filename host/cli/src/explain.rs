@@ -64,21 +64,26 @@ fn is_code(text: &Path) -> bool {
     digits.len() == 4 && digits.bytes().all(|digit| digit.is_ascii_digit())
 }
 
+/// The title and the text of an error's section.
+fn page(code: &str) -> Option<(&'static str, &'static str)> {
+    let page = ERRORS.split("\n## ").skip(1).find(|page| page.starts_with(code))?;
+    let (title, text) = page.split_once('\n').unwrap_or((page, ""));
+    // The anchor of the next section.
+    let text = text.split("\n<a id=").next().unwrap_or(text);
+    Some((title, text.trim()))
+}
+
 /// Prints the section of an error.
 fn explain_error(code: &Path, is_json: bool) -> Result<(), Problem> {
     let code = code.to_string_lossy().to_uppercase();
-    let page = ERRORS.split("\n## ").skip(1).find(|page| page.starts_with(&code));
-    let Some(page) = page else {
+    let Some((title, text)) = page(&code) else {
         let known: Vec<&str> = Code::ALL.iter().map(|code| code.number()).collect();
         return Err(Problem::new(Code::BadValue, format!("there is no error {code}"))
             .hint(format!("there are: {}", known.join(", "))));
     };
-    let (title, text) = page.split_once('\n').unwrap_or((page, ""));
-    // The anchor of the next section.
-    let text = text.split("\n<a id=").next().unwrap_or(text);
     match is_json {
-        true => report::line(&json!({ "code": code, "title": title, "text": text.trim() })),
-        false => say!("{title}\n\n{}", text.trim()),
+        true => report::line(&json!({ "code": code, "title": title, "text": text })),
+        false => say!("{title}\n\n{text}"),
     }
     Ok(())
 }
@@ -333,4 +338,74 @@ fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use cofferdam_core::graph::{Edge, Operator, Partitioner};
+
+    use super::*;
+
+    #[test]
+    fn codes_and_manifests_are_told_apart() {
+        for (text, expected) in [
+            ("C0020", true),
+            ("c0101", true),
+            ("C20", false),
+            ("C00200", false),
+            ("job.toml", false),
+        ] {
+            assert_eq!(is_code(Path::new(text)), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_error_has_its_page_and_the_page_ends_before_the_next() {
+        for code in Code::ALL {
+            let (title, text) = page(code.number()).expect("documented");
+            assert!(title.starts_with(code.number()), "{title}");
+            assert!(!text.is_empty() && !text.contains("<a id="), "{text}");
+        }
+        assert_eq!(page("C9999"), None);
+    }
+
+    #[test]
+    fn tasks_and_partitions_are_found_by_the_names_that_people_write() {
+        let operator = |name: &str, parallelism| Operator { name: name.to_owned(), parallelism };
+        let (read, count) = (OperatorId(0), OperatorId(1));
+        let edge = Edge {
+            from: read,
+            output: 0,
+            to: count,
+            input: 0,
+            partitioner: Partitioner::Hash,
+            exchange: ExchangeType::Pipelined,
+        };
+        let graph = JobGraph::new(vec![operator("read", 1), operator("count", 2)], vec![edge]);
+        let graph = graph.expect("no cycle");
+        let names = Names::new(&graph);
+        let task = TaskId { operator: count, index: 1 };
+        assert_eq!(names.task("count/1").expect("there is one"), task);
+        let found = names.partitions("read/0 -> count").expect("there is one");
+        assert_eq!(found.len(), 1);
+        for (text, hint) in [
+            ("count", "for example count/1"),
+            ("count/x", "for example count/1"),
+            ("count/2", "the last one is count/1"),
+            ("cuont/1", "there are: read, count"),
+        ] {
+            let problem = names.task(text).expect_err(text);
+            let advice = problem.hint.unwrap_or_default();
+            assert!(advice.contains(hint), "{text}: {advice}");
+        }
+        assert!(names.partitions("read/0").is_err(), "no reader");
+        assert!(names.partitions("count/0->read").is_err(), "no such edge");
+    }
+
+    #[test]
+    fn a_restart_strategy_is_told_in_one_line() {
+        let fixed = RestartStrategy::FixedDelay { attempts: 3, delay_ms: 50 };
+        assert_eq!(strategy_words(&fixed), "fixed-delay: 3 restarts, 50 ms after each failure");
+        assert_eq!(strategy_words(&RestartStrategy::None), "none: the first failure ends the job");
+    }
 }

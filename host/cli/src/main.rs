@@ -13,6 +13,7 @@ mod lines;
 mod new;
 mod run;
 mod state;
+mod watch;
 
 use std::{io::Write, process::ExitCode};
 

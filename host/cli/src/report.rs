@@ -84,14 +84,19 @@ pub(crate) fn problem(problem: &Problem, is_json: bool) {
         say_aside!("{problem}");
         return;
     }
-    line(&json!({
+    objects(problem).iter().for_each(line);
+}
+
+/// A problem and those behind it, for machines.
+fn objects(problem: &Problem) -> Vec<serde_json::Value> {
+    let own = json!({
         "event": "error",
         "code": problem.code.number(),
         "message": problem.message,
         "details": problem.all_details(),
         "hint": problem.advice(),
-    }));
-    problem.more.iter().for_each(|other| self::problem(other, is_json));
+    });
+    std::iter::once(own).chain(problem.more.iter().flat_map(objects)).collect()
 }
 
 /// Prints one JSON object as a line.
@@ -116,5 +121,36 @@ pub(crate) fn micros(count: u64) -> String {
         1..1_000 => format!("{count} µs"),
         1_000..1_000_000 => format!("{:.1} ms", count as f64 / 1e3),
         _ => format!("{:.1} s", count as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_the_unit_that_people_would_use() {
+        let shown = [0, 1, 999, 1_000, 1_550, 999_999, 1_000_000, 90_000_000].map(micros);
+        let expected =
+            ["0", "1 \u{b5}s", "999 \u{b5}s", "1.0 ms", "1.6 ms", "1000.0 ms", "1.0 s", "90.0 s"];
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn a_problem_is_one_object_for_machines() {
+        let other = Problem::new(Code::BadValue, "and another");
+        let problem = Problem::all([
+            Problem::new(Code::MissingKey, "no name").detail("in job.toml").hint("name it"),
+            other,
+        ]);
+        let objects: Vec<_> = problem.iter().flat_map(objects).collect();
+        assert_eq!(objects.len(), 2);
+        assert_eq!(objects[0]["code"], Code::MissingKey.number());
+        assert_eq!(objects[0]["details"], json!(["in job.toml"]));
+        assert_eq!(objects[0]["hint"], "name it");
+        assert_eq!(
+            (&objects[1]["message"], &objects[1]["hint"]),
+            (&json!("and another"), &json!(null))
+        );
     }
 }

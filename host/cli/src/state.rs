@@ -219,3 +219,47 @@ fn summary(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_is_shown_is_the_key_that_can_be_asked_for() {
+        for key in [
+            &b"the"[..],
+            b"",
+            b"0x",
+            b"0xff",
+            b"\x00\x01",
+            b"line\nbreak",
+            "\u{fc}".as_bytes(),
+            b"\xff",
+        ] {
+            assert_eq!(key_of(&shown(key)).expect("readable"), key, "{}", shown(key));
+        }
+        assert_eq!(shown(b"the"), "the");
+        assert_eq!(shown(b"\x00\xff"), "0x00ff");
+        for wrong in ["0xf", "0xzz", "0x+f", "0x\u{fc}"] {
+            assert_eq!(key_of(wrong).expect_err(wrong).code, Code::BadValue);
+        }
+    }
+
+    #[test]
+    fn a_namespace_lies_behind_the_key_of_the_record() {
+        let key = DeclaredKey::new(0, b"keyspace", 5, 128);
+        assert_eq!(parts(&key), (&b"key"[..], &b"space"[..]));
+        assert_eq!(parts(&DeclaredKey::new(0, b"key", 0, 128)), (&b"key"[..], &b""[..]));
+    }
+
+    #[test]
+    fn a_name_that_nothing_has_is_answered_with_those_that_there_are() {
+        let problem = unknown("no state \"x\"".to_owned(), vec!["counts", "totals"]);
+        assert_eq!(problem.hint.as_deref(), Some("there are: counts, totals"));
+        let problem = unknown("no state \"x\"".to_owned(), Vec::new());
+        assert_eq!(
+            problem.hint.as_deref(),
+            Some("no operator in this checkpoint has declared state")
+        );
+    }
+}

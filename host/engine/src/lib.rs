@@ -7,6 +7,7 @@ mod exchange;
 mod failure;
 mod handle;
 pub mod job;
+pub mod location;
 pub mod schema;
 mod state;
 mod storage;

@@ -106,6 +106,30 @@ pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
     })
 }
 
+/// Locks what a state directory or a savepoint holds, to look into it, as long as the file is kept. `None`: it has
+/// no lock, so no run can use it, as is the case with a savepoint.
+///
+/// # Errors
+/// `C0019` where a run uses it, `C0018` where the lock cannot be opened.
+pub fn lock_existing(dir: &Path) -> Result<Option<File>, Problem> {
+    let path = dir.join(LOCK);
+    let unusable = |error: io::Error| {
+        let message = format!("{} cannot be locked", dir.display());
+        Problem::new(Code::StateUnusable, message).because(&error)
+    };
+    match path.try_exists() {
+        // A URL is no directory on this machine.
+        Ok(false) => return Ok(None),
+        Ok(true) => {}
+        Err(error) => return Err(unusable(error)),
+    }
+    try_lock(&path).map_err(unusable)?.map(Some).ok_or_else(|| {
+        let message = format!("a run is using the state directory {}", dir.display());
+        Problem::new(Code::StateInUse, message)
+            .hint("wait for it to end, or take a savepoint and inspect that")
+    })
+}
+
 /// Whether a run uses a directory, which need not be there. Changes nothing.
 pub(crate) fn is_in_use(dir: &Path) -> Result<bool, Problem> {
     if !dir.exists() {
@@ -152,6 +176,25 @@ mod tests {
         assert_eq!(problem.code, Code::NotOurs);
         JobRecord::new("j").write(dir.path()).expect("written");
         lock(dir.path()).expect("now it is a job's");
+    }
+
+    #[test]
+    fn what_a_run_uses_is_not_looked_into() {
+        let dir = tempfile::tempdir().expect("a directory");
+        assert!(lock_existing(dir.path()).expect("a savepoint has none").is_none());
+        assert!(!dir.path().join(LOCK).exists(), "and gets none");
+        let run = lock(dir.path()).expect("a run begins");
+        let problem = lock_existing(dir.path()).expect_err("it is used");
+        assert_eq!(problem.code, Code::StateInUse);
+        drop(run);
+        let looking = lock_existing(dir.path()).expect("it has ended").expect("locked");
+        assert!(lock(dir.path()).is_err(), "no run begins meanwhile");
+        drop(looking);
+        // What cannot be opened may be in use.
+        fs::remove_file(dir.path().join(LOCK)).expect("removed");
+        fs::create_dir(dir.path().join(LOCK)).expect("made");
+        let problem = lock_existing(dir.path()).expect_err("a directory is no lock");
+        assert_eq!(problem.code, Code::StateUnusable);
     }
 
     #[test]

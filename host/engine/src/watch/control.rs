@@ -102,7 +102,8 @@ impl JobControl {
     /// # Errors
     /// Where it is not kept, or cannot be read.
     pub async fn checkpoint_tasks(&self, checkpoint: u64) -> Result<Vec<TaskReport>, String> {
-        let asked = self.requests.lock().inspector.as_ref().map(|it| it.inspect(CheckpointId(checkpoint)));
+        let asked =
+            self.requests.lock().inspector.as_ref().map(|it| it.inspect(CheckpointId(checkpoint)));
         let Some(answer) = asked else { return Err("the job does not run".to_owned()) };
         answer.await.unwrap_or_else(|_| Err("the job has ended".to_owned()))
     }
