@@ -71,24 +71,22 @@ mod tests {
         let sled = StorageSpec::Sled("job.cofferdam".into());
         let gone = dir.path().join("gone.toml");
         let s3 = Path::new("s3://b/j");
-        // What is named, `--state-dir`, what the manifest says; the state directory, the checkpoints.
-        let rows: [(&Path, Option<&Path>, Option<StorageSpec>, &Path, &Path); 8] = [
-            (&state, None, None, &state, &state),
-            (&state, Some(other), None, other, other),
-            (s3, None, None, s3, s3),
-            (&gone, Some(other), None, other, other),
-            (
-                &manifest,
-                None,
-                Some(sled.clone()),
-                Path::new("job.cofferdam"),
-                Path::new("job.cofferdam"),
-            ),
-            (&manifest, Some(other), Some(sled), other, other),
-            (&manifest, None, Some(objects.clone()), Path::new("here"), s3),
-            (&manifest, Some(other), Some(objects), other, s3),
+        let beside = Path::new("job.cofferdam");
+        let here = Path::new("here");
+        // What is named, and what the manifest says; the state directory and the checkpoints, and those with
+        // `--state-dir other`.
+        let rows = [
+            (&*state, None, [&*state, &state], [other, other]),
+            (s3, None, [s3, s3], [other, other]),
+            (&manifest, Some(sled), [beside, beside], [other, other]),
+            (&manifest, Some(objects), [here, s3], [other, s3]),
         ];
-        for (job, state_dir, storage, expected_state, expected_checkpoints) in rows {
+        let both = rows.into_iter().flat_map(|(job, storage, plain, with)| {
+            [(job, storage.clone(), None, plain), (job, storage, Some(other), with)]
+        });
+        let gone = (&*gone, None, Some(other), [other, other]);
+        for (job, storage, state_dir, [expected_state, expected_checkpoints]) in both.chain([gone])
+        {
             let read = || storage.clone().ok_or_else(|| panic!("{} is no manifest", job.display()));
             let found = JobLocation::find(job, state_dir, read).expect("found");
             let expected = JobLocation {
