@@ -75,11 +75,12 @@ pub enum ComponentError {
         message: String,
     },
     /// The compiler refused what the checks had accepted.
-    #[error("compile it: {message}")]
-    Compile {
-        /// The compiler's words.
-        message: String,
-    },
+    #[error("compile it")]
+    Compile(
+        /// The compiler's words, or what the system did not give it.
+        #[source]
+        Box<dyn std::error::Error + Send + Sync>,
+    ),
 }
 
 /// A component that is checked, compiled and linked. Cheap to clone.
@@ -161,7 +162,7 @@ impl Sandbox {
     fn compile(&self, bytes: &[u8], digest: Digest) -> Result<Compiled, ComponentError> {
         let instrumented = rewrite(bytes)?;
         let compile =
-            |error: wasmtime::Error| ComponentError::Compile { message: format!("{error:#}") };
+            |error: wasmtime::Error| ComponentError::Compile(error.into_boxed_dyn_error());
         let compiled =
             Compiled::from_binary(&self.shared.engine, &instrumented).map_err(compile)?;
         if let Err(error) = self.store(&compiled, digest) {

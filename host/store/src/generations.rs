@@ -74,11 +74,14 @@ pub(crate) fn open_generations(
 }
 
 /// A store whose head is lost: what its generations say has to do.
+///
+/// # Errors
+/// Where one cannot be read now: what is in it may be whole, so it is no damage.
 pub(crate) fn head_of_generations(
     storage: &dyn Storage,
     numbers: &[u64],
     found: &mut OpenedStore,
-) -> Head {
+) -> Result<Head> {
     let mut head = Head::default();
     for &number in numbers {
         let metadata = storage.read(number, 0).and_then(|generation| {
@@ -99,16 +102,18 @@ pub(crate) fn head_of_generations(
                                 checksum,
                             });
                         }
+                        Err(error) if error.may_pass() => return Err(error),
                         Err(error) => found.damaged.push(error.to_string()),
                     }
                 }
             }
+            Err(error) if error.may_pass() => return Err(error),
             Err(error) => found.damaged.push(format!("generation {number}: {error}")),
         }
     }
     head.generation = numbers.last().copied().unwrap_or(0);
     head.highest_id = head.checkpoints.iter().map(|kept| kept.checkpoint).max().unwrap_or(0);
-    head
+    Ok(head)
 }
 
 pub(crate) fn metadata_checksum(metadata: &CheckpointMetadata) -> Result<u64> {
@@ -131,4 +136,63 @@ pub(crate) fn read_metadata_as_stored(
     };
     let bytes = unseal(&name, key, &framed)?;
     Ok((CheckpointMetadata::decode(&name, bytes)?, twox_hash::XxHash3_64::oneshot(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use crate::SnapshotStore;
+
+    use super::*;
+
+    /// A store that has lost its head, and whose generation cannot be read.
+    struct Headless {
+        os_error: i32,
+    }
+
+    impl Storage for Headless {
+        fn generations(&self) -> Result<Vec<u64>> {
+            Ok(vec![1])
+        }
+
+        fn open(&mut self, _: u64, _: u64) -> Result<Box<dyn Generation>> {
+            unreachable!("nothing is written")
+        }
+
+        fn read(&self, _: u64, _: u64) -> Result<Box<dyn Generation>> {
+            Err(StorageError::store("open", io::Error::from_raw_os_error(self.os_error)))
+        }
+
+        fn heads(&self) -> Result<Vec<Vec<u8>>> {
+            Ok(Vec::new())
+        }
+
+        fn write_head(&mut self, _: usize, _: &[u8]) -> Result<()> {
+            unreachable!("nothing is written")
+        }
+
+        fn remove_heads(&mut self) -> Result<()> {
+            unreachable!("nothing is removed")
+        }
+
+        fn location(&self) -> String {
+            "here".to_owned()
+        }
+
+        fn remove(&mut self, _: u64) -> Result<()> {
+            unreachable!("nothing is removed")
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_now_is_no_damage_of_a_store_without_its_head() {
+        let error =
+            SnapshotStore::look(Box::new(Headless { os_error: 24 })).map(|(_, found)| found);
+        assert_eq!(error.expect_err("too many open files").os_error(), Some(24));
+        let gone = SnapshotStore::look(Box::new(Headless { os_error: 2 }));
+        let (_, found) = gone.expect("it is looked into");
+        assert!(found.is_headless);
+        assert!(found.damaged.iter().any(|damage| damage.contains("generation 1")), "{found:?}");
+    }
 }

@@ -173,7 +173,7 @@ impl SnapshotStore {
         };
         found.damaged.push(error);
         found.is_headless = true;
-        let head = head_of_generations(storage, &numbers, &mut found);
+        let head = head_of_generations(storage, &numbers, &mut found)?;
         Ok((head, found))
     }
 

@@ -116,7 +116,7 @@ fn around(module: &[u8]) -> Vec<u8> {
 fn check_component(bytes: &[u8]) -> bool {
     let rewritten = match cofferdam_sandbox::rewrite(bytes) {
         Ok(rewritten) => rewritten,
-        Err(ComponentError::Compile { message }) => panic!("it was not to be compiled: {message}"),
+        Err(ComponentError::Compile(error)) => panic!("it was not to be compiled: {error}"),
         Err(error) => {
             assert!(!error.to_string().is_empty());
             return false;

@@ -13,7 +13,7 @@ use cofferdam_sandbox::{
     Component, ComponentError, GuestError, InstanceSetup, Limits, QuietHost, Sandbox, SandboxError,
     SandboxOptions,
 };
-use cofferdam_settings::{Code, Problem};
+use cofferdam_settings::{Code, Problem, problem::with_sources};
 use cofferdam_spec::OperatorSpec;
 
 /// An operator whose component was loaded and asked what it is.
@@ -158,7 +158,9 @@ pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Comp
             }
             _ => (Code::OtherWorld, "an operator is a crate with one #[operator]; see `cofferdam new`"),
         };
-        Problem::new(code, format!("the component of operator \"{name}\" cannot be used: {error}"))
+        let (message, os_error) = (with_sources(&error), os_error(&error));
+        Problem::new(code, format!("the component of operator \"{name}\" cannot be used: {message}"))
+            .with_os_error(os_error)
             .detail(path.display())
             .hint(hint)
     })
