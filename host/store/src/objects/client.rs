@@ -1,10 +1,13 @@
 //! Requests to an object store, on threads of their own.
 
-use std::sync::{Arc, mpsc};
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+};
 
 use futures::TryStreamExt;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, path::Path as ObjectPath};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::{Result, StorageError};
 
@@ -18,18 +21,19 @@ pub(crate) fn number_of(path: &ObjectPath, prefix: &str) -> Option<u64> {
 pub(crate) struct Objects {
     pub(crate) store: Arc<dyn ObjectStore>,
     pub(crate) root: ObjectPath,
-    pub(super) runtime: Arc<Threads>,
+    pub(super) runtime: Handle,
 }
 
-/// A runtime that may be dropped anywhere.
-pub(crate) struct Threads(pub(super) Option<Runtime>);
-
-impl Drop for Threads {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
+/// The threads for all requests of the process: one job more takes none.
+pub(super) fn threads() -> io::Result<Handle> {
+    static THREADS: Mutex<Option<Runtime>> = Mutex::new(None);
+    let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(runtime) = &*threads {
+        return Ok(runtime.handle().clone());
     }
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(2).thread_name("cofferdam-objects").enable_all();
+    Ok(threads.insert(builder.build()?).handle().clone())
 }
 
 pub(crate) fn failed(doing: &'static str) -> impl Fn(object_store::Error) -> StorageError {
@@ -47,12 +51,10 @@ impl Objects {
         future: impl Future<Output = T> + Send + 'static,
     ) -> mpsc::Receiver<T> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        if let Some(runtime) = &self.runtime.0 {
-            runtime.spawn(async move {
-                // Whoever has asked may have gone.
-                let _ = sender.send(future.await);
-            });
-        }
+        self.runtime.spawn(async move {
+            // Whoever has asked may have gone.
+            let _ = sender.send(future.await);
+        });
         receiver
     }
 

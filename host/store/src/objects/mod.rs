@@ -15,20 +15,19 @@ mod segment;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt::Display, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use cofferdam_files::{FOR_ALL, make_dir};
-use cofferdam_settings::problem::with_sources;
 use object_store::{
     ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, aws::AmazonS3Builder,
     local::LocalFileSystem, path::Path as ObjectPath,
 };
 
 use self::{
-    client::{Objects, Threads, number_of},
+    client::{Objects, number_of, threads},
     generation::ObjectGeneration,
 };
-use crate::{Generation, Result, Storage, StorageError, open::GENERATION};
+use crate::{Generation, Result, Storage, StorageError, open::GENERATION, storage::Cause};
 
 /// In a generation that is being removed: whatever else is left of it does not count.
 const REMOVED: &str = "removed";
@@ -48,39 +47,35 @@ impl ObjectStorage {
     pub fn new(location: &str) -> Result<Self> {
         // The first one to ask decides for the process; it makes no difference who that is.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let wrong = |error: &dyn Display| {
-            StorageError::store("open the checkpoints", format!("{location}: {error}"))
-        };
+        let wrong = |cause: Cause| StorageError::at("open the checkpoints", location, cause);
         let (store, root): (Arc<dyn ObjectStore>, ObjectPath) = match location.split_once("://") {
             None | Some(("file", _)) => {
                 let dir = Path::new(location.strip_prefix("file://").unwrap_or(location));
                 make_dir(dir, FOR_ALL)
                     .map_err(|error| StorageError::at("open the checkpoints", location, error))?;
-                let store = LocalFileSystem::new_with_prefix(dir).map_err(|error| wrong(&error))?;
+                let store =
+                    LocalFileSystem::new_with_prefix(dir).map_err(|error| wrong(error.into()))?;
                 let store = store.with_fsync(true).with_automatic_cleanup(true);
                 (Arc::new(store), ObjectPath::default())
             }
             Some(("s3" | "s3a", rest)) => {
                 let store = AmazonS3Builder::from_env().with_url(location).build();
-                let store = store.map_err(|error| wrong(&with_sources(&error)))?;
+                let store = store.map_err(|error| wrong(error.into()))?;
                 let folder = rest.split_once('/').map_or("", |(_, folder)| folder);
-                (Arc::new(store), ObjectPath::parse(folder).map_err(|error| wrong(&error))?)
+                (Arc::new(store), ObjectPath::parse(folder).map_err(|error| wrong(error.into()))?)
             }
             Some((scheme, _)) => {
-                return Err(wrong(&format!("{scheme}:// is not known, file:// and s3:// are")));
+                return Err(wrong(
+                    format!("{scheme}:// is not known, file:// and s3:// are").into(),
+                ));
             }
         };
         Self::over(store, root, location)
     }
 
     fn over(store: Arc<dyn ObjectStore>, root: ObjectPath, location: &str) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .thread_name("cofferdam-objects")
-            .enable_all()
-            .build()
+        let runtime = threads()
             .map_err(|error| StorageError::store("start the threads of an object store", error))?;
-        let runtime = Arc::new(Threads(Some(runtime)));
         Ok(Self { objects: Objects { store, root, runtime }, location: location.to_owned() })
     }
 

@@ -30,6 +30,8 @@ use cofferdam_store::{
     table::{Table, Tables},
 };
 
+use tokio::runtime::{Handle, RuntimeFlavor};
+
 use self::layer::{ENTRY_BYTES, Layer, decode, encode, unspilled};
 use super::as_of::AsOf;
 
@@ -170,7 +172,7 @@ impl KeyedState {
         let is_behind = BEHIND_MAX * self.limits.write_buffer_bytes < inner.behind_bytes();
         drop(inner);
         if is_behind {
-            tokio::task::block_in_place(|| self.apply_completed()).map_err(unavailable)?;
+            off_the_runtime(|| self.apply_completed()).map_err(unavailable)?;
         }
         Ok(())
     }
@@ -180,7 +182,7 @@ impl KeyedState {
         if buffered_bytes <= self.limits.write_buffer_bytes {
             return Ok(());
         }
-        tokio::task::block_in_place(|| layer.spill(&self.tables))
+        off_the_runtime(|| layer.spill(&self.tables))
     }
 
     fn write(
@@ -440,6 +442,15 @@ impl KeyedState {
         self.commit_call()?;
         self.lock().uncommitted = None;
         Ok(())
+    }
+}
+
+/// Does what waits for a disk. Other tasks leave this thread meanwhile, where the runtime has others for them.
+fn off_the_runtime<T>(work: impl FnOnce() -> T) -> T {
+    let flavor = Handle::try_current().map(|runtime| runtime.runtime_flavor());
+    match flavor {
+        Ok(RuntimeFlavor::CurrentThread) => work(),
+        _ => tokio::task::block_in_place(work),
     }
 }
 

@@ -312,3 +312,17 @@ fn a_database_that_has_failed_is_replaced() {
     assert_eq!(state.rewind(point(1)), None);
     assert_eq!(scanned(&state, 2).len(), 3);
 }
+
+#[test]
+fn state_moves_to_disk_on_a_runtime_of_one_thread_too() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let state = state(&dir, 1 << 10);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    runtime.block_on(async {
+        for number in 0..20u32 {
+            write(&state, 0, &number.to_le_bytes(), Some(vec![7; 500]));
+        }
+    });
+    assert_eq!(scanned(&state, 0).len(), 20);
+    assert!(state.lock().current.spilled.is_some(), "nothing was too large for the memory");
+}
