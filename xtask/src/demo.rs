@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::steps::{announce, cargo, guests, root};
+use crate::steps::{announce, cargo, components, root};
 
 pub(crate) fn run_job(example: &str) -> Result<String> {
     let manifest = root().join("examples").join(example).join("job.toml");
@@ -39,7 +39,7 @@ fn program() -> PathBuf {
 }
 
 pub(crate) fn run() -> Result<()> {
-    guests()?;
+    components("examples")?;
     announce("building cofferdam, without object stores: some minutes the first time");
     crate::steps::run(cargo(".").args([
         "build",

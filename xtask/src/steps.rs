@@ -61,15 +61,18 @@ fn add_target() -> Result<()> {
 
 /// Builds every component.
 pub(crate) fn guests() -> Result<()> {
+    components("examples")?;
+    components("tests/guests")
+}
+
+/// Builds the components of a workspace.
+pub(crate) fn components(dir: &str) -> Result<()> {
     add_target()?;
-    for dir in ["examples", "tests/guests"] {
-        announce(&format!("building the components in {dir}"));
-        // Manifests name components where their own workspace puts them.
-        let mut build = cargo(dir);
-        build.env_remove("CARGO_TARGET_DIR");
-        run(build.args(["build", "--release", "--target", TARGET]))?;
-    }
-    Ok(())
+    announce(&format!("building the components in {dir}"));
+    // Manifests name components where their own workspace puts them.
+    let mut build = cargo(dir);
+    build.env_remove("CARGO_TARGET_DIR");
+    run(build.args(["build", "--release", "--target", TARGET]))
 }
 
 /// Everything that must hold before a change is shared.

@@ -307,6 +307,7 @@ fn ticks_accumulate_behind_a_slow_checkpoint() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "a thousand requests that wait for each other take an hour")]
 fn request_that_is_one_too_many_is_refused_by_its_name() {
     let settings = CheckpointSettings { timeout_ms: u64::MAX, ..tolerant() };
     let mut rig = Rig::new(10, settings);
