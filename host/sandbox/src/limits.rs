@@ -19,7 +19,6 @@ const HANDLES_MAX: u32 = 64;
 const TABLE_ELEMENTS_MAX: u64 = 100_000;
 /// Declared state of one task that the host keeps: what a disk of 1 TB has for 60 of them.
 const STATE_BYTES_MAX: u64 = 16 << 30;
-/// One result partition: a batch job has many, and most are released early.
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 

@@ -143,11 +143,15 @@ impl GuestError {
                     backtrace: backtrace(error),
                 },
             },
-            // Bad pointers, invalid UTF-8, a host function that gave an error: the guest broke the
-            // canonical ABI or misused a resource.
-            None => {
-                Self::Trap { message: error.root_cause().to_string(), backtrace: backtrace(error) }
-            }
+            // A memory or a table that is too large from its beginning. Else bad pointers, invalid UTF-8, a host function
+            // that gave an error: the guest broke the canonical ABI or misused a resource.
+            None => match refused {
+                Some(limit) => Self::Limit(limit),
+                None => {
+                    let message = error.root_cause().to_string();
+                    Self::Trap { message, backtrace: backtrace(error) }
+                }
+            },
         }
     }
 }
