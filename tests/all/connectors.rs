@@ -22,7 +22,7 @@ use cofferdam_connector::{
     sink::{Guarantee, StateWriter},
     source::Lag,
     state::{decode_all, encode_all, unreadable},
-    testing::{SinkUnderTest, check_sink, check_source},
+    testing::{SinkUnderTest, check_sink, check_sink_rescaled, check_source},
 };
 use cofferdam_connectors::builtin;
 use cofferdam_contract::{Batch, Format, RecordRef};
@@ -683,6 +683,10 @@ impl<V: FnMut() -> Vec<String>> SinkUnderTest for Tested<V> {
         plan
     }
 
+    fn spec(&self) -> Arc<dyn SinkSpec> {
+        self.spec.clone()
+    }
+
     fn visible(&mut self) -> Vec<String> {
         (self.visible)()
     }
@@ -705,19 +709,43 @@ fn sinks_obey_the_laws() {
     let record_dir = dir.path().join("record");
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.expect("a runtime");
-    let out = dir.path().join("out");
-    let mut file = Tested {
-        spec: spec("file", "path = \"out\"\n"),
-        lineage: lineage.clone(),
-        record_dir: record_dir.clone(),
-        visible: || cofferdam_tests::job::committed(&out),
-    };
-    assert_eq!(runtime.block_on(check_sink(&mut file)), Ok(()));
+    for name in ["out", "rescaled"] {
+        let out = dir.path().join(name);
+        let mut file = Tested {
+            spec: spec("file", &format!("path = \"{name}\"\n")),
+            lineage: lineage.clone(),
+            record_dir: record_dir.join(name),
+            visible: || cofferdam_tests::job::committed(&out),
+        };
+        let checked = runtime.block_on(async {
+            if name == "out" {
+                check_sink(&mut file).await
+            } else {
+                check_sink_rescaled(&mut file).await
+            }
+        });
+        assert_eq!(checked, Ok(()), "{name}");
+    }
     let mut book = Tested {
         spec: spec("ledger", "book = \"main\"\n"),
-        lineage,
-        record_dir,
+        lineage: lineage.clone(),
+        record_dir: record_dir.join("book"),
         visible: || ledger.records(),
     };
     assert_eq!(runtime.block_on(check_sink(&mut book)), Ok(()));
+
+    let (topic, ledger) = (Arc::<Topic>::default(), Arc::<Ledger>::default());
+    let fresh = self::catalog(&topic, &ledger);
+    let connector = fresh.sinks().iter().find(|it| it.name() == "ledger").expect("a connector");
+    let (path, text) = (Path::new("sink.toml"), "book = \"main\"\n");
+    let document = Document::new(path, text);
+    let table = document.parse(text, 0).expect("TOML");
+    let section = Section::root(&document, &[(&table, 0)]);
+    let mut book = Tested {
+        spec: connector.read(&section, dir.path()).expect("settings"),
+        lineage,
+        record_dir: record_dir.join("rescaled-book"),
+        visible: || ledger.records(),
+    };
+    assert_eq!(runtime.block_on(check_sink_rescaled(&mut book)), Ok(()));
 }

@@ -7,8 +7,8 @@ use std::{
 
 use cofferdam_contract::{Batch, OpenContext};
 use cofferdam_sandbox::{
-    Component, ComponentError, GuestError, Image, Instance, InstanceSetup, Limit, Limits, Sandbox,
-    SandboxOptions, SnapshotError, TrackingChoice,
+    Component, GuestError, Image, Instance, InstanceSetup, Limit, Limits, Sandbox, SandboxOptions,
+    SnapshotError, TrackingChoice,
 };
 use cofferdam_tests::{guest, host::RecordingHost};
 

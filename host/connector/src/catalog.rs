@@ -15,6 +15,7 @@ use std::{
 };
 
 use cofferdam_contract::Format;
+use cofferdam_core::failure::{FailureCause, Obstacle};
 use cofferdam_settings::{AnySetting, Problem, Section};
 
 use crate::{Answer, Sink, Source, TaskContext, identity::Lineage, sink::Guarantee};
@@ -158,14 +159,20 @@ pub trait SinkSpec: fmt::Debug + Send + Sync {
     fn claim(&self, output: OutputContext<'_>) -> Result<Box<dyn SinkPlan>, Problem>;
 
     /// Distributes the states of all tasks over another number of tasks, which commit what they hold. May look
-    /// outside, and wait.
+    /// outside, and wait. A sink that has states and does not say how is refused another parallelism: what it holds
+    /// would be lost.
     fn redistribute<'a>(
         &'a self,
         states: &'a [&'a [u8]],
         parallelism: usize,
     ) -> Answer<'a, Vec<Vec<u8>>> {
-        let _ = states;
-        crate::ready(Ok(vec![Vec::new(); parallelism]))
+        if states.iter().all(|state| state.is_empty()) {
+            return crate::ready(Ok(vec![Vec::new(); parallelism]));
+        }
+        let message = "its connector cannot distribute what the tasks have still to commit over another number of \
+                       tasks; keep the parallelism"
+            .to_owned();
+        crate::ready(Err(FailureCause::Permanent { obstacle: Obstacle::StateMismatch, message }))
     }
 }
 
@@ -262,10 +269,13 @@ impl Catalog {
         &self.sources
     }
 
-    /// What the state of a sink that the job does not have any more has still to commit; `None`: nothing.
+    /// What the state of a sink has still to commit, for example, and the connector that can do so; `None`: nothing.
     #[must_use]
-    pub fn uncommitted(&self, state: &[u8]) -> Option<String> {
-        self.sinks.iter().find_map(|connector| connector.uncommitted(state))
+    pub fn uncommitted(&self, state: &[u8]) -> Option<(&'static str, String)> {
+        let asked = |connector: &Arc<dyn SinkConnector>| {
+            connector.uncommitted(state).map(|example| (connector.name(), example))
+        };
+        self.sinks.iter().find_map(asked)
     }
 
     /// Every kind of sink.

@@ -4,7 +4,7 @@
 //! look at. Both are strict about what the contract promises and about nothing else: the order of records of
 //! several tasks, for example, is free.
 
-use std::{collections::BTreeMap, future::poll_fn};
+use std::{collections::BTreeMap, future::poll_fn, sync::Arc};
 
 use cofferdam_contract::{Batch, RecordRef};
 use cofferdam_core::{checkpoint::Purpose, ids::CheckpointId};
@@ -12,7 +12,7 @@ use cofferdam_core::{checkpoint::Purpose, ids::CheckpointId};
 use crate::{
     Result, Sink, Source, Step, TaskContext,
     blocking::Blocking,
-    catalog::{SinkPlan, SourcePlan},
+    catalog::{SinkPlan, SinkSpec, SourcePlan},
     sink::StateWriter,
 };
 
@@ -156,6 +156,9 @@ pub trait SinkUnderTest {
     /// Claims the output for a run that begins from this checkpoint with these states, or from nothing.
     fn claim(&mut self, restored: Option<(u64, Vec<Vec<u8>>)>) -> Box<dyn SinkPlan>;
 
+    /// The sink as the manifest has it.
+    fn spec(&self) -> Arc<dyn SinkSpec>;
+
     /// What a reader of the output sees, a value for each record.
     fn visible(&mut self) -> Vec<String>;
 }
@@ -220,6 +223,47 @@ pub async fn check_sink(test: &mut dyn SinkUnderTest) -> std::result::Result<(),
         drop(sink);
         let law = "what was restored is committed, and what came after it is not";
         sees(test, &["a", "b", "c", "d", "e"], law)?;
+    }
+    Ok(())
+}
+
+/// Checks the law of a sink whose parallelism changes: what two tasks had pre-committed when they were killed is seen,
+/// once, whatever number of tasks takes it over and however often. Wants an output that is empty.
+///
+/// # Errors
+/// The law that it breaks, and how.
+pub async fn check_sink_rescaled(test: &mut dyn SinkUnderTest) -> std::result::Result<(), String> {
+    let said = |cause: cofferdam_core::failure::FailureCause| cause.message().into_owned();
+    let plan = test.claim(None);
+    plan.begin().map_err(|problem| problem.to_string())?;
+    let (mut sinks, mut states) = (Vec::new(), Vec::new());
+    for (index, value) in [(0, "a"), (1, "b")] {
+        let mut sink = plan.open(&task(index, 2), None).await.map_err(said)?;
+        write(&mut *sink, value).await.map_err(said)?;
+        states.push(pre_commit(&mut *sink, 1).await.map_err(said)?);
+        sinks.push(sink);
+    }
+    drop((sinks, plan));
+    let states: Vec<&[u8]> = states.iter().map(Vec::as_slice).collect();
+    for parallelism in [3, 1, 2] {
+        let shared = test.spec().redistribute(&states, parallelism as usize).await.map_err(said)?;
+        if shared.len() != parallelism as usize {
+            return Err(format!("{} states for {parallelism} tasks", shared.len()));
+        }
+        let plan = test.claim(Some((1, shared.clone())));
+        plan.begin().map_err(|problem| problem.to_string())?;
+        for (index, state) in (0..).zip(shared) {
+            let state = Some(state).filter(|state| !state.is_empty());
+            let mut sink = plan.open(&task(index, parallelism), state).await.map_err(said)?;
+            pre_commit(&mut *sink, 2).await.map_err(said)?;
+        }
+        let mut visible = test.visible();
+        visible.sort();
+        if visible != ["a", "b"] {
+            return Err(format!(
+                "what two tasks held is committed once by {parallelism}: {visible:?} is seen"
+            ));
+        }
     }
     Ok(())
 }

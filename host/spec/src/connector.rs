@@ -37,18 +37,18 @@ pub(crate) fn read_source(
     section: &Section<'_>,
     base_dir: &Path,
     catalog: &Catalog,
-) -> Result<Arc<dyn SourceSpec>> {
+) -> Result<(&'static str, Arc<dyn SourceSpec>)> {
     let connector = chosen(section, catalog.sources(), |it| it.name())?;
     section.know(connector.settings());
-    connector.read(section, base_dir)
+    Ok((connector.name(), connector.read(section, base_dir)?))
 }
 
 pub(crate) fn read_sink(
     section: &Section<'_>,
     base_dir: &Path,
     catalog: &Catalog,
-) -> Result<Arc<dyn SinkSpec>> {
+) -> Result<(&'static str, Arc<dyn SinkSpec>)> {
     let connector = chosen(section, catalog.sinks(), |it| it.name())?;
     section.know(connector.settings());
-    connector.read(section, base_dir)
+    Ok((connector.name(), connector.read(section, base_dir)?))
 }

@@ -197,6 +197,8 @@ pub struct NodeSpec {
     pub name: String,
     /// What it does.
     pub kind: NodeKind,
+    /// The name of its connector; `None`: it is an operator.
+    pub connector: Option<&'static str>,
     /// What its state is matched by when the job resumes: the name, unless the manifest says
     /// otherwise.
     pub uid: String,

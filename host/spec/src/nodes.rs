@@ -83,6 +83,7 @@ pub(super) struct RawNode {
     uid: Option<Located<String>>,
     parallelism: Option<u32>,
     kind: NodeKind,
+    connector: Option<&'static str>,
     inputs: Vec<RawInput>,
 }
 
@@ -135,7 +136,8 @@ pub(super) fn read_nodes(
     }
     for section in sources {
         let node = read_node(&section, None, |_| {
-            Ok(NodeKind::Source(read_source(&section, base_dir, catalog)?))
+            let (connector, spec) = read_source(&section, base_dir, catalog)?;
+            Ok((NodeKind::Source(spec), Some(connector)))
         });
         raw.push(root.document().noted(node));
     }
@@ -143,15 +145,17 @@ pub(super) fn read_nodes(
         let node = read_inputs(&section).and_then(|inputs| {
             read_node(&section, Some(inputs), |own| {
                 let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
-                Ok(NodeKind::Operator(Box::new(spec)))
+                Ok((NodeKind::Operator(Box::new(spec)), None))
             })
         });
         raw.push(root.document().noted(node));
     }
     for section in root.document().noted(root.sections("sink"))? {
         let node = read_inputs(&section).and_then(|inputs| {
-            let kind = |_| Ok(NodeKind::Sink(read_sink(&section, base_dir, catalog)?));
-            read_node(&section, Some(inputs), kind)
+            read_node(&section, Some(inputs), |_| {
+                let (connector, spec) = read_sink(&section, base_dir, catalog)?;
+                Ok((NodeKind::Sink(spec), Some(connector)))
+            })
         });
         raw.push(root.document().noted(node));
     }
@@ -161,7 +165,7 @@ pub(super) fn read_nodes(
 fn read_node(
     section: &Section<'_>,
     inputs: Option<Vec<RawInput>>,
-    kind: impl FnOnce(Option<u32>) -> Result<NodeKind>,
+    kind: impl FnOnce(Option<u32>) -> Result<(NodeKind, Option<&'static str>)>,
 ) -> Result<RawNode> {
     let name = section.require(&NAME)?;
     // It is part of the keys of everything else that is listed.
@@ -180,9 +184,9 @@ fn read_node(
     }
     let parallelism = section.find(&PARALLELISM);
     let parallelism = parallelism.map(|it| u32::try_from(it.value).unwrap_or(1));
-    let kind = kind(parallelism).inspect_err(|_| section.finish_early())?;
+    let (kind, connector) = kind(parallelism).inspect_err(|_| section.finish_early())?;
     section.finish();
-    Ok(RawNode { name, uid, parallelism, kind, inputs: inputs.unwrap_or_default() })
+    Ok(RawNode { name, uid, parallelism, kind, connector, inputs: inputs.unwrap_or_default() })
 }
 
 static PARTITIONERS: &[(&str, Partitioner)] = &[
@@ -369,7 +373,8 @@ pub(super) fn resolve(
         }
         let uid = uid_of(root, node, &nodes)?;
         let name = node.name.value.clone();
-        nodes.push(NodeSpec { name, uid, kind: node.kind.clone(), inputs });
+        let (kind, connector) = (node.kind.clone(), node.connector);
+        nodes.push(NodeSpec { name, uid, kind, connector, inputs });
     }
     let graph = JobGraph::new(operators, edges.clone())
         .map_err(|error| graph_problem(root, &raw, &edges, &spans, error))?;

@@ -245,21 +245,26 @@ fn check_left_behind(
     metadata: &CheckpointMetadata,
     store: &SnapshotStore,
 ) -> Result<(), Failed> {
-    let is_file_sink = |uid: &str| {
+    // A sink of another kind would not even look at it.
+    let is_there = |uid: &str, connector: &str| {
         let mut nodes = tasks.spec.nodes.iter();
-        nodes.any(|node| match &node.kind {
-            NodeKind::Sink(sink) => node.uid == uid && sink.directory().is_some(),
-            NodeKind::Source(_) | NodeKind::Operator(_) => false,
+        nodes.any(|node| {
+            matches!(node.kind, NodeKind::Sink(_))
+                && node.uid == uid
+                && node.connector == Some(connector)
         })
     };
     for (slot, task) in metadata.tasks.iter().enumerate() {
         let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
-        if !is_sink || is_file_sink(uid) {
+        if !is_sink {
             continue;
         }
         let state = store.load(slot, metadata.checkpoint)?.state;
         let uncommitted = Some(&*state).filter(|state| !state.is_empty());
-        if let Some(example) = uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state)) {
+        if let Some((connector, example)) =
+            uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state))
+            && !is_there(uid, connector)
+        {
             let message =
                 format!("sink \"{operator}\" no longer exists, but its output is not committed");
             let problem = Problem::new(Code::OutputTaken, message)
