@@ -134,7 +134,28 @@ fn only_the_tests_in_a_file_are_left_out_of_its_code() {
     assert_eq!(code_of(&within), own);
 }
 
-/// The modules of a crate that are named by `use crate::` and `use super::` outside of its tests, by file.
+/// The paths below `crate`, `super` and `self` that are named in the middle of some code.
+fn inline_paths(code: &str) -> Vec<String> {
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let mut paths = Vec::new();
+    for line in lines {
+        for root in ["crate::", "super::", "self::"] {
+            for (at, _) in line.match_indices(root) {
+                let is_word = |letter: char| letter.is_alphanumeric() || "_:$".contains(letter);
+                let is_inner = line[..at].chars().next_back().is_some_and(is_word);
+                let end =
+                    line[at..].find(|letter| !is_word(letter)).map_or(line.len(), |len| at + len);
+                if !is_inner {
+                    paths.push(line[at..end].trim_end_matches(':').to_owned());
+                }
+            }
+        }
+    }
+    paths
+}
+
+/// The modules of a crate that each of its files names outside of its tests, in `use` or in the middle of some code.
+/// A file and those in the folder of its name are one room: what is within may name what it lies in.
 fn imports(source: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let mut files = BTreeMap::new();
     for (path, text) in sources(&source.display().to_string()) {
@@ -152,23 +173,22 @@ fn imports(source: &Path) -> BTreeMap<String, BTreeSet<String>> {
     for (name, code) in &files {
         let mut named = BTreeSet::new();
         let own: Vec<&str> = name.split("::").filter(|part| !part.is_empty()).collect();
-        for statement in code.split("use ").skip(1) {
-            let statement = statement.split(';').next().unwrap_or_default();
-            for used in flattened(statement) {
-                let parts: Vec<&str> = used.split("::").collect();
-                let path: Vec<&str> = match parts[0] {
-                    "crate" => parts[1..].to_vec(),
-                    "super" => {
-                        let up = parts.iter().take_while(|part| **part == "super").count();
-                        let above = &own[..own.len().saturating_sub(up)];
-                        above.iter().copied().chain(parts[up..].iter().copied()).collect()
-                    }
-                    _ => continue,
-                };
-                // A module that re-exports what is below it is no arrow of its own.
-                let other = find(&path).filter(|other| other != name);
-                named.extend(other.filter(|other| !name.starts_with(&format!("{other}::"))));
-            }
+        let statements =
+            code.split("use ").skip(1).map(|it| it.split(';').next().unwrap_or_default());
+        for used in statements.flat_map(flattened).chain(inline_paths(code)) {
+            let parts: Vec<&str> = used.split("::").collect();
+            let path: Vec<&str> = match parts[0] {
+                "crate" => parts[1..].to_vec(),
+                "self" => own.iter().copied().chain(parts[1..].iter().copied()).collect(),
+                "super" => {
+                    let up = parts.iter().take_while(|part| **part == "super").count();
+                    let above = &own[..own.len().saturating_sub(up)];
+                    above.iter().copied().chain(parts[up..].iter().copied()).collect()
+                }
+                _ => continue,
+            };
+            let other = find(&path).filter(|other| other != name);
+            named.extend(other.filter(|other| !name.starts_with(&format!("{other}::"))));
         }
         found.insert(name.clone(), named);
     }
@@ -256,6 +276,13 @@ fn paths_of_imports_are_taken_apart() {
     let paths = flattened("crate::{a, b::{self, C},\n d::{e::F, G}}");
     let expected = ["crate::a", "crate::b::self", "crate::b::C", "crate::d::e::F", "crate::d::G"];
     assert_eq!(paths, expected);
+}
+
+#[test]
+fn paths_in_the_middle_of_code_are_found() {
+    let code =
+        "// crate::a\nlet x = super::files::f(y, &crate::b::C);\nself::d::e();\npub(super) fn\n";
+    assert_eq!(inline_paths(code), ["crate::b::C", "super::files::f", "self::d::e"]);
 }
 
 #[test]

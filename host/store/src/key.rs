@@ -9,6 +9,12 @@ pub(crate) const KIND_DECLARED: u8 = 2;
 
 pub(crate) const KIND_IN_FLIGHT: u8 = 3;
 
+/// How the folder of a generation begins; its number follows.
+pub(crate) const GENERATION: &str = "gen-";
+
+/// How the object of a segment begins; its number follows.
+pub(crate) const SEGMENT: &str = "segment-";
+
 pub(crate) fn snapshot_prefix(checkpoint: u64) -> Vec<u8> {
     let mut key = vec![b's'];
     key.extend_from_slice(&checkpoint.to_be_bytes());

@@ -2,18 +2,17 @@
 
 use std::{fs, path::Path};
 
-use crate::{Result, Storage, StorageError, sled};
+use crate::{
+    Result, Storage, StorageError,
+    key::{GENERATION, SEGMENT},
+    sled,
+};
 
 /// Whether it is a URL and no path of this machine.
 #[must_use]
 pub fn is_url(location: &Path) -> bool {
     location.to_string_lossy().contains("://")
 }
-
-/// The names of what [`objects_at`] opens.
-pub(crate) const GENERATION: &str = "gen-";
-
-pub(crate) const SEGMENT: &str = "segment-";
 
 /// Whether a directory holds generations that are made of objects.
 fn are_objects_in(dir: &Path) -> bool {

@@ -21,18 +21,15 @@ pub mod request;
 pub mod retained;
 pub mod retention;
 
-mod reason;
 mod trigger;
 
+pub use self::trigger::{Purpose, SavepointPurpose, Trigger};
 use self::{
     failures::{FailureCounter, FailureWeight},
     request::{Choice, Load, QUEUE_MAX, Request, RequestQueue},
     retained::{Kind, Retained},
 };
-pub use self::{
-    reason::AbortReason,
-    trigger::{Purpose, SavepointPurpose, Trigger},
-};
+pub use crate::failure::AbortReason;
 
 /// When checkpoints are taken and how many may fail. Durations in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    error::Error,
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,7 +9,6 @@ use std::{
 
 use cofferdam_core::{exchange::ExchangeType, ids::TaskId};
 use cofferdam_sandbox::Limits;
-use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, StateBackend, StorageSpec};
 use cofferdam_store::{
     SnapshotStore, Storage, StorageError, faulty::Faults, memory::MemoryStorage,
@@ -90,15 +88,6 @@ pub(super) fn locals(
         Ok((*task, Arc::new(TaskLocal::new(keyed.transpose()?))))
     };
     tasks.iter().zip(identities).map(local).collect()
-}
-
-pub(crate) fn unusable_state(location: Option<&Path>, error: &(dyn Error + 'static)) -> Problem {
-    let place = location.map_or_else(|| "memory".to_owned(), |path| path.display().to_string());
-    Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
-        .because(error)
-        .hint(
-            "set --state-dir, or execution.checkpointing.dir, to a directory that you can write to",
-        )
 }
 
 /// Whether a job has no storage yet: not even to look into it one is made.

@@ -47,13 +47,14 @@ pub use self::{
 use self::{
     driver::Driver,
     ending::{Ending, failure, next_step},
-    files::{is_nothing_there, locals, open_store, partitions, storage_at, unusable_state},
+    files::{is_nothing_there, locals, open_store, partitions, storage_at},
     plan::{
         Plan, components_of, digest_of, identity, own_components, prepare_nodes, sources_of,
         untried,
     },
     restore::Restorable,
     resume::{Resumption, claim_outputs, look},
+    state_dir::unusable_state,
     target::Tasks,
 };
 use crate::{

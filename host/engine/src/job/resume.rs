@@ -20,14 +20,10 @@ use cofferdam_store::{
     metadata::{CheckpointMetadata, TaskIdentity},
 };
 
-use super::{
-    files::{OUTPUTS, unusable_state},
-    restore,
-    target::Tasks,
-};
+use super::{files::OUTPUTS, restore, target::Tasks};
 use crate::job::{
     restore::RestoreFrom,
-    state_dir::{Ended, JobRecord},
+    state_dir::{Ended, JobRecord, unusable_state},
 };
 
 /// What the manifest does not say.

@@ -1,6 +1,7 @@
 //! The directory that belongs to one job: its lock, and the record that makes it the job's.
 
 use std::{
+    error::Error,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -92,10 +93,19 @@ impl JobRecord {
     }
 }
 
+pub(crate) fn unusable_state(location: Option<&Path>, error: &(dyn Error + 'static)) -> Problem {
+    let place = location.map_or_else(|| "memory".to_owned(), |path| path.display().to_string());
+    Problem::new(Code::StateUnusable, format!("the state directory {place} cannot be used"))
+        .because(error)
+        .hint(
+            "set --state-dir, or execution.checkpointing.dir, to a directory that you can write to",
+        )
+}
+
 /// Makes a state directory and locks it for one run. A directory with anything else in it is nobody's
 /// state: what a job would remove there is not its own.
 pub(crate) fn lock(dir: &Path) -> Result<File, Problem> {
-    let unusable = |error: io::Error| super::files::unusable_state(Some(dir), &error);
+    let unusable = |error: io::Error| unusable_state(Some(dir), &error);
     make_dir(dir, FOR_OWNER).map_err(unusable)?;
     check_ours(dir)?;
     let lock = try_lock(&dir.join(LOCK)).map_err(unusable)?;
@@ -136,11 +146,11 @@ pub(crate) fn is_in_use(dir: &Path) -> Result<bool, Problem> {
         return Ok(false);
     }
     check_ours(dir)?;
-    is_locked(&dir.join(LOCK)).map_err(|error| super::files::unusable_state(Some(dir), &error))
+    is_locked(&dir.join(LOCK)).map_err(|error| unusable_state(Some(dir), &error))
 }
 
 fn check_ours(dir: &Path) -> Result<(), Problem> {
-    let unusable = |error: io::Error| super::files::unusable_state(Some(dir), &error);
+    let unusable = |error: io::Error| unusable_state(Some(dir), &error);
     if !dir.join(RECORD).exists() {
         for entry in fs::read_dir(dir).map_err(unusable)? {
             let entry = entry.map_err(unusable)?;

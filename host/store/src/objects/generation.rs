@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     Generation, Result, StorageError,
+    key::SEGMENT,
     metadata::{FORMAT, is_readable},
-    open::SEGMENT,
 };
 
 /// A segment is written when it has this many bytes, or at a flush.

@@ -27,7 +27,7 @@ use self::{
     client::{Objects, number_of, threads},
     generation::ObjectGeneration,
 };
-use crate::{Generation, Result, Storage, StorageError, open::GENERATION, storage::Cause};
+use crate::{Generation, Result, Storage, StorageError, key::GENERATION, storage::Cause};
 
 /// In a generation that is being removed: whatever else is left of it does not count.
 const REMOVED: &str = "removed";

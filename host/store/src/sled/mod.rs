@@ -26,13 +26,12 @@ use cofferdam_files::{FOR_OWNER, create_file, make_dir, sync_dir};
 
 pub(crate) use self::database::{Quiet, guarded};
 use self::{generation::SledGeneration, read::ReadGeneration};
-use crate::{Generation, Result, Storage, StorageError};
+use crate::{Generation, Result, Storage, StorageError, key::GENERATION};
 
 /// Checkpoints are written once and read at a restore; a cache would only hold what nobody reads.
 const CACHE_BYTES: u64 = 16 << 20;
 
-/// What the directories of generations begin with, and those of generations on their way out.
-const GENERATION: &str = "gen-";
+/// What the directories of generations begin with that are on their way out.
 const REMOVED: &str = "removed-";
 /// And those that were damaged.
 const DAMAGED: &str = "damaged-";

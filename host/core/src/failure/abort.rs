@@ -1,9 +1,7 @@
 //! Why a checkpoint was given up, in Flink's words.
 
-use crate::{
-    failure::{EnvironmentError, FailureCause},
-    ids::TaskId,
-};
+use super::{EnvironmentError, FailureCause};
+use crate::ids::TaskId;
 
 /// Why a checkpoint was given up, or a request for one refused. Flink's
 /// `CheckpointFailureReason`, as far as it can happen on one machine.

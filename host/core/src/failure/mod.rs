@@ -1,8 +1,11 @@
 //! Classes of failure: what ended an attempt, and whether running it again can help.
 
+mod abort;
+
 use std::{borrow::Cow, error::Error, fmt, io};
 
-use crate::{checkpoint::AbortReason, ids::CheckpointId};
+pub use self::abort::AbortReason;
+use crate::ids::CheckpointId;
 
 /// What the environment could not do: a disk, a file system, a server, the memory of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
