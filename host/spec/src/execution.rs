@@ -345,7 +345,7 @@ fn read_unaligned(
     if !is_exactly_once {
         root.document().amend(path, "false");
         let why = "without EXACTLY_ONCE no barrier waits for another";
-        warnings.push(format!("`{path}` means nothing here: {why}"));
+        warnings.push(format!("`{path}` is ignored: {why}"));
         return None;
     }
     if 1 < concurrent_max {
@@ -363,7 +363,7 @@ fn read_unaligned(
 fn warn_meaningless(root: &Section<'_>, warnings: &mut Vec<String>) {
     for (path, why) in MEANINGLESS {
         if path.starts_with("execution.checkpointing.") && root.has(path) {
-            warnings.push(format!("`{path}` means nothing here: {why}"));
+            warnings.push(format!("`{path}` is ignored: {why}"));
         }
     }
 }

@@ -3,7 +3,7 @@
 //! line by line, and so it is here.
 //!
 //! Settings of a job come before those of the host, and those before the defaults. What Flink has
-//! and what means nothing here is told with the reason; what nobody knows is an error.
+//! and a key that is ignored is reported with the reason; an unknown key is an error.
 
 use std::{
     collections::BTreeMap,
@@ -91,7 +91,7 @@ impl HostSettings {
                 }
                 _ if line.is_empty() => {}
                 _ => settings.warnings.push(format!(
-                    "{}:{number}: `{line}` is no setting, and Flink skips it, too: a key, a colon, a space and a value",
+                    "{}:{number}: `{line}` is ignored, as in Flink: a setting is a key, a colon, a space and a value",
                     path.display()
                 )),
             }
@@ -117,10 +117,15 @@ impl HostSettings {
         let mut taken: BTreeMap<String, String> = BTreeMap::new();
         let is_old = |key: &str| renamed(key).is_some();
         let (old, new): (Vec<_>, Vec<_>) = pairs.iter().partition(|(key, _)| is_old(key));
+        let mut problems = Vec::new();
         for (given, value) in old.into_iter().chain(new) {
-            if let Some((key, value)) = self.take(given, value)? {
-                taken.insert(key, value);
+            match self.take(given, value) {
+                Ok(of_ours) => taken.extend(of_ours),
+                Err(problem) => problems.push(problem),
             }
+        }
+        if let Some(all) = Problem::all(problems) {
+            return Err(all);
         }
         for (key, value) in &taken {
             self.text.push_str(&super::setting_line(key, value));
@@ -150,8 +155,7 @@ impl HostSettings {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '-']))
         };
         if let Some((_, why)) = MEANINGLESS.iter().find(|(prefix, _)| begins(prefix)) {
-            self.warnings
-                .push(format!("{}: `{given}` means nothing here: {why}", self.path.display()));
+            self.warnings.push(format!("{}: `{given}` is ignored: {why}", self.path.display()));
             return Ok(None);
         }
         let problem = Problem::new(Code::UnknownKey, format!("unknown key `{given}`"))

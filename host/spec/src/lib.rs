@@ -454,20 +454,16 @@ fn read_job(
     let backlog_lag_ms = execution::read_backlog_lag(root);
     let mut warnings = std::mem::take(&mut execution.warnings);
     let state_backend = state::read(root, &mut warnings);
-    let nodes = nodes::read_nodes(root, base_dir, parallelism, catalog);
+    let mut nodes = nodes::read_nodes(root, base_dir, parallelism, catalog);
     let strategies = restart::read(root);
     let (failover, escalation) = restart::read_failover(root);
     root.finish();
-    document.mistakes()?;
-    let Some(mut nodes) = nodes else {
-        return Err(Problem::new(Code::HostBug, "a manifest without a mistake was not read"));
-    };
-    nodes::rescale(&mut nodes, rescaled)?;
+    document.noted(nodes::rescale(&mut nodes.nodes, rescaled));
 
     if execution.checkpoint.backlog_interval_ms.is_some() && backlog_lag_ms.is_none() {
         let key = "execution.checkpointing.interval-during-backlog";
         let lag = execution::BACKLOG_LAG.row().key;
-        warnings.push(format!("`{key}` means nothing without `{lag}`: no source has a backlog"));
+        warnings.push(format!("`{key}` is ignored without `{lag}`: no source has a backlog"));
     }
     let (graph, mut nodes) = nodes::resolve(root, nodes, parallelism, &execution.mode)?;
     warn_of_doubles(&nodes, &mut warnings);
@@ -477,8 +473,7 @@ fn read_job(
         document.amend(key, "none");
         let why =
             "regions that run one after the other have nothing to go back to but their inputs";
-        warnings
-            .push(format!("`{key}` means nothing with exchanges that are not pipelined: {why}"));
+        warnings.push(format!("`{key}` is ignored with exchanges that are not pipelined: {why}"));
     }
     let is_checkpointed = execution.checkpoint.interval_ms.is_some();
     let restart = strategies.resolve(root, is_checkpointed);

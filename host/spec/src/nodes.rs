@@ -119,47 +119,63 @@ pub(super) fn rescale(nodes: &mut [RawNode], parallelism: &BTreeMap<String, u32>
     Ok(())
 }
 
-/// The nodes, or `None` where something is wrong with one.
+/// The nodes that a manifest names, as far as they could be read.
+#[derive(Default)]
+pub(super) struct RawNodes {
+    pub(super) nodes: Vec<RawNode>,
+    /// The names of those with a mistake that is noted: inputs may name them.
+    unread: BTreeSet<String>,
+}
+
+impl RawNodes {
+    fn add(&mut self, section: &Section<'_>, node: Result<RawNode>) {
+        match section.document().noted(node) {
+            Some(node) => self.nodes.push(node),
+            None => self.unread.extend(section.try_require(&NAME).map(|name| name.value)),
+        }
+    }
+}
+
+/// Reads the nodes, and notes what is wrong with each.
 pub(super) fn read_nodes(
     root: &Section<'_>,
     base_dir: &Path,
     parallelism: u32,
     catalog: &Catalog,
-) -> Option<Vec<RawNode>> {
-    let mut raw = Vec::new();
-    let sources = root.document().noted(root.sections("source"))?;
-    if sources.is_empty() {
-        raw.push(
-            root.document()
-                .noted(Err(root.missing("source", "a job needs at least one [[source]]"))),
-        );
+) -> RawNodes {
+    let document = root.document();
+    let mut raw = RawNodes::default();
+    let sections = |kind: &'static str| document.noted(root.sections(kind)).unwrap_or_default();
+    let sources = document.noted(root.sections("source"));
+    if sources.as_ref().is_some_and(Vec::is_empty) {
+        document.noted::<()>(Err(root.missing("source", "a job needs at least one [[source]]")));
     }
-    for section in sources {
+    for section in sources.unwrap_or_default() {
         let node = read_node(&section, None, |_| {
             let (connector, spec) = read_source(&section, base_dir, catalog)?;
             Ok((NodeKind::Source(spec), Some(connector)))
         });
-        raw.push(root.document().noted(node));
+        raw.add(&section, node);
     }
-    for section in root.document().noted(root.sections("operator"))? {
+    for section in sections("operator") {
         let node = read_inputs(&section).and_then(|inputs| {
             read_node(&section, Some(inputs), |own| {
                 let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
                 Ok((NodeKind::Operator(Box::new(spec)), None))
             })
         });
-        raw.push(root.document().noted(node));
+        raw.add(&section, node);
     }
-    for section in root.document().noted(root.sections("sink"))? {
+    for section in sections("sink") {
         let node = read_inputs(&section).and_then(|inputs| {
             read_node(&section, Some(inputs), |_| {
                 let (connector, spec) = read_sink(&section, base_dir, catalog)?;
                 Ok((NodeKind::Sink(spec), Some(connector)))
             })
         });
-        raw.push(root.document().noted(node));
+        raw.add(&section, node);
     }
-    raw.into_iter().collect()
+    raw
 }
 
 fn read_node(
@@ -236,16 +252,19 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
 }
 
 /// The number of each node, by its name.
-fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> Result<BTreeMap<&'r str, OperatorId>> {
+fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> BTreeMap<&'r str, OperatorId> {
     let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
     for (id, node) in (0..).map(OperatorId).zip(raw) {
-        if ids.insert(&node.name.value, id).is_some() {
+        if ids.contains_key(&*node.name.value) {
             let message = format!("there are two nodes called \"{}\"", node.name.value);
             let problem = root.document().problem(Code::DuplicateName, &node.name.span, message);
-            return Err(problem.hint("sources, operators and sinks share their names"));
+            let hint = "sources, operators and sinks share their names";
+            root.document().noted::<()>(Err(problem.hint(hint)));
+        } else {
+            ids.insert(&node.name.value, id);
         }
     }
-    Ok(ids)
+    ids
 }
 
 /// Each node's name and parallelism. A sink without one of its own follows its input, so that the two are chained.
@@ -257,12 +276,10 @@ fn operators_of(
     let mut operators: Vec<Operator> = Vec::new();
     for node in raw {
         let followed = match (&node.kind, node.inputs.as_slice()) {
-            (NodeKind::Sink(_), [only]) => {
-                let producer = only.from.value.split('.').next().unwrap_or_default();
-                ids.get(producer)
-                    .and_then(|id| operators.get(id.0 as usize))
-                    .map(|operator| operator.parallelism)
-            }
+            (NodeKind::Sink(_), [only]) => ids
+                .get(only.producer())
+                .and_then(|id| operators.get(id.0 as usize))
+                .map(|operator| operator.parallelism),
             _ => None,
         };
         let parallelism = node.parallelism.or(followed).unwrap_or(parallelism);
@@ -294,18 +311,17 @@ fn producer_of(
 }
 
 /// What the state of a node is matched by: no other node may have it.
-fn uid_of(root: &Section<'_>, node: &RawNode, known: &[NodeSpec]) -> Result<String> {
+fn uid_of(root: &Section<'_>, node: &RawNode, known: &[NodeSpec]) -> String {
     let name = &node.name.value;
     let uid = node.uid.as_ref().map_or_else(|| name.clone(), |uid| uid.value.clone());
-    if let Some(other) = known.iter().find(|other| other.uid == uid) {
+    // Of two with one name that is said already.
+    if let Some(other) = known.iter().find(|other| other.uid == uid && other.name != *name) {
         let span = node.uid.as_ref().map_or(&node.name.span, |uid| &uid.span);
         let message = format!("\"{}\" and \"{name}\" have the same uid \"{uid}\"", other.name);
-        return Err(root
-            .document()
-            .problem(Code::DuplicateName, span, message)
-            .hint("state is matched by it: give each its own"));
+        let problem = root.document().problem(Code::DuplicateName, span, message);
+        root.document().noted::<()>(Err(problem.hint("state is matched by it: give each its own")));
     }
-    Ok(uid)
+    uid
 }
 
 /// What is wrong with a graph, where the manifest has it.
@@ -344,26 +360,34 @@ fn graph_problem(
     }
 }
 
+/// The graph of the nodes.
+///
+/// # Errors
+/// Every mistake of the manifest, those that were noted before included.
 pub(super) fn resolve(
     root: &Section<'_>,
-    raw: Vec<RawNode>,
+    RawNodes { nodes: raw, unread }: RawNodes,
     parallelism: u32,
     mode: &RuntimeMode,
 ) -> Result<(JobGraph, Vec<NodeSpec>)> {
-    let ids = ids_of(root, &raw)?;
+    let ids = ids_of(root, &raw);
     let operators = operators_of(&raw, &ids, parallelism);
     let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     for (to, node) in (0..).map(OperatorId).zip(&raw) {
         let mut inputs = Vec::new();
         for (input, raw_input) in (0..).zip(&node.inputs) {
-            let (from, output) = producer_of(root, &raw, &ids, node, raw_input)?;
+            if unread.contains(raw_input.producer()) {
+                continue;
+            }
+            let producer = producer_of(root, &raw, &ids, node, raw_input);
+            let Some((from, output)) = root.document().noted(producer) else { continue };
             let is_equal =
                 operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
             let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
             let partitioner = raw_input.partitioner.unwrap_or(default);
             // Which output a name means is known once the component has been asked.
             let exchange = raw_input.exchange.unwrap_or_else(|| {
-                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, inputs.len());
+                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, input as usize);
                 mode.exchange(partitioner, breaks_pipeline, || raw.iter().all(RawNode::is_bounded))
             });
             edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
@@ -371,15 +395,24 @@ pub(super) fn resolve(
             let place = root.document().place(&raw_input.from.span);
             inputs.push(InputSpec { from, output, partitioner, place });
         }
-        let uid = uid_of(root, node, &nodes)?;
+        let uid = uid_of(root, node, &nodes);
         let name = node.name.value.clone();
         let (kind, connector) = (node.kind.clone(), node.connector);
         nodes.push(NodeSpec { name, uid, kind, connector, inputs });
     }
+    // Of nodes or edges that are missing nothing can be said.
+    root.document().mistakes()?;
     let graph = JobGraph::new(operators, edges.clone())
         .map_err(|error| graph_problem(root, &raw, &edges, &spans, error))?;
     list(root.document(), &graph, &nodes);
     Ok((graph, nodes))
+}
+
+impl RawInput {
+    /// The node that it names.
+    fn producer(&self) -> &str {
+        self.from.value.split('.').next().unwrap_or_default()
+    }
 }
 
 impl RawNode {
@@ -430,8 +463,7 @@ fn breaks_pipeline(
     let origins = |input: &RawInput| {
         let (mut found, mut waiting) = (BTreeSet::new(), vec![input]);
         while let Some(input) = waiting.pop() {
-            let producer = input.from.value.split('.').next().unwrap_or_default();
-            if let Some(id) = ids.get(producer)
+            if let Some(id) = ids.get(input.producer())
                 && found.insert(*id)
             {
                 waiting.extend(&nodes[id.0 as usize].inputs);
