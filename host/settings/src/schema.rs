@@ -132,8 +132,7 @@ fn described(setting: &dyn AnySetting) -> Value {
         }
         Kind::Number => json!({ "type": "number" }),
         Kind::Duration | Kind::Bytes => json!({ "type": ["string", "integer"] }),
-        // Any case will do, as in Flink's enums.
-        Kind::Choice => json!({ "type": "string", "enum": setting.words() }),
+        Kind::Choice => choice(&setting.words()),
         Kind::Array => json!({ "type": "array" }),
         Kind::Free => json!({ "type": "object" }),
     };
@@ -142,6 +141,20 @@ fn described(setting: &dyn AnySetting) -> Value {
         value["$comment"] = json!(format!("default: {}", default_of(setting)));
     }
     value
+}
+
+/// The words that an editor proposes, and what is read as one of them: any case will do, as in Flink's enums.
+fn choice(words: &[&str]) -> Value {
+    let any_case = |letter: char| match letter {
+        letter if letter.is_ascii_alphabetic() => {
+            format!("[{}{}]", letter.to_ascii_lowercase(), letter.to_ascii_uppercase())
+        }
+        letter => letter.to_string(),
+    };
+    let patterns: Vec<String> =
+        words.iter().map(|word| word.chars().map(any_case).collect()).collect();
+    let pattern = format!("^({})$", patterns.join("|"));
+    json!({ "anyOf": [{ "enum": words }, { "type": "string", "pattern": pattern }] })
 }
 
 #[cfg(test)]

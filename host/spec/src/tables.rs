@@ -87,6 +87,8 @@ pub(super) fn of_host() -> impl Iterator<Item = &'static dyn AnySetting> {
 mod tests {
     use std::{collections::BTreeSet, fmt::Write, fs, path::Path};
 
+    use cofferdam_settings::table::Kind;
+
     use super::*;
     use crate::JobSpec;
 
@@ -139,8 +141,7 @@ mod tests {
         let paths =
             ["source", "sink"].map(|node| format!("/properties/{node}/items/properties/path/type"));
         assert!(paths.iter().all(|path| schema.pointer(path).is_some()));
-        let inputs =
-            "/properties/sink/items/properties/inputs/items/anyOf/1/properties/partition/enum";
+        let inputs = "/properties/sink/items/properties/inputs/items/anyOf/1/properties/partition/anyOf/0/enum";
         assert!(schema.pointer(inputs).is_some());
     }
 
@@ -224,5 +225,80 @@ inputs = ["count"]
         };
         known.retain(|key| !is_listed_otherwise(key));
         assert_eq!(read, known);
+    }
+
+    /// Another value than the default.
+    fn sample(setting: &dyn AnySetting) -> Option<String> {
+        let default = setting.default_shown();
+        Some(match &setting.row().kind {
+            Kind::Boolean => (default != "true").to_string(),
+            Kind::Integer(range) => {
+                // Not the lowest, which may mean none.
+                range.clone().skip(1).map(|value| value.to_string()).find(|it| *it != default)?
+            }
+            Kind::Number if setting.row().key.ends_with("jitter-factor") => "0.5".to_owned(),
+            Kind::Number => "1.25".to_owned(),
+            Kind::Duration => "\"77s\"".to_owned(),
+            Kind::Bytes => "\"77MiB\"".to_owned(),
+            Kind::Choice => {
+                let words = setting.words();
+                format!("\"{}\"", words.iter().rev().find(|word| **word != default)?)
+            }
+            Kind::Text | Kind::Array | Kind::Free => return None,
+        })
+    }
+
+    /// Of every setting of a job: what the manifest says is what `check --effective` shows, with its place.
+    #[test]
+    fn what_a_manifest_sets_is_what_counts_and_is_shown_with_its_place() {
+        // With what each needs beside itself.
+        let needs = |key: &str| match key {
+            "job.max-parallelism" | "execution.checkpointing.interval" => "",
+            "execution.checkpointing.storage" => "execution.checkpointing.dir = \"kept\"\n",
+            "restart-strategy.exponential-delay.initial-backoff" => {
+                "restart-strategy.type = \"exponential-delay\"\nrestart-strategy.exponential-delay.max-backoff = \"1h\"\n"
+            }
+            key if key.starts_with("state.backend.sled") => "state.backend.type = \"sled\"\n",
+            key if key.contains("aligned-checkpoint-timeout") || key.contains("max-aligned") => {
+                "execution.checkpointing.unaligned.enabled = true\nexecution.checkpointing.interval = \"1s\"\n"
+            }
+            key if key.starts_with("restart-strategy.fixed-delay.") => {
+                "restart-strategy.type = \"fixed-delay\"\n"
+            }
+            key if key.starts_with("restart-strategy.failure-rate.") => {
+                "restart-strategy.type = \"failure-rate\"\n"
+            }
+            key if key.starts_with("restart-strategy.exponential-delay.") => {
+                "restart-strategy.type = \"exponential-delay\"\n"
+            }
+            _ => "execution.checkpointing.interval = \"1s\"\n",
+        };
+        let graph = "[[source]]\nname = \"in\"\nconnector = \"generator\"\n\
+                     [[sink]]\nname = \"out\"\nconnector = \"discard\"\ninputs = [\"in\"]\n";
+        let (mut shown, mut refused) = (0, Vec::new());
+        for table in job() {
+            for setting in table.rows {
+                let key = setting.row().key;
+                let Some(value) = sample(*setting) else { continue };
+                let name = "job.name = \"all\"\n";
+                let text = format!("{key} = {value}\n{name}{}{graph}", needs(key));
+                let path = Path::new("job.toml");
+                let builtin = cofferdam_connectors::builtin();
+                let spec = match JobSpec::parse(path, &text, None, &builtin) {
+                    Ok(spec) => spec,
+                    Err(problem) => {
+                        refused.push(format!("{key} = {value}: {problem}"));
+                        continue;
+                    }
+                };
+                let counts = spec.effective.iter().find(|it| it.key == key).expect(key);
+                assert_ne!(counts.value, setting.default_shown(), "{key} = {value}");
+                let place = counts.place.as_deref().unwrap_or_default();
+                assert!(place.starts_with("job.toml:1:"), "{key} = {value} is set at {place}");
+                shown += 1;
+            }
+        }
+        assert_eq!(refused, Vec::<String>::new());
+        assert!(25 <= shown, "{shown}");
     }
 }

@@ -48,6 +48,8 @@ pub struct Section<'a> {
     entries: BTreeMap<String, Entry<'a>>,
     tables: BTreeMap<String, Range<usize>>,
     asked: RefCell<BTreeSet<String>>,
+    /// Flink's older names of keys that were asked for, each with the key.
+    aliases: RefCell<BTreeMap<&'static str, &'static str>>,
     /// Whether its rows are known, so that other keys are unknown whatever was read.
     has_rows: Cell<bool>,
 }
@@ -77,6 +79,7 @@ impl<'a> Section<'a> {
             entries: BTreeMap::new(),
             tables: BTreeMap::new(),
             asked: RefCell::default(),
+            aliases: RefCell::default(),
             has_rows: Cell::new(false),
         }
     }
@@ -283,6 +286,7 @@ impl<'a> Section<'a> {
         words: impl Fn() -> Vec<&'static str>,
     ) -> Option<Located<Value>> {
         let key = row.key;
+        self.aliases.borrow_mut().extend(row.aliases.iter().map(|alias| (*alias, key)));
         let wanted = wanted(&row.kind);
         if let Some(span) = self.tables.get(key) {
             let _ = self.has(key);
@@ -462,6 +466,12 @@ impl<'a> Section<'a> {
             }
             let message = format!("unknown key `{}`", self.path_of(path));
             let problem = self.document.problem(Code::UnknownKey, span, message);
+            if let Some(key) = self.aliases.borrow().get(path.as_str()) {
+                let hint =
+                    format!("its name is `{}`; Flink called it so earlier", self.path_of(key));
+                self.mistaken::<()>(path, problem.hint(hint));
+                continue;
+            }
             let (parent, key) = path.rsplit_once('.').unwrap_or(("", path));
             let siblings = siblings(&asked, parent);
             let problem = match closest(key, siblings.iter().copied()) {

@@ -6,7 +6,8 @@ use super::*;
 use crate::table::{Key, Required, Setting};
 
 static COUNT: Setting<u64> = Key::integer("limits.count", 1, 9, "how many").or(3);
-static PAUSE: Setting<u64> = Key::duration("limits.pause", "how long").or(1_000);
+static PAUSE: Setting<u64> =
+    Key::duration("limits.pause", "how long").aliases(&["limits.wait"]).or(1_000);
 static MODE: Setting<bool> = Key::choice("mode", &[("ON", true), ("OFF", false)], "which").or(true);
 static NAME: Required<String> = Key::text("name", "its name").required("a name");
 
@@ -47,6 +48,7 @@ fn every_mistake_is_found_in_the_order_of_the_document() {
             "`limits.count` must be a whole number, not a table",
         ),
         ("name = \"a\"\nlimits.cuont = 1", "did you mean `limits.count`?"),
+        ("name = \"a\"\nlimits.wait = 1", "its name is `limits.pause`"),
         ("name = \"a\"\n[other]\nx = 1", "unknown key `other`"),
         ("name = \"a\"\nlimits.pause = \"soon\"", "is not a duration"),
     ];
