@@ -1,6 +1,8 @@
 //! The promises of the sandbox, with an operator of a few lines and nothing else of the project: a snapshot restores
 //! exactly, limits bind, the ways to fail are told apart, and what cannot be checkpointed is refused.
 
+#![allow(clippy::expect_used, reason = "a test fails by a panic")]
+
 use std::{
     sync::{Arc, LazyLock, Mutex},
     time::Duration,
