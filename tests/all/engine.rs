@@ -14,7 +14,7 @@ use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::JobSpec;
 use cofferdam_tests::{
     guest,
-    job::{Harness, committed, golden},
+    job::{HOST_STATE, Harness, committed, golden},
 };
 
 #[path = "../../host/engine/examples/two_jobs.rs"]
@@ -224,4 +224,30 @@ fn a_checkpoint_is_taken_when_it_is_asked_for_and_shown_task_by_task() {
         assert!(matches!(job.ended().await, Ok(Outcome::Canceled { .. })));
         assert_eq!(job.status().state.flink_name(), "CANCELED");
     });
+}
+
+/// A program that embeds the engine may have one thread alone.
+#[test]
+fn jobs_run_on_a_runtime_of_one_thread() {
+    let dirs = [in_a_directory(), in_a_directory()];
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let engine = engine();
+        let mut jobs = Vec::new();
+        for dir in &dirs {
+            let harness = Harness {
+                snapshot: "declared",
+                checkpointing: HOST_STATE.to_owned(),
+                interval_ms: 10,
+                ..Harness::default()
+            };
+            jobs.push(submit(&engine, &harness.write(dir.path())).await.expect("it begins"));
+        }
+        for job in jobs {
+            assert_eq!(job.ended().await, Ok(Outcome::Finished));
+        }
+    });
+    for dir in &dirs {
+        assert!(committed(&dir.path().join("output")) == golden());
+    }
 }

@@ -13,7 +13,7 @@ use crate::{ids::Millis, random::Random};
 pub enum RestartStrategy {
     /// The first failure ends the job.
     None,
-    /// `attempts` restarts, `delay_ms` after each failure. The count never starts anew.
+    /// `attempts` restarts, `delay_ms` after each failure. The count never starts again.
     FixedDelay {
         /// How many restarts in the life of the job. Flink's default: 1.
         attempts: u64,
@@ -42,7 +42,7 @@ pub struct ExponentialDelay {
     pub backoff_ms_max: u64,
     /// What a delay is multiplied by to give the next one.
     pub backoff_multiplier: f64,
-    /// How long the job must run after a delay for the delays to start anew.
+    /// How long the job must run after a delay for the delays to start again.
     pub reset_threshold_ms: u64,
     /// The share of a delay that is added or taken away at random, 0 to 1.
     pub jitter_factor: f64,

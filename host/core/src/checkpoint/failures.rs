@@ -11,9 +11,9 @@ use crate::ids::CheckpointId;
 /// What a failed checkpoint costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureWeight {
-    /// The job goes on.
+    /// The job continues.
     Tolerated,
-    /// More consecutive failures than the settings tolerate; counting starts anew.
+    /// More consecutive failures than the settings tolerate; counting starts again.
     Exceeded,
 }
 

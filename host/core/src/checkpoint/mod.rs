@@ -6,7 +6,7 @@
 //! once its metadata is durable, and ends the pending ones that are older.
 //!
 //! **Invariant:** between "every task has acked" and "the metadata's fate is known" a checkpoint
-//! is in doubt, and whoever wants a restore point has to wait ([`Coordinator::is_in_doubt`]).
+//! is in doubt, and anyone who wants a restore point has to wait ([`Coordinator::is_in_doubt`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -180,7 +180,7 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// No checkpoint is pending; ids go on after every id in use.
+    /// No checkpoint is pending; ids continue after every id in use.
     #[must_use]
     pub fn new(
         settings: CheckpointSettings,
@@ -275,7 +275,7 @@ impl Coordinator {
         };
     }
 
-    /// A source has ended, or is to begin again and will tell anew.
+    /// A source has ended, or is to begin again and will report again.
     pub fn forget_backlog(&mut self, source: TaskId) {
         self.backlog.remove(&source);
     }
@@ -439,7 +439,7 @@ impl Coordinator {
         self.last_completed_at = Some(now);
         self.failures.on_success(checkpoint);
         steps.push(Step::Completed { checkpoint, trigger });
-        // A savepoint of a running job belongs to whoever asked for it: it is not restored from,
+        // A savepoint of a running job belongs to the caller that asked for it: it is not restored from,
         // and ends no other.
         if trigger.kind() == Kind::Savepoint {
             return;
@@ -464,7 +464,7 @@ impl Coordinator {
     /// Gives a pending checkpoint up and weighs the failure; does nothing if it is not pending.
     pub fn abort(&mut self, checkpoint: CheckpointId, reason: AbortReason, steps: &mut Vec<Step>) {
         let Some(Pending { trigger, .. }) = self.pending.remove(&checkpoint) else { return };
-        // Whoever asked for a savepoint hears of its failure; the job does not fail by it.
+        // The caller that asked for a savepoint hears of its failure; the job does not fail by it.
         let weight = match trigger.savepoint() {
             Some(_) => FailureWeight::Tolerated,
             None => self.failures.on_failure(Some(checkpoint), &reason),

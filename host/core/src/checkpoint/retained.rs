@@ -9,7 +9,7 @@ use crate::ids::CheckpointId;
 pub enum Kind {
     /// By the timer, by a user, or as the last one of a job.
     Checkpoint,
-    /// A savepoint while the job goes on.
+    /// A savepoint while the job continues.
     Savepoint,
     /// The savepoint that a job was stopped with.
     StopSavepoint,

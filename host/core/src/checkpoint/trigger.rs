@@ -5,7 +5,7 @@ use super::retained::Kind;
 /// What a savepoint is taken for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SavepointPurpose {
-    /// The job goes on.
+    /// The job continues.
     Keep,
     /// The job ends with it.
     Stop,

@@ -2,7 +2,7 @@
 //!
 //! The two strategies are Flink's (`RestartAllFailoverStrategy`,
 //! `RestartPipelinedRegionFailoverStrategy`, 2.0). By region, three rules: the region of the failed
-//! task restarts; so does whoever produces a partition that a restarting region must read and that
+//! task restarts; so does a task that produces a partition that a restarting region must read and that
 //! cannot be read (again); so does every region that reads what a restarting region produces.
 
 use std::collections::{BTreeMap, VecDeque, btree_map::Entry};

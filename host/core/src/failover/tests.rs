@@ -120,7 +120,7 @@ fn what_is_not_available_any_more_is_produced_again() {
     assert_eq!(restarts(&topology, "v1", &[], &[]), "v1 v3");
     assert_eq!(restarts(&topology, "v2", &[], &[]), "v2 v3");
     assert_eq!(restarts(&topology, "v3", &[], &[]), "v3");
-    // What is not available draws its producer in, whoever fails.
+    // What is not available draws its producer in, whichever task fails.
     assert_eq!(restarts(&topology, "v1", &[(1, "v2")], &[]), "v1 v2 v3");
     assert_eq!(restarts(&topology, "v3", &[(0, "v1")], &[]), "v1 v3");
     assert_eq!(restarts(&topology, "v3", &[(0, "v1"), (1, "v2")], &[]), "v1 v2 v3");

@@ -32,7 +32,7 @@ impl Job {
             return self.stop_at_completed(now, effects);
         }
         if let Some(mut under_way) = self.stop() {
-            // Whoever asks again is in more of a hurry: nothing is drained any more.
+            // A caller that asks again is in more of a hurry: nothing is drained any more.
             if (under_way.input, stop.input) == (StopInput::Drain, StopInput::Keep) {
                 under_way.input = StopInput::DrainGivenUp;
             }
@@ -70,7 +70,7 @@ impl Job {
         }
     }
 
-    /// Answers whoever waits for a checkpoint or a savepoint, once.
+    /// Answers the caller that waits for a checkpoint or a savepoint, once.
     pub(super) fn answer(
         &mut self,
         trigger: Trigger,
@@ -89,7 +89,7 @@ impl Job {
         }
     }
 
-    /// Answers whoever waits for the savepoint of a stop, once.
+    /// Answers the caller that waits for the savepoint of a stop, once.
     fn answer_stop(
         &mut self,
         result: Result<CheckpointId, AbortReason>,
@@ -129,7 +129,7 @@ impl Job {
             _ => stop,
         });
         self.phase = Phase::Ending { stop, outcome, checkpoint };
-        // Whoever still waits for a checkpoint or a savepoint will not get one.
+        // A caller that still waits for a checkpoint or a savepoint will not get one.
         let mut steps = Vec::new();
         self.coordinator.stop(&AbortReason::CoordinatorShutdown, &mut steps);
         self.apply(now, steps, effects);
@@ -146,7 +146,7 @@ impl Job {
         let is_restarting = reason == AbortReason::FailoverRegion;
         let stop = self.stop();
         if is_restarting && stop.is_some_and(|stop| stop.input == StopInput::Drain) {
-            // The drain goes on when the tasks run again, and so does the wait for its savepoint.
+            // The drain continues when the tasks run again, and so does the wait for its savepoint.
             return;
         }
         self.last_checkpoint_from = now.after(LAST_CHECKPOINT_RETRY_MS);
@@ -171,7 +171,7 @@ impl Job {
                 let cause = FailureCause::CheckpointsFailed { checkpoint: None, reason };
                 self.on_failure(now, None, cause, None, effects);
             }
-            // Whoever wanted a savepoint has their answer; the job goes on as before.
+            // The caller that wanted a savepoint has its answer; the job continues as before.
             (true, false, StopInput::Keep) => {
                 self.set_stop(None);
                 if !is_restarting && self.all(TaskRun::is_running) {

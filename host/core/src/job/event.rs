@@ -147,7 +147,7 @@ pub enum Effect {
     InjectBarrier {
         /// The checkpoint that begins.
         checkpoint: CheckpointId,
-        /// Whether sources go on behind the barrier.
+        /// Whether sources continue behind the barrier.
         purpose: Purpose,
     },
     /// Sources have reached the end of their input, wherever they are.
@@ -193,7 +193,7 @@ pub enum Effect {
         /// The oldest one that is neither complete nor given up.
         oldest_pending: Option<CheckpointId>,
     },
-    /// Answer whoever asked for a checkpoint or a savepoint.
+    /// Answer the caller that asked for a checkpoint or a savepoint.
     Answer {
         /// Their ticket.
         ticket: u64,
@@ -238,7 +238,7 @@ pub enum Outcome {
         checkpoint: Option<CheckpointId>,
         /// False where the last checkpoint failed, so that the newest is an older one.
         is_last: bool,
-        /// The last checkpoint is a savepoint, too: that is what to go on from.
+        /// The last checkpoint is a savepoint, too: that is what to resume from.
         has_savepoint: bool,
     },
     /// Ended at once, on request.

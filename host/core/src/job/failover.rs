@@ -39,7 +39,7 @@ impl Job {
             return;
         }
         // The savepoint is durable, its output is not committed: the job recovers, as in Flink, and
-        // whoever has stopped it learns that it runs on.
+        // the caller that has stopped it learns that it runs on.
         if matches!(self.phase, Phase::Ending { .. })
             && let Some(stop) = self.stop()
             && let Some(ticket) = stop.savepoint.ticket()

@@ -39,7 +39,7 @@ fn stop_with_savepoint_commits_and_ends() {
     );
 }
 
-/// `StopWithSavepointTerminationHandlerImplTest`: the request fails, the job goes on.
+/// `StopWithSavepointTerminationHandlerImplTest`: the request fails, the job continues.
 #[test]
 fn stop_whose_savepoint_fails_leaves_the_job_running() {
     check(
@@ -131,7 +131,7 @@ fn a_stop_that_meets_a_job_at_its_end_has_no_savepoint() {
     );
 }
 
-/// The stop was forgotten, and whoever waited for its savepoint waited until the job had ended.
+/// The stop was forgotten, and the caller that waited for its savepoint waited until the job had ended.
 #[test]
 fn a_stop_with_a_savepoint_outlives_the_failure_of_a_last_checkpoint_before_it() {
     let mut settings = settings(fixed_delay(1));
