@@ -4,7 +4,7 @@
 //! Open addressing with linear probing over one word for each key: half of its hash and its place.
 //! A word that does not match costs no look at the key, and most look-ups touch one cache line.
 
-/// Places by the hash of their key. Knows no keys: whoever asks compares.
+/// Places by the hash of their key. Knows no keys: anyone who asks compares.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     /// 0: empty. Else the upper half of the hash, and the place plus 1. A power of two of them.

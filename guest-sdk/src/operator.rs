@@ -249,7 +249,7 @@ impl Error {
         Self { class: ErrorClass::Rejected, message: message.to_string() }
     }
 
-    /// The operator cannot go on.
+    /// The operator cannot continue.
     pub fn failed(message: impl fmt::Display) -> Self {
         Self { class: ErrorClass::Failed, message: message.to_string() }
     }

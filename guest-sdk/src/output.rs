@@ -155,7 +155,7 @@ impl Ports {
 }
 
 impl Builder {
-    /// Whoever reads an output trusts its description.
+    /// Anyone who reads an output trusts its description.
     #[inline]
     fn check<K: Encode, V: Encode>(&self) {
         let is_open = matches!(self.value, None | Some(Format::Bytes));

@@ -173,7 +173,7 @@ impl Year {
             let _ = writeln!(text, "{}", flight.line);
         });
         fs::create_dir_all(path.parent().context("a folder")?)?;
-        // As they were, they are the same files for a job that goes on.
+        // As they were, they are the same files for a job that continues.
         if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
             fs::write(path, text)?;
         }

@@ -197,7 +197,7 @@ fn live(home: &Path, seed: u64, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// A program that was asked to end does so, whoever reads what it says.
+/// A program that was asked to end does so, whether or not anybody reads its output.
 fn ends_by_itself(child: &mut Child) -> Result<()> {
     let began = Instant::now();
     while child.try_wait()?.is_none() {
@@ -309,7 +309,7 @@ path = "out-{out}"
         Ok(output)
     }
 
-    /// Lets a command say what it says into a pipe that is full already. Whoever holds the reader keeps it open.
+    /// Lets a command say what it says into a pipe that is full already. Anyone who holds the reader keeps it open.
     fn full_pipe(&mut self, command: &mut Command) -> Result<io::PipeReader> {
         let (reader, mut writer) = io::pipe()?;
         // As much as a pipe holds on Linux: one byte more would wait.
@@ -789,7 +789,7 @@ path = "out-{out}"
         Ok(())
     }
 
-    /// A run that is refused if parts are pending which it does not find, and else goes on until it is
+    /// A run that is refused if parts are pending which it does not find, and else continues until it is
     /// stopped. True where it was refused.
     fn is_refused_where_parts_wait(&mut self, setup: &Setup, tally: &mut Tally) -> Result<bool> {
         self.write_manifest(setup)?;

@@ -93,7 +93,7 @@ struct Cache {
 }
 
 impl Cache {
-    /// Counts an entry anew whose value takes so many bytes when it is written.
+    /// Counts an entry again whose value takes so many bytes when it is written.
     fn count<V>(&mut self, entry: &mut Entry<V>, value_bytes: usize) {
         let bytes = ENTRY_BYTES + entry.key.len() + value_bytes.max(size_of::<V>());
         self.bytes -= (entry.bytes as usize).min(self.bytes);

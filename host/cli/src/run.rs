@@ -84,7 +84,7 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     let watching = view.clone().watch();
     let outcome = job.ended().await;
     if let Some((ended, requests)) = requests {
-        // Whoever asked for what ended the job still gets the answer.
+        // The caller that ended the job still gets the answer.
         drop(ended);
         let _ = requests.await;
     }
@@ -173,7 +173,7 @@ async fn obey_interrupts(signals: Option<Signals>, begun: oneshot::Receiver<JobH
         signals.next().await;
         let Ok(job) = &job else { std::process::exit(130) };
         if is_second || HAS_ENDED.load(Ordering::Acquire) {
-            // Nothing is lost: what was acked is durable, and the next run goes on from it.
+            // Nothing is lost: what was acked is durable, and the next run resumes from it.
             std::process::exit(130);
         }
         tracing::info!("stopping after a final checkpoint; press Ctrl-C again to quit now");

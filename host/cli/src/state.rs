@@ -156,7 +156,7 @@ fn entries(
         })?;
     }
     match failed.map_or_else(|| out.flush(), Err) {
-        // Whoever reads has seen enough.
+        // The reader has seen enough.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(Problem::new(Code::OutputUnwritable, "the entries cannot be written")
                 .because(&error))

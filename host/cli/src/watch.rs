@@ -23,7 +23,7 @@ use tracing::Level;
 
 use crate::report;
 
-/// How often the line of a terminal is drawn anew.
+/// How often the line of a terminal is redrawn.
 const REDRAW: Duration = Duration::from_millis(200);
 /// How often figures are given out elsewhere.
 const REPORT: Duration = Duration::from_secs(1);
@@ -33,7 +33,7 @@ const REPORT: Duration = Duration::from_secs(1);
 pub(crate) enum Mode {
     /// Events and figures as JSON on standard output.
     Json,
-    /// One line that is drawn anew, and log lines above it.
+    /// One line that is redrawn, and log lines above it.
     Live,
     /// Log lines.
     Log,

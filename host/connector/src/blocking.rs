@@ -142,7 +142,7 @@ pub struct OffThread<S, T> {
 
 #[derive(Debug)]
 enum State<S, T> {
-    /// Sink: it is being opened, and whoever calls it first waits for that.
+    /// Sink: it is being opened, and anyone who calls it first waits for that.
     Opening(JoinHandle<Result<S>>),
     Idle(S),
     Running(JoinHandle<(S, Result<T>)>),

@@ -197,7 +197,7 @@ pub trait SinkPlan: Send + Sync {
     }
 
     /// Opens the sink of one task. With a state it commits what that state has pre-committed, before its first barrier
-    /// is answered at the latest: a sink may go on opening while its task processes the first records.
+    /// is answered at the latest: a sink may continue to open while its task processes the first records.
     fn open(&self, task: &TaskContext, state: Option<Vec<u8>>) -> Answer<'static, Box<dyn Sink>>;
 }
 

@@ -2,7 +2,7 @@
 //! the output of one for that of another.
 //!
 //! A **job** is made once, with its state directory, and keeps its id in every checkpoint. A
-//! **timeline** is one course of its events: whatever goes on from an older point than the newest begins
+//! **timeline** is one course of its events: whatever resumes from an older point than the newest begins
 //! a new one, and knows where it has left its parent.
 
 use std::{fmt, str::FromStr};

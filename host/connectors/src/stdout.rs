@@ -1,6 +1,6 @@
 //! Prints at once: what is printed cannot be taken back, so records may come twice after a restart.
 //!
-//! A reader may stop reading for as long as it likes, and holds up whoever writes. So all tasks of the process
+//! A reader may stop reading for as long as it likes, and holds up anyone who writes. So all tasks of the process
 //! take turns, and the one whose turn it is writes on a thread that may block.
 
 use std::{

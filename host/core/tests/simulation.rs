@@ -519,7 +519,7 @@ fn simulate(seed: u64) -> (Vec<String>, u64) {
             world.perform(effect);
         }
         if let Some(Outcome::Stopped { .. } | Outcome::Canceled { .. }) = &world.outcome {
-            // Whoever stops a job runs it again.
+            // Anyone who stops a job runs it again.
             world.outcome = None;
             let first;
             (job, first) = world.resume(seed ^ world.now);

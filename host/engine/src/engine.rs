@@ -36,7 +36,7 @@ use crate::{
 /// What an engine is made with.
 #[derive(Debug, Clone, Default)]
 pub struct EngineOptions {
-    /// Where compiled components are kept between runs; `None`: they are compiled anew.
+    /// Where compiled components are kept between runs; `None`: they are compiled again.
     pub cache_dir: Option<PathBuf>,
 }
 

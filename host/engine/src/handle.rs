@@ -390,12 +390,12 @@ async fn supervise(shared: Arc<Submission>, mut job: Job) {
                     ),
                 });
             }
-            // It has ended of itself, or with a savepoint; whoever waits for the answer learns that.
+            // It has ended of itself, or with a savepoint; the caller learns that.
             _ => break outcome,
         }
         match resume(&shared, checked).await {
             Ok(next) => {
-                // Whoever has asked may have gone.
+                // The caller may have gone.
                 let _ = answer.send(Ok(()));
                 job = next;
             }

@@ -1,7 +1,7 @@
 //! Values of declared state as JSON, by the schema that their operator has described: for people and
 //! programs that look at state from outside.
 //!
-//! A schema is text such as `struct Stats{count:u64,last:?i64}`; `guest-sdk/src/schema.rs` makes it, and says
+//! A schema is text such as `struct Stats{count:u64,last:?i64}`; `guest-sdk/src/schema/` makes it, and says
 //! what each form means. Values are in the postcard encoding. Both come from a guest, so nothing here
 //! trusts either: every length is bounded by the bytes that are there, and every depth by [`DEPTH_MAX`].
 

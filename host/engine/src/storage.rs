@@ -269,7 +269,7 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
     match command {
         Command::Write(_) => {}
         Command::Inspect { checkpoint, answer } => {
-            // Whoever has asked may have gone.
+            // The caller may have gone.
             let _ = answer.send(store.inspect(checkpoint.0).map_err(|error| error.to_string()));
         }
         Command::Begin { slots, restored_from } => {

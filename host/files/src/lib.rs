@@ -55,7 +55,7 @@ pub fn create_file(path: &Path) -> io::Result<File> {
     File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(path)
 }
 
-/// Replaces a file: whoever looks finds the old content or the new, also after a crash.
+/// Replaces a file: anyone who looks finds the old content or the new, also after a crash.
 pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or_else(|| Path::new("."));
     let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(dir)?;

@@ -1,4 +1,4 @@
-//! What a guest can ask of whoever embeds the sandbox.
+//! What a guest can ask of the program that embeds the sandbox.
 
 use cofferdam_contract::StateChanges;
 

@@ -27,7 +27,7 @@ use crate::{
 /// The unit in which a guest's memory grows.
 const WASM_PAGE_BYTES: u64 = 65_536;
 
-/// What an instance needs from whoever embeds it.
+/// What an instance needs from the program that embeds it.
 pub struct InstanceSetup {
     /// Answers the guest's imports.
     pub host: Arc<dyn Host>,
@@ -146,7 +146,7 @@ impl Component {
         let instance = {
             let mut instantiation = pin!(self.inner.pre.instantiate_async(&mut store));
             // The creator of memories is not told for whom it works, so it is watched in each
-            // poll: an instantiation may go on on another thread.
+            // poll: an instantiation may continue on another thread.
             std::future::poll_fn(|context| {
                 memory::collecting(&mut regions, || instantiation.as_mut().poll(context))
             })

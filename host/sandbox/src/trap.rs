@@ -30,7 +30,7 @@ pub enum GuestError {
         /// The place of the record in the batch, if it named one.
         record: Option<u32>,
     },
-    /// The guest says that it cannot go on.
+    /// The guest says that it cannot continue.
     #[error("{message}")]
     Failed {
         /// Its words.

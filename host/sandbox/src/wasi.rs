@@ -142,7 +142,7 @@ impl logging::Host for State {
     }
 
     fn panicked(&mut self, message: String) {
-        // The trap that follows carries it, to whoever decides what the failure means.
+        // The trap that follows carries it, to the code that decides what the failure means.
         self.log.write(Level::Debug, &message);
         self.last_words = Some(message);
     }

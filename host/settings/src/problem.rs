@@ -247,7 +247,7 @@ impl Problem {
     #[must_use]
     pub fn advice(&self) -> Option<String> {
         let Some(remedy) = self.os_error.and_then(remedy_of) else { return self.hint.clone() };
-        // A job says what has become of its checkpoints; whoever has not begun has nothing to add.
+        // A job says what has become of its checkpoints; anyone who has not begun has nothing to add.
         let is_job = *"C0100" < *self.code.number();
         match &self.hint {
             Some(hint) if is_job => Some(format!("{remedy}; {hint}")),

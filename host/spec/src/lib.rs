@@ -138,7 +138,7 @@ pub enum StorageSpec {
         /// What belongs to one machine: the lock, the socket, the history.
         state_dir: PathBuf,
     },
-    /// In memory: a job whose process ends begins anew.
+    /// In memory: a job whose process ends starts from the beginning.
     Memory,
 }
 

@@ -100,7 +100,7 @@ mod tests {
         }
     }
 
-    /// `BLESS=1` writes the tables of the reference anew.
+    /// `BLESS=1` rewrites the tables of the reference.
     #[test]
     fn the_tables_of_the_reference_are_those_of_the_rows() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/settings.md");

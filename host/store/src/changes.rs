@@ -9,7 +9,7 @@ use crate::{
     run::Run,
 };
 
-/// Changes that the host has collected and goes on to keep.
+/// Changes that the host has collected and keeps.
 pub trait HostChanges: fmt::Debug + Send + Sync {
     /// Whether nothing has changed.
     fn is_empty(&self) -> bool;

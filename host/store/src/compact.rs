@@ -204,7 +204,7 @@ impl SnapshotStore {
         })
     }
 
-    /// Fills a new generation and goes on in it. `fill` gives the metadata that it wrote, and what of
+    /// Fills a new generation and continues in it. `fill` gives the metadata that it wrote, and what of
     /// each task.
     fn begin_generation(
         &mut self,
@@ -274,7 +274,7 @@ impl SnapshotStore {
         }
     }
 
-    /// The job goes on from a checkpoint that is not the newest: later ones, and those that are not
+    /// The job resumes from a checkpoint that is not the newest: later ones, and those that are not
     /// whole, count no more. What is left of them is set aside.
     ///
     /// # Errors

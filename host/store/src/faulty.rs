@@ -40,7 +40,7 @@ impl Faults {
         self.0.has_struck.load(Ordering::Relaxed)
     }
 
-    /// Puts the faults between a storage and whoever uses it.
+    /// Puts the faults between a storage and its user.
     #[must_use]
     pub fn around(&self, storage: Box<dyn Storage>) -> Box<dyn Storage> {
         Box::new(FaultyStorage { storage, faults: self.clone() })

@@ -1,6 +1,6 @@
 //! Keeps checkpoints: a row of generations, each a key-value store in a directory of its own.
 //!
-//! Whoever wants another store implements [`Storage`] and [`Generation`]; everything above them
+//! To use another store, implement [`Storage`] and [`Generation`]; everything above them
 //! (packs, metadata, their order of commit) is in `write.rs` and beside it, and does not know which
 //! store it writes to. A generation holds a full image of every task and the increments since; it
 //! is never repaired: it is replaced by a new one and removed as a directory.

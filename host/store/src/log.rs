@@ -23,11 +23,11 @@ pub(super) type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 const HEADER_BYTES: usize = 12;
 const PUT: u8 = 0;
 const DELETE: u8 = 1;
-/// The first entry of a log that was written anew: how often that was, and up to where.
+/// The first entry of a log that was rewritten: how often that was, and up to where.
 const REWRITTEN: u8 = 2;
 /// The bits of an end that say where it is; those above say in which rewriting.
 const END_BITS: u32 = 40;
-/// A log is written anew when it is larger than this, and than four times what counts in it.
+/// A log is rewritten when it is larger than this, and than four times what counts in it.
 const REWRITE_BYTES_MIN: u64 = 1 << 20;
 
 /// The log of one generation, open for writing.
@@ -35,7 +35,7 @@ const REWRITE_BYTES_MIN: u64 = 1 << 20;
 pub(super) struct Log {
     path: PathBuf,
     file: File,
-    /// How often it was written anew.
+    /// How often it was rewritten.
     epoch: u64,
     /// What is synced.
     durable: u64,
@@ -194,7 +194,7 @@ impl Log {
         REWRITE_BYTES_MIN.max(4 * self.live) < self.durable
     }
 
-    /// Writes the log anew with what counts.
+    /// Rewrites the log with what counts.
     pub(super) fn rewrite(&mut self, entries: &Entries) -> io::Result<()> {
         let mut bytes = Vec::new();
         let epoch = self.epoch + 1;

@@ -1,4 +1,4 @@
-//! Generations in memory, for throw-away runs and tests. A job whose process ends begins anew.
+//! Generations in memory, for throw-away runs and tests. A job whose process ends starts from the beginning.
 
 use std::{
     collections::BTreeMap,

@@ -74,7 +74,7 @@ pub struct SnapshotStore {
 }
 
 impl SnapshotStore {
-    /// Opens a store to go on in it: the generation that its head names, or a first one.
+    /// Opens a store to continue in it: the generation that its head names, or a first one.
     ///
     /// # Errors
     /// Where the storage cannot be listed, or not even an empty generation can be made.

@@ -273,7 +273,7 @@ impl SnapshotStore {
         Ok(())
     }
 
-    /// Tasks begin a new attempt: their chains go on from this checkpoint, or anew.
+    /// Tasks begin a new attempt: their chains resume from this checkpoint, or from the beginning.
     ///
     /// # Errors
     /// Where its metadata cannot be read.

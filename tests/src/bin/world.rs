@@ -1,4 +1,4 @@
-//! Lives through as many random histories of a job as its argument says. Without `SEED` it goes on where the
+//! Lives through as many random histories of a job as its argument says. Without `SEED` it continues where the
 //! run before has ended, and what both have seen is counted together, in `target/world.json`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it reports on standard output")]

@@ -270,7 +270,7 @@ impl Output {
         Ok((parts, has_more))
     }
 
-    /// Refuses to go on from a state that is older than what was committed since.
+    /// Refuses to resume from a state that is older than what was committed since.
     fn check_divergence(&self, dir: &Path, own: u64) -> Result<(), Problem> {
         let failed = |error: io::Error| {
             let message = format!("sink \"{}\" cannot read its log", self.sink);
@@ -360,7 +360,7 @@ impl Output {
         let committed = Committed::read(&folder)?;
         match self.context.restored {
             None => {
-                // An earlier run's, whoever that was: its own parts, and no other file.
+                // An earlier run's, whichever run that was: its own parts, and no other file.
                 for name in names_in(&self.dir)? {
                     let is_its_own = is_part(&name) || writer_of_pending(&name).is_some();
                     if if_exists == IfExists::Replace && (is_its_own || is_older_part(&name)) {

@@ -150,7 +150,7 @@ impl Gate {
         self.news.notified().await;
     }
 
-    /// Copies what lies before the barrier of a checkpoint in every channel, and goes on with what
+    /// Copies what lies before the barrier of a checkpoint in every channel, and continues with what
     /// comes there until the barrier does. From channels of `arrived` the barrier was taken
     /// already. The task must have taken its snapshot, and nothing from a channel since.
     pub(crate) fn begin_capture(&self, checkpoint: CheckpointId, arrived: &BTreeSet<ChannelId>) {

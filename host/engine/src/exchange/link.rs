@@ -1,4 +1,4 @@
-//! Channels whose receiver may restart alone: the sender goes on, and what was on its way is lost.
+//! Channels whose receiver may restart alone: the sender continues, and what was on its way is lost.
 //!
 //! A link outlives the attempts on both sides. While its receiver is away the sender has no credit,
 //! so what it has still to send waits; lost is what the receiver had taken, or would have, since the
@@ -176,7 +176,7 @@ impl State {
         known.map_or(0, |(_, sent)| *sent)
     }
 
-    /// A receiver goes on from a checkpoint: what was sent since is lost to it. Gives what had not been
+    /// A receiver resumes from a checkpoint: what was sent since is lost to it. Gives what had not been
     /// lost before.
     fn open_gap(&mut self, restore_from: Option<CheckpointId>) -> u64 {
         let start = self.sent_at(restore_from);

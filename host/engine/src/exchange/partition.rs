@@ -1,7 +1,7 @@
 //! Result partitions: what a task produces for an edge whose readers come later, or come again.
 //!
 //! A partition is one file of one attempt: blocks of elements, each for one reader and with a checksum
-//! of its own. Which blocks there are is kept in memory, because a job that reads partitions begins anew
+//! of its own. Which blocks there are is kept in memory, because a job that reads partitions starts from the beginning
 //! when its process has ended. A reader may begin before its producer has finished, and then waits
 //! for blocks; what it finds damaged or missing is a lost partition, never wrong records.
 

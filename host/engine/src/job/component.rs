@@ -86,7 +86,7 @@ const NAME_BYTES_MAX: usize = 256;
 
 const SCHEMA_BYTES_MAX: usize = 64 << 10;
 
-/// What the contract promises of a description holds, whoever has made it.
+/// What the contract promises of a description holds, whichever compiler made it.
 fn check_description(description: &Description) -> Result<(), String> {
     let ports = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>();
     let states = &description.states;

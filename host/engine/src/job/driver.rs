@@ -114,7 +114,7 @@ impl Driver {
             let event = self.next_event().await;
             self.event_at = Instant::now();
             self.core.step(self.now(), event, &mut effects);
-            // Whoever gets an answer finds all that belongs to it.
+            // The caller that gets an answer finds all that belongs to it.
             let is_answer = |effect: &Effect| matches!(effect, Effect::Answer { .. });
             effects.sort_by_key(is_answer);
             for effect in effects.drain(..) {

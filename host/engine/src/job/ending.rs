@@ -48,7 +48,7 @@ impl Ending<'_> {
         let noted =
             self.state_dir.map_or(Ok(()), |dir| note_end(dir, outcome, self.digest, savepoint));
         if let Err(error) = &noted {
-            // Without its last checkpoint the next run would begin anew.
+            // Without its last checkpoint the next run would start from the beginning.
             self.warn(format!(
                 "the end of the job could not be recorded: {error}; its last checkpoint is kept, and the next \
                  run resumes from it"

@@ -289,7 +289,7 @@ impl Job {
         self.logs = logs;
     }
 
-    /// Runs the job to its end, on a tokio runtime with several threads.
+    /// Runs the job to its end, on the tokio runtime that calls it.
     ///
     /// # Errors
     /// Where the job failed: the failure that the restart strategy did not allow to restart.

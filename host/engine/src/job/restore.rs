@@ -1,5 +1,5 @@
-//! Decides what a run goes on from, and makes that state fit: the newest whole checkpoint of the
-//! state directory, or the one that was named; shared out anew where parallelism has changed.
+//! Decides what a run resumes from, and makes that state fit: the newest whole checkpoint of the
+//! state directory, or the one that was named; redistributed where parallelism has changed.
 //!
 //! Declared state moves by key group. Linear memory fits only the component and the parallelism
 //! that wrote it. Positions of sources and transactions of sinks say themselves how they are
@@ -35,7 +35,7 @@ pub struct RestoreFrom {
     pub ignore_unclaimed_state: bool,
 }
 
-/// What a run goes on from. Nothing has changed yet.
+/// What a run resumes from. Nothing has changed yet.
 pub(crate) struct Chosen {
     /// Which course of events it is.
     pub(crate) lineage: Lineage,
@@ -56,7 +56,7 @@ impl Chosen {
     }
 }
 
-/// Finds the state to go on from, and shares it out. Changes nothing.
+/// Finds the state to resume from, and shares it out. Changes nothing.
 pub(crate) fn choose(
     tasks: &Tasks<'_>,
     store: &SnapshotStore,

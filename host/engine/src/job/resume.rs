@@ -35,7 +35,7 @@ pub struct JobOptions {
     pub seed: u64,
     /// What to begin from, instead of the newest checkpoint of the state directory.
     pub from: Option<RestoreFrom>,
-    /// Runs a job anew that has finished.
+    /// Runs a finished job again.
     pub again: bool,
     /// Ways out of conflicts between the state and the output.
     pub conflicts: Conflicts,
@@ -84,7 +84,7 @@ impl Before {
     }
 }
 
-/// What a run would go on from.
+/// What a run would resume from.
 pub(super) struct Resumption {
     pub(super) record: JobRecord,
     pub(super) before: Before,
@@ -95,7 +95,7 @@ pub(super) struct Resumption {
     pub(super) chosen: restore::Chosen,
 }
 
-/// Finds out what a run would go on from, or why it is refused. Changes nothing.
+/// Finds out what a run would resume from, or why it is refused. Changes nothing.
 pub(super) fn look(
     tasks: &Tasks<'_>,
     storage: Box<dyn Storage>,

@@ -43,7 +43,7 @@ pub enum Ended {
         /// What it was: a digest of its manifest and components.
         digest: String,
     },
-    /// It was stopped with a savepoint, and goes on from that.
+    /// It was stopped with a savepoint, and resumes from that.
     Stopped {
         /// When, in milliseconds since 1970-01-01 UTC.
         at_ms: u64,

@@ -21,7 +21,7 @@ pub(crate) struct Tasks<'a> {
     pub(crate) locals: &'a BTreeMap<TaskId, Arc<TaskLocal>>,
     pub(crate) sources: &'a BTreeMap<String, Arc<dyn SourcePlan>>,
     pub(crate) components: &'a BTreeMap<String, Component>,
-    /// Whoever waits is told of what takes long.
+    /// The caller is told of what takes long.
     pub(crate) observer: &'a dyn Observer,
 }
 

@@ -63,7 +63,7 @@ pub(crate) struct Node {
 /// What came of a barrier.
 pub(crate) enum SnapshotOutcome {
     Taken(Box<TaskSnapshot>),
-    /// The checkpoint fails; the task goes on.
+    /// The checkpoint fails; the task continues.
     Declined(String),
 }
 
@@ -79,7 +79,7 @@ impl Node {
         self.fetch_keyed(monitor, checkpoint).await?;
         let (state, is_drained) = {
             let local = self.local.lock();
-            // A node that the checkpoint does not know begins anew: a real state is never empty.
+            // A node that the checkpoint does not know starts from the beginning: a real state is never empty.
             let state = checkpoint.map(|_| local.state.clone());
             (state.filter(|state| !state.is_empty()), local.is_drained)
         };
@@ -357,7 +357,7 @@ impl Node {
 }
 
 impl Drop for Node {
-    /// Unmapping a large memory takes its time and holds up whoever maps another meanwhile: a
+    /// Unmapping a large memory takes its time and holds up anyone who maps another meanwhile: a
     /// restart must not wait for it, so it is put off until the task has recovered.
     fn drop(&mut self) {
         if let Work::Operator(operator) = &mut self.work

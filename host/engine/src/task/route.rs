@@ -31,7 +31,7 @@ impl Worker {
         self.announce_end().await
     }
 
-    /// Tells whoever comes behind, and the driver, that nothing more will.
+    /// Tells what comes behind, and the driver, that nothing more will.
     pub(super) async fn announce_end(&mut self) -> Result<()> {
         // A task that is restored behind its end has never told how late it is.
         self.advance_all(MAX_WATERMARK).await?;
@@ -53,7 +53,7 @@ impl Worker {
     }
 
     /// Event time at the head of the chain is said to be this. What moves the clock reaches every
-    /// node, and whoever comes behind.
+    /// node, and what comes behind.
     pub(super) async fn advance_all(&mut self, watermark: i64) -> Result<()> {
         let Some(watermark) = self.clock.advance(watermark) else { return Ok(()) };
         for node in 0..self.nodes.len() {

@@ -108,7 +108,7 @@ impl JobControl {
         answer.await.unwrap_or_else(|_| Err("the job has ended".to_owned()))
     }
 
-    /// Writes a savepoint into `dir`, which must not be there. The job goes on.
+    /// Writes a savepoint into `dir`, which must not be there. The job continues.
     ///
     /// # Errors
     /// Why there is none.
@@ -120,7 +120,7 @@ impl JobControl {
     /// everything that waits in the job is processed and emitted.
     ///
     /// # Errors
-    /// Why there is none; the job then goes on.
+    /// Why there is none; the job then continues.
     pub async fn stop_with_savepoint(&self, dir: PathBuf, drain: bool) -> SavepointResult {
         self.ask(Some(dir), |ticket| Event::StopRequested { savepoint: Some(ticket), drain }).await
     }
@@ -187,7 +187,7 @@ impl SavepointRequests {
             if result.is_ok() && dir.is_some() {
                 requests.saved = dir;
             }
-            // Whoever asked may have gone.
+            // The caller may have gone.
             let _ = sender.send(result.map(|checkpoint| checkpoint.0).map_err(Refusal::from));
         }
     }

@@ -191,7 +191,7 @@ impl Observer for Watch {
                 let excess = known.failures.len().saturating_sub(ENTRIES_MAX);
                 known.failures.drain(..excess);
             }
-            // Whoever has subscribed may have gone.
+            // The subscriber may have gone.
             let _ = events.map(|events| events.send(shared));
         }
         drop(known);

@@ -1,4 +1,4 @@
-//! Remembers what failed and what was done about it, in a file beside the checkpoints, for whoever
+//! Remembers what failed and what was done about it, in a file beside the checkpoints, for anyone who
 //! asks after the fact.
 
 use std::{

@@ -1,4 +1,4 @@
-//! Counters of a running job, written by its tasks once a batch and read by whoever shows them.
+//! Counters of a running job, written by its tasks once a batch and read by anyone who shows them.
 
 use std::{
     collections::BTreeMap,

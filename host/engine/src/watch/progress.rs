@@ -1,4 +1,4 @@
-//! What a running job tells whoever watches it.
+//! What a running job tells anyone who watches it.
 
 use std::collections::BTreeMap;
 
@@ -51,7 +51,7 @@ pub struct Restart {
     pub new_attempt: bool,
     /// How many more failures lead to a restart, if the strategy counts them.
     pub remaining_attempts: Option<u64>,
-    /// The tasks that restart, `operator/index`, and why each does; all others go on.
+    /// The tasks that restart, `operator/index`, and why each does; all others continue.
     pub restarting: BTreeMap<String, String>,
     /// How many tasks there are.
     pub tasks: usize,

@@ -94,7 +94,7 @@ struct Folder(PathBuf);
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // The next run makes it anew.
+        // The next run rebuilds it.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

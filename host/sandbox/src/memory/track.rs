@@ -270,7 +270,7 @@ impl WriteProtect {
                 break;
             }
             // After more than 512 ranges the kernel's `walk_end` lags behind what it reported, and
-            // going on from there would give ranges twice.
+            // continuing from there would give ranges twice.
             start = arguments.walk_end.max(ranges[count - 1].end);
         }
         Ok(())
@@ -351,7 +351,7 @@ impl Baseline {
     /// No guest code may run during the call.
     pub(crate) unsafe fn reset(&mut self, tracking: &Tracking, region: &Region) {
         match tracking {
-            // The new mapping was registered by whoever mapped it, and protects nothing yet:
+            // The new mapping was registered by the code that mapped it, and protects nothing yet:
             // that would make a restore as long as the memory is large.
             Tracking::WriteProtect(_) => self.protected_bytes = 0,
             Tracking::Compare => {

@@ -52,7 +52,7 @@ impl Objects {
     ) -> mpsc::Receiver<T> {
         let (sender, receiver) = mpsc::sync_channel(1);
         self.runtime.spawn(async move {
-            // Whoever has asked may have gone.
+            // The caller may have gone.
             let _ = sender.send(future.await);
         });
         receiver

@@ -7,7 +7,7 @@
 //!
 //! sled 0.34 never calls fsync, drops the end of its log at the first damaged byte without a word, and
 //! refuses everything after its first I/O error. So what is in it also goes into a [log](crate::log)
-//! of our own, and that counts: where sled says something else it is made anew from the log, and where
+//! of our own, and that counts: where sled says something else it is rebuilt from the log, and where
 //! the log is damaged sled has what it said.
 //!
 //! **Invariant:** pack, sync, log, sync. After an error nothing that was put since the last flush is

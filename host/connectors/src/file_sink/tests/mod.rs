@@ -26,7 +26,7 @@ impl Setup {
         self.dir.path().join("out")
     }
 
-    /// A run begins, from a checkpoint and the states of its tasks, or anew.
+    /// A run begins, from a checkpoint and the states of its tasks, or from the beginning.
     fn run_in(
         &self,
         dir: &Path,
@@ -221,7 +221,7 @@ fn a_savepoint_keeps_its_part_whatever_the_job_does_after_it() {
     let savepoint = barrier(&mut sink, 2, Purpose::Savepoint);
     write(&mut sink, "three");
     drop(sink);
-    // A trap: the job goes on from checkpoint 1, writes "two" again, and is cancelled.
+    // A trap: the job resumes from checkpoint 1, writes "two" again, and is cancelled.
     let mut sink = setup.open(&output, 0, Some(&first));
     write(&mut sink, "two");
     barrier(&mut sink, 3, Purpose::Periodic);

@@ -35,7 +35,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use self::layer::{ENTRY_BYTES, Layer, decode, encode, unspilled};
 use super::as_of::AsOf;
 
-/// Completed layers that wait for the table: from so many write buffers on, whoever writes helps.
+/// Completed layers that wait for the table: from so many write buffers on, anyone who writes helps.
 const BEHIND_MAX: u64 = 2;
 /// What a scan gives at a time.
 const SCAN_BYTES: usize = 256 << 10;
@@ -63,7 +63,7 @@ pub(crate) struct KeyedState {
     tables: Tables,
     limits: KeyedLimits,
     inner: Mutex<Inner>,
-    /// Held by whoever writes into the table.
+    /// Held by anyone who writes into the table.
     applying: Mutex<()>,
     /// Keys and values in the table.
     base_bytes: AtomicU64,
@@ -346,7 +346,7 @@ impl KeyedState {
                 let (key, value) = entry?;
                 self.write_into(&base, &encode(&key), value.as_deref())?;
             }
-            // Only now: whoever has not found it in the layer finds it in the table.
+            // Only now: a reader that has not found it in the layer finds it in the table.
             let mut inner = self.lock();
             inner.pending.pop_front_if(|(id, _)| *id == checkpoint);
             inner.at = AsOf::Checkpoint(checkpoint);
