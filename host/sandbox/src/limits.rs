@@ -17,8 +17,6 @@ const OUTPUT_BYTES_MAX: u64 = 64 << 20;
 const HANDLES_MAX: u32 = 64;
 /// Elements of all tables: function pointers. A large component has ten thousand.
 const TABLE_ELEMENTS_MAX: u64 = 100_000;
-/// Declared state of one task that the host keeps: what a disk of 1 TB has for 60 of them.
-const STATE_BYTES_MAX: u64 = 16 << 30;
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 
@@ -35,9 +33,6 @@ pub struct Limits {
     pub handles_max: u32,
     /// Elements of all tables together. Default: 100,000.
     pub table_elements_max: u64,
-    /// Declared state that the host keeps: keys, values, and what an index takes of each. Default:
-    /// 16 GiB.
-    pub state_bytes_max: u64,
     /// Bytes of log messages a second; what is beyond is dropped. Default: 64 KiB.
     pub log_bytes_per_second_max: u64,
 }
@@ -50,7 +45,6 @@ impl Default for Limits {
             output_bytes_max: OUTPUT_BYTES_MAX,
             handles_max: HANDLES_MAX,
             table_elements_max: TABLE_ELEMENTS_MAX,
-            state_bytes_max: STATE_BYTES_MAX,
             log_bytes_per_second_max: LOG_BYTES_PER_SECOND_MAX,
         }
     }
@@ -95,7 +89,7 @@ pub enum Limit {
         /// How many elements it may have.
         elements_max: u64,
     },
-    /// [`Limits::state_bytes_max`].
+    /// Declared state that the host keeps, which the [`Host`](crate::Host) bounds.
     State {
         /// What it would have.
         wanted_bytes: u64,

@@ -250,6 +250,9 @@ pub struct OperatorSpec {
     pub config: Vec<(String, String)>,
     /// What each instance may use.
     pub limits: Limits,
+    /// Bytes of declared state of one task that the host keeps: keys, values and what an index takes of each. Default:
+    /// 16 GiB, of which a disk of 1 TB has 60.
+    pub state_bytes_max: u64,
     /// How many bytes one result partition of it may take on disk.
     pub partition_bytes_max: u64,
     /// What a checkpoint holds of it.

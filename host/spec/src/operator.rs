@@ -109,6 +109,7 @@ pub(super) fn read_operator(
         component,
         config,
         limits,
+        state_bytes_max: section.get(&STATE),
         partition_bytes_max: section.get(&PARTITION),
         snapshot,
         max_parallelism,
@@ -143,7 +144,6 @@ fn read_limits(section: &Section<'_>) -> Limits {
         output_bytes_max: section.get(&OUTPUT),
         handles_max: u32::try_from(section.get(&HANDLES)).unwrap_or(u32::MAX),
         table_elements_max: section.get(&TABLE_ELEMENTS),
-        state_bytes_max: section.get(&STATE),
         log_bytes_per_second_max: section.get(&LOG),
     }
 }

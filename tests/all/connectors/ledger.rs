@@ -55,7 +55,7 @@ impl Ledger {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Epoch {
     job: String,
-    timeline: String,
+    pub(super) timeline: String,
     sink: String,
     pub(super) task: u32,
     number: u64,

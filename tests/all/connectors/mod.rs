@@ -10,14 +10,14 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use cofferdam_connector::Catalog;
 use cofferdam_connectors::builtin;
 use cofferdam_core::job::Outcome;
-use cofferdam_engine::{job::JobOptions, restore::RestoreFrom};
+use cofferdam_engine::{job::JobOptions, metrics::Metrics, restore::RestoreFrom};
 use cofferdam_spec::JobSpec;
 use cofferdam_tests::job::{block_on, run_with_catalog};
 
@@ -90,12 +90,15 @@ fn connectors_of_the_program_run_through_failures_and_a_rescale() {
     let savepoints = dir.path().join("savepoint");
     let (others, more) = (topic.clone(), ledger.clone());
     let target = savepoints.clone();
+    let metrics = Arc::<OnceLock<Arc<Metrics>>>::default();
+    let counters = metrics.clone();
     let ran = run_with_catalog(
         &manifest(dir.path(), 2, ""),
         &JobOptions::default(),
         &catalog,
         move |job| {
             let handle = job.control();
+            counters.get_or_init(|| job.metrics());
             std::thread::spawn(move || {
                 wait_for(&more, 100);
                 others.add(0, 100, "bad luck");
@@ -115,6 +118,13 @@ fn connectors_of_the_program_run_through_failures_and_a_rescale() {
     assert!(0 < ran.restart_count());
     assert_eq!(ledger.records().len(), 300, "what is not confirmed is with the savepoint");
     assert!(!topic.lock().completed.is_empty(), "the source was told of its checkpoints");
+    let metrics = metrics.get().expect("it ran");
+    let reading = metrics.read(|index| index == 0, |_| false);
+    assert!(0 < reading.bad_records, "what makes no sense is counted");
+    assert_eq!(metrics.read_operators()[0].records_behind, Some(0), "it has read everything");
+    let timelines: BTreeSet<String> =
+        ledger.lock().epochs.keys().map(|epoch| epoch.timeline.clone()).collect();
+    assert_eq!(timelines.len(), 1, "a restart is no new course of events");
 
     // With another parallelism: unconfirmed epochs are sent under the identity of those who wrote them.
     ledger.lock().is_away = false;
@@ -129,8 +139,19 @@ fn connectors_of_the_program_run_through_failures_and_a_rescale() {
     assert_eq!(ran.outcome, Ok(Outcome::Finished));
     wanted.sort();
     assert_eq!(ledger.records(), wanted);
-    let tasks: BTreeSet<u32> = ledger.lock().epochs.keys().map(|epoch| epoch.task).collect();
+    let state = ledger.lock();
+    let tasks: BTreeSet<u32> = state.epochs.keys().map(|epoch| epoch.task).collect();
     assert_eq!(tasks, BTreeSet::from([0, 1, 2]));
+    // What was with the savepoint came whole, and under the identity of the tasks that wrote it.
+    let (of_first, of_second) = (record(300)..record(600), record(600)..record(900));
+    for (epoch, records) in &state.epochs {
+        let is_first = timelines.contains(&epoch.timeline);
+        for unconfirmed in records.iter().filter(|it| of_first.contains(*it)) {
+            assert!(is_first && epoch.task < 2, "{unconfirmed} came as {epoch:?}");
+        }
+        let is_mixed = is_first && records.iter().any(|it| of_second.contains(it));
+        assert!(!is_mixed, "{epoch:?} has records of the second run");
+    }
 }
 
 #[test]

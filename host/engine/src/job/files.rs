@@ -8,7 +8,6 @@ use std::{
 };
 
 use cofferdam_core::{exchange::ExchangeType, ids::TaskId};
-use cofferdam_sandbox::Limits;
 use cofferdam_spec::{JobSpec, NodeKind, StateBackend, StorageSpec};
 use cofferdam_store::{
     SnapshotStore, Storage, StorageError, faulty::Faults, memory::MemoryStorage,
@@ -71,14 +70,14 @@ pub(super) fn locals(
         _ => None,
     };
     let local = |(task, identity): (&TaskId, &TaskIdentity)| {
-        let limits = match &spec.node(task.operator).kind {
-            NodeKind::Operator(operator) => operator.limits.clone(),
-            _ => Limits::default(),
+        let operator = match &spec.node(task.operator).kind {
+            NodeKind::Operator(operator) if identity.has_host_state => Some(operator),
+            _ => None,
         };
-        let keyed = tables.as_ref().filter(|_| identity.has_host_state);
-        let keyed = keyed.map(|(tables, write_buffer_bytes)| {
+        let keyed = tables.as_ref().zip(operator);
+        let keyed = keyed.map(|((tables, write_buffer_bytes), operator)| {
             let limits = KeyedLimits {
-                bytes_max: limits.state_bytes_max,
+                bytes_max: operator.state_bytes_max,
                 write_buffer_bytes: *write_buffer_bytes,
                 max_parallelism: identity.max_parallelism,
                 own_keys: own_keys(&spec.graph, *task, identity.is_keyed, identity.max_parallelism),

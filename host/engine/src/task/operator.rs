@@ -167,7 +167,7 @@ impl OperatorTask {
     ) -> Result<Option<String>> {
         let (mode, has_states) = (self.spec.snapshot, self.has_states);
         self.processed.on_barrier(checkpoint);
-        let bytes_max = self.spec.limits.state_bytes_max;
+        let bytes_max = self.spec.state_bytes_max;
         let (tracks_changes, own_keys) = (self.tracks_changes, self.own_keys);
         let instance = self.instance()?;
         // Before anything is handed over: the guest takes for stored what it has handed over.
