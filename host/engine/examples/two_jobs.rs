@@ -1,5 +1,5 @@
-//! Two jobs in one engine: both are submitted, watched and asked for checkpoints; one is rescaled while it runs and
-//! stops with a savepoint, the other runs to its end.
+//! Two jobs in one engine: one runs to its end. The other is watched, asked for checkpoints, for a savepoint and for its
+//! figures, rescaled while it runs, and stopped with a savepoint.
 //!
 //! `cargo run -p cofferdam-engine --example two_jobs`
 
@@ -75,13 +75,26 @@ pub(crate) async fn two_jobs(dir: &Path) -> Result<(u64, u64), Problem> {
         println!("  checkpoint {requested} of {}: {} bytes of state", task.name, task.state_bytes);
     }
     long.rescale(&BTreeMap::from([("numbers".to_owned(), 3), ("parts".to_owned(), 3)])).await?;
+    long.running().await?;
     println!("long is {:?}", long.status());
+    for operator in long.metrics().read_operators() {
+        println!("  {}: {} in, {} out", operator.name, operator.records_in, operator.records_out);
+    }
+    let saved = long.savepoint(dir.join("copies")).await?;
+    println!(
+        "long has written savepoint {saved}, and keeps {} checkpoints",
+        long.checkpoints().len()
+    );
 
     assert_eq!(short.ended().await?, Outcome::Finished);
     println!("short is {:?}", short.status().state);
     let savepoint = long.stop_with_savepoint(dir.join("savepoint"), false).await?;
     long.ended().await?;
     println!("long is {:?} with savepoint {savepoint}", long.status().state);
+    for failure in long.failures() {
+        println!("  at {} ms: {}", failure.at_ms, failure.event);
+    }
+    println!("its guests have logged {} lines", long.logs().len());
     Ok((committed(&dir.join("short-out")), committed(&dir.join("long-out"))))
 }
 
