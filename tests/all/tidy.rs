@@ -63,6 +63,29 @@ fn only_the_store_names_sled() {
     }
 }
 
+/// Heavy libraries stay with the crates that need them; what reads manifests and what crosses into guests needs none.
+#[test]
+fn libraries_stay_where_they_belong() {
+    let uses = |name: &str, library: &str| {
+        let path = guest::root().join("host").join(name).join("Cargo.toml");
+        let manifest = fs::read_to_string(path).expect("readable");
+        let own = manifest.split("\n[").find(|part| part.starts_with("dependencies]"));
+        own.is_some_and(|own| {
+            own.lines().any(|line| line.split(['.', ' ', '=']).next() == Some(library))
+        })
+    };
+    let rows: [(&str, &[&str]); 4] = [
+        ("sled", &["store"]),
+        ("object_store", &["store"]),
+        ("wasmtime", &["contract", "sandbox"]),
+        ("tokio", &["connector", "sandbox", "store", "connectors", "engine", "cli"]),
+    ];
+    for (library, expected) in rows {
+        let found: Vec<&str> = HOST_CRATES.into_iter().filter(|name| uses(name, library)).collect();
+        assert_eq!(found, expected, "{library}");
+    }
+}
+
 /// The crates of the host, each below those that come after it.
 const HOST_CRATES: [&str; 11] = [
     "core",

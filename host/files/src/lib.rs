@@ -17,14 +17,15 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// The directory that a path lies in; of a bare name that is the working directory.
+fn folder_of(path: &Path) -> Option<&Path> {
+    path.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
+}
+
 /// Makes a directory and those above it where they are not there, and makes their names durable. With
 /// `mode` as it is left by the umask; those of a state are its owner's alone.
 pub fn make_dir(dir: &Path, mode: u32) -> io::Result<()> {
-    let parent = match dir.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-        Some(parent) => parent,
-        None => return Ok(()),
-    };
+    let Some(parent) = folder_of(dir) else { return Ok(()) };
     let made = match DirBuilder::new().mode(mode).create(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             make_dir(parent, mode)?;
@@ -57,7 +58,7 @@ pub fn create_file(path: &Path) -> io::Result<File> {
 
 /// Replaces a file: anyone who looks finds the old content or the new, also after a crash.
 pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
-    let dir = path.parent().unwrap_or_else(|| Path::new("."));
+    let dir = folder_of(path).unwrap_or_else(|| Path::new("."));
     let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(dir)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;
@@ -72,7 +73,11 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Locks a file, which is made if it is not there; `None`: somebody else has it.
 pub fn try_lock(path: &Path) -> io::Result<Option<File>> {
-    let file = create_file(path)?;
+    lock(create_file(path)?)
+}
+
+/// Locks an open file; `None`: somebody else has the lock.
+pub fn lock(file: File) -> io::Result<Option<File>> {
     // A run that has just ended, or a child that it has forked off, may hold it for a moment.
     for retry in 0..=LOCK_RETRIES {
         match file.try_lock() {
@@ -118,5 +123,69 @@ pub fn resolved(path: &Path) -> PathBuf {
         missing.push(name);
         let Some(parent) = known.parent() else { return path.clone() };
         known = parent;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("JOB");
+        for content in [&b"old"[..], b"new and longer", b""] {
+            write_whole(&path, content).expect("written");
+            assert_eq!(fs::read(&path).expect("readable"), content);
+        }
+        assert_eq!(fs::read_dir(dir.path()).expect("listed").count(), 1);
+        assert!(write_whole(&dir.path().join("none/JOB"), b"").is_err(), "it makes no directory");
+        assert_eq!(folder_of(Path::new("JOB")), Some(Path::new(".")), "of a bare name");
+    }
+
+    #[test]
+    fn directories_are_made_with_those_above_them_for_their_owner_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let deep = dir.path().join("a/b/c");
+        for _ in 0..2 {
+            make_dir(&deep, FOR_OWNER).expect("made, or there already");
+        }
+        let mode = fs::metadata(&deep).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, FOR_OWNER);
+        fs::write(dir.path().join("file"), "").expect("written");
+        assert!(make_dir(&dir.path().join("file/below"), FOR_ALL).is_err(), "a file is in the way");
+    }
+
+    #[test]
+    fn a_lock_has_one_owner_and_asking_for_it_makes_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("LOCK");
+        assert!(!is_locked(&path).expect("it can be asked"));
+        assert!(!path.exists(), "asking has made it");
+        let owner = try_lock(&path).expect("it can be made").expect("it is free");
+        assert!(is_locked(&path).expect("it can be asked"));
+        assert!(try_lock(&path).expect("it can be opened").is_none());
+        assert!(lock(File::open(&path).expect("there")).expect("it can be asked").is_none());
+        drop(owner);
+        assert!(lock(File::open(&path).expect("there")).expect("it can be asked").is_some());
+    }
+
+    #[test]
+    fn a_path_is_resolved_as_far_as_it_is_there() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let real = dir.path().canonicalize().expect("there");
+        fs::create_dir(real.join("a")).expect("made");
+        std::os::unix::fs::symlink(real.join("a"), real.join("link")).expect("made");
+        for (path, expected) in [
+            ("link", "a"),
+            ("link/none/deeper", "a/none/deeper"),
+            ("a/./x", "a/x"),
+            ("none/../a", "a"),
+        ] {
+            assert_eq!(resolved(&real.join(path)), real.join(expected), "{path}");
+        }
     }
 }

@@ -5,7 +5,8 @@
 //! that does not depend on the size of that state. The crate knows nothing of jobs and nothing of
 //! tokio: its futures run on any executor, so that another engine can embed it.
 //!
-//! **Invariant:** this is the only crate that names wasmtime.
+//! **Invariant:** this is the only crate that calls wasmtime; `cofferdam-contract` derives its traits for the data that
+//! crosses into a guest.
 
 mod cache;
 mod component;

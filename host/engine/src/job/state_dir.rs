@@ -127,13 +127,13 @@ pub fn lock_existing(dir: &Path) -> Result<Option<File>, Problem> {
         let message = format!("{} cannot be locked", dir.display());
         Problem::new(Code::StateUnusable, message).because(&error)
     };
-    match path.try_exists() {
-        // A URL is no directory on this machine.
-        Ok(false) => return Ok(None),
-        Ok(true) => {}
-        Err(error) => return Err(unusable(error)),
-    }
-    try_lock(&path).map_err(unusable)?.map(Some).ok_or_else(|| {
+    // Nothing is written to it: it may be another user's, or on a file system that is read only.
+    let file = match File::open(&path) {
+        // Nor is a URL a directory of this machine.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(unusable)?,
+    };
+    cofferdam_files::lock(file).map_err(unusable)?.map(Some).ok_or_else(|| {
         let message = format!("a run is using the state directory {}", dir.display());
         Problem::new(Code::StateInUse, message)
             .hint("wait for it to end, or take a savepoint and inspect that")
@@ -202,8 +202,8 @@ mod tests {
         drop(looking);
         // What cannot be opened may be in use.
         fs::remove_file(dir.path().join(LOCK)).expect("removed");
-        fs::create_dir(dir.path().join(LOCK)).expect("made");
-        let problem = lock_existing(dir.path()).expect_err("a directory is no lock");
+        std::os::unix::fs::symlink(LOCK, dir.path().join(LOCK)).expect("made");
+        let problem = lock_existing(dir.path()).expect_err("it leads to itself");
         assert_eq!(problem.code, Code::StateUnusable);
     }
 
