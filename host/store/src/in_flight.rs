@@ -17,6 +17,19 @@ pub enum InFlight {
     Watermark(i64),
 }
 
+impl InFlight {
+    /// As [`ChannelState::check`].
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), &'static str> {
+        match self {
+            Self::Records(batch) => batch.check(),
+            Self::Watermark(_) => Ok(()),
+        }
+    }
+}
+
 /// What was on its way in one channel, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChannelState {
@@ -33,6 +46,14 @@ pub struct ChannelState {
 }
 
 impl ChannelState {
+    /// Whether the columns of its records fit together: a reader goes by their ends.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), &'static str> {
+        self.elements.iter().try_for_each(InFlight::check)
+    }
+
     /// The size of its records.
     #[must_use]
     pub fn byte_count(&self) -> u64 {

@@ -10,6 +10,7 @@ use cofferdam_sandbox::{INVENTORY, MemoryDelta, MemorySnapshot, memory::PAGE_BYT
 use crate::{
     Generation, Result, StorageError,
     declared::{Entries, Entry, Merge, within},
+    in_flight::ChannelState,
     key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
     metadata::{TaskMetadata, unseal},
     pack::Header,
@@ -205,7 +206,10 @@ pub(crate) fn read_snapshot(
     }
     let in_flight = (0..header.in_flight_packs).map(|sequence| {
         let pack = read(KIND_IN_FLIGHT, sequence)?;
-        postcard::from_bytes(pack.content()).map_err(|error| damaged(&error.to_string()))
+        let state: ChannelState =
+            postcard::from_bytes(pack.content()).map_err(|error| damaged(&error.to_string()))?;
+        state.check().map_err(damaged)?;
+        Ok(state)
     });
     into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
     into.bytes += bytes;

@@ -171,7 +171,11 @@ impl Partition {
             .map_err(|error| EnvironmentError::of(format_args!("read {}", name()), &error))?;
         let payload = unseal(&name(), &block_key(reader, place), &framed)
             .map_err(|error| EnvironmentError::new(error.to_string()))?;
-        postcard::from_bytes(payload).map_err(|error| EnvironmentError::of(name(), &error))
+        let elements: Vec<InFlight> =
+            postcard::from_bytes(payload).map_err(|error| EnvironmentError::of(name(), &error))?;
+        let malformed = |what| EnvironmentError::new(format!("{}: {what}", name()));
+        elements.iter().try_for_each(InFlight::check).map_err(malformed)?;
+        Ok(elements)
     }
 }
 

@@ -4,6 +4,7 @@ mod unwritten;
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
+use cofferdam_contract::{Batch, RecordRef};
 use cofferdam_core::checkpoint::chain::carried_with;
 use cofferdam_sandbox::{MemoryDelta, MemorySnapshot, memory::PAGE_BYTES};
 
@@ -546,4 +547,22 @@ fn damaged_value_is_found_and_named() {
         error,
         "the snapshot of task 0 for checkpoint 2 is damaged: a part of it is not there"
     );
+}
+
+/// A checksum has no key: a program that can write to a store can write one.
+#[test]
+fn records_in_flight_whose_columns_do_not_fit_are_damage() {
+    let mut store = open();
+    let mut batch = Batch::empty();
+    batch.push(RecordRef { key: Some(b"key"), value: b"value", timestamp: None });
+    batch.key_ends[0] = 1_000;
+    let elements = vec![InFlight::Records(batch)];
+    let state = ChannelState { place: 0, input: 0, from: "in".to_owned(), producer: 0, elements };
+    let snapshot = TaskSnapshot { in_flight: Arc::new(vec![state]), ..TaskSnapshot::default() };
+    let tasks = store.tasks.len();
+    let snapshots = (1..tasks).map(|task| (task, 1, Arc::default()));
+    store.write(snapshots.chain([(0, 1, Arc::new(snapshot))]).collect()).expect("written");
+    store.complete(1, 0).expect("complete");
+    let error = store.load(0, 1).expect_err("its keys end behind their bytes").to_string();
+    assert!(error.starts_with("the snapshot of task 0 for checkpoint 1 is damaged"), "{error}");
 }
