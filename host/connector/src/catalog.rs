@@ -128,7 +128,8 @@ pub trait SinkConnector: Send + Sync {
     fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SinkSpec>, Problem>;
 
     /// What the state of one of its tasks has still to commit, for example the name of a file; `None`: nothing, or
-    /// the state is not of this kind of sink. Asked before a job continues without the sink.
+    /// the state is not of this kind of sink. Asked before a job continues without the sink, or with one of another
+    /// kind under its uid. A sink that keeps output in its state has to answer: what it is silent about is lost then.
     fn uncommitted(&self, state: &[u8]) -> Option<String> {
         let _ = state;
         None

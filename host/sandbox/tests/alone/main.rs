@@ -15,8 +15,6 @@ use cofferdam_sandbox::{
     TrackingChoice, rewrite,
 };
 use futures::executor::block_on;
-use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
-use wit_parser::Resolve;
 
 /// What `process` does, by its input; see `operator.wat`.
 const COUNT: u32 = 0;
@@ -32,19 +30,8 @@ const MUCH: u32 = 9;
 const ASK_FOR_STATE: u32 = 10;
 const BAD_POINTER: u32 = 11;
 
-/// A core module as a component of the world `operator`.
-fn component(module: &str) -> Vec<u8> {
-    let mut module = wat::parse_str(module).expect("a module");
-    let mut resolve = Resolve::default();
-    let wit = concat!(env!("CARGO_MANIFEST_DIR"), "/../../wit");
-    let (package, _) = resolve.push_dir(wit).expect("the contract");
-    let world = resolve.select_world(&[package], Some("operator")).expect("the world");
-    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("fits");
-    let encoder = ComponentEncoder::default().validate(true).module(&module);
-    encoder.expect("a module").encode().expect("a component")
-}
-
-static OPERATOR: LazyLock<Vec<u8>> = LazyLock::new(|| component(include_str!("operator.wat")));
+static OPERATOR: LazyLock<Vec<u8>> =
+    LazyLock::new(|| wat::parse_str(include_str!("operator.wat")).expect("a component"));
 
 fn sandbox(tracking: TrackingChoice) -> Sandbox {
     Sandbox::new(SandboxOptions { tracking, ..SandboxOptions::default() }).expect("a sandbox")
