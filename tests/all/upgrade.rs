@@ -545,7 +545,13 @@ fn state_of_a_job_that_kept_memory_alone_is_not_taken_for_empty() {
 #[test]
 fn checkpoints_that_an_ended_job_has_left_are_neither_in_the_way_nor_removed_where_they_are_named()
 {
-    for (left, named) in [("first", "second"), ("second", "second"), ("second", "link")] {
+    // Of the last one a removal that a power cut has ended left no head.
+    for (left, named, is_headless) in [
+        ("first", "second", false),
+        ("second", "second", false),
+        ("second", "link", false),
+        ("first", "second", true),
+    ] {
         let dir = tempfile::tempdir().expect("a directory");
         let (first, second) = (dir.path().join("first"), dir.path().join("second"));
         let targets = (first.clone(), second.clone());
@@ -559,6 +565,12 @@ fn checkpoints_that_an_ended_job_has_left_are_neither_in_the_way_nor_removed_whe
         assert!(matches!(ran.outcome, Ok(Outcome::Stopped { .. })), "{:?}", ran.outcome);
         let state = dir.path().join("totals.cofferdam");
         copy_dir(&dir.path().join(left), &state).expect("left behind");
+        if is_headless {
+            let heads = fs::read_dir(&state).expect("listed").flatten();
+            let heads = heads.filter(|it| it.file_name().to_string_lossy().starts_with("HEAD"));
+            let removed = heads.map(|head| fs::remove_file(head.path()).expect("removed")).count();
+            assert!(0 < removed, "it had none");
+        }
         std::os::unix::fs::symlink(&state, dir.path().join("link")).expect("linked");
         let from = RestoreFrom {
             dir: dir.path().join(named),
