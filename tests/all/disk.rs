@@ -18,3 +18,11 @@ fn no_power_cut_loses_what_was_complete() {
         power::run(wanted, 1, |_| {}).expect("what was complete is there, and the job finishes");
     assert!(wanted <= tally.cuts && 0 < tally.lossy && 0 < tally.resumed, "{tally:?}");
 }
+
+/// Deleted objects came back without the mark of their removal, and the run from the savepoint of the job that they
+/// had belonged to was refused.
+#[test]
+fn removal_of_a_generation_is_durable_before_its_mark_goes() {
+    let removals = power::check_removals(1).expect("in this order");
+    assert!(0 < removals, "none was removed");
+}

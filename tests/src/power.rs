@@ -53,6 +53,42 @@ pub fn run(cuts: u64, seed: u64, mut on_cut: impl FnMut(&Tally)) -> Result<Tally
     Ok(tally)
 }
 
+/// Runs a job to its end whose checkpoints are objects in a directory. Gives how many of their generations were
+/// removed.
+///
+/// # Errors
+/// Where the mark of a removal went before it was certain that what it marks is gone: a power cut could bring back a
+/// part of a generation, and nothing that says so.
+pub fn check_removals(seed: u64) -> Result<usize> {
+    let in_a_directory = (seed..).find_map(|seed| {
+        let mut random = Random::new(seed);
+        let job = DiskJob::new(&mut random);
+        let is_meant = job.as_ref().map_or(true, |job| job.variant.contains("filesystem"));
+        is_meant.then(|| job.map(|job| (job, random)))
+    });
+    let (job, mut random) = in_a_directory.context("a job")??;
+    let Recorded { records, .. } = recorded(&job, "trace", Disk::default(), &mut random)?;
+    let mut removals = 0;
+    for (at, record) in records.iter().enumerate() {
+        let Record::Remove(mark) = record else { continue };
+        let Some(folder) = mark.strip_suffix(b"/removed") else { continue };
+        let is_inside =
+            |path: &[u8]| path.strip_prefix(folder).is_some_and(|it| it.starts_with(b"/"));
+        let last = records[..at].iter().rev().find(|record| match record {
+            Record::Remove(path) => is_inside(path),
+            Record::SyncDir(path) => path == folder,
+            _ => false,
+        });
+        ensure!(
+            matches!(last, Some(Record::SyncDir(_))),
+            "{} is removed after {last:?}",
+            String::from_utf8_lossy(mark)
+        );
+        removals += 1;
+    }
+    Ok(removals)
+}
+
 fn record_and_cut(
     job: &DiskJob,
     random: &mut Random,

@@ -73,9 +73,7 @@ impl Before {
     fn is_over(&self, found: &OpenedStore, from: Option<&RestoreFrom>) -> bool {
         let Self::Ended(job) = self else { return false };
         let is_its = |metadata: &CheckpointMetadata| metadata.lineage.job == *job;
-        // Of a removal that a power cut has ended, the head may be gone and a part of the rest be left.
-        let is_left = found.is_headless || !found.checkpoints.is_empty();
-        if !is_left || !found.checkpoints.iter().all(is_its) {
+        if found.checkpoints.is_empty() || !found.checkpoints.iter().all(is_its) {
             return false;
         }
         let named = from.and_then(|from| restore::open_named(&from.dir).ok());

@@ -15,9 +15,13 @@ mod segment;
 #[cfg(test)]
 mod tests;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use cofferdam_files::{FOR_ALL, make_dir};
+use cofferdam_files::{FOR_ALL, make_dir, sync_dir};
 use object_store::{
     ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, aws::AmazonS3Builder,
     local::LocalFileSystem, path::Path as ObjectPath,
@@ -34,6 +38,8 @@ const REMOVED: &str = "removed";
 /// A place in a file system or an object store with a folder for each generation.
 pub struct ObjectStorage {
     objects: Objects,
+    /// The directory, where they lie in one.
+    dir: Option<PathBuf>,
     location: String,
 }
 
@@ -48,7 +54,8 @@ impl ObjectStorage {
         // The first one to ask decides for the process; it makes no difference who that is.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let wrong = |cause: Cause| StorageError::at("open the checkpoints", location, cause);
-        let (store, root): (Arc<dyn ObjectStore>, ObjectPath) = match location.split_once("://") {
+        type Opened = (Arc<dyn ObjectStore>, ObjectPath, Option<PathBuf>);
+        let (store, root, dir): Opened = match location.split_once("://") {
             None | Some(("file", _)) => {
                 let dir = Path::new(location.strip_prefix("file://").unwrap_or(location));
                 make_dir(dir, FOR_ALL)
@@ -56,13 +63,14 @@ impl ObjectStorage {
                 let store =
                     LocalFileSystem::new_with_prefix(dir).map_err(|error| wrong(error.into()))?;
                 let store = store.with_fsync(true).with_automatic_cleanup(true);
-                (Arc::new(store), ObjectPath::default())
+                (Arc::new(store), ObjectPath::default(), Some(dir.to_owned()))
             }
             Some(("s3" | "s3a", rest)) => {
                 let store = AmazonS3Builder::from_env().with_url(location).build();
                 let store = store.map_err(|error| wrong(error.into()))?;
                 let folder = rest.split_once('/').map_or("", |(_, folder)| folder);
-                (Arc::new(store), ObjectPath::parse(folder).map_err(|error| wrong(error.into()))?)
+                let root = ObjectPath::parse(folder).map_err(|error| wrong(error.into()))?;
+                (Arc::new(store), root, None)
             }
             Some((scheme, _)) => {
                 return Err(wrong(
@@ -70,20 +78,36 @@ impl ObjectStorage {
                 ));
             }
         };
-        Self::over(store, root, location)
+        Self::over(store, root, dir, location)
     }
 
-    fn over(store: Arc<dyn ObjectStore>, root: ObjectPath, location: &str) -> Result<Self> {
+    fn over(
+        store: Arc<dyn ObjectStore>,
+        root: ObjectPath,
+        dir: Option<PathBuf>,
+        location: &str,
+    ) -> Result<Self> {
         let runtime = threads()
             .map_err(|error| StorageError::store("start the threads of an object store", error))?;
-        Ok(Self { objects: Objects { store, root, runtime }, location: location.to_owned() })
+        let objects = Objects { store, root, runtime };
+        Ok(Self { objects, dir, location: location.to_owned() })
     }
 
-    /// Removes what there is of a generation that is marked as removed, and last the mark.
+    /// Removes what there is of a generation that is marked as removed, and last the mark: a power cut that brings
+    /// something of it back brings the mark back, too.
     fn remove_objects(&self, number: u64, objects: Vec<ObjectMeta>) -> Result<()> {
         let mark = self.folder(number).join(REMOVED);
         let others = objects.into_iter().map(|object| object.location);
         others.filter(|path| *path != mark).try_for_each(|path| self.objects.delete(path))?;
+        if let Some(dir) = &self.dir {
+            // The library syncs what it writes, not what it deletes.
+            match sync_dir(&dir.join(self.folder(number).as_ref())) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StorageError::store("remove a generation", error));
+                }
+                _ => {}
+            }
+        }
         self.objects.delete(mark)
     }
 

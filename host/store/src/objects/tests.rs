@@ -9,7 +9,8 @@ use super::*;
 use crate::Storage;
 
 fn over(store: &Arc<dyn ObjectStore>) -> ObjectStorage {
-    ObjectStorage::over(store.clone(), ObjectPath::from("jobs/words"), "memory").expect("made")
+    ObjectStorage::over(store.clone(), ObjectPath::from("jobs/words"), None, "memory")
+        .expect("made")
 }
 
 fn bytes_in(store: &Arc<dyn ObjectStore>) -> u64 {
