@@ -128,31 +128,22 @@ impl GuestError {
         if text.contains(OUTPUT_EXHAUSTED) {
             return Self::Limit(Limit::Output { bytes_max: output_bytes_max });
         }
-        match error.downcast_ref::<Trap>() {
-            Some(Trap::StackOverflow) => Self::Limit(Limit::Stack),
-            Some(Trap::CannotEnterComponent) => {
-                Self::Host("an instance was called after its trap".to_owned())
+        let message = match (error.downcast_ref::<Trap>(), refused) {
+            (Some(Trap::StackOverflow), _) => return Self::Limit(Limit::Stack),
+            (Some(Trap::CannotEnterComponent), _) => {
+                return Self::Host("an instance was called after its trap".to_owned());
             }
-            Some(trap) => match refused {
-                Some(limit) => Self::Limit(limit),
-                None => Self::Trap {
-                    message: match last_words {
-                        Some(words) => format!("{trap}: {words}"),
-                        None => trap.to_string(),
-                    },
-                    backtrace: backtrace(error),
-                },
+            // Without a trap: a memory or a table is too large from its beginning.
+            (_, Some(limit)) => return Self::Limit(limit),
+            (Some(trap), None) => match last_words {
+                Some(words) => format!("{trap}: {words}"),
+                None => trap.to_string(),
             },
-            // A memory or a table that is too large from its beginning. Else bad pointers, invalid UTF-8, a host function
-            // that gave an error: the guest broke the canonical ABI or misused a resource.
-            None => match refused {
-                Some(limit) => Self::Limit(limit),
-                None => {
-                    let message = error.root_cause().to_string();
-                    Self::Trap { message, backtrace: backtrace(error) }
-                }
-            },
-        }
+            // Bad pointers, invalid UTF-8, a host function that gave an error: the guest broke the canonical ABI or
+            // misused a resource.
+            (None, None) => error.root_cause().to_string(),
+        };
+        Self::Trap { message, backtrace: backtrace(error) }
     }
 }
 
