@@ -99,12 +99,17 @@ impl<'a> Document<'a> {
         match read {
             Ok(read) => Some(read),
             Err(problem) => {
-                // A key is not missed where its value was wrong.
-                if !problem.message.is_empty() {
-                    self.mistakes.borrow_mut().push((String::new(), problem));
-                }
+                self.mistake(problem);
                 None
             }
+        }
+    }
+
+    /// Notes a mistake; reading continues.
+    pub fn mistake(&self, problem: Problem) {
+        // A key is not missed where its value was wrong.
+        if !problem.message.is_empty() {
+            self.mistakes.borrow_mut().push((String::new(), problem));
         }
     }
 

@@ -148,7 +148,7 @@ pub(super) fn read_nodes(
     let sections = |kind: &'static str| document.noted(root.sections(kind)).unwrap_or_default();
     let sources = document.noted(root.sections("source"));
     if sources.as_ref().is_some_and(Vec::is_empty) {
-        document.noted::<()>(Err(root.missing("source", "a job needs at least one [[source]]")));
+        document.mistake(root.missing("source", "a job needs at least one [[source]]"));
     }
     for section in sources.unwrap_or_default() {
         let node = read_node(&section, None, |_| {
@@ -258,8 +258,7 @@ fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> BTreeMap<&'r str, Opera
         if ids.contains_key(&*node.name.value) {
             let message = format!("there are two nodes called \"{}\"", node.name.value);
             let problem = root.document().problem(Code::DuplicateName, &node.name.span, message);
-            let hint = "sources, operators and sinks share their names";
-            root.document().noted::<()>(Err(problem.hint(hint)));
+            root.document().mistake(problem.hint("sources, operators and sinks share their names"));
         } else {
             ids.insert(&node.name.value, id);
         }
@@ -319,7 +318,7 @@ fn uid_of(root: &Section<'_>, node: &RawNode, known: &[NodeSpec]) -> String {
         let span = node.uid.as_ref().map_or(&node.name.span, |uid| &uid.span);
         let message = format!("\"{}\" and \"{name}\" have the same uid \"{uid}\"", other.name);
         let problem = root.document().problem(Code::DuplicateName, span, message);
-        root.document().noted::<()>(Err(problem.hint("state is matched by it: give each its own")));
+        root.document().mistake(problem.hint("state is matched by it: give each its own"));
     }
     uid
 }
