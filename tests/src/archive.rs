@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::cargo::cargo;
+
 use anyhow::{Context, Result, ensure};
 use cofferdam_store::metadata::FORMAT;
 
@@ -64,7 +66,7 @@ fn component(target: &Path) -> Result<PathBuf> {
         home.context("where cargo keeps its sources")?,
         guest::root().display()
     );
-    let status = guest::cargo(&guest::root().join("tests/guests"))
+    let status = cargo(&guest::root().join("tests/guests"))
         .args(["build", "--release", "--quiet", "--target", "wasm32-wasip2", "--package", "totals"])
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", remapped)

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cofferdam_core::random::Random;
 
-use crate::{guest, job::committed, keyed};
+use crate::{cargo::cargo, guest, job::committed, keyed};
 
 const LINES: u64 = 12_000;
 const RATE: u64 = 40_000;
@@ -29,7 +29,7 @@ const FINISHED: &str = "has finished; there is nothing to do";
 pub fn library() -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
-        let mut build = guest::cargo(guest::root());
+        let mut build = cargo(guest::root());
         build.args(["build", "--quiet", "--package", "cofferdam-disk"]);
         assert!(build.status().expect("run cargo").success(), "build the library");
     });

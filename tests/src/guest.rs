@@ -6,6 +6,8 @@ use std::{
     sync::OnceLock,
 };
 
+use crate::cargo::cargo;
+
 /// The folder of the whole project.
 #[must_use]
 pub fn root() -> &'static Path {
@@ -87,20 +89,6 @@ pub fn start(arguments: &[&str], manifest: &Path, stdout: Stdio) -> Child {
     let mut command = Command::new(program());
     command.args(arguments).arg(manifest).stdout(stdout).stderr(Stdio::null());
     command.spawn().expect("the program runs")
-}
-
-/// A cargo command in a folder, as if nothing had called it: crates are built anew where their build script finds
-/// what the cargo around it has set (`ring` for one, and everything above it).
-pub(crate) fn cargo(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO"));
-    for (name, _) in std::env::vars_os() {
-        let of_a_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
-        if of_a_package.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
-            command.env_remove(name);
-        }
-    }
-    command.current_dir(dir);
-    command
 }
 
 fn built(workspace: &Path, once: &OnceLock<()>) -> PathBuf {

@@ -9,6 +9,8 @@
 )]
 
 pub mod archive;
+#[path = "../../xtask/src/cargo.rs"]
+mod cargo;
 pub mod crash;
 pub mod disk;
 pub mod faults;

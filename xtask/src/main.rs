@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it speaks to who runs it")]
 
+mod cargo;
 mod checks;
 mod demo;
 mod steps;

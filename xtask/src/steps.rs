@@ -11,17 +11,9 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or_else(|| Path::new("."))
 }
 
-/// A cargo command in a folder of the project, free of what the outer cargo has set: crates are built anew where their
-/// build script finds it changed (`ring` for one, and everything above it).
+/// A cargo command in a folder of the project, free of what the outer cargo has set.
 pub(crate) fn cargo(dir: &str) -> Command {
-    let mut command = Command::new(env!("CARGO"));
-    command.current_dir(root().join(dir));
-    for (name, _) in std::env::vars_os() {
-        let of_a_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
-        if of_a_package.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
-            command.env_remove(name);
-        }
-    }
+    let mut command = crate::cargo::cargo(&root().join(dir));
     command.env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("RUSTFLAGS");
     command
 }
