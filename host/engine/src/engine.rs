@@ -36,7 +36,7 @@ use crate::{
 /// What an engine is made with.
 #[derive(Debug, Clone, Default)]
 pub struct EngineOptions {
-    /// Where compiled components are kept between runs; `None`: they are compiled again.
+    /// Where compiled components are kept between runs; `None`: each engine compiles them.
     pub cache_dir: Option<PathBuf>,
 }
 

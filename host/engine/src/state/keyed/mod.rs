@@ -293,7 +293,7 @@ impl KeyedState {
         completed: Option<CheckpointId>,
         needed_from: CheckpointId,
     ) -> Result<()> {
-        let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _applying = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let (apart, token) = {
             let inner = self.lock();
             let completed = completed.max(inner.completed);
@@ -331,7 +331,7 @@ impl KeyedState {
     }
 
     fn apply_completed(&self) -> Result<()> {
-        let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _applying = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let (checkpoint, layer, base) = {
                 let inner = self.lock();
@@ -391,7 +391,7 @@ impl KeyedState {
         checkpoint: Option<CheckpointId>,
         entries: Entries<'_>,
     ) -> Result<()> {
-        let _settling = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _applying = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let base = Arc::new(self.tables.table()?);
         let before = {
             let mut inner = self.lock();
