@@ -476,6 +476,17 @@ mod tests {
         assert_eq!(log_lines(beginning, Mode::Log)[0].1, "attempt 0: 2 tasks, from the beginning");
     }
 
+    /// The reference has the event, and each of its fields.
+    fn assert_documented(event: &Value) {
+        let reference = include_str!("../../../docs/events.md");
+        let name = event["event"].as_str().expect("a name");
+        let (_, section) = reference.split_once(&format!("### `{name}`\n")).expect("a section");
+        let section = section.split("\n##").next().unwrap_or_default();
+        for field in event.as_object().expect("an object").keys() {
+            assert!(field == "event" || section.contains(&format!("`{field}`")), "{name}: {field}");
+        }
+    }
+
     #[test]
     fn rates_are_those_of_the_time_between_two_readings() {
         let reading = |read, written| Reading {
@@ -493,6 +504,7 @@ mod tests {
         );
         let shown = figures(&reading(1, 2), rates, Duration::from_secs(1), &[]);
         assert_eq!(shown["event"], "progress");
+        assert_documented(&shown);
         assert_eq!(
             (&shown["elapsed_ms"], &shown["records_read_per_second"]),
             (&json!(1000), &json!(400))
@@ -528,6 +540,7 @@ mod tests {
             assert_eq!(lines.len(), 1 + usize::from(next.is_some()), "{lines:?}");
             assert!(next.is_none_or(|next| lines[1].contains(next)), "{lines:?}");
             assert_eq!(summary.to_json()["outcome"], word);
+            assert_documented(&summary.to_json());
         }
     }
 }

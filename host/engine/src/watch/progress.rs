@@ -228,3 +228,107 @@ pub trait Observer: Send + Sync + 'static {
 impl Observer for () {
     fn observe(&self, _: Progress) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// How many events there are. A new one makes this match incomplete: it needs an example, too.
+    const KINDS: usize = 11;
+
+    fn is_counted(event: &Progress) -> bool {
+        match event {
+            Progress::Started { .. }
+            | Progress::Running { .. }
+            | Progress::Restoring { .. }
+            | Progress::CheckpointCompleted { .. }
+            | Progress::CheckpointFailed { .. }
+            | Progress::Restarting(_)
+            | Progress::RecordsLost { .. }
+            | Progress::Recovered { .. }
+            | Progress::DeadLetter { .. }
+            | Progress::Failed { .. }
+            | Progress::Warning { .. } => true,
+        }
+    }
+
+    /// One of each.
+    fn examples() -> Vec<Progress> {
+        let failure = || FailureFacts {
+            class: "trap",
+            message: "one too many".to_owned(),
+            backtrace: Vec::new(),
+            limit: Some("limits.call"),
+            os_error: Some(28),
+        };
+        let (task, checkpoint) = ("count/0".to_owned(), 1);
+        let restart = Restart {
+            task: Some(task.clone()),
+            failure: failure(),
+            delay_ms: 0,
+            new_attempt: true,
+            remaining_attempts: None,
+            restarting: BTreeMap::new(),
+            tasks: 2,
+        };
+        let steps = [
+            RestoreStep::ReadOut { task: task.clone(), bytes: 1 },
+            RestoreStep::Convert { task: task.clone() },
+            RestoreStep::Write { tasks: 2 },
+        ];
+        let restoring = steps.map(|step| Progress::Restoring { checkpoint, step });
+        let others = [
+            Progress::Started { attempt: 0, restored_from: None, tasks: 2 },
+            Progress::Running { tasks: 2 },
+            Progress::CheckpointCompleted {
+                checkpoint,
+                duration_ms: 1.0,
+                pause_ms: 1.0,
+                bytes: 1,
+                state_bytes: 1,
+                alignment_ms: 1.0,
+                in_flight_bytes: 1,
+            },
+            Progress::CheckpointFailed { checkpoint, code: "CHECKPOINT_EXPIRED", reason: String::new() },
+            Progress::Restarting(restart),
+            Progress::RecordsLost {
+                from: String::new(),
+                to: String::new(),
+                lost: 1,
+                regained: 0,
+                is_exact: true,
+            },
+            Progress::Recovered { recovery_us: 1 },
+            Progress::DeadLetter { task: task.clone(), failure: failure(), traps: 3, isolation_us: 1 },
+            Progress::Failed { task: Some(task), failure: failure() },
+            Progress::Warning { message: String::new() },
+        ];
+        restoring.into_iter().chain(others).collect()
+    }
+
+    #[test]
+    fn every_event_and_every_field_is_in_the_reference() {
+        let reference = include_str!("../../../../docs/events.md");
+        let (_, failures) = reference.split_once("## Failures").expect("a section");
+        let mut names = std::collections::BTreeSet::new();
+        for example in examples().into_iter().filter(is_counted) {
+            let Ok(Value::Object(fields)) = serde_json::to_value(&example) else {
+                panic!("{example:?} is no object");
+            };
+            let name = fields["event"].as_str().expect("a name").to_owned();
+            let heading = format!("### `{name}`\n");
+            let (_, section) = reference.split_once(&heading).expect("every event has a section");
+            let section = section.split("\n##").next().unwrap_or_default();
+            let is_failure = section.contains("](#failures)");
+            for field in fields.keys().filter(|field| *field != "event") {
+                let word = format!("`{field}`");
+                let is_there = section.contains(&word) || is_failure && failures.contains(&word);
+                assert!(is_there, "{name} does not explain {field}");
+            }
+            names.insert(name);
+        }
+        assert_eq!(names.len(), KINDS);
+    }
+}
