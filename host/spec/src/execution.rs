@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use cofferdam_core::{
     checkpoint::{CheckpointSettings, retention::Retention},
     exchange::ExchangeType,
-    graph::Partitioner,
+    shuffle::{DefaultExchange, ExecutionMode, RuntimeMode, ShuffleMode},
 };
 use cofferdam_settings::{AnySetting, Located, Optional, Section, Setting, table::Key};
 use cofferdam_store::is_url;
@@ -19,17 +19,17 @@ const PAUSE_MS_MAX: u64 = 365 * 24 * 3_600_000;
 /// Flink's bound below which checkpointing counts as disabled.
 const INTERVAL_MS_MIN: u64 = 10;
 
-static RUNTIME_MODE: Setting<ModeName> = Key::choice(
+static RUNTIME_MODE: Setting<RuntimeMode> = Key::choice(
     "execution.runtime-mode",
     &[
-        ("STREAMING", ModeName::Streaming),
-        ("BATCH", ModeName::Batch),
-        ("AUTOMATIC", ModeName::Automatic),
+        ("STREAMING", RuntimeMode::Streaming),
+        ("BATCH", RuntimeMode::Batch),
+        ("AUTOMATIC", RuntimeMode::Automatic),
     ],
     "`BATCH`: edges without an exchange of their own have that of the next setting; `AUTOMATIC`: the same if \
      every source is bounded",
 )
-.or(ModeName::Streaming);
+.or(RuntimeMode::Streaming);
 
 static BATCH_SHUFFLE_MODE: Setting<ShuffleMode> = Key::choice(
     "execution.batch-shuffle-mode",
@@ -208,46 +208,8 @@ pub(super) struct Execution {
     pub(super) retention: Retention,
     pub(super) savepoint_dir: Option<PathBuf>,
     pub(super) storage: StorageSpec,
-    pub(super) mode: RuntimeMode,
+    pub(super) exchange: DefaultExchange,
     pub(super) warnings: Vec<String>,
-}
-
-/// Which exchange an edge has that says none of its own.
-pub(super) struct RuntimeMode {
-    mode: ModeName,
-    batch: ShuffleMode,
-    /// In a stream, readers restart alone.
-    is_approximate: bool,
-}
-
-/// Which exchange the edges of a batch job have.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum ShuffleMode {
-    /// This one, but for forward edges, which are chained.
-    All(ExchangeType),
-    /// What Flink's `ExecutionMode` says.
-    Execution(ExecutionMode),
-}
-
-/// Flink's older names (`ExecutionConfig`, until 1.20).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ExecutionMode {
-    /// Every edge is pipelined.
-    PipelinedForced,
-    /// And those that break the pipeline are blocking.
-    Pipelined,
-    /// Only forward edges are pipelined.
-    Batch,
-    /// None is.
-    BatchForced,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ModeName {
-    Streaming,
-    Batch,
-    /// Batch where every source is bounded.
-    Automatic,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -260,7 +222,7 @@ enum StorageName {
 /// Reads what a job says about its execution; what is wrong with it is noted.
 pub(super) fn read(root: &Section<'_>, base_dir: &Path, job: &str) -> Execution {
     let mut warnings = Vec::new();
-    let mode = RuntimeMode {
+    let exchange = DefaultExchange {
         mode: root.get(&RUNTIME_MODE),
         batch: root.get(&BATCH_SHUFFLE_MODE),
         is_approximate: root.get(&APPROXIMATE),
@@ -290,7 +252,7 @@ pub(super) fn read(root: &Section<'_>, base_dir: &Path, job: &str) -> Execution 
         retention,
         savepoint_dir,
         storage,
-        mode,
+        exchange,
         warnings,
     }
 }
@@ -448,35 +410,4 @@ fn local_dir(
 /// When a source counts as backlogged.
 pub(super) fn read_backlog_lag(root: &Section<'_>) -> Option<u64> {
     root.find(&BACKLOG_LAG).map(|lag| lag.value)
-}
-
-impl RuntimeMode {
-    /// The exchange of an edge that says none: streams are pipelined; in a batch the mode says it.
-    pub(super) fn exchange(
-        &self,
-        partitioner: Partitioner,
-        breaks_pipeline: bool,
-        is_bounded: impl Fn() -> bool,
-    ) -> ExchangeType {
-        let is_batch = match self.mode {
-            ModeName::Streaming => false,
-            ModeName::Batch => true,
-            ModeName::Automatic => is_bounded(),
-        };
-        let is_forward = partitioner == Partitioner::Forward;
-        let is_blocking = match self.batch {
-            // A forward edge costs no channel as long as it is pipelined.
-            _ if !is_batch && self.is_approximate && !is_forward => {
-                return ExchangeType::PipelinedApproximate;
-            }
-            _ if !is_batch => false,
-            ShuffleMode::All(_) if is_forward => false,
-            ShuffleMode::All(exchange) => return exchange,
-            ShuffleMode::Execution(ExecutionMode::PipelinedForced) => false,
-            ShuffleMode::Execution(ExecutionMode::Pipelined) => breaks_pipeline,
-            ShuffleMode::Execution(ExecutionMode::Batch) => breaks_pipeline || !is_forward,
-            ShuffleMode::Execution(ExecutionMode::BatchForced) => true,
-        };
-        if is_blocking { ExchangeType::Blocking } else { ExchangeType::PipelinedBounded }
-    }
 }

@@ -468,7 +468,7 @@ fn read_job(
         let lag = execution::BACKLOG_LAG.row().key;
         warnings.push(format!("`{key}` is ignored without `{lag}`: no source has a backlog"));
     }
-    let (graph, mut nodes) = nodes::resolve(root, nodes, parallelism, &execution.mode)?;
+    let (graph, mut nodes) = nodes::resolve(root, nodes, parallelism, &execution.exchange)?;
     warn_of_doubles(&nodes, &mut warnings);
     let is_batch = graph.has_exchange(ExchangeType::has_partition);
     if is_batch && execution.checkpoint.interval_ms.take().is_some() {

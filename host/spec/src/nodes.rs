@@ -10,6 +10,7 @@ use cofferdam_core::{
     exchange::ExchangeType,
     graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
     ids::OperatorId,
+    shuffle::DefaultExchange,
 };
 use cofferdam_settings::{
     AnySetting, Code, Document, Located, Optional, Problem, Required, Section, closest, table::Key,
@@ -19,7 +20,6 @@ use toml::de::DeValue;
 use super::{
     InputSpec, NodeKind, NodeSpec, PARALLELISM_MAX,
     connector::{read_sink, read_source},
-    execution::RuntimeMode,
     is_name,
     operator::read_operator,
 };
@@ -367,10 +367,11 @@ pub(super) fn resolve(
     root: &Section<'_>,
     RawNodes { nodes: raw, unread }: RawNodes,
     parallelism: u32,
-    mode: &RuntimeMode,
+    default_exchange: &DefaultExchange,
 ) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let ids = ids_of(root, &raw);
     let operators = operators_of(&raw, &ids, parallelism);
+    let is_bounded = raw.iter().all(RawNode::is_bounded);
     let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     for (to, node) in (0..).map(OperatorId).zip(&raw) {
         let mut inputs = Vec::new();
@@ -387,7 +388,7 @@ pub(super) fn resolve(
             // Which output a name means is known once the component has been asked.
             let exchange = raw_input.exchange.unwrap_or_else(|| {
                 let breaks_pipeline = breaks_pipeline(&raw, &ids, node, input as usize);
-                mode.exchange(partitioner, breaks_pipeline, || raw.iter().all(RawNode::is_bounded))
+                default_exchange.of(partitioner, breaks_pipeline, is_bounded)
             });
             edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
             spans.push(raw_input.from.span.clone());

@@ -51,9 +51,51 @@ impl Retention {
     }
 }
 
+/// What is left of a job that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Remains {
+    /// Its checkpoints stay.
+    pub has_checkpoints: bool,
+    /// What it began from and owns stays.
+    pub has_claimed: bool,
+}
+
+impl Retention {
+    /// What stays after an end; `None`: the job was only interrupted, and resumes by itself. `is_recorded`: its state
+    /// directory says how it has ended. `is_untouched`: it has failed, and has not completed a checkpoint of its own.
+    #[must_use]
+    pub fn remains(self, end: Option<End>, is_recorded: bool, is_untouched: bool) -> Remains {
+        // Without a record the next run would begin anew; and what a run has added nothing to may not even fit it.
+        let is_needed = !is_recorded || is_untouched;
+        Remains {
+            has_checkpoints: is_needed || end.is_none_or(|end| self.keeps(end)),
+            has_claimed: is_needed,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_removed_that_a_next_run_needs() {
+        let all = Retention::RetainOnCancellation;
+        let remains = |retention: Retention, end, is_recorded, is_untouched| {
+            let Remains { has_checkpoints, has_claimed } =
+                retention.remains(end, is_recorded, is_untouched);
+            (has_checkpoints, has_claimed)
+        };
+        for policy in [Retention::NeverRetain, Retention::RetainOnFailure, all] {
+            assert_eq!(remains(policy, Some(End::Finished), true, false), (false, false));
+            assert_eq!(remains(policy, Some(End::Finished), false, false), (true, true));
+            assert_eq!(remains(policy, Some(End::Failed), true, true), (true, true));
+            assert_eq!(remains(policy, None, true, false), (true, false), "only interrupted");
+        }
+        assert_eq!(remains(Retention::NeverRetain, Some(End::Failed), true, false), (false, false));
+        assert_eq!(remains(all, Some(End::Failed), true, false), (true, false));
+        assert_eq!(remains(all, Some(End::Canceled), true, false), (true, false));
+    }
 
     /// Table 1.5 of the reference.
     #[test]

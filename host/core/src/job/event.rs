@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    checkpoint::{AbortReason, Purpose},
+    checkpoint::{AbortReason, Purpose, retention::End},
     failover::{RestartReason, topology::PartitionId},
     failure::{EnvironmentError, FailureCause},
     ids::{Attempt, CheckpointId, TaskId},
@@ -255,4 +255,23 @@ pub enum Outcome {
         /// The newest completed checkpoint.
         checkpoint: Option<CheckpointId>,
     },
+}
+
+impl Outcome {
+    /// Flink's terminal status; `None`: the job was only interrupted, and resumes by itself.
+    #[must_use]
+    pub fn end(&self) -> Option<End> {
+        match self {
+            Self::Finished | Self::Stopped { has_savepoint: true, .. } => Some(End::Finished),
+            Self::Stopped { has_savepoint: false, .. } => None,
+            Self::Canceled { .. } => Some(End::Canceled),
+            Self::Failed { .. } => Some(End::Failed),
+        }
+    }
+
+    /// True where the job has failed before it completed a checkpoint of its own.
+    #[must_use]
+    pub fn is_untouched(&self, resumed_from: Option<CheckpointId>) -> bool {
+        matches!(self, Self::Failed { checkpoint: Some(it), .. } if Some(*it) == resumed_from)
+    }
 }

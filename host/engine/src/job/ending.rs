@@ -6,7 +6,7 @@ use std::{
 };
 
 use cofferdam_core::{
-    checkpoint::retention::{End, Retention},
+    checkpoint::retention::Retention,
     failure::{FailureCause, Obstacle},
     graph::JobGraph,
     ids::{CheckpointId, TaskId},
@@ -54,24 +54,19 @@ impl Ending<'_> {
                  run resumes from it"
             ));
         }
-        // What this run has added nothing to is not its own to remove: it may not even fit.
-        let is_untouched = matches!(
-            outcome,
-            Outcome::Failed { checkpoint: Some(it), .. } if Some(*it) == self.resumed_from
-        );
-        let is_needed = is_untouched || noted.is_err();
-        if let Some(claimed) = self.claimed.filter(|_| !is_needed)
+        let is_untouched = outcome.is_untouched(self.resumed_from);
+        let remains = self.retention.remains(outcome.end(), noted.is_ok(), is_untouched);
+        if let Some(claimed) = self.claimed.filter(|_| !remains.has_claimed)
             && let Err(error) = remove_claimed(claimed)
         {
             self.warn(format!("cannot remove {}, which was claimed: {error}", claimed.display()));
         }
-        let is_kept = is_needed || end_of(outcome).is_none_or(|end| self.retention.keeps(end));
-        if let (false, Some(store)) = (is_kept, store)
+        if let (false, Some(store)) = (remains.has_checkpoints, store)
             && let Err(error) = store.clear()
         {
             self.warn(format!("cannot remove the state of the job: {error}"));
         }
-        is_kept
+        remains.has_checkpoints
     }
 }
 
@@ -140,16 +135,6 @@ pub(super) fn note_end(
     let Some(mut record) = JobRecord::read(dir)? else { return Ok(()) };
     record.ended = Some(ended);
     record.write(dir)
-}
-
-/// Flink's terminal status; none for a job that was only interrupted and resumes by itself.
-pub(super) fn end_of(outcome: &Outcome) -> Option<End> {
-    match outcome {
-        Outcome::Finished | Outcome::Stopped { has_savepoint: true, .. } => Some(End::Finished),
-        Outcome::Stopped { has_savepoint: false, .. } => None,
-        Outcome::Canceled { .. } => Some(End::Canceled),
-        Outcome::Failed { .. } => Some(End::Failed),
-    }
 }
 
 pub(super) fn failure(graph: &JobGraph, task: Option<TaskId>, cause: &FailureCause) -> Problem {

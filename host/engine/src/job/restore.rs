@@ -1,4 +1,4 @@
-//! Decides what a run resumes from, and makes that state fit: the newest whole checkpoint of the
+//! Finds what a run resumes from, and makes that state fit: the newest whole checkpoint of the
 //! state directory, or the one that was named; redistributed where parallelism has changed.
 //!
 //! Declared state moves by key group. Linear memory fits only the component and the parallelism
@@ -8,7 +8,11 @@
 use std::path::{Path, PathBuf};
 
 use cofferdam_connector::identity::Lineage;
-use cofferdam_core::{ids::CheckpointId, job::Resume};
+use cofferdam_core::{
+    ids::CheckpointId,
+    job::Resume,
+    origin::{Found, NoOrigin, Origin, origin},
+};
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::NodeSpec;
 use cofferdam_store::{
@@ -64,45 +68,59 @@ pub(crate) fn choose(
     from: Option<&RestoreFrom>,
     record: &JobRecord,
 ) -> Result<Chosen, Problem> {
-    if found.is_headless {
-        let message =
-            format!("the list of the checkpoints in {} is lost or damaged", store.location());
-        let problem = Problem::new(Code::CheckpointsMissing, message);
-        return Err(found
-            .damaged
-            .iter()
-            .fold(problem, Problem::detail)
-            .hint("to resume from the checkpoints that were found: --from DIR --state-dir OTHER"));
-    }
-    let Some(from) = from else { return choose_newest(tasks, store, found, record) };
-    let named = from.dir.display().to_string();
-    let other = open_named(&from.dir);
-    if let Some(own) = found.checkpoints.last() {
-        let is_descendant = match &other {
-            Ok((_, metadata)) => {
-                let (timeline, checkpoint) = (metadata.lineage.timeline, metadata.checkpoint);
-                own.is_that_of(metadata) || own.lineage.comes_from(timeline, checkpoint)
-            }
-            // It was claimed, and is gone.
-            Err(_) => record.begun_from.as_deref() == absolute(&from.dir).as_deref(),
-        };
-        if is_descendant {
+    let own = found.checkpoints.last();
+    let other = from.map(|from| open_named(&from.dir));
+    let has_begun_from = |from: &RestoreFrom| match (own, &other) {
+        (Some(own), Some(Ok((_, metadata)))) => {
+            let (timeline, checkpoint) = (metadata.lineage.timeline, metadata.checkpoint);
+            own.is_that_of(metadata) || own.lineage.comes_from(timeline, checkpoint)
+        }
+        // It was claimed, and is gone.
+        _ => record.begun_from.as_deref() == absolute(&from.dir).as_deref(),
+    };
+    let origin = origin(Found {
+        is_headless: found.is_headless,
+        has_own: own.is_some(),
+        named: from.map(has_begun_from),
+    });
+    match (origin, from, other) {
+        (Ok(Origin::Named), Some(from), Some(other)) => begin_from(tasks, from, other?),
+        (Ok(Origin::OwnAfterNamed), Some(from), _) => {
             let mut chosen = choose_newest(tasks, store, found, record)?;
             let id = chosen.checkpoint().unwrap_or_default();
             chosen.warnings.push(format!(
-                "the job already started from {named} earlier; it resumes from its own checkpoint {id}"
+                "the job already started from {} earlier; it resumes from its own checkpoint {id}",
+                from.dir.display()
             ));
-            return Ok(chosen);
+            Ok(chosen)
         }
-        let message =
-            format!("{} already holds checkpoint {} of this job", store.location(), own.checkpoint);
-        return Err(Problem::new(Code::StateMismatch, message)
-            .detail(format!("that checkpoint does not descend from {named}, which --from names"))
-            .hint(
-                "run without --from to resume, or choose another --state-dir to begin from there",
-            ));
+        (Err(NoOrigin::Occupied), Some(from), _) => Err(occupied(store, own, &from.dir)),
+        (Err(_), ..) => Err(headless(store, found)),
+        (Ok(_), ..) => choose_newest(tasks, store, found, record),
     }
-    let (other, metadata) = other?;
+}
+
+fn headless(store: &SnapshotStore, found: &OpenedStore) -> Problem {
+    let message = format!("the list of the checkpoints in {} is lost or damaged", store.location());
+    let problem = Problem::new(Code::CheckpointsMissing, message);
+    let problem = found.damaged.iter().fold(problem, Problem::detail);
+    problem.hint("to resume from the checkpoints that were found: --from DIR --state-dir OTHER")
+}
+
+fn occupied(store: &SnapshotStore, own: Option<&CheckpointMetadata>, named: &Path) -> Problem {
+    let id = own.map_or(0, |own| own.checkpoint);
+    let named = named.display();
+    let message = format!("{} already holds checkpoint {id} of this job", store.location());
+    Problem::new(Code::StateMismatch, message)
+        .detail(format!("that checkpoint does not descend from {named}, which --from names"))
+        .hint("run without --from to resume, or choose another --state-dir to begin from there")
+}
+
+fn begin_from(
+    tasks: &Tasks<'_>,
+    from: &RestoreFrom,
+    (other, metadata): (SnapshotStore, CheckpointMetadata),
+) -> Result<Chosen, Problem> {
     let mut warnings = Vec::new();
     let restores = take_over(tasks, from, &other, &metadata, &mut warnings)?;
     let lineage = metadata.lineage.fork(metadata.checkpoint);
