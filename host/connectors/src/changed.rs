@@ -20,7 +20,7 @@ impl Changed {
     }
 
     /// A file that could not be read. One that does not exist has changed.
-    pub(crate) fn unread(path: &Path, error: &io::Error) -> Self {
+    pub(crate) fn unread(path: &Path, error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::NotFound => Self::content(path, "it no longer exists"),
             _ => Self::Unreadable(unreadable(path, error)),
@@ -37,6 +37,6 @@ impl Changed {
 }
 
 /// A file that cannot be read now.
-pub(crate) fn unreadable(path: &Path, error: &io::Error) -> EnvironmentError {
+pub(crate) fn unreadable(path: &Path, error: io::Error) -> EnvironmentError {
     EnvironmentError::of(format_args!("read {}", path.display()), error)
 }

@@ -84,10 +84,11 @@ impl StdoutSink {
             let printed = call(&mut io::stdout().lock());
             drop(turn);
             printed.map_err(|error| {
-                let mut failure = EnvironmentError::of(doing, &error);
-                // The number of a full pipe is that of a machine without threads to give.
-                failure.os_error.take_if(|_| error.kind() == io::ErrorKind::WouldBlock);
-                FailureCause::Environment(failure)
+                FailureCause::Environment(match error.kind() {
+                    // The number of a full pipe is that of a machine without threads to give.
+                    io::ErrorKind::WouldBlock => EnvironmentError::new(format!("{doing}: {error}")),
+                    _ => EnvironmentError::of(doing, error),
+                })
             })
         };
         self.blocking.call(print).await

@@ -1,9 +1,11 @@
 //! Every error of a task has its class here, once: what a guest, a store or the environment says, as the cause of
 //! a failure that the core decides about.
 
+use std::io;
+
 use cofferdam_contract::Batch;
 use cofferdam_core::{
-    failure::{EnvironmentError, FailureCause, LimitKind, Obstacle, os_error},
+    failure::{EnvironmentError, FailureCause, LimitKind, Obstacle},
     ids::TaskId,
 };
 use cofferdam_sandbox::{GuestError, Limit, RestoreError, SnapshotError};
@@ -73,7 +75,7 @@ pub(crate) fn cause_of(error: GuestError) -> FailureCause {
         }
         GuestError::ForeignKey(message) => foreign_key(message),
         GuestError::Unavailable { message, os_error } => {
-            FailureCause::Environment(EnvironmentError { message, os_error })
+            FailureCause::Environment(with_number(message, os_error))
         }
         other => FailureCause::HostBug { message: other.to_string() },
     }
@@ -100,8 +102,7 @@ pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
         SnapshotError::Guest(error) => cause_of(error),
         error => {
             let message = format!("snapshot a guest's memory: {}", with_sources(&error));
-            let os_error = os_error(&error);
-            FailureCause::Environment(EnvironmentError { message, os_error })
+            FailureCause::Environment(EnvironmentError::new(message).because(error))
         }
     }
 }
@@ -109,10 +110,10 @@ pub(crate) fn snapshot_cause(error: SnapshotError) -> FailureCause {
 pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
     match error {
         RestoreError::Guest(error) => cause_of(error),
-        RestoreError::Map(_) => FailureCause::Environment(EnvironmentError {
-            message: with_sources(&error),
-            os_error: os_error(&error),
-        }),
+        RestoreError::Map(_) => {
+            let message = with_sources(&error);
+            FailureCause::Environment(EnvironmentError::new(message).because(error))
+        }
         RestoreError::Limit(limit) => FailureCause::Permanent {
             obstacle: Obstacle::Limit(kind_of(limit)),
             message: format!("restore a guest's memory: {limit}"),
@@ -125,8 +126,17 @@ pub(crate) fn restore_cause(error: RestoreError) -> FailureCause {
 }
 
 /// An error of the storage, as one of the environment.
-pub(crate) fn storage_error(error: &StorageError) -> EnvironmentError {
-    EnvironmentError { message: error.to_string(), os_error: error.os_error() }
+pub(crate) fn storage_error(error: StorageError) -> EnvironmentError {
+    EnvironmentError::new(error.to_string()).because(error)
+}
+
+/// An error of which only the text and the operating system's number are left.
+fn with_number(message: String, os_error: Option<i32>) -> EnvironmentError {
+    let error = EnvironmentError::new(message);
+    match os_error {
+        Some(number) => error.because(io::Error::from_raw_os_error(number)),
+        None => error,
+    }
 }
 
 /// What an error of the storage means for a task.
@@ -134,7 +144,7 @@ pub(crate) fn storage_cause(error: StorageError) -> FailureCause {
     let message = error.to_string();
     match error {
         StorageError::Store { .. } | StorageError::Unreachable { .. } => {
-            FailureCause::Environment(storage_error(&error))
+            FailureCause::Environment(storage_error(error))
         }
         StorageError::Damaged { .. } | StorageError::Format { .. } => {
             FailureCause::Permanent { obstacle: Obstacle::StoreDamaged, message }

@@ -248,7 +248,7 @@ fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Repo
         .iter()
         .map(|snapshot| (snapshot.slot, snapshot.checkpoint.0, snapshot.content.clone()))
         .collect();
-    let written = store.write(contents);
+    let written = store.write(contents).map_err(storage_error);
     for (place, snapshot) in snapshots.iter().enumerate() {
         let Snapshot { task, attempt, checkpoint, .. } = *snapshot;
         match &written {
@@ -257,7 +257,7 @@ fn write(store: &mut SnapshotStore, snapshots: Vec<Snapshot>, report: &impl Repo
                 report.event(Event::SnapshotAcked { task, attempt, checkpoint });
             }
             Err(error) => {
-                let error = storage_error(error);
+                let error = error.clone();
                 let reason = AbortReason::SnapshotNotStored { task: Some(task), error };
                 report.event(Event::SnapshotDeclined { task, attempt, checkpoint, reason });
             }
@@ -274,7 +274,7 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
         }
         Command::Begin { slots, restored_from } => {
             if let Err(error) = store.begin_attempt(&slots, restored_from.map(|id| id.0)) {
-                let cause = FailureCause::Environment(storage_error(&error));
+                let cause = FailureCause::Environment(storage_error(error));
                 report.event(Event::TaskFailed { task: None, cause, lost: None });
             }
         }
@@ -288,13 +288,13 @@ fn perform(store: &mut SnapshotStore, command: Command, report: &impl Report) {
                     let cause = FailureCause::Permanent { obstacle, message };
                     Event::TaskFailed { task: None, cause, lost: None }
                 }
-                Err(error) => Event::MetadataLost { checkpoint, error: storage_error(&error) },
+                Err(error) => Event::MetadataLost { checkpoint, error: storage_error(error) },
             });
         }
         Command::Export { checkpoint, dir } => {
             report.event(match savepoint::write(store, checkpoint.0, now_ms(), &dir) {
                 Ok(()) => Event::SavepointDurable { checkpoint },
-                Err(error) => Event::SavepointLost { checkpoint, error: storage_error(&error) },
+                Err(error) => Event::SavepointLost { checkpoint, error: storage_error(error) },
             });
         }
         Command::Subsume { checkpoint, newest, oldest_pending } => {

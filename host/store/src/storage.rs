@@ -33,14 +33,17 @@ pub enum StorageError {
         cause: Cause,
     },
     /// Nobody knows whether the metadata is there.
-    #[error("it is not known whether checkpoint {checkpoint} is complete: {reason}")]
+    #[error(
+        "it is not known whether checkpoint {checkpoint} is complete: {failed}; and it could not be withdrawn: {again}"
+    )]
     InDoubt {
         /// The checkpoint.
         checkpoint: u64,
-        /// Why not.
-        reason: String,
-        /// The number of the operating system's error, where the failure is its.
-        os_error: Option<i32>,
+        /// Why it may not be complete.
+        failed: Box<StorageError>,
+        /// Why it could not be withdrawn.
+        #[source]
+        again: Box<StorageError>,
     },
     /// Something that was written is not there, or is not what was written.
     #[error("{what} is damaged: {why}")]
@@ -86,7 +89,7 @@ impl StorageError {
     pub fn os_error(&self) -> Option<i32> {
         match self {
             Self::Store { cause, .. } | Self::Unreachable { cause, .. } => os_error(&**cause),
-            Self::InDoubt { os_error, .. } => *os_error,
+            Self::InDoubt { failed, again, .. } => again.os_error().or_else(|| failed.os_error()),
             Self::Damaged { .. } | Self::Format { .. } => None,
         }
     }

@@ -292,9 +292,8 @@ impl SnapshotStore {
         match self.write_head(self.head.clone()) {
             Ok(()) => Err(error),
             Err(again) => {
-                let reason = format!("{error}; and it could not be withdrawn: {again}");
-                let os_error = again.os_error().or_else(|| error.os_error());
-                Err(StorageError::InDoubt { checkpoint, reason, os_error })
+                let (failed, again) = (Box::new(error), Box::new(again));
+                Err(StorageError::InDoubt { checkpoint, failed, again })
             }
         }
     }

@@ -132,7 +132,7 @@ impl Part {
 
     /// Compares a pending file with what the checkpoint says.
     fn verify(&self, path: &Path) -> Result<(), Changed> {
-        let unread = |error: io::Error| Changed::unread(path, &error);
+        let unread = |error: io::Error| Changed::unread(path, error);
         let file = File::open(path).map_err(unread)?;
         let len = file.metadata().map_err(unread)?.len();
         if len < self.bytes || (!self.is_open && self.bytes < len) {
@@ -296,7 +296,7 @@ impl FileSink {
         };
         let logs = output.logs(index);
         let (logs, writer) =
-            logs.map_err(|error| failed(&output, "open the log of parts", &error))?;
+            logs.map_err(|error| failed(&output, "open the log of parts", error))?;
         let mut sink = Self {
             output,
             line: spec.line,
@@ -313,11 +313,11 @@ impl FileSink {
         // pending was written after it and will be written again.
         sink.restore_parts()?;
         sink.remove_leftovers()
-            .map_err(|error| sink.failed("remove what was not committed", &error))?;
+            .map_err(|error| sink.failed("remove what was not committed", error))?;
         Ok(sink)
     }
 
-    fn failed(&self, doing: &str, error: &io::Error) -> FailureCause {
+    fn failed(&self, doing: &str, error: io::Error) -> FailureCause {
         failed(&self.output, doing, error)
     }
 
@@ -425,7 +425,7 @@ impl FileSink {
     ) -> Result<CommittedNames, FailureCause> {
         let dirs = parts.map(|part| part.dir.as_path()).collect();
         let committed = self.output.committed(&dirs);
-        committed.map_err(|error| self.failed("read the log of parts", &error))
+        committed.map_err(|error| self.failed("read the log of parts", error))
     }
 
     /// Makes parts visible. What was made visible before is as it should be, wherever it is now.
@@ -462,14 +462,14 @@ impl FileSink {
                 let copy = copy_of(dir, &part.name());
                 copy_beginning(path, &copy, part.bytes)
                     .and_then(|()| sync_dir(dir))
-                    .map_err(|error| self.failed("copy a part", &error))?;
+                    .map_err(|error| self.failed("copy a part", error))?;
                 *path = copy;
             }
         }
         if let Some(checkpoint) = pending.iter().map(|(part, ..)| part.checkpoint).max() {
             self.output
                 .leave_before(checkpoint)
-                .map_err(|error| self.failed("note in a directory that it was left", &error))?;
+                .map_err(|error| self.failed("note in a directory that it was left", error))?;
         }
         let log = self.logs.commit(pending.iter().map(|(part, ..)| *part)).and_then(|()| {
             let elsewhere = pending.iter().filter(|(_, dir, _)| *dir != self.output.dir);
@@ -477,7 +477,7 @@ impl FileSink {
                 .into_iter()
                 .try_for_each(|(part, dir, _)| output::note_elsewhere(dir, [*part].into_iter()))
         });
-        log.map_err(|error| self.failed("note a part in the log", &error))?;
+        log.map_err(|error| self.failed("note a part in the log", error))?;
         let mut dirs = BTreeSet::new();
         for (part, dir, path) in pending {
             let publish = || -> io::Result<()> {
@@ -490,11 +490,11 @@ impl FileSink {
                 }
                 publish_as(&path, &name)
             };
-            publish().map_err(|error| self.failed("commit a part", &error))?;
+            publish().map_err(|error| self.failed("commit a part", error))?;
             dirs.insert(dir);
         }
         let synced = dirs.iter().try_for_each(|dir| sync_dir(dir));
-        synced.map_err(|error| self.failed("commit parts", &error))
+        synced.map_err(|error| self.failed("commit parts", error))
     }
 }
 
@@ -525,7 +525,7 @@ fn create_file_for_readers(path: &Path) -> io::Result<File> {
     File::options().create_new(true).write(true).open(path)
 }
 
-fn failed(output: &Output, doing: &str, error: &io::Error) -> FailureCause {
+fn failed(output: &Output, doing: &str, error: io::Error) -> FailureCause {
     let doing = format_args!("{doing} in {}", output.dir.display());
     FailureCause::Environment(EnvironmentError::of(doing, error))
 }
@@ -554,7 +554,7 @@ impl BlockingSink for FileSink {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        self.write_buffer().map_err(|error| self.failed("write a part", &error))
+        self.write_buffer().map_err(|error| self.failed("write a part", error))
     }
 
     fn pre_commit(
@@ -565,7 +565,7 @@ impl BlockingSink for FileSink {
         // A savepoint holds nothing that is still written to, and the last checkpoint may be one.
         let is_end = purpose != Purpose::Periodic;
         let ended = self.end_open_part(checkpoint.0, is_end);
-        let ended = ended.map_err(|error| self.failed("end a part", &error))?;
+        let ended = ended.map_err(|error| self.failed("end a part", error))?;
         let open = match ended {
             Some(part) if part.is_open => Some(part),
             sealed => {
@@ -574,7 +574,7 @@ impl BlockingSink for FileSink {
             }
         };
         if is_end {
-            self.hold_for_savepoint().map_err(|error| self.failed("keep a part", &error))?;
+            self.hold_for_savepoint().map_err(|error| self.failed("keep a part", error))?;
         }
         let parts = self.parts.iter().cloned().chain(open).collect();
         postcard::to_stdvec(&State { parts, version: 1 }).map_err(|error| FailureCause::HostBug {
@@ -588,7 +588,7 @@ impl BlockingSink for FileSink {
         // They are this task's own, and nobody has committed them before.
         self.publish(&due, &CommittedNames::default())?;
         self.parts.retain(|part| checkpoint.0 < part.checkpoint);
-        self.logs.prepare().map_err(|error| self.failed("note a writer in the log", &error))
+        self.logs.prepare().map_err(|error| self.failed("note a writer in the log", error))
     }
 }
 

@@ -220,7 +220,7 @@ impl FilePlan {
         let read = done.map(|(_, read)| read).chain(begun.flat_map(|split| &split.progress));
         for Progress { begin, next, checksum: expected } in read {
             let found = checksum(file, *begin, *next);
-            if found.map_err(|error| Changed::unread(&path, &error))? != Some(*expected) {
+            if found.map_err(|error| Changed::unread(&path, error))? != Some(*expected) {
                 let what = format!("bytes {begin} to {next} have changed since they were read");
                 return Err(Changed::content(&path, what));
             }
@@ -266,7 +266,7 @@ impl FilePlan {
                     let file = match found.take() {
                         Some(file) => Some(file),
                         None => FileId::of(&self.listing.root, name.clone(), *size)
-                            .map_err(|error| environment(&path, &error))?,
+                            .map_err(|error| environment(&path, error))?,
                     };
                     let Some(file) = file else {
                         let path = path.display();
@@ -347,7 +347,7 @@ impl FileSource {
     fn open_split(&mut self) -> Result<bool, FailureCause> {
         let Some(split) = self.position.rest.front().copied() else { return Ok(false) };
         let path = self.path(&split);
-        let failed = |error: std::io::Error| environment(Path::new(&path), &error);
+        let failed = |error: std::io::Error| environment(Path::new(&path), error);
         let opened = self.file(&split)?.open(&self.plan.listing.root);
         let (file, touched) = opened.map_err(changed)?;
         if let Some(stamp) = touched {
@@ -413,7 +413,7 @@ impl FileSource {
             return Ok(Line::End);
         }
         let failed = |source: &Self, error: std::io::Error| {
-            environment(Path::new(&source.path(&split)), &error)
+            environment(Path::new(&source.path(&split)), error)
         };
         let bytes_max = self.plan.spec.record_bytes_max;
         // What was added to the file since the job began is none of its lines' end.
@@ -460,7 +460,7 @@ impl FileSource {
         };
         let Some(open) = &self.open else { return Ok(()) };
         let path = self.path(&split);
-        let failed = |error: std::io::Error| environment(Path::new(&path), &error);
+        let failed = |error: std::io::Error| environment(Path::new(&path), error);
         let file = open.reader.get_ref();
         let known = self.file(&split)?;
         let touched = known.touched(file).map_err(failed)?;
@@ -618,7 +618,7 @@ fn unreadable_position(error: impl std::fmt::Display) -> FailureCause {
     unreadable("position of a source", error)
 }
 
-fn environment(path: &Path, error: &std::io::Error) -> FailureCause {
+fn environment(path: &Path, error: std::io::Error) -> FailureCause {
     FailureCause::Environment(unreadable_now(path, error))
 }
 

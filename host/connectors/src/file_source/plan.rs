@@ -80,7 +80,7 @@ impl FileId {
     /// touched, so that what was read of it has to be compared.
     pub(super) fn open(&self, root: &Path) -> Result<(File, Option<Stamp>), Changed> {
         let path = root.join(&self.name);
-        let unread = |error: io::Error| Changed::unread(&path, &error);
+        let unread = |error: io::Error| Changed::unread(&path, error);
         let file = File::open(&path).map_err(unread)?;
         let stamp = Stamp::of(&file).map_err(unread)?;
         if stamp == self.stamp {

@@ -103,7 +103,7 @@ impl AbortReason {
     pub fn os_error(&self) -> Option<i32> {
         match self {
             Self::Io(error) | Self::SnapshotNotStored { error, .. } | Self::NotFinalized(error) => {
-                error.os_error
+                error.os_error()
             }
             Self::StopFailed { cause: Some(cause) } => cause.os_error(),
             _ => None,

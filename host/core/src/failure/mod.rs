@@ -2,31 +2,58 @@
 
 mod abort;
 
-use std::{borrow::Cow, error::Error, fmt, io};
+use std::{borrow::Cow, error::Error, fmt, io, sync::Arc};
 
 pub use self::abort::AbortReason;
 use crate::ids::CheckpointId;
 
 /// What the environment could not do: a disk, a file system, a server, the memory of the machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Its text contains that of its source. Two are equal where they say the same.
+#[derive(Debug, Clone)]
 pub struct EnvironmentError {
-    /// What was being done, on what, and why it failed.
-    pub message: String,
-    /// The number of the operating system's error, where the failure is its.
-    pub os_error: Option<i32>,
+    message: String,
+    source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
 impl EnvironmentError {
-    /// A failure that is not the operating system's.
+    /// A failure that no other error has caused.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), os_error: None }
+        Self { message: message.into(), source: None }
     }
 
     /// What could not be done because of an error.
-    pub fn of(doing: impl fmt::Display, error: &(dyn Error + 'static)) -> Self {
-        Self { message: format!("{doing}: {error}"), os_error: os_error(error) }
+    pub fn of(doing: impl fmt::Display, error: impl Error + Send + Sync + 'static) -> Self {
+        Self { message: format!("{doing}: {error}"), source: Some(Arc::new(error)) }
+    }
+
+    /// The error that caused it; its message says so already.
+    #[must_use]
+    pub fn because(mut self, error: impl Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Arc::new(error));
+        self
+    }
+
+    /// What was being done, on what, and why it failed.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The number of the operating system's error, where the failure is its.
+    #[must_use]
+    pub fn os_error(&self) -> Option<i32> {
+        self.source.as_deref().and_then(|source| os_error(source))
     }
 }
+
+impl PartialEq for EnvironmentError {
+    fn eq(&self, other: &Self) -> bool {
+        self.message == other.message && self.os_error() == other.os_error()
+    }
+}
+
+impl Eq for EnvironmentError {}
 
 impl fmt::Display for EnvironmentError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -34,16 +61,17 @@ impl fmt::Display for EnvironmentError {
     }
 }
 
-impl Error for EnvironmentError {}
+impl Error for EnvironmentError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
 
 /// The number of the operating system's error that an error is, or stands on.
 #[must_use]
 pub fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
     let mut next = Some(error);
     while let Some(error) = next {
-        if let Some(error) = error.downcast_ref::<EnvironmentError>() {
-            return error.os_error;
-        }
         let error_of_io = error.downcast_ref::<io::Error>();
         if let Some(number) = error_of_io.and_then(io::Error::raw_os_error) {
             return Some(number);
@@ -194,9 +222,9 @@ impl FailureCause {
             Self::Trap { message, .. }
             | Self::LimitExceeded { message, .. }
             | Self::Rejected { message }
-            | Self::Environment(EnvironmentError { message, .. })
             | Self::Permanent { message, .. }
             | Self::HostBug { message } => message.into(),
+            Self::Environment(error) => error.message().into(),
             Self::CheckpointsFailed { checkpoint: Some(checkpoint), reason } => {
                 format!("checkpoint {checkpoint}: {}", reason.message()).into()
             }
@@ -219,7 +247,7 @@ impl FailureCause {
     #[must_use]
     pub fn os_error(&self) -> Option<i32> {
         match self {
-            Self::Environment(error) => error.os_error,
+            Self::Environment(error) => error.os_error(),
             Self::CheckpointsFailed { reason, .. } => reason.os_error(),
             Self::Permanent { obstacle: Obstacle::StoreInDoubt { os_error }, .. } => *os_error,
             _ => None,
@@ -278,7 +306,7 @@ mod tests {
         assert_eq!(os_error(&Wrapped(full())), Some(28));
         assert_eq!(os_error(&Wrapped(io::Error::other(Wrapped(full())))), Some(28));
         assert_eq!(os_error(&io::Error::other(full())), Some(28));
-        assert_eq!(os_error(&EnvironmentError::of("write", &full())), Some(28));
+        assert_eq!(os_error(&EnvironmentError::of("write", full())), Some(28));
         assert_eq!(os_error(&io::Error::other("no number (os error 28)")), None);
     }
 }

@@ -27,7 +27,7 @@ use cofferdam_store::{
 use tokio::sync::Notify;
 
 use super::{Element, Sender};
-use crate::watch::monitor::Monitor;
+use crate::{failure::storage_error, watch::monitor::Monitor};
 
 /// What all readers of a partition have waiting in memory, at most: the rest is on disk.
 const BUFFERED_BYTES_MAX: usize = 8 << 20;
@@ -111,7 +111,7 @@ impl Partitions {
             (BUFFERED_BYTES_MAX / readers.max(1)).clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
         let (file, failure) = match File::create_new(&partition.path) {
             Ok(file) => (Some(file), None),
-            Err(error) => (None, Some(not_written(&partition.path, &error))),
+            Err(error) => (None, Some(not_written(&partition.path, error))),
         };
         let waiting = (0..readers).map(|_| Waiting::default()).collect();
         PartitionWriter { partition, file, offset: 0, bytes_max, waiting, block_bytes, failure }
@@ -168,11 +168,10 @@ impl Partition {
         let mut framed = vec![0; block.len as usize];
         File::open(&self.path)
             .and_then(|file| file.read_exact_at(&mut framed, block.offset))
-            .map_err(|error| EnvironmentError::of(format_args!("read {}", name()), &error))?;
-        let payload = unseal(&name(), &block_key(reader, place), &framed)
-            .map_err(|error| EnvironmentError::new(error.to_string()))?;
+            .map_err(|error| EnvironmentError::of(format_args!("read {}", name()), error))?;
+        let payload = unseal(&name(), &block_key(reader, place), &framed).map_err(storage_error)?;
         let elements: Vec<InFlight> =
-            postcard::from_bytes(payload).map_err(|error| EnvironmentError::of(name(), &error))?;
+            postcard::from_bytes(payload).map_err(|error| EnvironmentError::of(name(), error))?;
         let malformed = |what| EnvironmentError::new(format!("{}: {what}", name()));
         elements.iter().try_for_each(InFlight::check).map_err(malformed)?;
         Ok(elements)
@@ -246,7 +245,7 @@ impl PartitionWriter {
                 Err(FailureCause::LimitExceeded { limit: LimitKind::Partition, message })
             }
             Ok(block) => Ok(block),
-            Err(error) => Err(not_written(&self.partition.path, &error)),
+            Err(error) => Err(not_written(&self.partition.path, error)),
         };
         match written {
             Ok(block) => {
@@ -280,7 +279,7 @@ impl PartitionWriter {
     }
 }
 
-fn not_written(path: &Path, error: &io::Error) -> FailureCause {
+fn not_written(path: &Path, error: io::Error) -> FailureCause {
     let doing = format_args!("write {}", path.display());
     FailureCause::Environment(EnvironmentError::of(doing, error))
 }
@@ -338,7 +337,7 @@ impl PartitionChannel {
             let (reading, reader) = (partition.clone(), self.reader);
             let elements =
                 tokio::task::spawn_blocking(move || reading.read(reader, place, block)).await;
-            let panicked = |error| EnvironmentError::of("read a result partition", &error);
+            let panicked = |error| EnvironmentError::of("read a result partition", error);
             for element in elements.map_err(panicked)?? {
                 self.sender.wait_for_credit().await;
                 self.sender.send(match element {

@@ -112,7 +112,7 @@ impl Node {
                     let base = is_restored.then(|| self.local.copy_image()).transpose();
                     let base = base.map_err(|error| {
                         let doing = "copy the image of a task";
-                        FailureCause::Environment(EnvironmentError::of(doing, &error))
+                        FailureCause::Environment(EnvironmentError::of(doing, error))
                     })?;
                     operator.begin_guard(&context, base, records_to_guard).await?;
                 }
@@ -135,7 +135,7 @@ impl Node {
             let loaded = monitor.storage.load(slot, checkpoint)?;
             local.lock().load(token, checkpoint, &loaded).map_err(|error| {
                 let doing = "make the image of a task";
-                FailureCause::Environment(EnvironmentError::of(doing, &error))
+                FailureCause::Environment(EnvironmentError::of(doing, error))
             })
         })
         .await

@@ -238,5 +238,5 @@ impl OperatorTask {
 }
 
 fn no_memory(error: std::io::Error) -> FailureCause {
-    FailureCause::Environment(EnvironmentError::of("keep the image of a guarded task", &error))
+    FailureCause::Environment(EnvironmentError::of("keep the image of a guarded task", error))
 }
