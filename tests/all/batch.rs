@@ -182,10 +182,13 @@ fn killed_job_begins_anew_and_stopped_one_says_so() {
     let mut child = guest::start(&["run", "--no-progress"], &manifest, Stdio::null());
     let partitions = dir.path().join("batch.cofferdam/partitions");
     let deadline = Instant::now() + Duration::from_secs(30);
-    while fs::read_dir(&partitions).map_or(0, Iterator::count) == 0 && Instant::now() < deadline {
+    let has_bytes = |file: fs::DirEntry| file.metadata().is_ok_and(|it| 0 < it.len());
+    let has_result =
+        || fs::read_dir(&partitions).is_ok_and(|mut files| files.any(|it| it.is_ok_and(has_bytes)));
+    while !has_result() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
     }
-    std::thread::sleep(Duration::from_millis(300));
+    assert!(has_result(), "killed with a result that is not whole");
     child.kill().expect("it runs");
     child.wait().expect("it has ended");
     let ran = batch.run_in(dir.path(), |_| {});

@@ -126,7 +126,7 @@ fn machine(checked: &CheckedJob) -> serde_json::Value {
     let spec = &checked.spec;
     let nodes: Vec<_> = spec
         .graph
-        .operators()
+        .nodes()
         .map(|(id, operator)| {
             let inputs: Vec<_> = spec
                 .graph
@@ -163,7 +163,7 @@ fn people(checked: &CheckedJob) {
     let spec = &checked.spec;
     let tasks = spec.graph.tasks().len();
     say!("job \"{}\": {} nodes, {tasks} tasks, no problems found", spec.name, spec.nodes.len());
-    for (id, operator) in spec.graph.operators() {
+    for (id, operator) in spec.graph.nodes() {
         let kind = kind_name(&spec.node(id).kind);
         let guarantee = match (&spec.node(id).kind, spec.guarantee(id)) {
             (NodeKind::Sink(_), Some(guarantee)) => format!(", {}", guarantee.name()),

@@ -14,7 +14,7 @@ use cofferdam_core::{
         topology::{PartitionId, Topology},
     },
     graph::JobGraph,
-    ids::{Millis, OperatorId, TaskId},
+    ids::{Millis, NodeId, TaskId},
     random::Random,
     restart::RestartStrategy,
 };
@@ -108,11 +108,11 @@ impl<'g> Names<'g> {
         regions
     }
 
-    fn operator(&self, name: &str) -> Result<OperatorId, Problem> {
-        let found = self.0.operators().find(|(_, operator)| operator.name == name);
+    fn operator(&self, name: &str) -> Result<NodeId, Problem> {
+        let found = self.0.nodes().find(|(_, operator)| operator.name == name);
         found.map(|(id, _)| id).ok_or_else(|| {
             let known: Vec<&str> =
-                self.0.operators().map(|(_, operator)| operator.name.as_str()).collect();
+                self.0.nodes().map(|(_, operator)| operator.name.as_str()).collect();
             Problem::new(Code::BadValue, format!("there is no operator \"{name}\""))
                 .hint(format!("there are: {}", known.join(", ")))
         })
@@ -127,13 +127,13 @@ impl<'g> Names<'g> {
                 .hint("a task is an operator and an index from 0, for example count/1"));
         };
         let operator = self.operator(name)?;
-        let parallelism = self.0.operator(operator).parallelism;
+        let parallelism = self.0.node(operator).parallelism;
         if parallelism <= index {
             let message = format!("\"{name}\" has {parallelism} tasks, so there is no {text}");
             return Err(Problem::new(Code::BadValue, message)
                 .hint(format!("the last one is {name}/{}", parallelism - 1)));
         }
-        Ok(TaskId { operator, index })
+        Ok(TaskId { node: operator, index })
     }
 
     /// `v1/0->v4`: what v1/0 produces for v4, by every edge between them.
@@ -146,7 +146,7 @@ impl<'g> Names<'g> {
         let consumer = self.operator(consumer.trim())?;
         let edges = self.0.edges().iter().enumerate();
         let found: Vec<PartitionId> = edges
-            .filter(|(_, edge)| edge.from == producer.operator && edge.to == consumer)
+            .filter(|(_, edge)| edge.from == producer.node && edge.to == consumer)
             .map(|(edge, _)| PartitionId { edge, producer })
             .collect();
         match found.is_empty() {
@@ -232,7 +232,7 @@ fn failover(arguments: &FailoverArguments, is_json: bool) -> Result<(), Problem>
 }
 
 fn edges(spec: &JobSpec) -> Vec<Value> {
-    let name = |id| spec.graph.operator(id).name.as_str();
+    let name = |id| spec.graph.node(id).name.as_str();
     let edge = |edge: &cofferdam_core::graph::Edge| {
         json!({
             "from": name(edge.from),
@@ -247,7 +247,7 @@ fn edges(spec: &JobSpec) -> Vec<Value> {
 
 fn draw_graph(spec: &JobSpec) {
     say!("job \"{}\", failover-strategy: {}\n", spec.name, spec.failover.name());
-    for (id, operator) in spec.graph.operators() {
+    for (id, operator) in spec.graph.nodes() {
         say!("{} x{}", operator.name, operator.parallelism);
         for edge in spec.graph.outputs(id) {
             let arrow = match edge.exchange {
@@ -258,7 +258,7 @@ fn draw_graph(spec: &JobSpec) {
             let chained = if spec.graph.is_chained(edge) { ", chained" } else { "" };
             say!(
                 "  {arrow} {} ({}, {}{chained})",
-                spec.graph.operator(edge.to).name,
+                spec.graph.node(edge.to).name,
                 partitioner_name(edge.partitioner),
                 edge.exchange.name(),
             );
@@ -342,7 +342,7 @@ fn restarts(arguments: &RestartsArguments, is_json: bool) -> Result<(), Problem>
 
 #[cfg(test)]
 mod tests {
-    use cofferdam_core::graph::{Edge, Operator, Partitioner};
+    use cofferdam_core::graph::{Edge, Node, Partitioner};
 
     use super::*;
 
@@ -371,8 +371,8 @@ mod tests {
 
     #[test]
     fn tasks_and_partitions_are_found_by_the_names_that_people_write() {
-        let operator = |name: &str, parallelism| Operator { name: name.to_owned(), parallelism };
-        let (read, count) = (OperatorId(0), OperatorId(1));
+        let operator = |name: &str, parallelism| Node { name: name.to_owned(), parallelism };
+        let (read, count) = (NodeId(0), NodeId(1));
         let edge = Edge {
             from: read,
             output: 0,
@@ -384,7 +384,7 @@ mod tests {
         let graph = JobGraph::new(vec![operator("read", 1), operator("count", 2)], vec![edge]);
         let graph = graph.expect("no cycle");
         let names = Names::new(&graph);
-        let task = TaskId { operator: count, index: 1 };
+        let task = TaskId { node: count, index: 1 };
         assert_eq!(names.task("count/1").expect("there is one"), task);
         let found = names.partitions("read/0 -> count").expect("there is one");
         assert_eq!(found.len(), 1);

@@ -10,7 +10,7 @@ use crate::graph::{Edge, JobGraph};
 
 /// The parallelism of both ends of an edge.
 fn ends(graph: &JobGraph, edge: &Edge) -> (u32, u32) {
-    (graph.operator(edge.from).parallelism, graph.operator(edge.to).parallelism)
+    (graph.node(edge.from).parallelism, graph.node(edge.to).parallelism)
 }
 
 /// The consuming tasks that one producing task of an edge writes to.
@@ -65,16 +65,16 @@ mod tests {
     use super::*;
     use crate::{
         exchange::ExchangeType,
-        graph::{Operator, Partitioner},
-        ids::OperatorId,
+        graph::{Node, Partitioner},
+        ids::NodeId,
     };
 
     fn joined(partitioner: Partitioner, sources: u32, targets: u32) -> (JobGraph, Edge) {
-        let operator = |name: &str, parallelism| Operator { name: name.to_owned(), parallelism };
+        let operator = |name: &str, parallelism| Node { name: name.to_owned(), parallelism };
         let edge = Edge {
-            from: OperatorId(0),
+            from: NodeId(0),
             output: 0,
-            to: OperatorId(1),
+            to: NodeId(1),
             input: 0,
             partitioner,
             exchange: ExchangeType::PipelinedBounded,

@@ -1,10 +1,10 @@
-//! Turns a job graph (operators and edges) into tasks, channels and chains.
+//! Turns a job graph (nodes and edges) into tasks, channels and chains.
 
 use std::collections::BTreeSet;
 
 use crate::{
     exchange::ExchangeType,
-    ids::{OperatorId, TaskId},
+    ids::{NodeId, TaskId},
 };
 
 /// How an edge picks the channel of a record.
@@ -34,7 +34,7 @@ impl Partitioner {
 
 /// A node of the job graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Operator {
+pub struct Node {
     /// Its name in the manifest; unique in the job.
     pub name: String,
     /// How many tasks run it; at least 1.
@@ -44,12 +44,12 @@ pub struct Operator {
 /// An edge of the job graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Edge {
-    /// The operator that sends.
-    pub from: OperatorId,
+    /// The node that sends.
+    pub from: NodeId,
     /// Which of its outputs.
     pub output: u32,
-    /// The operator that receives.
-    pub to: OperatorId,
+    /// The node that receives.
+    pub to: NodeId,
     /// Which of its inputs.
     pub input: u32,
     /// How a record finds its task.
@@ -61,52 +61,52 @@ pub struct Edge {
 /// A job graph without cycles. Operators are numbered as they were given.
 #[derive(Debug, Clone)]
 pub struct JobGraph {
-    operators: Vec<Operator>,
+    nodes: Vec<Node>,
     edges: Vec<Edge>,
-    topological: Vec<OperatorId>,
+    topological: Vec<NodeId>,
 }
 
-/// Why operators and edges do not make a job.
+/// Why nodes and edges do not make a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GraphError {
-    /// These operators wait for each other, in this order.
-    Cycle(Vec<OperatorId>),
-    /// A forward edge joins operators of different parallelism.
+    /// These nodes wait for each other, in this order.
+    Cycle(Vec<NodeId>),
+    /// A forward edge joins nodes of different parallelism.
     ForwardNeedsEqualParallelism(Edge),
 }
 
 impl JobGraph {
-    /// Checks the graph and puts its operators in topological order.
+    /// Checks the graph and puts its nodes in topological order.
     ///
     /// # Errors
     /// Where the edges form a cycle, or a forward edge joins different parallelisms.
     ///
     /// # Panics
-    /// If an edge names an operator that is not there.
-    pub fn new(operators: Vec<Operator>, edges: Vec<Edge>) -> Result<Self, GraphError> {
-        let parallelism = |id: OperatorId| operators[id.0 as usize].parallelism;
+    /// If an edge names a node that is not there.
+    pub fn new(nodes: Vec<Node>, edges: Vec<Edge>) -> Result<Self, GraphError> {
+        let parallelism = |id: NodeId| nodes[id.0 as usize].parallelism;
         for edge in &edges {
             let is_equal = parallelism(edge.from) == parallelism(edge.to);
             if edge.partitioner == Partitioner::Forward && !is_equal {
                 return Err(GraphError::ForwardNeedsEqualParallelism(*edge));
             }
         }
-        let topological = topological_order(operators.len(), &edges)?;
-        Ok(Self { operators, edges, topological })
+        let topological = topological_order(nodes.len(), &edges)?;
+        Ok(Self { nodes, edges, topological })
     }
 
-    /// Every operator with its id, in the order of the manifest.
-    pub fn operators(&self) -> impl Iterator<Item = (OperatorId, &Operator)> {
-        (0..).map(OperatorId).zip(&self.operators)
+    /// Every node with its id, in the order of the manifest.
+    pub fn nodes(&self) -> impl Iterator<Item = (NodeId, &Node)> {
+        (0..).map(NodeId).zip(&self.nodes)
     }
 
-    /// One operator.
+    /// One node.
     ///
     /// # Panics
     /// If the id is not of this graph.
     #[must_use]
-    pub fn operator(&self, id: OperatorId) -> &Operator {
-        &self.operators[id.0 as usize]
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.0 as usize]
     }
 
     /// Every edge.
@@ -115,23 +115,21 @@ impl JobGraph {
         &self.edges
     }
 
-    /// The edges into an operator.
-    pub fn inputs(&self, id: OperatorId) -> impl Iterator<Item = &Edge> {
+    /// The edges into a node.
+    pub fn inputs(&self, id: NodeId) -> impl Iterator<Item = &Edge> {
         self.edges.iter().filter(move |edge| edge.to == id)
     }
 
-    /// The edges out of an operator.
-    pub fn outputs(&self, id: OperatorId) -> impl Iterator<Item = &Edge> {
+    /// The edges out of a node.
+    pub fn outputs(&self, id: NodeId) -> impl Iterator<Item = &Edge> {
         self.edges.iter().filter(move |edge| edge.from == id)
     }
 
-    /// Every task of the job, by operator, then index.
+    /// Every task of the job, by node, then index.
     #[must_use]
     pub fn tasks(&self) -> BTreeSet<TaskId> {
-        self.operators()
-            .flat_map(|(operator, spec)| {
-                (0..spec.parallelism).map(move |index| TaskId { operator, index })
-            })
+        self.nodes()
+            .flat_map(|(node, spec)| (0..spec.parallelism).map(move |index| TaskId { node, index }))
             .collect()
     }
 
@@ -150,9 +148,9 @@ impl JobGraph {
             && self.inputs(edge.to).count() == 1
     }
 
-    /// The operators that head a chain, in topological order: every one that is not chained to
+    /// The nodes that head a chain, in topological order: every one that is not chained to
     /// its input.
-    pub fn chain_heads(&self) -> impl Iterator<Item = OperatorId> {
+    pub fn chain_heads(&self) -> impl Iterator<Item = NodeId> {
         self.topological
             .iter()
             .copied()
@@ -162,18 +160,18 @@ impl JobGraph {
     /// A task as people write it: `count/1`.
     #[must_use]
     pub fn task_name(&self, task: TaskId) -> String {
-        format!("{}/{}", self.operator(task.operator).name, task.index)
+        format!("{}/{}", self.node(task.node).name, task.index)
     }
 }
 
 /// Kahn's algorithm; what is left when nothing is free any more contains a cycle.
-fn topological_order(count: usize, edges: &[Edge]) -> Result<Vec<OperatorId>, GraphError> {
+fn topological_order(count: usize, edges: &[Edge]) -> Result<Vec<NodeId>, GraphError> {
     let mut waiting_for = vec![0usize; count];
     for edge in edges {
         waiting_for[edge.to.0 as usize] += 1;
     }
-    let ids = (0..).map(OperatorId).take(count);
-    let mut order: Vec<OperatorId> = ids.filter(|id| waiting_for[id.0 as usize] == 0).collect();
+    let ids = (0..).map(NodeId).take(count);
+    let mut order: Vec<NodeId> = ids.filter(|id| waiting_for[id.0 as usize] == 0).collect();
     let mut next = 0;
     while let Some(&id) = order.get(next) {
         next += 1;
@@ -191,15 +189,14 @@ fn topological_order(count: usize, edges: &[Edge]) -> Result<Vec<OperatorId>, Gr
     Err(GraphError::Cycle(find_cycle(&waiting_for, edges)))
 }
 
-/// Walks backwards among the operators that never became free until one comes again.
-fn find_cycle(waiting_for: &[usize], edges: &[Edge]) -> Vec<OperatorId> {
-    let is_stuck = |id: OperatorId| waiting_for[id.0 as usize] != 0;
-    let Some(mut at) = (0..).map(OperatorId).take(waiting_for.len()).find(|&id| is_stuck(id))
-    else {
+/// Walks backwards among the nodes that never became free until one comes again.
+fn find_cycle(waiting_for: &[usize], edges: &[Edge]) -> Vec<NodeId> {
+    let is_stuck = |id: NodeId| waiting_for[id.0 as usize] != 0;
+    let Some(mut at) = (0..).map(NodeId).take(waiting_for.len()).find(|&id| is_stuck(id)) else {
         return Vec::new();
     };
     let mut path = vec![at];
-    // Every stuck operator has a stuck predecessor, so this ends at the first repetition.
+    // Every stuck node has a stuck predecessor, so this ends at the first repetition.
     while let Some(edge) = edges.iter().find(|edge| edge.to == at && is_stuck(edge.from)) {
         at = edge.from;
         if let Some(start) = path.iter().position(|&id| id == at) {
@@ -216,18 +213,18 @@ fn find_cycle(waiting_for: &[usize], edges: &[Edge]) -> Vec<OperatorId> {
 mod tests {
     use super::*;
 
-    /// Builds a graph from lines like `a -> b hash`; operators are numbered as they appear.
+    /// Builds a graph from lines like `a -> b hash`; nodes are numbered as they appear.
     fn graph(
         parallelism: &[(&str, u32)],
         edges: &[(&str, &str, Partitioner)],
     ) -> Result<JobGraph, GraphError> {
-        let operators = parallelism
+        let nodes = parallelism
             .iter()
-            .map(|&(name, parallelism)| Operator { name: name.to_owned(), parallelism })
+            .map(|&(name, parallelism)| Node { name: name.to_owned(), parallelism })
             .collect();
         let id = |name: &str| {
             let place = parallelism.iter().position(|(known, _)| *known == name).expect("known");
-            OperatorId(u32::try_from(place).expect("small"))
+            NodeId(u32::try_from(place).expect("small"))
         };
         let edges = edges
             .iter()
@@ -240,7 +237,7 @@ mod tests {
                 exchange: ExchangeType::PipelinedBounded,
             })
             .collect();
-        JobGraph::new(operators, edges)
+        JobGraph::new(nodes, edges)
     }
 
     #[test]
@@ -251,11 +248,10 @@ mod tests {
             &[("lines", "split", Forward), ("split", "count", Hash), ("count", "out", Forward)],
         )
         .expect("a job");
-        let heads: Vec<&str> =
-            graph.chain_heads().map(|id| graph.operator(id).name.as_str()).collect();
+        let heads: Vec<&str> = graph.chain_heads().map(|id| graph.node(id).name.as_str()).collect();
         assert_eq!(heads, ["lines", "count"]);
         assert_eq!(graph.tasks().len(), 8);
-        assert_eq!(graph.task_name(TaskId { operator: OperatorId(2), index: 1 }), "count/1");
+        assert_eq!(graph.task_name(TaskId { node: NodeId(2), index: 1 }), "count/1");
     }
 
     #[test]
@@ -285,8 +281,8 @@ mod tests {
         let GraphError::Cycle(cycle) = error else { panic!("{error:?}") };
         let mut turned = cycle.clone();
         turned.sort();
-        assert_eq!(turned, [OperatorId(1), OperatorId(2), OperatorId(3)]);
-        let follows = |a: OperatorId| OperatorId(a.0 % 3 + 1);
+        assert_eq!(turned, [NodeId(1), NodeId(2), NodeId(3)]);
+        let follows = |a: NodeId| NodeId(a.0 % 3 + 1);
         assert!(cycle.windows(2).all(|pair| follows(pair[0]) == pair[1]), "{cycle:?}");
     }
 

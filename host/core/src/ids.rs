@@ -4,14 +4,14 @@ use std::fmt;
 
 /// A node of the job graph: a source, an operator or a sink, by its place in the manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct OperatorId(pub u32);
+pub struct NodeId(pub u32);
 
-/// One parallel instance of an operator (Flink: subtask).
+/// One parallel instance of a node (Flink: subtask).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TaskId {
-    /// The operator this task is an instance of.
-    pub operator: OperatorId,
-    /// Which of the operator's instances, from 0 to its parallelism.
+    /// The node this task is an instance of.
+    pub node: NodeId,
+    /// Which of the node's instances, from 0 to its parallelism.
     pub index: u32,
 }
 

@@ -18,8 +18,8 @@ use cofferdam_core::{
     exchange::ExchangeType,
     failover::FailoverStrategy,
     failure::{EnvironmentError, FailureCause},
-    graph::{Edge, JobGraph, Operator, Partitioner},
-    ids::{Attempt, CheckpointId, Millis, OperatorId, TaskId},
+    graph::{Edge, JobGraph, Node, Partitioner},
+    ids::{Attempt, CheckpointId, Millis, NodeId, TaskId},
     job::{Effect, Event, Job, JobSettings, Outcome, Resume, TaskAttempt},
     random::Random,
     restart::RestartStrategy,
@@ -155,7 +155,7 @@ impl World {
         let mut random = Random::new(seed);
         let options = Options::from_seed(&mut random);
         let ids: Vec<TaskId> =
-            (0..options.tasks).map(|n| TaskId { operator: OperatorId(n), index: 0 }).collect();
+            (0..options.tasks).map(|n| TaskId { node: NodeId(n), index: 0 }).collect();
         Self {
             options,
             random,
@@ -178,13 +178,13 @@ impl World {
 
     fn settings(&self, seed: u64) -> JobSettings {
         let operators = (0..self.options.tasks)
-            .map(|index| Operator { name: format!("op{index}"), parallelism: 1 })
+            .map(|index| Node { name: format!("op{index}"), parallelism: 1 })
             .collect();
         let edge = |to: u32| {
             self.options.joined[to as usize - 1].map(|exchange| Edge {
-                from: OperatorId(to - 1),
+                from: NodeId(to - 1),
                 output: 0,
-                to: OperatorId(to),
+                to: NodeId(to),
                 input: 0,
                 partitioner: Partitioner::Hash,
                 exchange,
@@ -314,9 +314,9 @@ impl World {
         assert_eq!(newest, restore_from, "not restored from the newest durable checkpoint");
         for (id, attempt) in &tasks {
             assert!(!self.tasks[id].is_running, "a task twice at once");
-            let place = id.operator.0.wrapping_sub(1);
+            let place = id.node.0.wrapping_sub(1);
             if self.options.joined.get(place as usize).is_some_and(Option::is_some) {
-                let producer = TaskId { operator: OperatorId(place), index: 0 };
+                let producer = TaskId { node: NodeId(place), index: 0 };
                 let begins = tasks.iter().any(|(task, _)| *task == producer);
                 assert!(begins || self.tasks[&producer].is_running, "{id:?} has nobody to read");
             }

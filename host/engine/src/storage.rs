@@ -335,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_job_whose_storage_thread_has_panicked_fails() {
-        let task = TaskId { operator: cofferdam_core::ids::OperatorId(0), index: 0 };
+        let task = TaskId { node: cofferdam_core::ids::NodeId(0), index: 0 };
         let identity = TaskIdentity {
             operator: "count".to_owned(),
             uid: "count".to_owned(),

@@ -31,7 +31,7 @@ use cofferdam_core::{
     exchange::ExchangeType,
     failover::FailoverStrategy,
     graph::{JobGraph, Partitioner},
-    ids::OperatorId,
+    ids::NodeId,
     restart::{RestartState, RestartStrategy},
 };
 use cofferdam_sandbox::Limits;
@@ -210,7 +210,7 @@ pub struct NodeSpec {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InputSpec {
     /// The node it comes from.
-    pub from: OperatorId,
+    pub from: NodeId,
     /// The producer's output by name; `None`: its first.
     pub output: Option<String>,
     /// How records find their task.
@@ -336,7 +336,7 @@ impl JobSpec {
     /// Whether the records of a node come to its tasks by their key. Over a forward edge they do not,
     /// whatever comes before it: an operator gives its records keys of its own.
     #[must_use]
-    pub fn is_keyed(&self, id: OperatorId) -> bool {
+    pub fn is_keyed(&self, id: NodeId) -> bool {
         let inputs = &self.node(id).inputs;
         let is_by_key = |input: &InputSpec| input.partitioner == Partitioner::Hash;
         !inputs.is_empty() && inputs.iter().all(is_by_key)
@@ -345,7 +345,7 @@ impl JobSpec {
     /// What a reader of a sink's output can rely on after a failure: what the sink promises, as far as checkpoints
     /// do. `None`: it is not a sink, or an approximate exchange may lose records on the way to one.
     #[must_use]
-    pub fn guarantee(&self, id: OperatorId) -> Option<Guarantee> {
+    pub fn guarantee(&self, id: NodeId) -> Option<Guarantee> {
         let NodeKind::Sink(sink) = &self.node(id).kind else { return None };
         match sink.guarantee() {
             _ if self.graph.has_exchange(ExchangeType::is_approximate) => None,
@@ -359,7 +359,7 @@ impl JobSpec {
     /// # Panics
     /// If the id is not of this job.
     #[must_use]
-    pub fn node(&self, id: OperatorId) -> &NodeSpec {
+    pub fn node(&self, id: NodeId) -> &NodeSpec {
         &self.nodes[id.0 as usize]
     }
 }

@@ -8,8 +8,8 @@ use std::{
 use cofferdam_connector::Catalog;
 use cofferdam_core::{
     exchange::ExchangeType,
-    graph::{Edge, GraphError, JobGraph, Operator, Partitioner},
-    ids::OperatorId,
+    graph::{Edge, GraphError, JobGraph, Node, Partitioner},
+    ids::NodeId,
     shuffle::DefaultExchange,
 };
 use cofferdam_settings::{
@@ -252,9 +252,9 @@ fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
 }
 
 /// The number of each node, by its name.
-fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> BTreeMap<&'r str, OperatorId> {
-    let mut ids: BTreeMap<&str, OperatorId> = BTreeMap::new();
-    for (id, node) in (0..).map(OperatorId).zip(raw) {
+fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> BTreeMap<&'r str, NodeId> {
+    let mut ids: BTreeMap<&str, NodeId> = BTreeMap::new();
+    for (id, node) in (0..).map(NodeId).zip(raw) {
         if ids.contains_key(&*node.name.value) {
             let message = format!("there are two nodes called \"{}\"", node.name.value);
             let problem = root.document().problem(Code::DuplicateName, &node.name.span, message);
@@ -267,34 +267,30 @@ fn ids_of<'r>(root: &Section<'_>, raw: &'r [RawNode]) -> BTreeMap<&'r str, Opera
 }
 
 /// Each node's name and parallelism. A sink without one of its own follows its input, so that the two are chained.
-fn operators_of(
-    raw: &[RawNode],
-    ids: &BTreeMap<&str, OperatorId>,
-    parallelism: u32,
-) -> Vec<Operator> {
-    let mut operators: Vec<Operator> = Vec::new();
+fn nodes_of(raw: &[RawNode], ids: &BTreeMap<&str, NodeId>, parallelism: u32) -> Vec<Node> {
+    let mut nodes: Vec<Node> = Vec::new();
     for node in raw {
         let followed = match (&node.kind, node.inputs.as_slice()) {
             (NodeKind::Sink(_), [only]) => ids
                 .get(only.producer())
-                .and_then(|id| operators.get(id.0 as usize))
-                .map(|operator| operator.parallelism),
+                .and_then(|id| nodes.get(id.0 as usize))
+                .map(|node| node.parallelism),
             _ => None,
         };
         let parallelism = node.parallelism.or(followed).unwrap_or(parallelism);
-        operators.push(Operator { name: node.name.value.clone(), parallelism });
+        nodes.push(Node { name: node.name.value.clone(), parallelism });
     }
-    operators
+    nodes
 }
 
 /// The node that an input names, and its output, if it names one.
 fn producer_of(
     root: &Section<'_>,
     raw: &[RawNode],
-    ids: &BTreeMap<&str, OperatorId>,
+    ids: &BTreeMap<&str, NodeId>,
     node: &RawNode,
     input: &RawInput,
-) -> Result<(OperatorId, Option<String>)> {
+) -> Result<(NodeId, Option<String>)> {
     let (producer, output) = match input.from.value.split_once('.') {
         Some((producer, output)) => (producer, Some(output.to_owned())),
         None => (input.from.value.as_str(), None),
@@ -370,10 +366,10 @@ pub(super) fn resolve(
     default_exchange: &DefaultExchange,
 ) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let ids = ids_of(root, &raw);
-    let operators = operators_of(&raw, &ids, parallelism);
+    let operators = nodes_of(&raw, &ids, parallelism);
     let is_bounded = raw.iter().all(RawNode::is_bounded);
     let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
-    for (to, node) in (0..).map(OperatorId).zip(&raw) {
+    for (to, node) in (0..).map(NodeId).zip(&raw) {
         let mut inputs = Vec::new();
         for (input, raw_input) in (0..).zip(&node.inputs) {
             if unread.contains(raw_input.producer()) {
@@ -427,7 +423,7 @@ impl RawNode {
 
 /// Lists what counts for nodes beside what they are set to: it follows from the graph.
 fn list(document: &Document<'_>, graph: &JobGraph, nodes: &[NodeSpec]) {
-    for ((id, operator), node) in graph.operators().zip(nodes) {
+    for ((id, operator), node) in graph.nodes().zip(nodes) {
         let kind = match node.kind {
             NodeKind::Source(_) => "source",
             NodeKind::Operator(_) => "operator",
@@ -456,7 +452,7 @@ fn list(document: &Document<'_>, graph: &JobGraph, nodes: &[NodeSpec]) {
 /// one of both to its end first would wait for ever if both were pipelined.
 fn breaks_pipeline(
     nodes: &[RawNode],
-    ids: &BTreeMap<&str, OperatorId>,
+    ids: &BTreeMap<&str, NodeId>,
     node: &RawNode,
     input: usize,
 ) -> bool {

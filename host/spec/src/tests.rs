@@ -67,7 +67,7 @@ fn operator(name: &str, inputs: &str) -> String {
 const MODES: [&str; 4] = ["PIPELINED_FORCED", "PIPELINED", "BATCH", "BATCH_FORCED"];
 
 #[test]
-fn data_exchange_mode_forward_test() {
+fn a_shuffle_mode_says_which_edges_of_a_chain_block() {
     // To a map, a filter, by key to a reduce, to a sink; without the combiner, which is none here.
     let nodes = [
         operator("map", "\"s\""),
@@ -91,7 +91,7 @@ fn branches_that_meet_again_break_the_pipeline_once() {
 }
 
 #[test]
-fn restart_backoff_time_strategy_factory_loader_test() {
+fn the_restart_strategy_is_that_of_the_job_then_of_the_host_then_by_checkpointing() {
     let rows = [
         (Some("none"), Some("fixed-delay"), "none"),
         (Some("fixed-delay"), Some("exponential-delay"), "fixed-delay"),
@@ -125,7 +125,7 @@ fn restart_backoff_time_strategy_factory_loader_test() {
 }
 
 #[test]
-fn failover_strategy_factory_loader_test() {
+fn a_failover_strategy_is_known_by_its_name() {
     let load = |name: &str| {
         spec(&format!("[jobmanager.execution]\nfailover-strategy = \"{name}\"\n"), None)
             .map(|spec| spec.failover)

@@ -1,10 +1,10 @@
 //! When a checkpoint begins, completes and fails: the rows of Flink's `CheckpointCoordinatorTest` and its relatives, and our own.
 
 use super::*;
-use crate::{failure::EnvironmentError, ids::OperatorId};
+use crate::{failure::EnvironmentError, ids::NodeId};
 
-const A: TaskId = TaskId { operator: OperatorId(0), index: 0 };
-const B: TaskId = TaskId { operator: OperatorId(1), index: 0 };
+const A: TaskId = TaskId { node: NodeId(0), index: 0 };
+const B: TaskId = TaskId { node: NodeId(1), index: 0 };
 
 /// A running coordinator of two tasks.
 struct Rig {

@@ -80,7 +80,7 @@ impl RestartReason {
             Self::ProducesLost { partition, reader } => format!(
                 "it produces {}->{}, which {} must read and which is not available",
                 graph.task_name(partition.producer),
-                graph.operator(graph.edges()[partition.edge].to).name,
+                graph.node(graph.edges()[partition.edge].to).name,
                 graph.task_name(reader)
             ),
             Self::ReadsFrom { producer } => {

@@ -6,17 +6,17 @@ use super::{
     topology::{PartitionGroup, strongly_connected_components},
     *,
 };
-use crate::{exchange::ExchangeType, ids::OperatorId};
+use crate::{exchange::ExchangeType, ids::NodeId};
 
 /// Task `v4` is operator 4, index 0; tasks are numbered by the test's own letters.
 fn task(name: &str) -> TaskId {
     let (letter, number) = name.split_at(1);
     let letter = u32::from(letter.as_bytes()[0]);
-    TaskId { operator: OperatorId(letter), index: number.parse().expect("a number") }
+    TaskId { node: NodeId(letter), index: number.parse().expect("a number") }
 }
 
 fn name(task: TaskId) -> String {
-    let letter = char::from_u32(task.operator.0).expect("a letter");
+    let letter = char::from_u32(task.node.0).expect("a letter");
     format!("{letter}{}", task.index)
 }
 

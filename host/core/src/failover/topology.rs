@@ -10,7 +10,7 @@ use crate::{
     channel,
     exchange::ExchangeType,
     graph::JobGraph,
-    ids::{OperatorId, TaskId},
+    ids::{NodeId, TaskId},
 };
 
 /// The result partitions that the same consumers read: all of an edge that sends to everyone, or
@@ -110,8 +110,8 @@ impl Topology {
 }
 
 fn partition_groups(graph: &JobGraph) -> Vec<PartitionGroup> {
-    let tasks = |operator: OperatorId, indices: std::ops::Range<u32>| {
-        indices.map(move |index| TaskId { operator, index }).collect()
+    let tasks = |node: NodeId, indices: std::ops::Range<u32>| {
+        indices.map(move |index| TaskId { node, index }).collect()
     };
     let mut groups = Vec::new();
     for (place, edge) in graph.edges().iter().enumerate() {

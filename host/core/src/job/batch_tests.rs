@@ -9,10 +9,10 @@ use crate::{
     },
     failure::EnvironmentError,
     graph::{
-        Edge, JobGraph, Operator,
+        Edge, JobGraph, Node,
         Partitioner::{self, Forward, Hash},
     },
-    ids::OperatorId,
+    ids::NodeId,
     restart::RestartStrategy,
 };
 
@@ -31,12 +31,12 @@ struct Rig {
 fn rig(operators: &[(&str, u32)], edges: &[(u32, u32, Partitioner, ExchangeType)]) -> Rig {
     let nodes = operators
         .iter()
-        .map(|(name, parallelism)| Operator { name: (*name).to_owned(), parallelism: *parallelism })
+        .map(|(name, parallelism)| Node { name: (*name).to_owned(), parallelism: *parallelism })
         .collect();
     let edge = |&(from, to, partitioner, exchange): &(u32, u32, Partitioner, ExchangeType)| Edge {
-        from: OperatorId(from),
+        from: NodeId(from),
         output: 0,
-        to: OperatorId(to),
+        to: NodeId(to),
         input: 0,
         partitioner,
         exchange,
@@ -62,11 +62,11 @@ impl Rig {
     fn task(&self, name: &str) -> TaskId {
         let (operator, index) = name.split_once('/').expect("operator/index");
         let place = self.names.iter().position(|known| known == operator).expect("an operator");
-        TaskId { operator: OperatorId(place as u32), index: index.parse().expect("an index") }
+        TaskId { node: NodeId(place as u32), index: index.parse().expect("an index") }
     }
 
     fn name(&self, task: TaskId) -> String {
-        format!("{}/{}", self.names[task.operator.0 as usize], task.index)
+        format!("{}/{}", self.names[task.node.0 as usize], task.index)
     }
 
     fn step(&mut self, event: Event) {

@@ -3,16 +3,16 @@
 use cofferdam_core::{
     exchange::ExchangeType,
     failover::topology::PartitionId,
-    graph::{Edge, JobGraph, Operator, Partitioner},
-    ids::{OperatorId, TaskId},
+    graph::{Edge, JobGraph, Node, Partitioner},
+    ids::{NodeId, TaskId},
     random::Random,
 };
 
 /// A graph whose edges have exchanges of these types.
 pub(crate) fn random_graph(random: &mut Random, exchanges: &[ExchangeType]) -> JobGraph {
     let count = random.between(1, 7) as u32;
-    let operators: Vec<Operator> = (0..count)
-        .map(|n| Operator { name: format!("v{n}"), parallelism: random.between(1, 4) as u32 })
+    let operators: Vec<Node> = (0..count)
+        .map(|n| Node { name: format!("v{n}"), parallelism: random.between(1, 4) as u32 })
         .collect();
     let mut edges = Vec::new();
     for to in 1..count {
@@ -30,9 +30,9 @@ pub(crate) fn random_graph(random: &mut Random, exchanges: &[ExchangeType]) -> J
                 _ => Partitioner::Global,
             };
             edges.push(Edge {
-                from: OperatorId(from),
+                from: NodeId(from),
                 output: 0,
-                to: OperatorId(to),
+                to: NodeId(to),
                 input: 0,
                 partitioner,
                 exchange: exchanges[random.between(0, exchanges.len() as u64 - 1) as usize],
@@ -49,8 +49,8 @@ pub(crate) type Pair = (TaskId, TaskId, PartitionId, ExchangeType);
 pub(crate) fn pairs(graph: &JobGraph) -> Vec<Pair> {
     let mut pairs = Vec::new();
     for (place, edge) in graph.edges().iter().enumerate() {
-        let sources = graph.operator(edge.from).parallelism;
-        let targets = graph.operator(edge.to).parallelism;
+        let sources = graph.node(edge.from).parallelism;
+        let targets = graph.node(edge.to).parallelism;
         for s in 0..sources {
             for t in 0..targets {
                 let is_near = if sources >= targets {
@@ -62,8 +62,8 @@ pub(crate) fn pairs(graph: &JobGraph) -> Vec<Pair> {
                 let is_pointwise =
                     matches!(edge.partitioner, Partitioner::Forward | Partitioner::Rescale);
                 if is_near || !is_pointwise {
-                    let producer = TaskId { operator: edge.from, index: s };
-                    let consumer = TaskId { operator: edge.to, index: t };
+                    let producer = TaskId { node: edge.from, index: s };
+                    let consumer = TaskId { node: edge.to, index: t };
                     let partition = PartitionId { edge: place, producer };
                     pairs.push((producer, consumer, partition, edge.exchange));
                 }

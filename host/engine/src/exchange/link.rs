@@ -199,15 +199,15 @@ impl State {
 #[cfg(test)]
 mod tests {
     use cofferdam_contract::{Batch, RecordRef};
-    use cofferdam_core::{checkpoint::Purpose, ids::OperatorId};
+    use cofferdam_core::{checkpoint::Purpose, ids::NodeId};
 
     use super::*;
     use crate::exchange::Gate;
 
     const ID: LinkId = LinkId {
         edge: 0,
-        producer: TaskId { operator: OperatorId(0), index: 0 },
-        consumer: TaskId { operator: OperatorId(1), index: 0 },
+        producer: TaskId { node: NodeId(0), index: 0 },
+        consumer: TaskId { node: NodeId(1), index: 0 },
     };
     const FIRST: CheckpointId = CheckpointId(1);
 

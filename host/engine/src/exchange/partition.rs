@@ -98,8 +98,8 @@ impl Partitions {
         readers: usize,
         bytes_max: u64,
     ) -> PartitionWriter {
-        let TaskId { operator, index } = id.producer;
-        let name = format!("{}-{}-{index}-{}", id.edge, operator.0, attempt.0);
+        let TaskId { node, index } = id.producer;
+        let name = format!("{}-{}-{index}-{}", id.edge, node.0, attempt.0);
         let partition = Arc::new(Partition {
             path: self.dir.join(name),
             state: Mutex::new(State { blocks: vec![Vec::new(); readers], is_finished: false }),
@@ -353,13 +353,12 @@ impl PartitionChannel {
 #[cfg(test)]
 mod tests {
     use cofferdam_contract::{Batch, RecordRef};
-    use cofferdam_core::ids::OperatorId;
+    use cofferdam_core::ids::NodeId;
 
     use super::*;
     use crate::exchange::Gate;
 
-    const ID: PartitionId =
-        PartitionId { edge: 3, producer: TaskId { operator: OperatorId(1), index: 2 } };
+    const ID: PartitionId = PartitionId { edge: 3, producer: TaskId { node: NodeId(1), index: 2 } };
 
     fn records(value: &[u8]) -> Element {
         let mut batch = Batch::empty();

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
 use cofferdam_contract::Description;
-use cofferdam_core::{exchange::ExchangeType, graph::JobGraph, ids::OperatorId};
+use cofferdam_core::{exchange::ExchangeType, graph::JobGraph, ids::NodeId};
 use cofferdam_files::resolved;
 use cofferdam_sandbox::Sandbox;
 use cofferdam_settings::{Code, Problem};
@@ -19,7 +19,7 @@ use super::{
 pub struct CheckedJob {
     /// The spec, with every output resolved.
     pub spec: JobSpec,
-    pub(super) operators: BTreeMap<OperatorId, CheckedOperator>,
+    pub(super) operators: BTreeMap<NodeId, CheckedOperator>,
 }
 
 impl CheckedJob {
@@ -33,7 +33,7 @@ impl CheckedJob {
         problems.extend(check_approximate(&spec).err());
         problems.extend(check_outputs(&spec).err());
         let mut operators = BTreeMap::new();
-        for (id, node) in (0..).map(OperatorId).zip(&spec.nodes) {
+        for (id, node) in (0..).map(NodeId).zip(&spec.nodes) {
             if let NodeKind::Operator(operator) = &node.kind {
                 match load(sandbox, &node.name, operator).await {
                     Ok(loaded) => drop(operators.insert(id, loaded)),
@@ -48,7 +48,7 @@ impl CheckedJob {
     /// A job whose components are loaded: compares both ends of every edge.
     pub(super) fn of(
         mut spec: JobSpec,
-        operators: BTreeMap<OperatorId, CheckedOperator>,
+        operators: BTreeMap<NodeId, CheckedOperator>,
     ) -> Result<Self, Problem> {
         let mut problems = Vec::new();
         problems.extend(check_dead_letters(&spec, &operators).err());
@@ -56,7 +56,7 @@ impl CheckedJob {
         let edges = resolve_edges(&spec, &operators).map_err(|problem| problems.push(problem));
         Problem::all(problems).map_or(Ok(()), Err)?;
         let edges = edges.unwrap_or_default();
-        let nodes = spec.graph.operators().map(|(_, operator)| operator.clone()).collect();
+        let nodes = spec.graph.nodes().map(|(_, operator)| operator.clone()).collect();
         spec.graph = JobGraph::new(nodes, edges).map_err(|error| {
             Problem::new(Code::HostBug, format!("a graph that was checked is wrong: {error:?}"))
         })?;

@@ -220,7 +220,7 @@ impl Driver {
     ) {
         let task = task.map(|(task, _)| task);
         let delay = Duration::from_millis(delay_ms);
-        self.monitor.note_restart(task.map(|task| task.operator), self.event_at, delay);
+        self.monitor.note_restart(task.map(|task| task.node), self.event_at, delay);
         let task = task.map(|task| self.plan.graph.task_name(task));
         let graph = &self.plan.graph;
         let because = restarting

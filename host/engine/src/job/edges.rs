@@ -6,7 +6,7 @@ use cofferdam_connector::{DEAD_LETTER, catalog::Formats, source::DEAD_LETTER_OUT
 use cofferdam_contract::{Format, Port};
 use cofferdam_core::{
     graph::{Edge, Partitioner},
-    ids::OperatorId,
+    ids::NodeId,
 };
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{InputSpec, JobSpec, NodeKind, NodeSpec, StateBackend};
@@ -19,10 +19,10 @@ fn formats_of(port: &Port) -> Formats {
 
 pub(super) fn resolve_edges(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> Result<Vec<Edge>, Problem> {
     let mut edges = spec.graph.edges().to_vec();
-    for (to, node) in (0..).map(OperatorId).zip(&spec.nodes) {
+    for (to, node) in (0..).map(NodeId).zip(&spec.nodes) {
         let declared = operators.get(&to).map_or(1, |operator| operator.description.inputs.len());
         if 1 < declared && declared != node.inputs.len() {
             let message = format!(
@@ -51,7 +51,7 @@ pub(super) fn resolve_edges(
     Ok(edges)
 }
 
-pub(super) fn has_dead_letters(spec: &JobSpec, id: OperatorId) -> bool {
+pub(super) fn has_dead_letters(spec: &JobSpec, id: NodeId) -> bool {
     match &spec.node(id).kind {
         NodeKind::Operator(operator) => operator.dead_letter_after.is_some(),
         NodeKind::Source(source) => source.has_dead_letters(),
@@ -62,9 +62,9 @@ pub(super) fn has_dead_letters(spec: &JobSpec, id: OperatorId) -> bool {
 /// Isolated records must go somewhere, and nowhere else.
 pub(super) fn check_dead_letters(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> Result<(), Problem> {
-    let nodes = (0..).map(OperatorId).zip(&spec.nodes);
+    let nodes = (0..).map(NodeId).zip(&spec.nodes);
     for (id, node) in nodes.filter(|(id, _)| has_dead_letters(spec, *id)) {
         let name = &node.name;
         let outputs = operators.get(&id).map(|operator| &operator.description.outputs);
@@ -88,7 +88,7 @@ pub(super) fn check_dead_letters(
 /// State that the host keeps must be in the checkpoints.
 pub(super) fn check_snapshots(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> Result<(), Problem> {
     if spec.state_backend == StateBackend::Hashmap {
         return Ok(());
@@ -115,8 +115,8 @@ fn port_names(ports: &[Port]) -> String {
 
 fn output_of(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
-    from: OperatorId,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
+    from: NodeId,
     name: Option<&str>,
 ) -> Result<(u32, Formats), Problem> {
     let node = spec.node(from);

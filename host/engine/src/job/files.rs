@@ -70,7 +70,7 @@ pub(super) fn locals(
         _ => None,
     };
     let local = |(task, identity): (&TaskId, &TaskIdentity)| {
-        let operator = match &spec.node(task.operator).kind {
+        let operator = match &spec.node(task.node).kind {
             NodeKind::Operator(operator) if identity.has_host_state => Some(operator),
             _ => None,
         };

@@ -10,7 +10,7 @@ use cofferdam_contract::{Description, StateDeclaration};
 use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
     graph::JobGraph,
-    ids::{Attempt, CheckpointId, OperatorId, TaskId},
+    ids::{Attempt, CheckpointId, NodeId, TaskId},
 };
 use cofferdam_sandbox::Component;
 use cofferdam_settings::{Code, Problem};
@@ -92,9 +92,9 @@ impl Plan {
         job: Id,
         nodes: Vec<NodePlan>,
         outputs: BTreeMap<String, Box<dyn SinkPlan>>,
-        operators: &BTreeMap<OperatorId, CheckedOperator>,
+        operators: &BTreeMap<NodeId, CheckedOperator>,
     ) -> Self {
-        let ids = (0..).map(OperatorId).zip(&spec.nodes);
+        let ids = (0..).map(NodeId).zip(&spec.nodes);
         Self {
             job: spec.name.clone(),
             secret: *blake3::hash(job.bytes()).as_bytes(),
@@ -131,7 +131,7 @@ impl Plan {
     }
 
     pub(crate) fn node(&self, task: TaskId, attempt: Attempt) -> Node {
-        let work = match &self.nodes[task.operator.0 as usize] {
+        let work = match &self.nodes[task.node.0 as usize] {
             NodePlan::Source(plan) => Work::Source { plan: plan.clone(), source: None },
             NodePlan::Sink { plan } => Work::Sink { plan: plan.clone(), sink: None },
             NodePlan::Operator {
@@ -165,12 +165,12 @@ impl Plan {
             task,
             slot: self.slots[&task],
             attempt,
-            parallelism: self.graph.operator(task.operator).parallelism,
+            parallelism: self.graph.node(task.node).parallelism,
             work,
             targets: Vec::new(),
             local: self.locals[&task].clone(),
             is_drained: false,
-            outputs: self.outputs[task.operator.0 as usize].clone(),
+            outputs: self.outputs[task.node.0 as usize].clone(),
         }
     }
 
@@ -183,7 +183,7 @@ impl Plan {
     }
 
     /// Without records for so long a source holds event time back no longer.
-    pub(crate) fn idle_after(&self, operator: OperatorId) -> Option<Duration> {
+    pub(crate) fn idle_after(&self, operator: NodeId) -> Option<Duration> {
         match &self.nodes[operator.0 as usize] {
             NodePlan::Source(source) => source.idle_after(),
             NodePlan::Operator { .. } | NodePlan::Sink { .. } => None,
@@ -191,7 +191,7 @@ impl Plan {
     }
 
     /// How many bytes a result partition of an operator may have. Sources are the host's own.
-    pub(crate) fn partition_bytes_max(&self, operator: OperatorId) -> u64 {
+    pub(crate) fn partition_bytes_max(&self, operator: NodeId) -> u64 {
         match &self.nodes[operator.0 as usize] {
             NodePlan::Operator { spec, .. } => spec.partition_bytes_max,
             NodePlan::Source(_) | NodePlan::Sink { .. } => u64::MAX,
@@ -199,7 +199,7 @@ impl Plan {
     }
 
     /// The number of key groups by which records are sent to an operator.
-    pub(crate) fn max_parallelism(&self, operator: OperatorId) -> u32 {
+    pub(crate) fn max_parallelism(&self, operator: NodeId) -> u32 {
         match &self.nodes[operator.0 as usize] {
             NodePlan::Operator { spec, .. } => spec.max_parallelism,
             // Sinks keep no state by key: any number will do, as long as it stays the same.
@@ -233,33 +233,33 @@ fn config_of(kind: &NodeKind) -> u64 {
 
 pub(super) fn identity(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
     task: TaskId,
 ) -> TaskIdentity {
-    let node = spec.node(task.operator);
-    let (max_parallelism, has_memory, has_declared) =
-        match (&node.kind, operators.get(&task.operator)) {
-            (NodeKind::Operator(operator), Some(checked)) => (
-                operator.max_parallelism,
-                operator.snapshot.has_memory(),
-                operator.snapshot.has_declared() && !checked.description.states.is_empty(),
-            ),
-            _ => (0, false, false),
-        };
+    let node = spec.node(task.node);
+    let (max_parallelism, has_memory, has_declared) = match (&node.kind, operators.get(&task.node))
+    {
+        (NodeKind::Operator(operator), Some(checked)) => (
+            operator.max_parallelism,
+            operator.snapshot.has_memory(),
+            operator.snapshot.has_declared() && !checked.description.states.is_empty(),
+        ),
+        _ => (0, false, false),
+    };
     TaskIdentity {
         operator: node.name.clone(),
         uid: node.uid.clone(),
         index: task.index,
-        parallelism: spec.graph.operator(task.operator).parallelism,
+        parallelism: spec.graph.node(task.node).parallelism,
         max_parallelism,
-        digest: operators.get(&task.operator).map(|operator| operator.component.digest().0),
+        digest: operators.get(&task.node).map(|operator| operator.component.digest().0),
         has_memory,
         has_declared,
         has_host_state: has_declared && matches!(spec.state_backend, StateBackend::Sled(_)),
         is_sink: matches!(node.kind, NodeKind::Sink(_)),
         config: config_of(&node.kind),
-        is_keyed: spec.is_keyed(task.operator),
-        states: operators.get(&task.operator).map_or_else(Vec::new, |operator| {
+        is_keyed: spec.is_keyed(task.node),
+        states: operators.get(&task.node).map_or_else(Vec::new, |operator| {
             let states = operator.description.states.iter();
             let identity = |state: &StateDeclaration| StateIdentity {
                 name: state.name.clone(),
@@ -278,24 +278,24 @@ pub(super) fn own_keys(
     is_keyed: bool,
     max_parallelism: u32,
 ) -> Option<OwnKeys> {
-    let parallelism = graph.operator(task.operator).parallelism;
+    let parallelism = graph.node(task.node).parallelism;
     OwnKeys { index: task.index, parallelism, max_parallelism }.if_any(is_keyed)
 }
 
 /// How the declared state of each task is read out of its memory.
 pub(super) fn own_components(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
     tasks: &[TaskId],
     identities: &[TaskIdentity],
 ) -> OwnComponents {
     let own = |(task, identity): (&TaskId, &TaskIdentity)| {
         let TaskIdentity { is_keyed, max_parallelism, .. } = *identity;
         Some(OwnComponent {
-            component: operators.get(&task.operator)?.component.clone(),
+            component: operators.get(&task.node)?.component.clone(),
             max_parallelism,
             own_keys: own_keys(&spec.graph, *task, is_keyed, max_parallelism),
-            limits: spec.node(task.operator).kind.limits(),
+            limits: spec.node(task.node).kind.limits(),
         })
     };
     OwnComponents { tasks: tasks.iter().zip(identities).map(own).collect() }
@@ -335,9 +335,9 @@ pub(super) fn sources_of(
 /// The components by the names of their operators.
 pub(super) fn components_of(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> BTreeMap<String, Component> {
-    let component = |(id, operator): (&OperatorId, &CheckedOperator)| {
+    let component = |(id, operator): (&NodeId, &CheckedOperator)| {
         (spec.node(*id).name.clone(), operator.component.clone())
     };
     operators.iter().map(component).collect()
@@ -345,9 +345,9 @@ pub(super) fn components_of(
 
 pub(super) fn prepare_nodes(
     spec: &JobSpec,
-    operators: &BTreeMap<OperatorId, CheckedOperator>,
+    operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> Result<Vec<NodePlan>, Problem> {
-    let nodes = (0..).map(OperatorId).zip(&spec.nodes);
+    let nodes = (0..).map(NodeId).zip(&spec.nodes);
     nodes
         .map(|(id, node)| {
             Ok(match (&node.kind, operators.get(&id)) {

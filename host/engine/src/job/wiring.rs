@@ -10,7 +10,7 @@ use cofferdam_core::{
     channel::{consumers, producers},
     failover::topology::PartitionId,
     graph::{Edge, JobGraph},
-    ids::{Attempt, CheckpointId, OperatorId, TaskId},
+    ids::{Attempt, CheckpointId, NodeId, TaskId},
     job::TaskAttempt,
     watermark::Clock,
 };
@@ -60,10 +60,10 @@ impl Plan {
         monitor: &Arc<Monitor>,
     ) -> Vec<PreparedWorker> {
         let graph = &self.graph;
-        let is_head: BTreeSet<OperatorId> = graph.chain_heads().collect();
-        let heads = || tasks.iter().filter(|(task, _)| is_head.contains(&task.operator));
+        let is_head: BTreeSet<NodeId> = graph.chain_heads().collect();
+        let heads = || tasks.iter().filter(|(task, _)| is_head.contains(&task.node));
         let gates: BTreeMap<TaskId, Arc<Gate>> = heads()
-            .filter(|(task, _)| graph.inputs(task.operator).next().is_some())
+            .filter(|(task, _)| graph.inputs(task.node).next().is_some())
             .map(|(task, _)| (*task, Gate::new(channel_counts(graph, *task).iter().sum())))
             .collect();
         let opening = Arc::new(Opening::new(heads().count(), tasks.clone()));
@@ -95,7 +95,7 @@ impl Plan {
                 is_batch: self.partitions.is_some(),
                 held: None,
                 clock: Clock::default(),
-                idle_after: self.idle_after(task.operator),
+                idle_after: self.idle_after(task.node),
                 blocking,
             };
             workers.push(PreparedWorker { worker, control: sender, reader: None, calls_ended });
@@ -126,7 +126,7 @@ impl Plan {
             monitor.metrics.records_lost.fetch_add(lost, Ordering::Relaxed);
             monitor.metrics.records_lost.fetch_sub(regained, Ordering::Relaxed);
             let edge = &self.graph.edges()[place];
-            let name = |operator| self.graph.operator(operator).name.clone();
+            let name = |operator| self.graph.node(operator).name.clone();
             let (from, to, is_exact) = (name(edge.from), name(edge.to), self.is_exactly_once);
             monitor.observe(Progress::RecordsLost { from, to, lost, regained, is_exact });
         }
@@ -135,12 +135,11 @@ impl Plan {
     /// The channels of a task, in their order.
     fn incoming(&self, task: TaskId) -> impl Iterator<Item = Incoming<'_>> {
         let edges = self.graph.edges().iter().enumerate();
-        let channels = edges.filter(move |(_, edge)| edge.to == task.operator).flat_map(
-            move |(place, edge)| {
+        let channels =
+            edges.filter(move |(_, edge)| edge.to == task.node).flat_map(move |(place, edge)| {
                 let producers = producers(&self.graph, edge, task.index);
-                producers.map(move |index| (place, edge, TaskId { operator: edge.from, index }))
-            },
-        );
+                producers.map(move |index| (place, edge, TaskId { node: edge.from, index }))
+            });
         channels.enumerate().map(|(channel, (place, edge, producer))| Incoming {
             place,
             edge,
@@ -181,7 +180,7 @@ impl Plan {
         let receivers = consumers(&self.graph, edge, producer.index);
         if edge.exchange.is_approximate() {
             let link = |index| {
-                let consumer = TaskId { operator: edge.to, index };
+                let consumer = TaskId { node: edge.to, index };
                 let id = LinkId { edge: place, producer, consumer };
                 Outlet::Link(self.links.begin(id, restore_from))
             };
@@ -194,7 +193,7 @@ impl Plan {
         };
         let readers = receivers.len();
         let id = PartitionId { edge: place, producer };
-        let bytes_max = self.partition_bytes_max(producer.operator);
+        let bytes_max = self.partition_bytes_max(producer.node);
         let writer = Arc::new(Mutex::new(partitions.begin(id, attempt, readers, bytes_max)));
         (0..readers).map(|reader| Outlet::Partition(writer.clone(), reader)).collect()
     }
@@ -211,13 +210,13 @@ impl Plan {
         // Each entry: an operator, and the node and output whose records it takes.
         let index = head.index;
         let mut waiting =
-            std::collections::VecDeque::from([(head.operator, None::<(usize, u32, u32)>)]);
+            std::collections::VecDeque::from([(head.node, None::<(usize, u32, u32)>)]);
         while let Some((operator, from)) = waiting.pop_front() {
             let node = nodes.len();
             if let Some((producer, output, input)) = from {
                 add_target(&mut nodes[producer], output, Target::Node { node, input });
             }
-            let task = TaskId { operator, index };
+            let task = TaskId { node: operator, index };
             nodes.push(self.node(task, attempt));
             let edges = self.graph.edges().iter().enumerate();
             for (place, edge) in edges.filter(|(_, edge)| edge.from == operator) {
@@ -246,14 +245,14 @@ fn add_target(node: &mut Node, output: u32, target: Target) {
 
 /// How many channels each input edge brings to a task.
 fn channel_counts(graph: &JobGraph, to: TaskId) -> Vec<usize> {
-    graph.inputs(to.operator).map(|edge| producers(graph, edge, to.index).len()).collect()
+    graph.inputs(to.node).map(|edge| producers(graph, edge, to.index).len()).collect()
 }
 
 /// Where the records of each channel of a task come from.
 fn origins(graph: &JobGraph, to: TaskId) -> Arc<[Origin]> {
     let mut origins = Vec::new();
-    for (place, edge) in (0..).zip(graph.inputs(to.operator)) {
-        let from: Arc<str> = graph.operator(edge.from).name.as_str().into();
+    for (place, edge) in (0..).zip(graph.inputs(to.node)) {
+        let from: Arc<str> = graph.node(edge.from).name.as_str().into();
         origins.extend(producers(graph, edge, to.index).map(|producer| Origin {
             place,
             input: edge.input,
@@ -274,7 +273,7 @@ fn senders(
     let edge = &graph.edges()[place];
     let before = graph.edges()[..place].iter().filter(|other| other.to == edge.to).count();
     let sender = |to: u32| {
-        let task = TaskId { operator: edge.to, index: to };
+        let task = TaskId { node: edge.to, index: to };
         let first: usize = channel_counts(graph, task).iter().take(before).sum();
         let place = index - producers(graph, edge, to).start;
         Sender::new(&gates[&task], first + place as usize)

@@ -42,7 +42,7 @@ impl TaskHost {
     ) -> Self {
         Self {
             name: format!("{operator}/{}", task.index),
-            operator: task.operator.0 as usize,
+            operator: task.node.0 as usize,
             attempt,
             metrics: monitor.metrics.clone(),
             logs: monitor.logs.clone(),

@@ -173,7 +173,7 @@ impl Node {
         input: u32,
         batch: Batch,
     ) -> Result<Vec<Emission>> {
-        monitor.metrics.operators[self.task.operator.0 as usize].add_in(batch.record_count());
+        monitor.metrics.operators[self.task.node.0 as usize].add_in(batch.record_count());
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = match operator.instance()?.process(input, &batch).await {
@@ -215,7 +215,7 @@ impl Node {
         monitor: &Monitor,
         watermark: i64,
     ) -> Result<Vec<Emission>> {
-        monitor.metrics.operators[self.task.operator.0 as usize].set_watermark(watermark);
+        monitor.metrics.operators[self.task.node.0 as usize].set_watermark(watermark);
         match &mut self.work {
             Work::Operator(operator) => {
                 let emissions = operator.instance()?.advance(watermark).await.map_err(cause_of)?;
@@ -240,19 +240,19 @@ impl Node {
     /// Counts records that a source could make no sense of.
     pub(crate) fn count_bad(&self, monitor: &Monitor, records: u64) {
         if 0 < records {
-            let metrics = &monitor.metrics.operators[self.task.operator.0 as usize];
+            let metrics = &monitor.metrics.operators[self.task.node.0 as usize];
             metrics.bad_records.fetch_add(records, Ordering::Relaxed);
         }
     }
 
     /// Notes how many records a source has still to read, if it knows.
     pub(crate) fn set_records_behind(&self, monitor: &Monitor, records: Option<u64>) {
-        let metrics = &monitor.metrics.operators[self.task.operator.0 as usize];
+        let metrics = &monitor.metrics.operators[self.task.node.0 as usize];
         metrics.set_records_behind(self.task.index, records);
     }
 
     pub(crate) fn count_out(&self, monitor: &Monitor, records: &Batch) {
-        monitor.metrics.operators[self.task.operator.0 as usize].add_out(records.record_count());
+        monitor.metrics.operators[self.task.node.0 as usize].add_out(records.record_count());
     }
 
     /// Where records of an output go: nowhere, if nobody reads it. They must be what was described.

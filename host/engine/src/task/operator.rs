@@ -91,7 +91,7 @@ impl OperatorTask {
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
         let host = Arc::new(TaskHost::new(monitor, task, &self.name, attempt, keyed, random_seed));
         // The same in every attempt: what a guest's library takes for random must not change.
-        let seed = mix(u64::from(task.operator.0) << 32 | u64::from(index));
+        let seed = mix(u64::from(task.node.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
         let mut instance = self.component.instantiate(setup).await.map_err(cause_of)?;
         let config: Vec<(&str, &str)> =

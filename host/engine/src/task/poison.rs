@@ -136,7 +136,7 @@ impl OperatorTask {
             let value = self.dead_letter(context, input, Some(record), &cause, 0);
             letters.push(RecordRef { key: None, value: value.as_bytes(), timestamp: None });
         }
-        let metrics = &context.monitor.metrics.operators[context.task.operator.0 as usize];
+        let metrics = &context.monitor.metrics.operators[context.task.node.0 as usize];
         metrics.change_custom("rejected-records", |count| *count += rejected.len() as f64);
         emissions.push(Emission { output: self.dead_letter_output, records: letters });
         Ok(emissions)

@@ -10,7 +10,7 @@ use std::{
 };
 
 use cofferdam_core::{
-    ids::{CheckpointId, OperatorId, TaskId},
+    ids::{CheckpointId, NodeId, TaskId},
     job::Event,
 };
 use cofferdam_store::{metadata::SnapshotStats, snapshot::TaskSnapshot};
@@ -40,7 +40,7 @@ pub(crate) struct Monitor {
 
 /// A restart under way.
 struct Recovery {
-    operator: Option<OperatorId>,
+    operator: Option<NodeId>,
     failed_at: Instant,
     delay: Duration,
 }
@@ -122,7 +122,7 @@ impl Monitor {
     /// A failure leads to a restart after `delay`; `operator` has failed, if it was one.
     pub(crate) fn note_restart(
         &self,
-        operator: Option<OperatorId>,
+        operator: Option<NodeId>,
         failed_at: Instant,
         delay: Duration,
     ) {
@@ -169,7 +169,7 @@ impl Monitor {
         }
         let mut recovery = self.recovery.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(done) =
-            recovery.take_if(|recovery| recovery.operator.is_none_or(|id| id == task.operator))
+            recovery.take_if(|recovery| recovery.operator.is_none_or(|id| id == task.node))
         {
             self.is_recovering.store(false, Ordering::Relaxed);
             let took = done.failed_at.elapsed().saturating_sub(done.delay);

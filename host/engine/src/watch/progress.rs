@@ -291,7 +291,11 @@ mod tests {
                 alignment_ms: 1.0,
                 in_flight_bytes: 1,
             },
-            Progress::CheckpointFailed { checkpoint, code: "CHECKPOINT_EXPIRED", reason: String::new() },
+            Progress::CheckpointFailed {
+                checkpoint,
+                code: "CHECKPOINT_EXPIRED",
+                reason: String::new(),
+            },
             Progress::Restarting(restart),
             Progress::RecordsLost {
                 from: String::new(),
@@ -301,7 +305,12 @@ mod tests {
                 is_exact: true,
             },
             Progress::Recovered { recovery_us: 1 },
-            Progress::DeadLetter { task: task.clone(), failure: failure(), traps: 3, isolation_us: 1 },
+            Progress::DeadLetter {
+                task: task.clone(),
+                failure: failure(),
+                traps: 3,
+                isolation_us: 1,
+            },
             Progress::Failed { task: Some(task), failure: failure() },
             Progress::Warning { message: String::new() },
         ];

@@ -8,24 +8,24 @@ use crate::{
     checkpoint::CheckpointSettings,
     exchange::ExchangeType,
     failure::EnvironmentError,
-    graph::{Edge, JobGraph, Operator, Partitioner},
-    ids::OperatorId,
+    graph::{Edge, JobGraph, Node, Partitioner},
+    ids::NodeId,
     restart::RestartStrategy,
 };
 
-const A: TaskId = TaskId { operator: OperatorId(0), index: 0 };
-const B: TaskId = TaskId { operator: OperatorId(1), index: 0 };
+const A: TaskId = TaskId { node: NodeId(0), index: 0 };
+const B: TaskId = TaskId { node: NodeId(1), index: 0 };
 
-const C: TaskId = TaskId { operator: OperatorId(2), index: 0 };
+const C: TaskId = TaskId { node: NodeId(2), index: 0 };
 
 /// Operators `a`, `b` and `c`, as many as there are names, and edges between them.
 fn graph(names: &[&str], edges: &[(u32, u32, ExchangeType)]) -> JobGraph {
     let operators =
-        names.iter().map(|name| Operator { name: (*name).to_owned(), parallelism: 1 }).collect();
+        names.iter().map(|name| Node { name: (*name).to_owned(), parallelism: 1 }).collect();
     let edge = |&(from, to, exchange): &(u32, u32, ExchangeType)| Edge {
-        from: OperatorId(from),
+        from: NodeId(from),
         output: 0,
-        to: OperatorId(to),
+        to: NodeId(to),
         input: 0,
         partitioner: Partitioner::Hash,
         exchange,
@@ -161,7 +161,7 @@ fn show_tasks(tasks: &[TaskAttempt], all: &[TaskId]) -> String {
     if tasks.len() == all.len() && tasks.iter().all(|(_, attempt)| *attempt == first) {
         return format!("@{first}");
     }
-    let name = |task: TaskId| ["a", "b", "c"][task.operator.0 as usize];
+    let name = |task: TaskId| ["a", "b", "c"][task.node.0 as usize];
     let shown = tasks.iter().map(|(task, attempt)| format!("{}@{attempt}", name(*task)));
     shown.collect::<Vec<_>>().join(" ")
 }
