@@ -277,6 +277,43 @@ fn parts_of_a_sink_that_is_no_more_are_not_left_behind() {
     assert!(committed(&dir.path().join("output")) == expected());
 }
 
+/// The position of a file says nothing to a generator.
+#[test]
+fn a_source_of_another_kind_does_not_take_over_the_position() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("in.txt"), input()).expect("written");
+    let manifest = dir.path().join("job.toml");
+    let write = |source: &str| {
+        let text = format!(
+            "[job]\nname = \"kinds\"\n\n[execution.checkpointing]\ninterval = \"20ms\"\n\n[[source]]\n{source}\n\
+             [[sink]]\nname = \"out\"\nconnector = \"discard\"\ninputs = [\"in\"]\n"
+        );
+        fs::write(&manifest, text).expect("written");
+    };
+    let file = "name = \"in\"\nconnector = \"file\"\npath = \"in.txt\"\nrate = 20000\n";
+    let generator = "name = \"in\"\nconnector = \"generator\"\ncount = 1000\n";
+    write(file);
+    let stopped = run_manifest(&manifest, |job| after_records(job, 1_000, |job| job.stop()));
+    assert!(matches!(stopped.outcome, Ok(Outcome::Stopped { .. })), "{:?}", stopped.outcome);
+    write(generator);
+    let problem = run_manifest(&manifest, |_| {}).outcome.expect_err("another kind");
+    assert_eq!(problem.code, Code::StateMismatch);
+    assert!(problem.to_string().contains("connector = \"file\", not \"generator\""), "{problem}");
+    // As the hint says: it begins at its beginning.
+    write(&generator.replace("\"in\"\n", "\"in\"\nuid = \"numbers\"\n"));
+    let from = RestoreFrom {
+        dir: dir.path().join("kinds.cofferdam"),
+        claim: false,
+        ignore_unclaimed_state: true,
+    };
+    let state_dir = Some(dir.path().join("other"));
+    let options = JobOptions { from: Some(from), state_dir, ..JobOptions::default() };
+    let ran = run_with(&manifest, &options, |_| {});
+    assert_eq!(ran.outcome, Ok(Outcome::Finished));
+    write(file);
+    assert_eq!(run_manifest(&manifest, |_| {}).outcome, Ok(Outcome::Finished));
+}
+
 /// Every file with its content.
 fn files_in(dir: &Path) -> BTreeMap<std::path::PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();

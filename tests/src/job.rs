@@ -378,6 +378,7 @@ pub fn lone_task(operator: &str) -> TaskIdentity {
         has_host_state: false,
         uid: operator.to_owned(),
         is_sink: false,
+        connector: None,
         config: 0,
         is_keyed: true,
         states: Vec::new(),

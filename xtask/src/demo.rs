@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::steps::{announce, cargo, components, root};
+use crate::steps::{announce, built, cargo, components, root};
 
 pub(crate) fn run_job(example: &str) -> Result<String> {
     let manifest = root().join("examples").join(example).join("job.toml");
@@ -17,7 +17,7 @@ pub(crate) fn run_job(example: &str) -> Result<String> {
     if state.exists() {
         fs::remove_dir_all(&state).context("remove the state of an earlier demo")?;
     }
-    let output = Command::new(program())
+    let output = Command::new(built("cofferdam"))
         .arg("run")
         .arg(manifest)
         .args(["--log", "info", "--no-progress", "--state-dir"])
@@ -29,13 +29,6 @@ pub(crate) fn run_job(example: &str) -> Result<String> {
     log.lines().for_each(|line| eprintln!("   {line}"));
     ensure!(output.status.success(), "the job {example} ended with {}", output.status);
     Ok(log)
-}
-
-fn program() -> PathBuf {
-    let name = format!("cofferdam{}", std::env::consts::EXE_SUFFIX);
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    target.join("debug").join(name)
 }
 
 pub(crate) fn run() -> Result<()> {

@@ -1,6 +1,9 @@
 //! The verbs that run cargo in one way or another.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -26,6 +29,13 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("{shown}: {status}");
     }
     Ok(())
+}
+
+/// Where cargo puts a program of the workspace.
+pub(crate) fn built(name: &str) -> PathBuf {
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    target.join("debug").join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
 }
 
 /// Says what comes next.
@@ -108,12 +118,12 @@ pub(crate) fn simulate(setting: &str, value: u64) -> Result<()> {
 
 /// A test that runs the program again and again.
 pub(crate) fn program(name: &str, rounds: u64) -> Result<()> {
-    run(tests_binary(name)?.arg("--").arg(rounds.to_string()))
+    run(tests_binary(name)?.arg(rounds.to_string()))
 }
 
 /// The jobs over real data.
 pub(crate) fn flights(job: Option<&str>) -> Result<()> {
-    run(tests_binary("flights")?.arg("--").args(job))
+    run(tests_binary("flights")?.args(job))
 }
 
 /// Writes the archive of this version.
@@ -123,9 +133,10 @@ pub(crate) fn archive() -> Result<()> {
 
 fn tests_binary(name: &str) -> Result<Command> {
     guests()?;
-    run(cargo(".").args(["build", "--quiet", "--workspace", "--bin", "cofferdam"]))?;
-    let mut command = cargo(".");
-    command.args(["run", "--quiet", "--package", "cofferdam-tests", "--bin", name]);
+    // With the features of the whole workspace: those of one package alone would build most of it a second time.
+    run(cargo(".").args(["build", "--quiet", "--workspace", "--bin", "cofferdam", "--bin", name]))?;
+    let mut command = Command::new(built(name));
+    command.current_dir(root());
     Ok(command)
 }
 

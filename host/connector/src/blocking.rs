@@ -327,7 +327,7 @@ impl<S: BlockingSink> Sink for OffThread<S, ()> {
                 write(sink)?;
                 sink.pre_commit(checkpoint, purpose)
             };
-            state.write(&self.call(call).await?);
+            state.write(self.call(call).await?);
             Ok(())
         })
     }
@@ -459,7 +459,7 @@ mod tests {
         }
         let mut state = StateWriter::default();
         sink.pre_commit(CheckpointId(1), Purpose::Periodic, &mut state).await.expect("durable");
-        assert_eq!(state.into_bytes(), format!("a,{large},b,c").into_bytes());
+        assert_eq!(state.into_state().to_vec(), format!("a,{large},b,c").into_bytes());
         sink.commit(CheckpointId(1)).await.expect("committed");
         let panicked = sink.commit(CheckpointId(3)).await.expect_err("it panics");
         assert!(matches!(panicked, FailureCause::HostBug { .. }));

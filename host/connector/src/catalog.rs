@@ -127,12 +127,11 @@ pub trait SinkConnector: Send + Sync {
     /// What is wrong with them.
     fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SinkSpec>, Problem>;
 
-    /// What the state of one of its tasks has still to commit, for example the name of a file; `None`: nothing, or
-    /// the state is not of this kind of sink. Asked before a job continues without the sink, or with one of another
-    /// kind under its uid. A sink that keeps output in its state has to answer: what it is silent about is lost then.
+    /// What the state of one of its tasks has still to commit, for example the name of a file; `None`: nothing. Asked
+    /// before a job continues without the sink, or with one of another kind under its uid: that is refused where
+    /// something is left. As long as a connector does not say otherwise, every state counts as output.
     fn uncommitted(&self, state: &[u8]) -> Option<String> {
-        let _ = state;
-        None
+        (!state.is_empty()).then(|| format!("{} bytes of state", state.len()))
     }
 }
 
@@ -232,6 +231,25 @@ pub struct Conflicts {
     pub assume_committed: bool,
 }
 
+/// What the state of a sink has still to commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Uncommitted {
+    /// Nothing.
+    Nothing,
+    /// Output that is lost where nobody commits it.
+    Output {
+        /// The connector that can commit it.
+        connector: &'static str,
+        /// Some of it, for people.
+        example: String,
+    },
+    /// The program does not have its connector.
+    Unknown {
+        /// The name of the connector.
+        connector: String,
+    },
+}
+
 /// The connectors that a program has.
 #[derive(Clone, Default)]
 pub struct Catalog {
@@ -270,13 +288,20 @@ impl Catalog {
         &self.sources
     }
 
-    /// What the state of a sink has still to commit, for example, and the connector that can do so; `None`: nothing.
+    /// What the state of a sink has still to commit. Its connector is asked; where that is not known, because an
+    /// older version has written the checkpoint, each one is.
     #[must_use]
-    pub fn uncommitted(&self, state: &[u8]) -> Option<(&'static str, String)> {
-        let asked = |connector: &Arc<dyn SinkConnector>| {
-            connector.uncommitted(state).map(|example| (connector.name(), example))
-        };
-        self.sinks.iter().find_map(asked)
+    pub fn uncommitted(&self, of: Option<&str>, state: &[u8]) -> Uncommitted {
+        let mut asked =
+            self.sinks.iter().filter(|it| of.is_none_or(|of| it.name() == of)).peekable();
+        if let (Some(connector), None) = (of, asked.peek()) {
+            return Uncommitted::Unknown { connector: connector.to_owned() };
+        }
+        let output = asked.find_map(|connector| {
+            let example = connector.uncommitted(state)?;
+            Some(Uncommitted::Output { connector: connector.name(), example })
+        });
+        output.unwrap_or(Uncommitted::Nothing)
     }
 
     /// Every kind of sink.

@@ -1,10 +1,11 @@
 //! Takes records out of a job: a sink writes into a transaction that is held from one barrier to the commit of
 //! its checkpoint.
 
+use bytes::Bytes;
 use cofferdam_contract::Batch;
 use cofferdam_core::{checkpoint::Purpose, ids::CheckpointId};
 
-use crate::{Answer, ready};
+use crate::{Answer, ready, state::ConnectorState};
 
 /// What a reader of the output can rely on after a failure, if checkpoints are exactly once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,19 +31,23 @@ impl Guarantee {
     }
 }
 
-/// The state of a sink's task in a checkpoint, written in chunks.
+/// Takes the state of a sink's task for a checkpoint, in chunks.
+///
+/// A chunk that is [`Bytes`] is shared and not copied: a sink that keeps whole epochs until the other side has
+/// confirmed them needs the memory of each epoch once, however many checkpoints hold it. The store writes them in
+/// parts, and a task that is restored gets its state in one piece. So what a sink keeps has to fit into memory.
 #[derive(Debug, Default)]
-pub struct StateWriter(Vec<u8>);
+pub struct StateWriter(ConnectorState);
 
 impl StateWriter {
     /// Adds bytes behind those that are there.
-    pub fn write(&mut self, chunk: &[u8]) {
-        self.0.extend_from_slice(chunk);
+    pub fn write(&mut self, chunk: impl Into<Bytes>) {
+        self.0.push(chunk);
     }
 
     /// All that was written.
     #[must_use]
-    pub fn into_bytes(self) -> Vec<u8> {
+    pub fn into_state(self) -> ConnectorState {
         self.0
     }
 }

@@ -1,7 +1,53 @@
-//! The states of all tasks of a connector, decoded and encoded together.
+//! The state of a connector's task, and the states of all tasks, decoded and encoded together.
 
+use bytes::Bytes;
 use cofferdam_core::failure::{FailureCause, Obstacle};
 use serde::{Serialize, de::DeserializeOwned};
+
+/// The state of one task of a connector, in chunks that its copies share.
+#[derive(Debug, Clone, Default)]
+pub struct ConnectorState(Vec<Bytes>);
+
+impl ConnectorState {
+    /// Adds a chunk behind those that are there.
+    pub fn push(&mut self, chunk: impl Into<Bytes>) {
+        let chunk = chunk.into();
+        if !chunk.is_empty() {
+            self.0.push(chunk);
+        }
+    }
+
+    /// Its chunks; none of them is empty.
+    pub fn chunks(&self) -> impl Iterator<Item = &Bytes> {
+        self.0.iter()
+    }
+
+    /// How many bytes it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.iter().map(Bytes::len).sum()
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of it, as one.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.0.concat()
+    }
+}
+
+impl From<Vec<u8>> for ConnectorState {
+    fn from(bytes: Vec<u8>) -> Self {
+        let mut state = Self::default();
+        state.push(bytes);
+        state
+    }
+}
 
 /// Decodes the states of all tasks.
 ///

@@ -172,7 +172,7 @@ async fn write(sink: &mut dyn Sink, value: &str) -> Result<()> {
 async fn pre_commit(sink: &mut dyn Sink, checkpoint: u64) -> Result<Vec<u8>> {
     let mut state = StateWriter::default();
     sink.pre_commit(CheckpointId(checkpoint), Purpose::Periodic, &mut state).await?;
-    Ok(state.into_bytes())
+    Ok(state.into_state().to_vec())
 }
 
 /// Checks the laws of a sink whose output is seen once:

@@ -46,4 +46,9 @@ impl SinkConnector for BuiltIn<dyn SinkSpec> {
     fn read(&self, section: &Section<'_>, base_dir: &Path) -> Result<Arc<dyn SinkSpec>> {
         (self.read)(section, base_dir)
     }
+
+    /// Those that are read this way write at once, and have no state.
+    fn uncommitted(&self, _: &[u8]) -> Option<String> {
+        None
+    }
 }

@@ -32,11 +32,13 @@ pub struct RecordRef<'a> {
 #[cfg_attr(feature = "lift", component(record))]
 pub struct Batch {
     /// The keys, one after the other.
+    #[serde(with = "serde_bytes")]
     pub keys: Vec<u8>,
     /// Where each key ends; empty where no record has a key, else one end a record.
     #[cfg_attr(feature = "lift", component(name = "key-ends"))]
     pub key_ends: Vec<u32>,
     /// The values, one after the other.
+    #[serde(with = "serde_bytes")]
     pub values: Vec<u8>,
     /// Where each value ends: one end a record.
     #[cfg_attr(feature = "lift", component(name = "value-ends"))]

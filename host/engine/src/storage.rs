@@ -347,6 +347,7 @@ mod tests {
             has_declared: true,
             has_host_state: false,
             is_sink: false,
+            connector: None,
             config: 0,
             is_keyed: true,
             states: Vec::new(),

@@ -14,6 +14,7 @@ use std::{
 use cofferdam_contract::{StateChanges, StateEntry};
 use cofferdam_core::key_group::{key_group, key_groups_of, task_index};
 use serde::{Deserialize, Serialize};
+use serde_bytes::{ByteBuf, Bytes};
 
 use crate::Result;
 
@@ -27,6 +28,7 @@ pub struct DeclaredKey {
     /// How many bytes at the end of the key are its namespace.
     pub namespace: u32,
     /// The key of the records that it belongs to, and behind it the namespace.
+    #[serde(with = "serde_bytes")]
     pub key: Vec<u8>,
 }
 
@@ -41,6 +43,19 @@ impl DeclaredKey {
 
 /// A key with its value; no value: the entry was removed.
 pub type Entry = (DeclaredKey, Option<Vec<u8>>);
+
+/// Entries as they are stored. Values are copied as a whole and not byte by byte.
+pub(crate) fn encode_entries(entries: &[Entry]) -> postcard::Result<Vec<u8>> {
+    let entries: Vec<(&DeclaredKey, Option<&Bytes>)> =
+        entries.iter().map(|(key, value)| (key, value.as_deref().map(Bytes::new))).collect();
+    postcard::to_stdvec(&entries)
+}
+
+/// Reads what [`encode_entries`] wrote.
+pub(crate) fn decode_entries(bytes: &[u8]) -> postcard::Result<Vec<Entry>> {
+    let entries: Vec<(DeclaredKey, Option<ByteBuf>)> = postcard::from_bytes(bytes)?;
+    Ok(entries.into_iter().map(|(key, value)| (key, value.map(ByteBuf::into_vec))).collect())
+}
 
 /// What an entry takes up, in bytes, where it is written.
 fn entry_bytes((key, value): &Entry) -> usize {

@@ -40,6 +40,15 @@ pub struct Kept {
     pub checksum: u64,
 }
 
+/// What the checksum of a head begins with: magic and version, so that one version is not taken for another; before
+/// format 7 a fixed word.
+fn key_of(bytes: &[u8]) -> &[u8] {
+    match bytes.get(4..6) {
+        Some([5 | 6, 0]) => KEY,
+        _ => bytes.get(..6).unwrap_or(bytes),
+    }
+}
+
 impl Head {
     /// How far a generation reached at its newest checkpoint.
     pub(super) fn end_of(&self, generation: u64) -> u64 {
@@ -55,14 +64,15 @@ impl Head {
         let payload = postcard::to_stdvec(self)
             .map_err(|error| StorageError::store("encode the head", error))?;
         let mut bytes = beginning(MAGIC);
-        bytes.extend(seal(KEY, &payload));
+        let sealed = seal(key_of(&bytes), &payload);
+        bytes.extend(sealed);
         Ok(bytes)
     }
 
     fn decode(bytes: &[u8]) -> Result<Self> {
         let name = "the head of the store";
         let rest = behind_beginning(name, MAGIC, bytes)?;
-        postcard::from_bytes(unseal(name, KEY, rest)?)
+        postcard::from_bytes(unseal(name, key_of(bytes), rest)?)
             .map_err(|error| StorageError::damaged(name, error))
     }
 

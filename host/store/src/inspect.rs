@@ -53,7 +53,7 @@ impl SnapshotStore {
                 report.memory_bytes = header.memories.iter().map(|(size, _)| size).sum();
                 report.increment_pages = header.memories.iter().map(|(_, pages)| pages).sum();
                 report.stored_pages += report.increment_pages;
-                report.state_bytes = header.state.len() as u64;
+                report.state_bytes = header.state_bytes();
                 report.is_drained = header.is_drained;
             }
             if identity.has_declared {

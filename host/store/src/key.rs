@@ -9,6 +9,8 @@ pub(crate) const KIND_DECLARED: u8 = 2;
 
 pub(crate) const KIND_IN_FLIGHT: u8 = 3;
 
+pub(crate) const KIND_STATE: u8 = 4;
+
 /// How the folder of a generation begins; its number follows.
 pub(crate) const GENERATION: &str = "gen-";
 

@@ -99,7 +99,7 @@ pub(crate) fn write_merged<'a>(
 /// One full snapshot that says what a chain says, but for declared state.
 pub(crate) fn merge(loaded: &LoadedTask) -> TaskSnapshot {
     let memory = MemorySnapshot::merged(&loaded.memory).map(Arc::new);
-    let (state, is_drained) = (loaded.state.clone(), loaded.is_drained);
+    let (state, is_drained) = (loaded.state.clone().into(), loaded.is_drained);
     let in_flight = loaded.in_flight.clone();
     TaskSnapshot { state, is_drained, memory, in_flight, ..TaskSnapshot::default() }
 }

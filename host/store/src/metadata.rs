@@ -10,7 +10,7 @@ use twox_hash::XxHash3_64;
 use crate::{Result, StorageError};
 
 /// The version of everything in a generation. Changes with any change of the format.
-pub const FORMAT: u16 = 6;
+pub const FORMAT: u16 = 7;
 
 const MAGIC: [u8; 4] = *b"CFDM";
 
@@ -83,6 +83,10 @@ pub struct TaskIdentity {
     pub has_host_state: bool,
     /// Whether it is a sink.
     pub is_sink: bool,
+    /// The connector of a source or a sink, whose state only it can read; `None` also in formats before 7, which do
+    /// not have it.
+    #[serde(skip)]
+    pub connector: Option<String>,
     /// The checksum of what its instances are opened with.
     pub config: u64,
     /// Whether records come to the tasks by their key, so that declared state lies with them.
@@ -96,6 +100,12 @@ impl TaskIdentity {
     #[must_use]
     pub fn name(&self) -> String {
         format!("{}/{}", self.operator, self.index)
+    }
+
+    /// Whether its connector's state is that of another kind than this; false where that is not known.
+    #[must_use]
+    pub fn is_of_another_connector(&self, connector: Option<&str>) -> bool {
+        self.connector.as_deref().is_some_and(|own| connector.is_some_and(|other| own != other))
     }
 
     /// Its operator, as far as state goes.
@@ -149,7 +159,10 @@ impl CheckpointMetadata {
     /// # Errors
     /// Where it cannot be encoded, which would be a bug.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        let connectors: Vec<Option<&str>> =
+            self.tasks.iter().map(|task| task.identity.connector.as_deref()).collect();
         postcard::to_extend(self, beginning(MAGIC))
+            .and_then(|bytes| postcard::to_extend(&connectors, bytes))
             .map_err(|error| StorageError::store("encode the metadata", error))
     }
 
@@ -158,13 +171,24 @@ impl CheckpointMetadata {
     /// # Errors
     /// Where the bytes are of another version, or are no metadata.
     pub fn decode(name: &str, bytes: &[u8]) -> Result<Self> {
-        postcard::from_bytes(behind_beginning(name, MAGIC, bytes)?)
-            .map_err(|error| StorageError::damaged(name, error))
+        let damaged = |error| StorageError::damaged(name, error);
+        let (mut metadata, rest): (Self, _) =
+            postcard::take_from_bytes(behind_beginning(name, MAGIC, bytes)?).map_err(damaged)?;
+        if !rest.is_empty() {
+            let connectors: Vec<Option<String>> = postcard::from_bytes(rest).map_err(damaged)?;
+            if connectors.len() != metadata.tasks.len() {
+                return Err(StorageError::damaged(name, "it does not have one connector a task"));
+            }
+            for (task, connector) in metadata.tasks.iter_mut().zip(connectors) {
+                task.identity.connector = connector;
+            }
+        }
+        Ok(metadata)
     }
 }
 
 /// Whether this program reads what has this version. Format 5 is like format 6 without pages that are
-/// carried forward.
+/// carried forward; format 6 is like format 7 without connectors and without packs of their state.
 pub(super) fn is_readable(version: u16) -> bool {
     (5..=FORMAT).contains(&version)
 }
@@ -248,6 +272,7 @@ mod tests {
             has_declared: true,
             has_host_state: true,
             is_sink: false,
+            connector: None,
             config: 0,
             is_keyed: true,
             states: vec![StateIdentity {
@@ -283,7 +308,7 @@ mod tests {
             .expect_err("another version");
         assert_eq!(
             error.to_string(),
-            "the metadata of checkpoint 9 has format 99, this program reads format 6"
+            "the metadata of checkpoint 9 has format 99, this program reads format 7"
         );
     }
 

@@ -1,14 +1,15 @@
 //! Writes snapshots: a header, and packs of pages, of entries and of records in flight.
 
+use cofferdam_connector::state::ConnectorState;
 use cofferdam_core::checkpoint::chain::{PackPages, Written};
 use cofferdam_sandbox::{INVENTORY, MemorySnapshot};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Generation, Result, StorageError,
-    declared::{Entries, Entry, each_block},
+    declared::{Entries, Entry, each_block, encode_entries},
     in_flight::ChannelState,
-    key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
+    key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, KIND_STATE, value_key},
     metadata::seal_into,
     snapshot::TaskSnapshot,
 };
@@ -19,8 +20,13 @@ pub(crate) const PACK_PAGES: usize = 64;
 /// Bytes of declared state in one stored value.
 pub(crate) const PACK_BYTES: usize = 64 << 10;
 
+/// Bytes of a connector's state in one stored value. What is smaller is in the header.
+pub(crate) const STATE_PACK_BYTES: usize = 256 << 10;
+
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Header {
+    /// A connector's state that is not in packs.
+    #[serde(with = "serde_bytes")]
     pub(crate) state: Vec<u8>,
     pub(crate) is_drained: bool,
     /// See [`INVENTORY`].
@@ -38,6 +44,31 @@ pub(crate) struct Header {
     pub(crate) in_flight_packs: u32,
     /// Every pack is an LZ4 block behind its size.
     pub(crate) is_compressed: bool,
+    /// Packs of a connector's state, and its bytes. Behind all else: format 6 ends before it.
+    #[serde(skip)]
+    pub(crate) state_packs: (u32, u64),
+}
+
+impl Header {
+    fn encode(&self) -> Result<Vec<u8>> {
+        postcard::to_stdvec(self)
+            .and_then(|bytes| postcard::to_extend(&self.state_packs, bytes))
+            .map_err(|error| StorageError::store("encode a header", error))
+    }
+
+    /// Reads what `encode` wrote.
+    pub(crate) fn decode(bytes: &[u8]) -> std::result::Result<Self, postcard::Error> {
+        let (mut header, rest) = postcard::take_from_bytes::<Self>(bytes)?;
+        if !rest.is_empty() {
+            header.state_packs = postcard::from_bytes(rest)?;
+        }
+        Ok(header)
+    }
+
+    /// How many bytes the connector's state has.
+    pub(crate) fn state_bytes(&self) -> u64 {
+        self.state.len() as u64 + self.state_packs.1
+    }
 }
 
 pub(crate) struct PackWriter<'a> {
@@ -83,6 +114,10 @@ impl<'a> PackWriter<'a> {
             None => Vec::new(),
         };
         let in_flight_packs = self.in_flight(&snapshot.in_flight)?;
+        let (state, state_packs) = match snapshot.state.len() < STATE_PACK_BYTES {
+            true => (snapshot.state.to_vec(), (0, 0)),
+            false => (Vec::new(), self.state(&snapshot.state)?),
+        };
         let memory = snapshot.memory.as_deref();
         let sizes = |memory: &MemorySnapshot| {
             memory
@@ -92,7 +127,7 @@ impl<'a> PackWriter<'a> {
                 .collect()
         };
         let header = Header {
-            state: snapshot.state.clone(),
+            state,
             is_drained: snapshot.is_drained,
             inventory: INVENTORY,
             globals: memory.map_or_else(Vec::new, |memory| memory.globals.clone()),
@@ -104,9 +139,9 @@ impl<'a> PackWriter<'a> {
             holds_declared,
             in_flight_packs,
             is_compressed: self.is_compressing,
+            state_packs,
         };
-        let payload = postcard::to_stdvec(&header)
-            .map_err(|error| StorageError::store("encode a header", error))?;
+        let payload = header.encode()?;
         self.put(KIND_HEADER, 0, |value| value.extend_from_slice(&payload))?;
         let is_lasting = 0 < declared_packs || snapshot.is_declared_whole;
         Ok(Written { bytes: self.bytes, packs, is_lasting, replaces: Vec::new() })
@@ -127,6 +162,29 @@ impl<'a> PackWriter<'a> {
         fill(&mut payload);
         let packed = lz4_flex::compress_prepend_size(&payload);
         self.put(kind, sequence, |value| value.extend_from_slice(&packed))
+    }
+
+    /// Packs of equal size, however large the chunks are. Gives their number, and that of the bytes.
+    fn state(&mut self, state: &ConnectorState) -> Result<(u32, u64)> {
+        let (mut packs, mut pack) = (0, Vec::with_capacity(STATE_PACK_BYTES));
+        for chunk in state.chunks() {
+            let mut chunk = &chunk[..];
+            while !chunk.is_empty() {
+                let (taken, rest) = chunk.split_at(chunk.len().min(STATE_PACK_BYTES - pack.len()));
+                pack.extend_from_slice(taken);
+                chunk = rest;
+                if pack.len() == STATE_PACK_BYTES {
+                    self.put_pack(KIND_STATE, packs, |value| value.extend_from_slice(&pack))?;
+                    packs += 1;
+                    pack.clear();
+                }
+            }
+        }
+        if !pack.is_empty() {
+            self.put_pack(KIND_STATE, packs, |value| value.extend_from_slice(&pack))?;
+            packs += 1;
+        }
+        Ok((packs, state.len() as u64))
     }
 
     /// A pack is what was on its way in one channel.
@@ -170,7 +228,7 @@ impl<'a> PackWriter<'a> {
     }
 
     fn declared_pack(&mut self, sequence: u32, pack: &[Entry]) -> Result<()> {
-        let payload = postcard::to_stdvec(pack)
+        let payload = encode_entries(pack)
             .map_err(|error| StorageError::store("encode declared state", error))?;
         self.put_pack(KIND_DECLARED, sequence, |value| value.extend_from_slice(&payload))
     }

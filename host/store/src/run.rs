@@ -9,7 +9,7 @@ use cofferdam_contract::StateChanges;
 
 use crate::{
     Result, StorageError,
-    declared::{Entries, Entry, Merge, each_block, sorted, within},
+    declared::{Entries, Entry, Merge, decode_entries, each_block, encode_entries, sorted, within},
 };
 
 /// A block is closed when its entries are this large.
@@ -34,7 +34,7 @@ struct Block {
 
 impl Block {
     fn entries(&self) -> Entries<'static> {
-        match postcard::from_bytes::<Vec<Entry>>(&self.bytes) {
+        match decode_entries(&self.bytes) {
             Ok(entries) => Box::new(entries.into_iter().map(Ok)),
             Err(error) => {
                 let error = StorageError::store("decode a run in memory", error);
@@ -57,7 +57,7 @@ impl Run {
 
     fn push(&mut self, entries: &[Entry]) -> Result<()> {
         let Some((first, _)) = entries.first() else { return Ok(()) };
-        let mut bytes = postcard::to_stdvec(entries)
+        let mut bytes = encode_entries(entries)
             .map_err(|error| StorageError::store("encode a run in memory", error))?;
         bytes.shrink_to_fit();
         self.blocks.push(Block { first_group: first.key_group, bytes });

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Instant};
 
+use cofferdam_connector::state::ConnectorState;
 use cofferdam_sandbox::{Image, MemorySnapshot};
 
 use crate::{changes::Changes, in_flight::ChannelState, metadata::SnapshotStats, run::Run};
@@ -9,8 +10,8 @@ use crate::{changes::Changes, in_flight::ChannelState, metadata::SnapshotStats, 
 /// What one task hands over at a barrier.
 #[derive(Debug, Default)]
 pub struct TaskSnapshot {
-    /// A source's position, a sink's transactions: small, and always whole.
-    pub state: Vec<u8>,
+    /// A source's position, a sink's transactions: always whole.
+    pub state: ConnectorState,
     /// The task has processed the end of its inputs.
     pub is_drained: bool,
     /// The pages that changed.
@@ -31,7 +32,8 @@ impl TaskSnapshot {
     /// How much memory it takes up.
     pub fn bytes(&self) -> u64 {
         let pages = self.memory.as_ref().map_or(0, |memory| memory.changed_bytes());
-        pages + self.declared.as_ref().map_or(0, |declared| declared.bytes())
+        let declared = self.declared.as_ref().map_or(0, |declared| declared.bytes());
+        pages + declared + self.state.len() as u64
     }
 
     /// The same with other pages.

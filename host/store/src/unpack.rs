@@ -9,9 +9,9 @@ use cofferdam_sandbox::{INVENTORY, MemoryDelta, MemorySnapshot, memory::PAGE_BYT
 
 use crate::{
     Generation, Result, StorageError,
-    declared::{Entries, Entry, Merge, within},
+    declared::{Entries, Entry, Merge, decode_entries, within},
     in_flight::ChannelState,
-    key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, value_key},
+    key::{KIND_DECLARED, KIND_HEADER, KIND_IN_FLIGHT, KIND_MEMORY, KIND_STATE, value_key},
     metadata::{TaskMetadata, unseal},
     pack::Header,
     snapshot::LoadedTask,
@@ -73,7 +73,7 @@ pub(crate) fn read_header(
     checkpoint: u64,
 ) -> Result<Header> {
     let header = read_value(generation, task, checkpoint, KIND_HEADER, 0)?;
-    postcard::from_bytes(header.content())
+    Header::decode(header.content())
         .map_err(|error| StorageError::damaged(value_name(task, checkpoint), error))
 }
 
@@ -135,7 +135,7 @@ pub(crate) fn declared_of<'a>(
         let (of, count) = ((task, checkpoint), header.declared_packs);
         let read = move |sequence| {
             let pack = read_pack(generation, of, &header, KIND_DECLARED, sequence)?;
-            postcard::from_bytes::<Vec<Entry>>(pack.content())
+            decode_entries(pack.content())
                 .map_err(|error| StorageError::damaged(value_name(of.0, of.1), error))
         };
         let first = match &key_groups {
@@ -212,8 +212,16 @@ pub(crate) fn read_snapshot(
         Ok(state)
     });
     into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
+    let (state_packs, state_bytes) = header.state_packs;
+    let mut state = header.state.clone();
+    for sequence in 0..state_packs {
+        state.extend_from_slice(read(KIND_STATE, sequence)?.content());
+    }
+    if 0 < state_packs && state.len() as u64 != state_bytes {
+        return Err(damaged("bytes of its connector's state are missing"));
+    }
     into.bytes += bytes;
-    into.state = header.state;
+    into.state = state;
     into.is_drained = header.is_drained;
     Ok(())
 }

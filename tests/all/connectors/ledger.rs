@@ -205,7 +205,7 @@ impl Sink for LedgerSink {
         let encoded = postcard::to_stdvec(&self.unconfirmed);
         ready(match encoded {
             Ok(bytes) => {
-                bytes.chunks(4096).for_each(|chunk| state.write(chunk));
+                bytes.chunks(4096).for_each(|chunk| state.write(chunk.to_vec()));
                 Ok(())
             }
             Err(error) => Err(FailureCause::HostBug { message: error.to_string() }),

@@ -145,6 +145,7 @@ fn samples() {
                 has_declared: true,
                 has_host_state: false,
                 is_sink: false,
+                connector: (index == 1).then(|| "file".to_owned()),
                 config: 4,
                 is_keyed: true,
                 states: states.clone(),

@@ -65,8 +65,30 @@ fn check_operator(
     if known.has_declared && task.has_declared {
         check_states(tasks, known, task)?;
     }
+    check_source(tasks, known, task)?;
     fit::fit(&known.state(), &task.state(), ignore_unclaimed_state)
         .map_err(|misfit| problem_of(&misfit, known, task))
+}
+
+/// The position of a source says nothing to a source of another kind: that one would begin at its own beginning.
+fn check_source(
+    tasks: &Tasks<'_>,
+    known: &TaskIdentity,
+    task: &TaskIdentity,
+) -> Result<(), Problem> {
+    let TaskIdentity { operator, uid, connector, .. } = known;
+    let (Some(before), Some(now)) = (connector, &task.connector) else { return Ok(()) };
+    let is_source = tasks.sources.contains_key(&task.operator);
+    if !is_source || before == now {
+        return Ok(());
+    }
+    let message = format!(
+        "the checkpoint has the position of \"{operator}\" with connector = \"{before}\", not \"{now}\""
+    );
+    Err(Problem::new(Code::StateMismatch, message).hint(format!(
+        "to read from the beginning of the new input, give the source another uid than \"{uid}\" and discard the \
+         position with --from DIR --ignore-unclaimed-state"
+    )))
 }
 
 /// What a misfit is for the user: what is wrong, and what to do about it.

@@ -257,6 +257,7 @@ pub(super) fn identity(
         has_declared,
         has_host_state: has_declared && matches!(spec.state_backend, StateBackend::Sled(_)),
         is_sink: matches!(node.kind, NodeKind::Sink(_)),
+        connector: node.connector.map(str::to_owned),
         config: config_of(&node.kind),
         is_keyed: spec.is_keyed(task.node),
         states: operators.get(&task.node).map_or_else(Vec::new, |operator| {

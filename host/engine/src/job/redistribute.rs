@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use cofferdam_connector::catalog::Uncommitted;
 use cofferdam_core::{
     graph::Partitioner,
     redistribute::{Takeover, takeovers},
@@ -105,6 +106,7 @@ pub(super) fn redistribute(
     warnings: &mut Vec<String>,
 ) -> Result<TaskRestores, Failed> {
     let refused = |problem| Failed::Problem(Box::new(problem));
+    check_left_behind(tasks, metadata, store)?;
     let mut restores: TaskRestores = Vec::with_capacity(tasks.identities.len());
     for node in &tasks.spec.nodes {
         let new: Vec<&TaskIdentity> =
@@ -132,7 +134,6 @@ pub(super) fn redistribute(
         check_in_flight(tasks, node, in_flight).map_err(refused)?;
         restores.extend(own);
     }
-    check_left_behind(tasks, metadata, store)?;
     convert(tasks, store, metadata, &mut restores)?;
     let is_over = !restores.is_empty() && restores.iter().all(|restore| restore.state.is_drained);
     if is_over {
@@ -191,6 +192,10 @@ impl Loaded {
             if !takes_memory {
                 task.memory.clear();
             }
+            // Only the connector that wrote it can read it. Whether it is needed was asked before.
+            if metadata.tasks[*slot].identity.is_of_another_connector(node.connector) {
+                task.state.clear();
+            }
             forget_watermarks(tasks, metadata, &mut task);
             loaded.tasks.push(task);
         }
@@ -239,7 +244,7 @@ impl Loaded {
     }
 }
 
-/// Parts that no sink commits any more would be lost.
+/// Output that no sink commits any more would be lost.
 fn check_left_behind(
     tasks: &Tasks<'_>,
     metadata: &CheckpointMetadata,
@@ -255,27 +260,40 @@ fn check_left_behind(
         })
     };
     for (slot, task) in metadata.tasks.iter().enumerate() {
-        let TaskIdentity { operator, uid, is_sink, .. } = &task.identity;
-        if !is_sink {
+        let TaskIdentity { uid, is_sink, connector, .. } = &task.identity;
+        if !is_sink || connector.as_ref().is_some_and(|connector| is_there(uid, connector)) {
             continue;
         }
         let state = store.load(slot, metadata.checkpoint)?.state;
-        let uncommitted = Some(&*state).filter(|state| !state.is_empty());
-        if let Some((connector, example)) =
-            uncommitted.and_then(|state| tasks.spec.catalog.uncommitted(state))
-            && !is_there(uid, connector)
-        {
-            let message =
-                format!("sink \"{operator}\" no longer exists, but its output is not committed");
-            let problem = Problem::new(Code::OutputTaken, message)
-                .detail(format!("for example {example}"))
-                .hint(format!(
-                    "put it back; or, if it was renamed, give the new sink uid = \"{uid}\""
-                ));
-            return Err(Failed::Problem(Box::new(problem)));
+        if state.is_empty() {
+            continue;
+        }
+        match tasks.spec.catalog.uncommitted(connector.as_deref(), &state) {
+            Uncommitted::Nothing => {}
+            Uncommitted::Output { connector, .. } if is_there(uid, connector) => {}
+            Uncommitted::Output { example, .. } => {
+                let problem = left_behind(&task.identity).detail(format!("for example {example}"));
+                return Err(Failed::Problem(Box::new(problem)));
+            }
+            Uncommitted::Unknown { connector } => {
+                let detail = format!(
+                    "only the connector `{connector}`, which this program does not have, knows"
+                );
+                let problem = left_behind(&task.identity).detail(detail);
+                return Err(Failed::Problem(Box::new(problem)));
+            }
         }
     }
     Ok(())
+}
+
+fn left_behind(sink: &TaskIdentity) -> Problem {
+    let TaskIdentity { operator, uid, connector, .. } = sink;
+    let kind = connector.as_ref().map_or(String::new(), |it| format!(" with connector = \"{it}\""));
+    let message =
+        format!("sink \"{operator}\"{kind} no longer exists, but its output is not committed");
+    Problem::new(Code::OutputTaken, message)
+        .hint(format!("put it back; or, if it was renamed, give the new sink uid = \"{uid}\""))
 }
 
 /// What `open` was given is part of linear memory: a changed `config` has no effect on it.
@@ -364,6 +382,8 @@ fn distribute(
     let is_drained = old.iter().all(|task| task.is_drained);
     let positions = || old.iter().map(|task| task.state.as_slice()).collect::<Vec<_>>();
     let shares = match kind {
+        // A real state is never empty.
+        _ if old.iter().all(|task| task.state.is_empty()) => Ok(vec![Vec::new(); parallelism]),
         NodeKind::Source(_) => match tasks.sources.get(name) {
             Some(source) => block_on(source.redistribute(&positions(), parallelism)),
             None => Err(host_bug(&format!("source \"{name}\" was not prepared"))),

@@ -13,6 +13,7 @@ use std::{
     },
 };
 
+use cofferdam_connector::state::ConnectorState;
 use cofferdam_core::ids::CheckpointId;
 use cofferdam_sandbox::{Image, Instance};
 use cofferdam_store::{
@@ -71,7 +72,7 @@ pub(crate) struct Inner {
     /// What everything below is of.
     at: AsOf,
     image: Image,
-    pub(crate) state: Vec<u8>,
+    pub(crate) state: ConnectorState,
     pub(crate) is_drained: bool,
     pub(crate) in_flight: Arc<Vec<ChannelState>>,
     /// Snapshots of checkpoints that are not known to be complete, oldest first.
@@ -236,7 +237,7 @@ impl Inner {
         }
         self.clear();
         self.image = Image::of(&loaded.memory)?;
-        self.state.clone_from(&loaded.state);
+        self.state = loaded.state.clone().into();
         self.is_drained = loaded.is_drained;
         self.in_flight = loaded.in_flight.clone();
         self.at = AsOf::Checkpoint(checkpoint);
@@ -263,7 +264,7 @@ mod tests {
     }
 
     fn snapshot(state: u8) -> Arc<TaskSnapshot> {
-        Arc::new(TaskSnapshot { state: vec![state], ..TaskSnapshot::default() })
+        Arc::new(TaskSnapshot { state: vec![state].into(), ..TaskSnapshot::default() })
     }
 
     #[test]
@@ -273,11 +274,11 @@ mod tests {
         inner.rewind(None);
         (1..=3).for_each(|number| inner.push(id(number), snapshot(number as u8)));
         inner.apply_completed(id(1)).expect("memory");
-        assert_eq!(inner.state, [1]);
+        assert_eq!(inner.state.to_vec(), [1]);
         assert_eq!(inner.rewind(Some(id(2))), None, "2 completed unnoticed");
-        assert_eq!(inner.state, [2]);
+        assert_eq!(inner.state.to_vec(), [2]);
         inner.apply_completed(id(3)).expect("memory");
-        assert_eq!(inner.state, [2], "3 was taken by the attempt before");
+        assert_eq!(inner.state.to_vec(), [2], "3 was taken by the attempt before");
         assert!(inner.rewind(Some(id(9))).is_some(), "9 is not here");
         assert_eq!(inner.rewind(None), None);
         assert!(inner.state.is_empty());
@@ -293,7 +294,7 @@ mod tests {
         inner.load(next, id(5), &loaded(5)).expect("memory");
         inner.load(aborted, id(4), &loaded(4)).expect("memory");
         assert_eq!(inner.rewind(Some(id(5))), None);
-        assert_eq!(inner.state, [5]);
+        assert_eq!(inner.state.to_vec(), [5]);
     }
 
     #[test]
@@ -345,7 +346,7 @@ mod tests {
             let key = DeclaredKey::new(0, b"key", 0, 128);
             let entry = (key, Some(vec![byte; 4 << 20]));
             Arc::new(TaskSnapshot {
-                state: vec![byte],
+                state: vec![byte].into(),
                 memory: Some(Arc::new(memory)),
                 declared: Some(Arc::new(Changes::Guest(vec![changes_of([&entry].into_iter())]))),
                 ..TaskSnapshot::default()
@@ -365,7 +366,7 @@ mod tests {
             assert!(bytes <= FOLD_BYTES_MIN + (20 << 20), "{bytes} bytes after {number}");
         }
         inner.apply_completed(id(40)).expect("there is memory");
-        assert_eq!((inner.at, &inner.state[..]), (AsOf::Checkpoint(id(40)), &[40][..]));
+        assert_eq!((inner.at, &inner.state.to_vec()[..]), (AsOf::Checkpoint(id(40)), &[40][..]));
         assert_eq!(inner.image.size_bytes(), 64 << 20);
     }
 }

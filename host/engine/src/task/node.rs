@@ -10,6 +10,7 @@ use cofferdam_connector::{
     blocking::Blocking,
     catalog::{SinkPlan, SourcePlan},
     sink::StateWriter,
+    state::ConnectorState,
 };
 use cofferdam_contract::{Batch, Emission};
 use cofferdam_core::{
@@ -80,8 +81,8 @@ impl Node {
         let (state, is_drained) = {
             let local = self.local.lock();
             // A node that the checkpoint does not know starts from the beginning: a real state is never empty.
-            let state = checkpoint.map(|_| local.state.clone());
-            (state.filter(|state| !state.is_empty()), local.is_drained)
+            let state = checkpoint.map(|_| &local.state).filter(|state| !state.is_empty());
+            (state.map(ConnectorState::to_vec), local.is_drained)
         };
         let (index, parallelism) = (self.task.index, self.parallelism);
         let (local, task, attempt) = (&self.local, self.task, self.attempt);
@@ -293,11 +294,11 @@ impl Node {
         let mut snapshot =
             Box::new(TaskSnapshot { is_drained: self.is_drained, ..TaskSnapshot::default() });
         match &mut self.work {
-            Work::Source { .. } => snapshot.state = self.source()?.position().await?,
+            Work::Source { .. } => snapshot.state = self.source()?.position().await?.into(),
             Work::Sink { sink: Some(sink), .. } => {
                 let mut state = StateWriter::default();
                 sink.pre_commit(checkpoint, purpose, &mut state).await?;
-                snapshot.state = state.into_bytes();
+                snapshot.state = state.into_state();
             }
             Work::Sink { sink: None, .. } => return Err(host_bug("a sink that is not open")),
             // It has ended for good and made room; see `Worker::announce_end`.

@@ -106,7 +106,7 @@ fn changes_that_cannot_be_written_for_long_are_made_one() {
             .collect();
         expected.extend(entries.clone());
         let snapshot = TaskSnapshot {
-            state: vec![id as u8],
+            state: vec![id as u8].into(),
             declared: Some(Arc::new(Changes::Guest(vec![changes_of(entries.iter())]))),
             is_declared_whole: id == 1,
             ..TaskSnapshot::default()
@@ -124,7 +124,7 @@ fn changes_that_cannot_be_written_for_long_are_made_one() {
     let merged: BTreeMap<_, _> = merged.collect::<Result<_>>().expect("readable");
     assert!(merged == expected);
     let (_, id, last) = pending.last().expect("one");
-    assert_eq!((*id, &last.state), (40, &vec![40]));
+    assert_eq!((*id, last.state.to_vec()), (40, vec![40]));
 }
 
 #[derive(Debug)]
