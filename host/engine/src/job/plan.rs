@@ -152,7 +152,7 @@ impl Plan {
                 tracks_changes: *tracks_changes,
                 expects_snapshots: *expects_snapshots,
                 own_keys: own_keys(&self.graph, task, *is_keyed, spec.max_parallelism),
-                random_seed: self.random_seed(uid, task.index),
+                random_key: self.random_key(uid, task.index),
                 restored_from: None,
                 instance: None,
                 dead_letter_output: *dead_letter_output,
@@ -175,11 +175,10 @@ impl Plan {
     }
 
     /// What a task's guest gets for random numbers is a function of the job, the operator and the task.
-    fn random_seed(&self, uid: &str, index: u32) -> u64 {
+    fn random_key(&self, uid: &str, index: u32) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_keyed(&self.secret);
         hasher.update(uid.as_bytes()).update(&index.to_le_bytes());
-        let hash = hasher.finalize();
-        hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        *hasher.finalize().as_bytes()
     }
 
     /// Without records for so long a source holds event time back no longer.

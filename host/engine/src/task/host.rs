@@ -1,15 +1,12 @@
 //! The host as one task's guest sees it.
 
 use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
 };
 
 use cofferdam_contract::StateChanges;
-use cofferdam_core::{
-    ids::{Attempt, TaskId},
-    random::mix,
-};
+use cofferdam_core::ids::{Attempt, CheckpointId, TaskId};
 use cofferdam_sandbox::{Host, Level, StateError};
 
 use crate::{
@@ -18,6 +15,24 @@ use crate::{
     watch::{log::Logs, metrics::Metrics, monitor::Monitor},
 };
 
+/// Random numbers that only the job's secret can foretell: those of a task say nothing of its own next ones, nor of
+/// another task's. After a restart from the same checkpoint they come again.
+pub(super) struct Random(blake3::OutputReader);
+
+impl Random {
+    /// The numbers of a task from this checkpoint on.
+    pub(super) fn new(key: &[u8; 32], restored_from: Option<CheckpointId>) -> Self {
+        let from = restored_from.map_or(0, |id| id.0);
+        Self(blake3::Hasher::new_keyed(key).update(&from.to_le_bytes()).finalize_xof())
+    }
+
+    fn next(&mut self) -> u64 {
+        let mut bytes = [0; 8];
+        self.0.fill(&mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+}
+
 /// The host as one task's guest sees it.
 pub(super) struct TaskHost {
     name: String,
@@ -25,7 +40,7 @@ pub(super) struct TaskHost {
     attempt: Attempt,
     metrics: Arc<Metrics>,
     logs: Arc<Logs>,
-    random: AtomicU64,
+    random: Mutex<Random>,
     keyed: Option<Arc<KeyedState>>,
     /// Whether `open` has ended, and state may be written.
     pub(super) is_open: AtomicBool,
@@ -38,7 +53,7 @@ impl TaskHost {
         operator: &str,
         attempt: Attempt,
         keyed: Option<Arc<KeyedState>>,
-        random_seed: u64,
+        random: Random,
     ) -> Self {
         Self {
             name: format!("{operator}/{}", task.index),
@@ -46,7 +61,7 @@ impl TaskHost {
             attempt,
             metrics: monitor.metrics.clone(),
             logs: monitor.logs.clone(),
-            random: AtomicU64::new(random_seed),
+            random: Mutex::new(random),
             keyed,
             is_open: AtomicBool::new(false),
         }
@@ -83,7 +98,7 @@ impl Host for TaskHost {
     }
 
     fn random(&self) -> u64 {
-        mix(self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed))
+        self.random.lock().unwrap_or_else(PoisonError::into_inner).next()
     }
 
     fn attempt(&self) -> u32 {
@@ -108,5 +123,25 @@ impl Host for TaskHost {
         after: Option<(&[u8], u32)>,
     ) -> Result<StateChanges, StateError> {
         self.keyed()?.scan(state, after)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_numbers_come_again_after_a_restart_and_differ_between_tasks() {
+        let numbers = |key: u8, from: u64| {
+            let mut random = Random::new(&[key; 32], Some(CheckpointId(from)));
+            [(); 9].map(|()| random.next())
+        };
+        let first = numbers(1, 5);
+        assert_eq!(first, numbers(1, 5));
+        for other in [numbers(2, 5), numbers(1, 6)] {
+            assert!(other.iter().all(|number| !first.contains(number)));
+        }
+        let distinct: std::collections::BTreeSet<u64> = first.into_iter().collect();
+        assert_eq!(distinct.len(), first.len());
     }
 }

@@ -20,7 +20,7 @@ use cofferdam_store::{
 
 use super::{
     guard::{Guard, Processed},
-    host::TaskHost,
+    host::{Random, TaskHost},
 };
 use crate::{
     failure::{blocking, cause_of, foreign_key, host_bug, restore_cause, snapshot_cause},
@@ -48,8 +48,8 @@ pub(crate) struct OperatorTask {
     pub(crate) expects_snapshots: bool,
     /// The keys of the records that come to it; `None` where they come otherwise, or all to one task.
     pub(crate) own_keys: Option<OwnKeys>,
-    /// Of this task of this job: the seed of what it gets for random.
-    pub(crate) random_seed: u64,
+    /// Of this task of this job: the key of what it gets for random.
+    pub(crate) random_key: [u8; 32],
     /// The checkpoint that the attempt began from; 0: the beginning.
     pub(crate) restored_from: Option<CheckpointId>,
     pub(crate) instance: Option<Instance>,
@@ -87,9 +87,9 @@ impl OperatorTask {
         let index = task.index;
         let keyed = context.local.keyed.clone();
         // What is done again after a restart is done with the same numbers; what comes later with others.
-        let random_seed = mix(self.random_seed ^ mix(self.restored_from.map_or(0, |id| id.0)));
+        let random = Random::new(&self.random_key, self.restored_from);
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
-        let host = Arc::new(TaskHost::new(monitor, task, &self.name, attempt, keyed, random_seed));
+        let host = Arc::new(TaskHost::new(monitor, task, &self.name, attempt, keyed, random));
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.node.0) << 32 | u64::from(index));
         let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
