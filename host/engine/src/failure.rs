@@ -85,6 +85,7 @@ fn kind_of(limit: Limit) -> LimitKind {
     match limit {
         Limit::Memory { .. } => LimitKind::Memory,
         Limit::Call { .. } => LimitKind::Call,
+        Limit::Wait { .. } => LimitKind::Wait,
         Limit::Output { .. } => LimitKind::Output,
         Limit::Handles { .. } => LimitKind::Handles,
         Limit::Table { .. } => LimitKind::Table,

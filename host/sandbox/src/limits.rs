@@ -4,13 +4,15 @@ use std::{fmt, time::Duration};
 
 use wasmtime::ResourceLimiter;
 
-/// How often a guest is interrupted to let others run, and the unit in which its time is counted.
+/// How often a guest is interrupted, to look at its time and to let others run.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
 
 /// Linear memory of one instance: four times what a keyed operator with a million keys needs.
 const MEMORY_BYTES_MAX: u64 = 256 << 20;
 /// Run time of one call: ten thousand times what a batch usually takes.
 const CALL_MAX: Duration = Duration::from_secs(1);
+/// What one call may wait: for a clock, as nothing else can be waited for.
+const WAIT_MAX: Duration = Duration::from_secs(10);
 /// What one call may give back: a thousand times the batch it was given.
 const OUTPUT_BYTES_MAX: u64 = 64 << 20;
 /// Handles to host resources held at a time. Standard output and error need four.
@@ -25,8 +27,10 @@ const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 pub struct Limits {
     /// Bytes of linear memory, all memories together. Default: 256 MiB.
     pub memory_bytes_max: u64,
-    /// Time that one call may run, not counting what it waits for others. Default: 1 s.
+    /// Processor time that one call may take, what the host does for it included. Default: 1 s.
     pub call_max: Duration,
+    /// Time that one call may wait for something to happen, and not for its turn. Default: 10 s.
+    pub wait_max: Duration,
     /// Bytes that one call may give back. Default: 64 MiB.
     pub output_bytes_max: u64,
     /// Handles to host resources held at a time. Default: 64.
@@ -42,20 +46,12 @@ impl Default for Limits {
         Self {
             memory_bytes_max: MEMORY_BYTES_MAX,
             call_max: CALL_MAX,
+            wait_max: WAIT_MAX,
             output_bytes_max: OUTPUT_BYTES_MAX,
             handles_max: HANDLES_MAX,
             table_elements_max: TABLE_ELEMENTS_MAX,
             log_bytes_per_second_max: LOG_BYTES_PER_SECOND_MAX,
         }
-    }
-}
-
-impl Limits {
-    /// The call's limit in ticks, at least one.
-    pub(crate) fn call_ticks_max(&self) -> u64 {
-        u64::try_from(self.call_max.as_millis().div_ceil(TICK.as_millis()))
-            .unwrap_or(u64::MAX)
-            .max(1)
     }
 }
 
@@ -72,6 +68,11 @@ pub enum Limit {
     /// [`Limits::call_max`].
     Call {
         /// What a call may take.
+        max: Duration,
+    },
+    /// [`Limits::wait_max`].
+    Wait {
+        /// What a call may wait.
         max: Duration,
     },
     /// [`Limits::output_bytes_max`].
@@ -108,6 +109,9 @@ impl fmt::Display for Limit {
             }
             Self::Call { max } => {
                 write!(f, "a call ran longer than {} ms", max.as_millis())
+            }
+            Self::Wait { max } => {
+                write!(f, "a call waited longer than {} ms", max.as_millis())
             }
             Self::Output { bytes_max } => {
                 write!(f, "a call gave back more than {bytes_max} bytes")

@@ -57,7 +57,9 @@ static MEMORY: Setting<u64> = Key::bytes("limits.memory", "linear memory, at mos
     .unless(|bytes| (4 << 30 < *bytes).then_some("a component has at most 4 GiB"))
     .or(256 << 20);
 static CALL: Setting<u64> =
-    Key::duration("limits.call", "running time of one call").of_job().or(1_000);
+    Key::duration("limits.call", "processor time of one call").of_job().or(1_000);
+static WAIT: Setting<u64> =
+    Key::duration("limits.wait", "how long one call may wait").of_job().or(10_000);
 static OUTPUT: Setting<u64> =
     Key::bytes("limits.output", "what one call gives back").of_job().or(64 << 20);
 static HANDLES: Setting<u64> =
@@ -72,15 +74,17 @@ static STATE: Setting<u64> =
         .or(16 << 30);
 static PARTITION: Setting<u64> =
     Key::bytes("limits.partition", "one result partition on disk").of_job().or(64 << 30);
-static LOG: Setting<u64> =
-    Key::bytes("limits.log", "log a second; messages beyond it are dropped and counted")
-        .of_job()
-        .or(64 << 10);
+static LOG: Setting<u64> = Key::bytes(
+    "limits.log",
+    "log a second, 128 bytes a message included; messages beyond it are dropped and counted",
+)
+.of_job()
+.or(64 << 10);
 
 pub(super) static ROWS: &[&dyn AnySetting] =
     &[&COMPONENT, &CONFIG, &SNAPSHOT, &MAX_PARALLELISM, &ON_TRAP, &DEAD_LETTER_AFTER];
 pub(super) static LIMIT_ROWS: &[&dyn AnySetting] =
-    &[&MEMORY, &CALL, &OUTPUT, &HANDLES, &TABLE_ELEMENTS, &STATE, &PARTITION, &LOG];
+    &[&MEMORY, &CALL, &WAIT, &OUTPUT, &HANDLES, &TABLE_ELEMENTS, &STATE, &PARTITION, &LOG];
 
 pub(super) fn read_operator(
     section: &Section<'_>,
@@ -141,6 +145,7 @@ fn read_limits(section: &Section<'_>) -> Limits {
     Limits {
         memory_bytes_max: section.get(&MEMORY),
         call_max: Duration::from_millis(section.get(&CALL)),
+        wait_max: Duration::from_millis(section.get(&WAIT)),
         output_bytes_max: section.get(&OUTPUT),
         handles_max: u32::try_from(section.get(&HANDLES)).unwrap_or(u32::MAX),
         table_elements_max: section.get(&TABLE_ELEMENTS),

@@ -92,6 +92,8 @@ pub enum LimitKind {
     Memory,
     /// How long a call may run.
     Call,
+    /// How long a call may wait.
+    Wait,
     /// What a call may give back.
     Output,
     /// Resources of the host that it may hold.
@@ -113,6 +115,7 @@ impl LimitKind {
         match self {
             Self::Memory => Some("limits.memory"),
             Self::Call => Some("limits.call"),
+            Self::Wait => Some("limits.wait"),
             Self::Output => Some("limits.output"),
             Self::Handles => Some("limits.handles"),
             Self::Table => Some("limits.table-elements"),

@@ -29,6 +29,7 @@ const ASK: u32 = 8;
 const MUCH: u32 = 9;
 const ASK_FOR_STATE: u32 = 10;
 const BAD_POINTER: u32 = 11;
+const FILL: u32 = 12;
 
 static OPERATOR: LazyLock<Vec<u8>> =
     LazyLock::new(|| wat::parse_str(include_str!("operator.wat")).expect("a component"));
@@ -111,6 +112,20 @@ fn a_snapshot_restores_memory_and_globals_whatever_came_after_it() {
             assert_eq!(count(&mut third, 1).await, (6, 6), "{tracking:?}");
         });
     }
+}
+
+#[test]
+fn time_counts_in_which_a_guest_cannot_be_interrupted() {
+    let run = |call_max| {
+        let limits = Limits { call_max, ..Limits::default() };
+        block_on(async {
+            let mut instance = open(&operator(), Arc::new(QuietHost), limits).await;
+            instance.process(FILL, &record()).await
+        })
+    };
+    let limit = run(Duration::from_millis(20)).expect_err("it runs for longer");
+    assert!(matches!(limit, GuestError::Limit(Limit::Call { .. })), "{limit:?}");
+    run(Duration::from_secs(60)).expect("it has time");
 }
 
 #[test]

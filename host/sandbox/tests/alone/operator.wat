@@ -161,6 +161,24 @@
 
     (func (export "cofferdam:operator/guest@0.2.0#process")
       (param $input i32) (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32) (result i32)
+      ;; Some hundred milliseconds without a loop or a call, at which the guest could be interrupted.
+      (if (i32.eq (local.get $input) (i32.const 12))
+        (then
+          (drop (memory.grow (i32.const 1024)))
+          (memory.fill (i32.const 131072) (i32.const 1) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 2) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 3) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 4) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 5) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 6) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 7) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 8) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 9) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 10) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 11) (i32.const 60000000))
+          (memory.fill (i32.const 131072) (i32.const 12) (i32.const 60000000))
+          (call $count_up)
+          (return (i32.const 2048))))
       (block $bad_pointer (block $asks_for_state (block $many (block $asks
       (block $not_text (block $rejects (block $table (block $recursion (block $grows (block $spins
       (block $traps (block $counts
