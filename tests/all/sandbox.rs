@@ -335,8 +335,18 @@ fn flood_of_messages_is_cut_and_said_to_be() {
         let mut probe =
             open(TrackingChoice::Best, limits, &[("do", "log-flood")]).await.expect("opens");
         probe.instance.process(0, &batch(0, 1)).await.expect("goes on");
-        let bytes: usize = probe.host.messages().iter().map(String::len).sum();
+        let host = probe.host.clone();
+        drop(probe);
+        let messages = host.messages();
+        let bytes: usize = messages.iter().map(|message| 128 + message.len()).sum();
         assert!((60 << 10..640 << 10).contains(&bytes), "{bytes} bytes");
+        // Those of the last second, too, which no later message could have reported.
+        let dropped = |message: &String| -> Option<usize> {
+            message.split_once(" messages dropped")?.0.parse().ok()
+        };
+        let dropped: usize = messages.iter().filter_map(dropped).sum();
+        let printed = messages.iter().filter(|message| message.starts_with("line ")).count();
+        assert_eq!(printed + dropped, 100_000);
     });
 }
 
@@ -354,6 +364,18 @@ fn sleeping_guest_does_not_hold_the_thread() {
             matches!(after, Err(GuestError::Host(_))),
             "a call that was dropped poisons: {after:?}"
         );
+    });
+}
+
+#[test]
+fn a_call_that_waits_for_too_long_is_ended() {
+    block_on(async {
+        let limits = Limits { wait_max: Duration::from_millis(100), ..Limits::default() };
+        let mut probe =
+            open(TrackingChoice::Best, limits, &[("do", "sleep")]).await.expect("opens");
+        let error = probe.instance.process(0, &batch(0, 1)).await.expect_err("it sleeps on");
+        assert!(matches!(error, GuestError::Limit(Limit::Wait { .. })), "{error:?}");
+        assert_eq!(error.to_string(), "a call waited longer than 100 ms");
     });
 }
 

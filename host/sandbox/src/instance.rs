@@ -13,6 +13,7 @@ use cofferdam_contract::{
 use crate::{
     Component, Host, Limits,
     bindings::Operator,
+    call::CallClock,
     component::AccessorIndices,
     limits::Limit,
     memory::{
@@ -20,6 +21,7 @@ use crate::{
         image::{Image, MemoryDelta, MemorySnapshot},
         track::Baseline,
     },
+    text::{TEXT_BYTES_MAX, of_guest},
     trap::GuestError,
     wasi::State,
 };
@@ -111,6 +113,7 @@ pub struct Instance {
     baselines: Vec<Baseline>,
     component: Component,
     limits: Limits,
+    clock: Arc<CallClock>,
     handles_after_open: usize,
     is_poisoned: bool,
 }
@@ -132,13 +135,13 @@ impl Component {
         let mut store = Store::new(&sandbox.engine, State::new(host, &limits, seed));
         store.limiter(|state| &mut state.meter);
         store.set_hostcall_fuel(usize::try_from(limits.output_bytes_max).unwrap_or(usize::MAX));
-        let (ticks_max, call_max) = (limits.call_ticks_max(), limits.call_max);
-        store.epoch_deadline_callback(move |mut store| {
-            let state = store.data_mut();
-            state.ticks += 1;
-            if ticks_max < state.ticks {
+        let (clock, call_max) = (Arc::<CallClock>::default(), limits.call_max);
+        let own = clock.clone();
+        store.epoch_deadline_callback(move |_| {
+            if call_max < own.ran() {
                 return Err(Limit::Call { max: call_max }.into());
             }
+            own.yields();
             Ok(UpdateDeadline::Yield(1))
         });
         store.set_epoch_deadline(1);
@@ -147,10 +150,10 @@ impl Component {
             let mut instantiation = pin!(self.inner.pre.instantiate_async(&mut store));
             // The creator of memories is not told for whom it works, so it is watched in each
             // poll: an instantiation may continue on another thread.
-            std::future::poll_fn(|context| {
+            let watched = std::future::poll_fn(|context| {
                 memory::collecting(&mut regions, || instantiation.as_mut().poll(context))
-            })
-            .await
+            });
+            clock.time(&limits, watched).await
         };
         let instance = instance.map_err(|error| classify(&error, &mut store, &limits))?;
         let loaded =
@@ -172,6 +175,7 @@ impl Component {
             baselines,
             component: self.clone(),
             limits,
+            clock,
             handles_after_open: 0,
             is_poisoned: false,
         })
@@ -184,8 +188,9 @@ impl Component {
     pub async fn describe(&self, setup: InstanceSetup) -> Result<Description, GuestError> {
         let mut instance = self.instantiate(setup).await?;
         instance.begin()?;
-        let result =
-            instance.operator.cofferdam_operator_guest().call_describe(&mut instance.store).await;
+        let guest = instance.operator.cofferdam_operator_guest();
+        let call = guest.call_describe(&mut instance.store);
+        let result = instance.clock.time(&instance.limits, call).await;
         instance.end(result)
     }
 }
@@ -215,7 +220,8 @@ macro_rules! call {
     ($self:ident, $method:ident ( $($argument:expr),* )) => {{
         $self.begin()?;
         let guest = $self.operator.cofferdam_operator_guest();
-        let result = guest.$method(&mut $self.store, $($argument),*).await;
+        let call = guest.$method(&mut $self.store, $($argument),*);
+        let result = $self.clock.time(&$self.limits, call).await;
         $self.end(result)
     }};
 }
@@ -236,7 +242,10 @@ impl Instance {
     /// # Errors
     /// See [`GuestError`].
     pub async fn process(&mut self, input: u32, records: &Batch) -> Result<Processed, GuestError> {
-        let Processed { emissions, rejected } = call!(self, call_process(input, records))??;
+        let Processed { emissions, mut rejected } = call!(self, call_process(input, records))??;
+        for rejection in &mut rejected {
+            rejection.message = of_guest(&rejection.message, TEXT_BYTES_MAX).into_owned();
+        }
         let emissions = check_emissions(emissions)?;
         let count = records.value_ends.len();
         let is_ascending = rejected.is_sorted_by(|left, right| left.record < right.record);
@@ -427,7 +436,8 @@ impl Instance {
         }
         for (index, value) in image.globals.iter().enumerate() {
             self.begin().map_err(RestoreError::Guest)?;
-            let result = self.accessors.set[index].call_async(&mut self.store, (*value,)).await;
+            let call = self.accessors.set[index].call_async(&mut self.store, (*value,));
+            let result = self.clock.time(&self.limits, call).await;
             self.end(result).map_err(RestoreError::Guest)?;
         }
         self.store.data().set_monotonic_ns(image.monotonic_ns);
@@ -444,7 +454,8 @@ impl Instance {
         let mut globals = Vec::with_capacity(self.accessors.get.len());
         for index in 0..self.accessors.get.len() {
             self.begin()?;
-            let result = self.accessors.get[index].call_async(&mut self.store, ()).await;
+            let call = self.accessors.get[index].call_async(&mut self.store, ());
+            let result = self.clock.time(&self.limits, call).await;
             globals.push(self.end(result)?.0);
         }
         Ok(globals)
@@ -460,7 +471,8 @@ impl Instance {
         }
         self.begin().map_err(RestoreError::Guest)?;
         let pages = (missing / WASM_PAGE_BYTES) as i64;
-        let result = self.accessors.grow[index].call_async(&mut self.store, (pages,)).await;
+        let call = self.accessors.grow[index].call_async(&mut self.store, (pages,));
+        let result = self.clock.time(&self.limits, call).await;
         let (before,) = self.end(result).map_err(RestoreError::Guest)?;
         let grown = self.regions[index].size_bytes() as u64;
         if 0 <= before && grown == image {
@@ -482,9 +494,7 @@ impl Instance {
             return Err(GuestError::Host("an instance was called after it had failed".to_owned()));
         }
         self.store.set_epoch_deadline(1);
-        let state = self.store.data_mut();
-        state.ticks = 0;
-        state.meter.begin_call();
+        self.store.data_mut().meter.begin_call();
         Ok(())
     }
 

@@ -9,6 +9,7 @@
 //! crosses into a guest.
 
 mod cache;
+mod call;
 mod component;
 mod engine;
 mod host;
@@ -16,6 +17,7 @@ mod instance;
 mod instrument;
 mod limits;
 pub mod memory;
+mod text;
 mod trap;
 #[doc(hidden)]
 pub mod types;

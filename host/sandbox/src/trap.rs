@@ -4,7 +4,12 @@ use wasmtime::{Error, Trap, WasmBacktrace};
 
 use cofferdam_contract::{ErrorClass, OperatorError};
 
-use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
+use crate::{
+    StateError,
+    limits::Limit,
+    memory::NOT_RESERVED,
+    text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
+};
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
 /// gone: its memory is not state any more.
@@ -68,6 +73,7 @@ impl GuestError {
 impl From<OperatorError> for GuestError {
     fn from(error: OperatorError) -> Self {
         let OperatorError { class, message, record } = error;
+        let message = of_guest(&message, TEXT_BYTES_MAX).into_owned();
         match class {
             ErrorClass::Rejected => Self::Rejected { message, record },
             ErrorClass::Failed => Self::Failed { message, record },
@@ -141,7 +147,7 @@ impl GuestError {
             },
             // Bad pointers, invalid UTF-8, a host function that gave an error: the guest broke the canonical ABI or
             // misused a resource.
-            (None, None) => error.root_cause().to_string(),
+            (None, None) => of_guest(&error.root_cause().to_string(), TEXT_BYTES_MAX).into_owned(),
         };
         Self::Trap { message, backtrace: backtrace(error) }
     }
@@ -155,7 +161,10 @@ fn backtrace(error: &Error) -> Vec<String> {
         .iter()
         .map(|frame| match frame.func_name() {
             // Rust's mangled names as they stand in the source.
-            Some(name) => format!("{:#}", rustc_demangle::demangle(name)),
+            Some(name) => {
+                let name = format!("{:#}", rustc_demangle::demangle(name));
+                of_guest(&name, NAME_BYTES_MAX).into_owned()
+            }
             None => format!("function {}", frame.func_index()),
         })
         .collect();

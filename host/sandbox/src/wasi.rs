@@ -34,11 +34,15 @@ use crate::{
     Host, Level, Limits,
     bindings::cofferdam::operator::{clock, logging, metrics, random as guest_random, state, task},
     limits::Meter,
+    text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
     types,
 };
 
 /// A line of output longer than this is cut into messages.
-const LINE_BYTES_MAX: usize = 8 << 10;
+const LINE_BYTES_MAX: usize = TEXT_BYTES_MAX;
+
+/// What a message costs of the limit beside its text: its time, its level, its task.
+const MESSAGE_BYTES: u64 = 128;
 
 /// What a store carries for its guest.
 pub(crate) struct State {
@@ -49,8 +53,6 @@ pub(crate) struct State {
     monotonic: Monotonic,
     /// The message of a panic, kept for the trap that follows it.
     pub(crate) last_words: Option<String>,
-    /// Ticks that the current call has run for.
-    pub(crate) ticks: u64,
 }
 
 impl State {
@@ -68,7 +70,7 @@ impl State {
             .wall_clock(WallClock(log.clone()))
             .monotonic_clock(monotonic.clone())
             .build();
-        Self { wasi, table, meter: Meter::new(limits), log, monotonic, last_words: None, ticks: 0 }
+        Self { wasi, table, meter: Meter::new(limits), log, monotonic, last_words: None }
     }
 
     /// How many handles the guest holds.
@@ -143,18 +145,19 @@ impl logging::Host for State {
 
     fn panicked(&mut self, message: String) {
         // The trap that follows carries it, to the code that decides what the failure means.
+        let message = of_guest(&message, TEXT_BYTES_MAX);
         self.log.write(Level::Debug, &message);
-        self.last_words = Some(message);
+        self.last_words = Some(message.into_owned());
     }
 }
 
 impl metrics::Host for State {
     fn add(&mut self, counter: String, delta: u64) {
-        self.log.host.add_to_counter(&counter, delta);
+        self.log.host.add_to_counter(&of_guest(&counter, NAME_BYTES_MAX), delta);
     }
 
     fn set(&mut self, gauge: String, value: f64) {
-        self.log.host.set_gauge(&gauge, value);
+        self.log.host.set_gauge(&of_guest(&gauge, NAME_BYTES_MAX), value);
     }
 }
 
@@ -230,13 +233,18 @@ impl GuestLog {
     }
 
     fn write(&self, level: Level, message: &str) {
-        let (is_allowed, dropped_before) = self.spend(message.len() as u64);
-        if 0 < dropped_before {
-            let text = format!("{dropped_before} messages dropped: more than it may log a second");
-            self.host.log(Level::Warn, &text);
-        }
+        let message = of_guest(message, TEXT_BYTES_MAX);
+        let (is_allowed, dropped_before) = self.spend(MESSAGE_BYTES + message.len() as u64);
+        self.report(dropped_before);
         if is_allowed {
-            self.host.log(level, message);
+            self.host.log(level, &message);
+        }
+    }
+
+    fn report(&self, dropped: u64) {
+        if 0 < dropped {
+            let text = format!("{dropped} messages dropped: more than it may log a second");
+            self.host.log(Level::Warn, &text);
         }
     }
 
@@ -262,6 +270,15 @@ impl GuestLog {
                 (false, dropped_before)
             }
         }
+    }
+}
+
+impl Drop for GuestLog {
+    /// What was dropped in the last second was not reported yet.
+    fn drop(&mut self) {
+        let budget = self.budget.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let dropped = std::mem::take(&mut budget.dropped);
+        self.report(dropped);
     }
 }
 
