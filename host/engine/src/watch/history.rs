@@ -5,7 +5,11 @@ use std::{
     fs::{self, File},
     io::{self, BufRead, BufReader, Write},
     path::Path,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread::JoinHandle,
 };
 
@@ -17,7 +21,7 @@ use crate::{
 };
 
 const FILE: &str = "history.jsonl";
-/// Older entries are forgotten when a run begins.
+/// So many of the newest entries are kept; the file has at most twice as many.
 pub(super) const ENTRIES_MAX: usize = 1_000;
 
 /// Something that happened, with its time.
@@ -69,7 +73,9 @@ pub fn read(state_dir: &Path) -> io::Result<Vec<Entry>> {
 pub(crate) struct Recorder {
     observer: Arc<dyn Observer>,
     /// When something has happened, and what.
-    entries: mpsc::Sender<(u64, Progress)>,
+    entries: mpsc::SyncSender<(u64, Progress)>,
+    /// Entries that found too many others waiting for the disk.
+    missed: Arc<AtomicU64>,
 }
 
 /// The thread that writes; ends when the recorder is gone.
@@ -89,47 +95,65 @@ impl Recorder {
         state_dir: &Path,
         observer: Arc<dyn Observer>,
     ) -> io::Result<(Self, Writer)> {
-        forget_old(state_dir)?;
-        let path = state_dir.join(FILE);
-        let (entries, receiver) = mpsc::channel::<(u64, Progress)>();
+        let mut count = forget_old(state_dir)?;
+        let state_dir = state_dir.to_owned();
+        let (entries, receiver) = mpsc::sync_channel::<(u64, Progress)>(ENTRIES_MAX);
+        let missed = Arc::<AtomicU64>::default();
+        let own = missed.clone();
         let thread = std::thread::Builder::new().name("cofferdam-history".to_owned());
         let thread = thread.spawn(move || {
             for (at_ms, progress) in receiver {
-                let entry = Entry::of(at_ms, &progress);
-                let Some(Ok(line)) = entry.map(|entry| serde_json::to_string(&entry)) else {
-                    continue;
-                };
-                let file = File::options().create(true).append(true).open(&path);
-                if let Err(error) = file.and_then(|mut it| it.write_all((line + "\n").as_bytes())) {
-                    tracing::warn!(%error, "write the history of failures");
+                let missed = own.swap(0, Ordering::Relaxed);
+                if 0 < missed {
+                    tracing::warn!(
+                        missed,
+                        "the history of failures is written too slowly for all of them"
+                    );
+                }
+                let Some(entry) = Entry::of(at_ms, &progress) else { continue };
+                match append(&state_dir, &entry, count) {
+                    Ok(now) => count = now,
+                    Err(error) => tracing::warn!(%error, "write the history of failures"),
                 }
             }
         })?;
-        Ok((Self { observer, entries }, Writer(thread)))
+        Ok((Self { observer, entries, missed }, Writer(thread)))
     }
+}
+
+/// Adds an entry to those that are there; gives how many there are then.
+fn append(state_dir: &Path, entry: &Entry, count: usize) -> io::Result<usize> {
+    let line = serde_json::to_string(entry)? + "\n";
+    let mut file = File::options().create(true).append(true).open(state_dir.join(FILE))?;
+    file.write_all(line.as_bytes())?;
+    if count + 1 < 2 * ENTRIES_MAX { Ok(count + 1) } else { forget_old(state_dir) }
 }
 
 impl Observer for Recorder {
     fn observe(&self, progress: Progress) {
         // Put into words by the thread that writes: a restart does not wait for that.
         if is_kept(&progress) {
-            // The writer ends only after this sender.
-            let _ = self.entries.send((now_ms(), progress.clone()));
+            // The writer ends only after this sender, so there is too little room. The job does not wait for a disk.
+            if self.entries.try_send((now_ms(), progress.clone())).is_err() {
+                self.missed.fetch_add(1, Ordering::Relaxed);
+            }
         }
         self.observer.observe(progress);
     }
 }
 
-fn forget_old(state_dir: &Path) -> io::Result<()> {
+/// Removes all but the newest entries; gives how many are left.
+fn forget_old(state_dir: &Path) -> io::Result<usize> {
     let entries = read(state_dir)?;
     let Some(excess) = entries.len().checked_sub(ENTRIES_MAX).filter(|excess| 0 < *excess) else {
-        return Ok(());
+        return Ok(entries.len());
     };
     let mut file = tempfile::NamedTempFile::new_in(state_dir)?;
     for entry in &entries[excess..] {
         writeln!(file, "{}", serde_json::to_string(entry)?)?;
     }
-    fs::rename(file.into_temp_path().keep()?, state_dir.join(FILE))
+    fs::rename(file.into_temp_path().keep()?, state_dir.join(FILE))?;
+    Ok(ENTRIES_MAX)
 }
 
 #[cfg(test)]
@@ -158,5 +182,23 @@ mod tests {
         assert_eq!(entries.len(), ENTRIES_MAX + 1);
         assert_eq!(entries[0].event["checkpoint"], 0, "the second run's first");
         assert_eq!(entries[0].event["event"], "checkpoint-failed");
+    }
+
+    #[test]
+    fn a_run_with_many_failures_has_a_short_history_of_the_newest() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (mut count, total) = (0, 5 * ENTRIES_MAX as u64);
+        for checkpoint in 0..total {
+            let (code, reason) = ("CHECKPOINT_EXPIRED", String::new());
+            let progress = Progress::CheckpointFailed { checkpoint, code, reason };
+            let entry = Entry::of(checkpoint, &progress).expect("JSON");
+            count = append(dir.path(), &entry, count).expect("written");
+            assert!(count < 2 * ENTRIES_MAX);
+        }
+        let entries = read(dir.path()).expect("read");
+        assert_eq!(entries.len(), count);
+        assert!(ENTRIES_MAX <= count, "{count}");
+        let all: Vec<u64> = entries.iter().map(|entry| entry.at_ms).collect();
+        assert!(all.iter().copied().eq(total - count as u64..total), "the newest, without a gap");
     }
 }
