@@ -6,6 +6,7 @@ use std::{
     sync::OnceLock,
 };
 
+use cofferdam_contract::text::printable;
 use cofferdam_engine::problem::{Code, Problem};
 use serde_json::json;
 
@@ -59,15 +60,20 @@ macro_rules! say_aside {
     ($($text:tt)*) => { $crate::report::to_stderr(format_args!($($text)*)) };
 }
 
+/// Names, messages and values come from manifests, guests and checkpoints: none of them controls the terminal.
 pub(crate) fn to_stdout(text: fmt::Arguments<'_>) {
-    match QUEUES.get() {
-        Some((output, _)) => output.push(format!("{text}\n").into_bytes()),
-        None => drop(writeln!(io::stdout().lock(), "{text}")),
-    }
+    print(printable(&format!("{text}\n")).into_owned());
 }
 
 pub(crate) fn to_stderr(text: fmt::Arguments<'_>) {
-    log(format!("{text}\n").as_bytes());
+    log(printable(&format!("{text}\n")).as_bytes());
+}
+
+fn print(text: String) {
+    match QUEUES.get() {
+        Some((output, _)) => output.push(text.into_bytes()),
+        None => drop(io::stdout().lock().write_all(text.as_bytes())),
+    }
 }
 
 /// Prints a problem: to standard error, or as one JSON object to standard output.
@@ -101,7 +107,7 @@ fn objects(problem: &Problem) -> Vec<serde_json::Value> {
 
 /// Prints one JSON object as a line.
 pub(crate) fn line(object: &serde_json::Value) {
-    say!("{object}");
+    print(format!("{object}\n"));
 }
 
 /// A number of bytes as people read it.

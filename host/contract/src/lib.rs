@@ -10,6 +10,7 @@
 mod batch;
 mod changes;
 mod description;
+pub mod text;
 
 pub use batch::{Batch, RecordRef, append_range};
 pub use changes::{StateChanges, StateEntry};

@@ -8,6 +8,7 @@ use wasmtime::{Store, UpdateDeadline, component::TypedFunc};
 use cofferdam_contract::{
     Batch, CheckpointRequest, Description, Emission, HandedOver, OpenContext, Processed,
     StateChanges,
+    text::{TEXT_BYTES_MAX, of_guest},
 };
 
 use crate::{
@@ -21,7 +22,6 @@ use crate::{
         image::{Image, MemoryDelta, MemorySnapshot},
         track::Baseline,
     },
-    text::{TEXT_BYTES_MAX, of_guest},
     trap::GuestError,
     wasi::State,
 };

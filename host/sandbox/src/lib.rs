@@ -17,7 +17,6 @@ mod instance;
 mod instrument;
 mod limits;
 pub mod memory;
-mod text;
 mod trap;
 #[doc(hidden)]
 pub mod types;

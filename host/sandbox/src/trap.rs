@@ -2,14 +2,12 @@
 
 use wasmtime::{Error, Trap, WasmBacktrace};
 
-use cofferdam_contract::{ErrorClass, OperatorError};
-
-use crate::{
-    StateError,
-    limits::Limit,
-    memory::NOT_RESERVED,
+use cofferdam_contract::{
+    ErrorClass, OperatorError,
     text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
 };
+
+use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
 /// gone: its memory is not state any more.

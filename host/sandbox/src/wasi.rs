@@ -28,13 +28,15 @@ use wasmtime_wasi::{
     random::WasiRandom,
 };
 
-use cofferdam_contract::StateChanges;
+use cofferdam_contract::{
+    StateChanges,
+    text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
+};
 
 use crate::{
     Host, Level, Limits,
     bindings::cofferdam::operator::{clock, logging, metrics, random as guest_random, state, task},
     limits::Meter,
-    text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
     types,
 };
 

@@ -1,15 +1,16 @@
-//! What a guest says, as it is kept and shown: short, and without a character that could pass for something else.
+//! What a guest or a file says, as it is kept and shown: without a character that could pass for something else.
 
-use std::{borrow::Cow, fmt::Write};
+use std::borrow::Cow;
 
 /// A message, or the words of a panic.
-pub(crate) const TEXT_BYTES_MAX: usize = 8 << 10;
+pub const TEXT_BYTES_MAX: usize = 8 << 10;
 /// The name of a function or of a metric.
-pub(crate) const NAME_BYTES_MAX: usize = 256;
+pub const NAME_BYTES_MAX: usize = 256;
 
 /// A text of a guest, at most this long. Lines after the first are indented, so that none of them looks like a line
 /// of the host; other characters that control a terminal or the direction of the text are escaped.
-pub(crate) fn of_guest(text: &str, bytes_max: usize) -> Cow<'_, str> {
+#[must_use]
+pub fn of_guest(text: &str, bytes_max: usize) -> Cow<'_, str> {
     let text = text.trim_end();
     if text.len() <= bytes_max && !text.chars().any(|it| it == '\n' || is_control(it)) {
         return Cow::Borrowed(text);
@@ -22,16 +23,30 @@ pub(crate) fn of_guest(text: &str, bytes_max: usize) -> Cow<'_, str> {
         }
         match character {
             '\n' => shown.push_str("\n    "),
-            other if is_control(other) => {
-                // A string takes everything.
-                let _ = write!(shown, "{}", other.escape_default());
-            }
+            other if is_control(other) => shown.extend(other.escape_default()),
             other => shown.push(other),
         }
     }
     Cow::Owned(shown)
 }
 
+/// A text for a terminal: what would control it is escaped, lines stay lines.
+#[must_use]
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_control) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        match is_control(character) {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Whether a character controls a terminal, or the direction of the text.
 fn is_control(character: char) -> bool {
     match character {
         '\t' | '\n' => false,
@@ -62,6 +77,7 @@ mod tests {
         for (text, shown) in rows {
             assert_eq!(of_guest(text, 100), shown);
         }
+        assert_eq!(printable("one\n\u{1b}[2Jtwo\r\n"), "one\n\\u{1b}[2Jtwo\\r\n");
         assert_eq!(of_guest(&"x".repeat(20), 8), "xxxxxxxx...");
         assert_eq!(of_guest("ääää", 3), "ää...");
         let hostile = "\u{1b}".repeat(1 << 20);
