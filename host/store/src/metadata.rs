@@ -102,10 +102,12 @@ impl TaskIdentity {
         format!("{}/{}", self.operator, self.index)
     }
 
-    /// Whether its connector's state is that of another kind than this; false where that is not known.
+    /// Whether its connector's state is that of another kind than this, which may be no connector at all; false where
+    /// its kind is not known.
     #[must_use]
-    pub fn is_of_another_connector(&self, connector: Option<&str>) -> bool {
-        self.connector.as_deref().is_some_and(|own| connector.is_some_and(|other| own != other))
+    pub fn is_of_another_kind(&self, connector: Option<&str>, is_sink: bool) -> bool {
+        let is_other = |own: &str| self.is_sink != is_sink || connector != Some(own);
+        self.connector.as_deref().is_some_and(is_other)
     }
 
     /// Its operator, as far as state goes.
@@ -298,6 +300,29 @@ mod tests {
         let metadata = metadata();
         let bytes = metadata.encode().expect("encodes");
         assert_eq!(CheckpointMetadata::decode("m", &bytes).expect("decodes"), metadata);
+    }
+
+    #[test]
+    fn a_state_is_that_of_its_connector_alone() {
+        let identity = |connector: Option<&str>, is_sink| {
+            let mut identity = metadata().tasks.remove(0).identity;
+            (identity.connector, identity.is_sink) = (connector.map(str::to_owned), is_sink);
+            identity
+        };
+        let rows = [
+            (Some("file"), false, Some("file"), false, false),
+            (Some("file"), false, Some("generator"), false, true),
+            // A source and a sink of one name are two connectors.
+            (Some("file"), false, Some("file"), true, true),
+            (Some("file"), true, Some("file"), false, true),
+            (Some("file"), true, None, false, true),
+            // Of an operator, or from before format 7.
+            (None, false, Some("file"), false, false),
+        ];
+        for (before, was_sink, now, is_sink, is_other) in rows {
+            let known = identity(before, was_sink);
+            assert_eq!(known.is_of_another_kind(now, is_sink), is_other, "{before:?}, {now:?}");
+        }
     }
 
     #[test]

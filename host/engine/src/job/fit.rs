@@ -65,29 +65,29 @@ fn check_operator(
     if known.has_declared && task.has_declared {
         check_states(tasks, known, task)?;
     }
-    check_source(tasks, known, task)?;
+    check_source(known, task)?;
     fit::fit(&known.state(), &task.state(), ignore_unclaimed_state)
         .map_err(|misfit| problem_of(&misfit, known, task))
 }
 
 /// The position of a source says nothing to a source of another kind: that one would begin at its own beginning.
-fn check_source(
-    tasks: &Tasks<'_>,
-    known: &TaskIdentity,
-    task: &TaskIdentity,
-) -> Result<(), Problem> {
-    let TaskIdentity { operator, uid, connector, .. } = known;
-    let (Some(before), Some(now)) = (connector, &task.connector) else { return Ok(()) };
-    let is_source = tasks.sources.contains_key(&task.operator);
-    if !is_source || before == now {
+fn check_source(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Problem> {
+    let TaskIdentity { operator, uid, connector, is_sink, .. } = known;
+    let Some(before) = connector.as_ref().filter(|_| !is_sink) else { return Ok(()) };
+    if !known.is_of_another_kind(task.connector.as_deref(), task.is_sink) {
         return Ok(());
     }
+    let now = match &task.connector {
+        Some(now) if !task.is_sink => format!("not \"{now}\""),
+        Some(_) => "and it is a sink now".to_owned(),
+        None => "and it is an operator now".to_owned(),
+    };
     let message = format!(
-        "the checkpoint has the position of \"{operator}\" with connector = \"{before}\", not \"{now}\""
+        "the checkpoint has the position of source \"{operator}\" with connector = \"{before}\", {now}"
     );
     Err(Problem::new(Code::StateMismatch, message).hint(format!(
-        "to read from the beginning of the new input, give the source another uid than \"{uid}\" and discard the \
-         position with --from DIR --ignore-unclaimed-state"
+        "to begin without that position, give the node another uid than \"{uid}\" and use --from DIR \
+         --ignore-unclaimed-state"
     )))
 }
 

@@ -193,7 +193,8 @@ impl Loaded {
                 task.memory.clear();
             }
             // Only the connector that wrote it can read it. Whether it is needed was asked before.
-            if metadata.tasks[*slot].identity.is_of_another_connector(node.connector) {
+            let is_sink = matches!(node.kind, NodeKind::Sink(_));
+            if metadata.tasks[*slot].identity.is_of_another_kind(node.connector, is_sink) {
                 task.state.clear();
             }
             forget_watermarks(tasks, metadata, &mut task);
