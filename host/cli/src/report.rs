@@ -62,11 +62,11 @@ macro_rules! say_aside {
 
 /// Names, messages and values come from manifests, guests and checkpoints: none of them controls the terminal.
 pub(crate) fn to_stdout(text: fmt::Arguments<'_>) {
-    print(printable(&format!("{text}\n")).into_owned());
+    print(printable(format!("{text}\n")));
 }
 
 pub(crate) fn to_stderr(text: fmt::Arguments<'_>) {
-    log(printable(&format!("{text}\n")).as_bytes());
+    log(printable(format!("{text}\n")).as_bytes());
 }
 
 fn print(text: String) {

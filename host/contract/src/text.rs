@@ -2,19 +2,42 @@
 
 use std::borrow::Cow;
 
-/// A message, or the words of a panic.
+/// The longest message that is kept of a guest.
 pub const TEXT_BYTES_MAX: usize = 8 << 10;
-/// The name of a function or of a metric.
-pub const NAME_BYTES_MAX: usize = 256;
+/// The longest name of a function or of a metric.
+const NAME_BYTES_MAX: usize = 256;
 
-/// A text of a guest, at most this long. Lines after the first are indented, so that none of them looks like a line
-/// of the host; other characters that control a terminal or the direction of the text are escaped.
+/// A message of a guest, or the words of its panic. Lines after the first are indented, so that none of them looks
+/// like a line of the host; other characters that control a terminal or the direction of the text are escaped.
 #[must_use]
-pub fn of_guest(text: &str, bytes_max: usize) -> Cow<'_, str> {
-    let text = text.trim_end();
-    if text.len() <= bytes_max && !text.chars().any(|it| it == '\n' || is_control(it)) {
-        return Cow::Borrowed(text);
+pub fn message(text: &str) -> Cow<'_, str> {
+    of_guest(text, TEXT_BYTES_MAX)
+}
+
+/// The name that a guest gives to a function or to a metric, as [`message`] has a message.
+#[must_use]
+pub fn name(text: &str) -> Cow<'_, str> {
+    of_guest(text, NAME_BYTES_MAX)
+}
+
+/// A text for a terminal: what would control it is escaped, lines stay lines.
+#[must_use]
+pub fn printable(text: String) -> String {
+    match text.chars().any(is_control) {
+        true => escaped(&text, usize::MAX, "\n"),
+        false => text,
     }
+}
+
+fn of_guest(text: &str, bytes_max: usize) -> Cow<'_, str> {
+    let text = text.trim_end();
+    match bytes_max < text.len() || text.chars().any(|it| it == '\n' || is_control(it)) {
+        true => Cow::Owned(escaped(text, bytes_max, "\n    ")),
+        false => Cow::Borrowed(text),
+    }
+}
+
+fn escaped(text: &str, bytes_max: usize, line_end: &str) -> String {
     let mut shown = String::with_capacity(text.len().min(bytes_max));
     for character in text.chars() {
         if bytes_max <= shown.len() {
@@ -22,28 +45,12 @@ pub fn of_guest(text: &str, bytes_max: usize) -> Cow<'_, str> {
             break;
         }
         match character {
-            '\n' => shown.push_str("\n    "),
+            '\n' => shown.push_str(line_end),
             other if is_control(other) => shown.extend(other.escape_default()),
             other => shown.push(other),
         }
     }
-    Cow::Owned(shown)
-}
-
-/// A text for a terminal: what would control it is escaped, lines stay lines.
-#[must_use]
-pub fn printable(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(is_control) {
-        return Cow::Borrowed(text);
-    }
-    let mut shown = String::with_capacity(text.len());
-    for character in text.chars() {
-        match is_control(character) {
-            true => shown.extend(character.escape_default()),
-            false => shown.push(character),
-        }
-    }
-    Cow::Owned(shown)
+    shown
 }
 
 /// Whether a character controls a terminal, or the direction of the text.
@@ -77,7 +84,7 @@ mod tests {
         for (text, shown) in rows {
             assert_eq!(of_guest(text, 100), shown);
         }
-        assert_eq!(printable("one\n\u{1b}[2Jtwo\r\n"), "one\n\\u{1b}[2Jtwo\\r\n");
+        assert_eq!(printable("one\n\u{1b}[2Jtwo\r\n".to_owned()), "one\n\\u{1b}[2Jtwo\\r\n");
         assert_eq!(of_guest(&"x".repeat(20), 8), "xxxxxxxx...");
         assert_eq!(of_guest("ääää", 3), "ää...");
         let hostile = "\u{1b}".repeat(1 << 20);

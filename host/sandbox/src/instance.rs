@@ -7,8 +7,7 @@ use wasmtime::{Store, UpdateDeadline, component::TypedFunc};
 
 use cofferdam_contract::{
     Batch, CheckpointRequest, Description, Emission, HandedOver, OpenContext, Processed,
-    StateChanges,
-    text::{TEXT_BYTES_MAX, of_guest},
+    StateChanges, text,
 };
 
 use crate::{
@@ -244,7 +243,7 @@ impl Instance {
     pub async fn process(&mut self, input: u32, records: &Batch) -> Result<Processed, GuestError> {
         let Processed { emissions, mut rejected } = call!(self, call_process(input, records))??;
         for rejection in &mut rejected {
-            rejection.message = of_guest(&rejection.message, TEXT_BYTES_MAX).into_owned();
+            rejection.message = text::message(&rejection.message).into_owned();
         }
         let emissions = check_emissions(emissions)?;
         let count = records.value_ends.len();

@@ -2,10 +2,7 @@
 
 use wasmtime::{Error, Trap, WasmBacktrace};
 
-use cofferdam_contract::{
-    ErrorClass, OperatorError,
-    text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
-};
+use cofferdam_contract::{ErrorClass, OperatorError, text};
 
 use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
 
@@ -71,7 +68,7 @@ impl GuestError {
 impl From<OperatorError> for GuestError {
     fn from(error: OperatorError) -> Self {
         let OperatorError { class, message, record } = error;
-        let message = of_guest(&message, TEXT_BYTES_MAX).into_owned();
+        let message = text::message(&message).into_owned();
         match class {
             ErrorClass::Rejected => Self::Rejected { message, record },
             ErrorClass::Failed => Self::Failed { message, record },
@@ -124,12 +121,12 @@ impl GuestError {
             let message = format!("the guest called exit({})", exit.0);
             return Self::Trap { message, backtrace: backtrace(error) };
         }
-        let text = format!("{error:#}");
+        let words = format!("{error:#}");
         // A trap names functions as the guest has called them.
-        if text.contains(NOT_RESERVED) && error.downcast_ref::<Trap>().is_none() {
-            return Self::Unavailable { os_error: os_error_in(&text), message: text };
+        if words.contains(NOT_RESERVED) && error.downcast_ref::<Trap>().is_none() {
+            return Self::Unavailable { os_error: os_error_in(&words), message: words };
         }
-        if text.contains(OUTPUT_EXHAUSTED) {
+        if words.contains(OUTPUT_EXHAUSTED) {
             return Self::Limit(Limit::Output { bytes_max: output_bytes_max });
         }
         let message = match (error.downcast_ref::<Trap>(), refused) {
@@ -145,7 +142,7 @@ impl GuestError {
             },
             // Bad pointers, invalid UTF-8, a host function that gave an error: the guest broke the canonical ABI or
             // misused a resource.
-            (None, None) => of_guest(&error.root_cause().to_string(), TEXT_BYTES_MAX).into_owned(),
+            (None, None) => text::message(&error.root_cause().to_string()).into_owned(),
         };
         Self::Trap { message, backtrace: backtrace(error) }
     }
@@ -159,10 +156,7 @@ fn backtrace(error: &Error) -> Vec<String> {
         .iter()
         .map(|frame| match frame.func_name() {
             // Rust's mangled names as they stand in the source.
-            Some(name) => {
-                let name = format!("{:#}", rustc_demangle::demangle(name));
-                of_guest(&name, NAME_BYTES_MAX).into_owned()
-            }
+            Some(name) => text::name(&format!("{:#}", rustc_demangle::demangle(name))).into_owned(),
             None => format!("function {}", frame.func_index()),
         })
         .collect();

@@ -30,7 +30,7 @@ use wasmtime_wasi::{
 
 use cofferdam_contract::{
     StateChanges,
-    text::{NAME_BYTES_MAX, TEXT_BYTES_MAX, of_guest},
+    text::{self, TEXT_BYTES_MAX},
 };
 
 use crate::{
@@ -147,19 +147,18 @@ impl logging::Host for State {
 
     fn panicked(&mut self, message: String) {
         // The trap that follows carries it, to the code that decides what the failure means.
-        let message = of_guest(&message, TEXT_BYTES_MAX);
         self.log.write(Level::Debug, &message);
-        self.last_words = Some(message.into_owned());
+        self.last_words = Some(text::message(&message).into_owned());
     }
 }
 
 impl metrics::Host for State {
     fn add(&mut self, counter: String, delta: u64) {
-        self.log.host.add_to_counter(&of_guest(&counter, NAME_BYTES_MAX), delta);
+        self.log.host.add_to_counter(&text::name(&counter), delta);
     }
 
     fn set(&mut self, gauge: String, value: f64) {
-        self.log.host.set_gauge(&of_guest(&gauge, NAME_BYTES_MAX), value);
+        self.log.host.set_gauge(&text::name(&gauge), value);
     }
 }
 
@@ -235,7 +234,7 @@ impl GuestLog {
     }
 
     fn write(&self, level: Level, message: &str) {
-        let message = of_guest(message, TEXT_BYTES_MAX);
+        let message = text::message(message);
         let (is_allowed, dropped_before) = self.spend(MESSAGE_BYTES + message.len() as u64);
         self.report(dropped_before);
         if is_allowed {
