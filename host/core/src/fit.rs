@@ -41,6 +41,9 @@ pub struct OperatorState {
     pub has_host_state: bool,
     /// The digest of its component; `None` for sources and sinks.
     pub component: Option<[u8; 16]>,
+    /// The connector of a source, whose position no other one can read; `None`: it is no source, or, in a checkpoint,
+    /// that is not known.
+    pub source: Option<String>,
     /// Its declared states.
     pub states: Vec<StateName>,
 }
@@ -48,6 +51,8 @@ pub struct OperatorState {
 /// Why the state of a checkpoint cannot become the state of an operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Misfit {
+    /// The checkpoint has the position of a source of another kind.
+    OtherSource,
     /// Records came to the tasks by their key, and do not now, or the other way round: declared state would not lie
     /// where they go.
     KeysChanged,
@@ -82,6 +87,9 @@ pub fn fit(
     now: &OperatorState,
     may_leave_state: bool,
 ) -> Result<(), Misfit> {
+    if known.source.is_some() && known.source != now.source {
+        return Err(Misfit::OtherSource);
+    }
     let is_declared = known.has_declared && now.has_declared;
     if is_declared {
         if known.is_keyed != now.is_keyed {
@@ -146,6 +154,7 @@ mod tests {
             has_declared: true,
             has_host_state: false,
             component: Some([1; 16]),
+            source: None,
             states: vec![state("counts", None)],
         }
     }
@@ -193,6 +202,16 @@ mod tests {
         for (place, (known, now, expected)) in rows.into_iter().enumerate() {
             assert_eq!(row(known, now), expected, "row {place}");
         }
+    }
+
+    #[test]
+    fn a_position_is_for_a_source_of_its_kind() {
+        let (none, file): (Change, Change) = (|_| {}, |it| it.source = Some("file".to_owned()));
+        let other = [Some(Misfit::OtherSource), Some(Misfit::OtherSource)];
+        assert_eq!(row(file, file), [None, None]);
+        assert_eq!(row(none, file), [None, None], "of a format that does not name it");
+        assert_eq!(row(file, |it| it.source = Some("generator".to_owned())), other);
+        assert_eq!(row(file, none), other, "it is an operator now, or a sink");
     }
 
     #[test]

@@ -49,6 +49,7 @@ impl World {
             has_declared: true,
             has_host_state: false,
             component: Some([1; 16]),
+            source: None,
             states: ["counts", "totals"].map(|name| named(name, None)).to_vec(),
         };
         let tasks = vec![Task::default(); parallelism as usize];

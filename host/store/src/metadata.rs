@@ -125,6 +125,7 @@ impl TaskIdentity {
             has_declared: self.has_declared,
             has_host_state: self.has_host_state,
             component: self.digest,
+            source: self.connector.clone().filter(|_| !self.is_sink),
             states: self.states.iter().map(name).collect(),
         }
     }

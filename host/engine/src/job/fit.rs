@@ -65,30 +65,8 @@ fn check_operator(
     if known.has_declared && task.has_declared {
         check_states(tasks, known, task)?;
     }
-    check_source(known, task)?;
     fit::fit(&known.state(), &task.state(), ignore_unclaimed_state)
         .map_err(|misfit| problem_of(&misfit, known, task))
-}
-
-/// The position of a source says nothing to a source of another kind: that one would begin at its own beginning.
-fn check_source(known: &TaskIdentity, task: &TaskIdentity) -> Result<(), Problem> {
-    let TaskIdentity { operator, uid, connector, is_sink, .. } = known;
-    let Some(before) = connector.as_ref().filter(|_| !is_sink) else { return Ok(()) };
-    if !known.is_of_another_kind(task.connector.as_deref(), task.is_sink) {
-        return Ok(());
-    }
-    let now = match &task.connector {
-        Some(now) if !task.is_sink => format!("not \"{now}\""),
-        Some(_) => "and it is a sink now".to_owned(),
-        None => "and it is an operator now".to_owned(),
-    };
-    let message = format!(
-        "the checkpoint has the position of source \"{operator}\" with connector = \"{before}\", {now}"
-    );
-    Err(Problem::new(Code::StateMismatch, message).hint(format!(
-        "to begin without that position, give the node another uid than \"{uid}\" and use --from DIR \
-         --ignore-unclaimed-state"
-    )))
 }
 
 /// What a misfit is for the user: what is wrong, and what to do about it.
@@ -100,6 +78,7 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
         mismatch(format!("the checkpoint of \"{name}\" {what}"), hint)
     };
     match misfit {
+        Misfit::OtherSource => other_source(known, task),
         Misfit::KeysChanged | Misfit::StateWithoutKeys => without_keys(misfit, known, task),
         Misfit::StateLeft { name: left } => mismatch(
             format!(
@@ -154,6 +133,23 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
             ),
         ),
     }
+}
+
+fn other_source(known: &TaskIdentity, task: &TaskIdentity) -> Problem {
+    let TaskIdentity { operator, uid, connector, .. } = known;
+    let before = connector.as_deref().unwrap_or_default();
+    let now = match &task.connector {
+        Some(now) if !task.is_sink => format!("not \"{now}\""),
+        Some(_) => "and it is a sink now".to_owned(),
+        None => "and it is an operator now".to_owned(),
+    };
+    let message = format!(
+        "the checkpoint has the position of source \"{operator}\" with connector = \"{before}\", {now}"
+    );
+    Problem::new(Code::StateMismatch, message).hint(format!(
+        "to begin without that position, give the node another uid than \"{uid}\" and use --from DIR \
+         --ignore-unclaimed-state"
+    ))
 }
 
 /// The other way for state that lies in linear memory.
