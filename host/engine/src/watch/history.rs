@@ -102,7 +102,7 @@ impl Recorder {
         let own = missed.clone();
         let thread = std::thread::Builder::new().name("cofferdam-history".to_owned());
         let thread = thread.spawn(move || {
-            for (at_ms, progress) in receiver {
+            let report_missed = || {
                 let missed = own.swap(0, Ordering::Relaxed);
                 if 0 < missed {
                     tracing::warn!(
@@ -110,12 +110,16 @@ impl Recorder {
                         "the history of failures is written too slowly for all of them"
                     );
                 }
+            };
+            for (at_ms, progress) in receiver {
+                report_missed();
                 let Some(entry) = Entry::of(at_ms, &progress) else { continue };
                 match append(&state_dir, &entry, count) {
                     Ok(now) => count = now,
                     Err(error) => tracing::warn!(%error, "write the history of failures"),
                 }
             }
+            report_missed();
         })?;
         Ok((Self { observer, entries, missed }, Writer(thread)))
     }
