@@ -369,14 +369,10 @@ fn sleeping_guest_does_not_hold_the_thread() {
 
 #[test]
 fn a_call_that_waits_for_too_long_is_ended() {
-    block_on(async {
-        let limits = Limits { wait_max: Duration::from_millis(100), ..Limits::default() };
-        let mut probe =
-            open(TrackingChoice::Best, limits, &[("do", "sleep")]).await.expect("opens");
-        let error = probe.instance.process(0, &batch(0, 1)).await.expect_err("it sleeps on");
-        assert!(matches!(error, GuestError::Limit(Limit::Wait { .. })), "{error:?}");
-        assert_eq!(error.to_string(), "a call waited longer than 100 ms");
-    });
+    let limits = Limits { wait_max: Duration::from_millis(100), ..Limits::default() };
+    let error = block_on(deed(limits, &[("do", "sleep")]));
+    assert!(matches!(error, GuestError::Limit(Limit::Wait { .. })), "{error:?}");
+    assert_eq!(error.to_string(), "a call waited longer than 100 ms");
 }
 
 #[test]

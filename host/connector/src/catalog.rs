@@ -292,11 +292,12 @@ impl Catalog {
     /// older version has written the checkpoint, each one is.
     #[must_use]
     pub fn uncommitted(&self, of: Option<&str>, state: &[u8]) -> Uncommitted {
-        let mut asked =
-            self.sinks.iter().filter(|it| of.is_none_or(|of| it.name() == of)).peekable();
-        if let (Some(connector), None) = (of, asked.peek()) {
-            return Uncommitted::Unknown { connector: connector.to_owned() };
+        if let Some(of) = of
+            && self.sinks.iter().all(|connector| connector.name() != of)
+        {
+            return Uncommitted::Unknown { connector: of.to_owned() };
         }
+        let mut asked = self.sinks.iter().filter(|it| of.is_none_or(|of| it.name() == of));
         let output = asked.find_map(|connector| {
             let example = connector.uncommitted(state)?;
             Some(Uncommitted::Output { connector: connector.name(), example })

@@ -366,7 +366,7 @@ pub(super) fn resolve(
     default_exchange: &DefaultExchange,
 ) -> Result<(JobGraph, Vec<NodeSpec>)> {
     let ids = ids_of(root, &raw);
-    let operators = nodes_of(&raw, &ids, parallelism);
+    let of_graph = nodes_of(&raw, &ids, parallelism);
     let is_bounded = raw.iter().all(RawNode::is_bounded);
     let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     for (to, node) in (0..).map(NodeId).zip(&raw) {
@@ -378,7 +378,7 @@ pub(super) fn resolve(
             let producer = producer_of(root, &raw, &ids, node, raw_input);
             let Some((from, output)) = root.document().noted(producer) else { continue };
             let is_equal =
-                operators[from.0 as usize].parallelism == operators[to.0 as usize].parallelism;
+                of_graph[from.0 as usize].parallelism == of_graph[to.0 as usize].parallelism;
             let default = if is_equal { Partitioner::Forward } else { Partitioner::Rebalance };
             let partitioner = raw_input.partitioner.unwrap_or(default);
             // Which output a name means is known once the component has been asked.
@@ -398,7 +398,7 @@ pub(super) fn resolve(
     }
     // Of nodes or edges that are missing nothing can be said.
     root.document().mistakes()?;
-    let graph = JobGraph::new(operators, edges.clone())
+    let graph = JobGraph::new(of_graph, edges.clone())
         .map_err(|error| graph_problem(root, &raw, &edges, &spans, error))?;
     list(root.document(), &graph, &nodes);
     Ok((graph, nodes))

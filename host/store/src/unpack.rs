@@ -213,15 +213,15 @@ pub(crate) fn read_snapshot(
     });
     into.in_flight = Arc::new(in_flight.collect::<Result<_>>()?);
     let (state_packs, state_bytes) = header.state_packs;
-    let mut state = header.state.clone();
+    let mut state = Vec::new();
     for sequence in 0..state_packs {
         state.extend_from_slice(read(KIND_STATE, sequence)?.content());
     }
-    if 0 < state_packs && state.len() as u64 != state_bytes {
+    if state.len() as u64 != state_bytes {
         return Err(damaged("bytes of its connector's state are missing"));
     }
     into.bytes += bytes;
-    into.state = state;
+    into.state = if state_packs == 0 { header.state } else { state };
     into.is_drained = header.is_drained;
     Ok(())
 }
