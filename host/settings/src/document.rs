@@ -36,13 +36,21 @@ struct File<'a> {
     has_lines: bool,
     /// Where its spans begin.
     start: usize,
+    /// Where each of its lines begins.
+    lines: Vec<usize>,
 }
+
+/// So many mistakes are noted: the rest mostly follows from them, and nobody reads them all.
+pub(super) const MISTAKES_MAX: usize = 100;
+
+/// Of a line that is longer than this, only what is around the place is shown.
+const LINE_BYTES_MAX: usize = 200;
 
 impl<'a> Document<'a> {
     /// The document that `text` is; `path` is what messages call it.
     #[must_use]
     pub fn new(path: &'a Path, text: &'a str) -> Self {
-        let file = File { path, text, has_lines: true, start: 0 };
+        let file = File { path, text, has_lines: true, start: 0, lines: line_starts(text) };
         Self { files: vec![file], effective: RefCell::default(), mistakes: RefCell::default() }
     }
 
@@ -50,7 +58,7 @@ impl<'a> Document<'a> {
     pub fn add(&mut self, path: &'a Path, text: &'a str, has_lines: bool) -> usize {
         let start = self.files.iter().map(|file| file.start + file.text.len() + 1).max();
         let start = start.unwrap_or(0);
-        self.files.push(File { path, text, has_lines, start });
+        self.files.push(File { path, text, has_lines, start, lines: line_starts(text) });
         start
     }
 
@@ -108,8 +116,9 @@ impl<'a> Document<'a> {
     /// Notes a mistake; reading continues.
     pub fn mistake(&self, problem: Problem) {
         // A key is not missed where its value was wrong.
-        if !problem.message.is_empty() {
-            self.mistakes.borrow_mut().push((String::new(), problem));
+        let mut mistakes = self.mistakes.borrow_mut();
+        if !problem.message.is_empty() && mistakes.len() < MISTAKES_MAX {
+            mistakes.push((String::new(), problem));
         }
     }
 
@@ -145,16 +154,21 @@ impl<'a> Document<'a> {
 
     fn located(&self, span: &Range<usize>) -> Option<Place> {
         let file = self.files.iter().rev().find(|file| file.start <= span.start)?;
-        let before = &file.text[..(span.start - file.start).min(file.text.len())];
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let shown = file.text[line_start..].lines().next().unwrap_or_default().trim_end();
-        let from = before.len() - line_start;
-        let to = (span.end - file.start).saturating_sub(line_start).min(shown.len());
+        let at = (span.start - file.start).min(file.text.len());
+        let line = file.lines.partition_point(|start| *start <= at);
+        let line_start = line.checked_sub(1).and_then(|line| file.lines.get(line)).copied()?;
+        let line_end = file.lines.get(line).map_or(file.text.len(), |next| next - 1);
+        let whole = file.text[line_start..line_end].trim_end();
+        let from = (at - line_start).min(whole.len());
+        let to = (span.end - file.start).saturating_sub(line_start).clamp(from, whole.len());
+        let shown = window(whole, from);
+        let mark = |at: usize| at.clamp(shown.start, shown.end) - shown.start;
         Some(Place {
             path: file.path.display().to_string(),
-            line: file.has_lines.then(|| before.matches('\n').count() + 1),
-            text: shown.to_owned(),
-            marked: from.min(shown.len())..to.max(from.min(shown.len())),
+            line: file.has_lines.then_some(line),
+            column: whole[..from].chars().count() + 1,
+            marked: mark(from)..mark(to),
+            text: whole[shown].to_owned(),
         })
     }
 
@@ -163,6 +177,20 @@ impl<'a> Document<'a> {
     pub fn place(&self, span: &Range<usize>) -> String {
         self.located(span).map_or_else(String::new, |place| place.to_string())
     }
+}
+
+/// Where the lines of a text begin.
+fn line_starts(text: &str) -> Vec<usize> {
+    std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect()
+}
+
+/// The part of a line that is shown: all of it, or what is around a place in it.
+fn window(line: &str, at: usize) -> Range<usize> {
+    if line.len() <= LINE_BYTES_MAX {
+        return 0..line.len();
+    }
+    let start = line.floor_char_boundary(at.saturating_sub(LINE_BYTES_MAX / 2));
+    start..line.floor_char_boundary((start + LINE_BYTES_MAX).min(line.len()))
 }
 
 pub(super) fn shifted(span: Range<usize>, by: usize) -> Range<usize> {

@@ -97,7 +97,9 @@ pub struct Place {
     pub path: String,
     /// Its line, from 1 on, if its lines are those of the file.
     pub line: Option<usize>,
-    /// The line's text.
+    /// Its column, from 1 on, in characters.
+    pub column: usize,
+    /// The line's text; of a long one, a part with the place.
     pub text: String,
     /// The bytes of the text that are meant.
     pub marked: Range<usize>,
@@ -105,9 +107,8 @@ pub struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let column = self.text[..self.marked.start].chars().count() + 1;
         match self.line {
-            Some(line) => write!(f, "{}:{line}:{column}: {}", self.path, self.text),
+            Some(line) => write!(f, "{}:{line}:{}: {}", self.path, self.column, self.text),
             None => write!(f, "{}: {}", self.path, self.text),
         }
     }
@@ -116,6 +117,9 @@ impl fmt::Display for Place {
 impl Place {
     /// The line, with what is meant marked below it.
     fn drawn(&self) -> String {
+        if self.text[..self.marked.start].chars().count() + 1 < self.column {
+            return format!(" --> {self}");
+        }
         let snippet = Snippet::source(&self.text)
             .path(&self.path)
             .line_start(self.line.unwrap_or(1))

@@ -54,7 +54,7 @@ impl HostSettings {
     /// # Errors
     /// Where it cannot be read, is not of its format, or has a key that nobody knows.
     pub fn read(path: &Path) -> Result<Self, Problem> {
-        let text = std::fs::read_to_string(path).map_err(|error| {
+        let text = super::read_text(path).map_err(|error| {
             Problem::new(
                 Code::ManifestUnreadable,
                 format!("cannot read the host's settings {}", path.display()),

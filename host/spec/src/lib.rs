@@ -17,6 +17,8 @@ mod tests;
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -45,6 +47,9 @@ use self::host::HostSettings;
 pub use self::nodes::partitioner_name;
 
 type Result<T> = std::result::Result<T, Problem>;
+
+/// Bytes of a manifest, and of a host's settings: ten times what a job of a thousand nodes needs.
+const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
 /// Flink's upper bound of the parallelism.
 const PARALLELISM_MAX: u64 = 1 << 15;
@@ -298,7 +303,7 @@ impl JobSpec {
     /// # Errors
     /// All that is wrong: the first problem, with the others behind it.
     pub fn read_with(path: &Path, host: Option<&HostSettings>, catalog: &Catalog) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|error| {
+        let text = read_text(path).map_err(|error| {
             Problem::new(
                 Code::ManifestUnreadable,
                 format!("cannot read the manifest {}", path.display()),
@@ -361,6 +366,16 @@ impl JobSpec {
     #[must_use]
     pub fn node(&self, id: NodeId) -> &NodeSpec {
         &self.nodes[id.0 as usize]
+    }
+}
+
+/// The text of a file of settings. It may be a pipe, but not one without end.
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(MANIFEST_BYTES_MAX + 1).read_to_string(&mut text)?;
+    match text.len() as u64 <= MANIFEST_BYTES_MAX {
+        true => Ok(text),
+        false => Err(io::Error::other(format!("it has more than {MANIFEST_BYTES_MAX} bytes"))),
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Display,
     path::Path,
+    rc::Rc,
 };
 
 use cofferdam_connector::Catalog;
@@ -136,6 +138,17 @@ impl RawNodes {
     }
 }
 
+/// What a job may consist of: a task and a channel cost the host about a kilobyte each.
+const NODES_MAX: usize = 1_000;
+const INPUTS_MAX: usize = 256;
+const TASKS_MAX: u64 = 100_000;
+const CHANNELS_MAX: u64 = 1_000_000;
+
+fn too_many(what: &str, count: impl Display, max: impl Display) -> Problem {
+    Problem::new(Code::BadValue, format!("{what}: {count}, but at most {max} are allowed"))
+        .hint("split the job into several jobs")
+}
+
 /// Reads the nodes, and notes what is wrong with each.
 pub(super) fn read_nodes(
     root: &Section<'_>,
@@ -145,6 +158,12 @@ pub(super) fn read_nodes(
 ) -> RawNodes {
     let document = root.document();
     let mut raw = RawNodes::default();
+    let count_of = |kind| root.items(kind).map_or(0, |items| items.len());
+    let count: usize = ["source", "operator", "sink"].into_iter().map(count_of).sum();
+    if NODES_MAX < count {
+        document.mistake(too_many("nodes of the job", count, NODES_MAX));
+        return raw;
+    }
     let sections = |kind: &'static str| document.noted(root.sections(kind)).unwrap_or_default();
     let sources = document.noted(root.sections("source"));
     if sources.as_ref().is_some_and(Vec::is_empty) {
@@ -223,7 +242,11 @@ pub fn partitioner_name(partitioner: Partitioner) -> &'static str {
 
 fn read_inputs(section: &Section<'_>) -> Result<Vec<RawInput>> {
     let mut inputs = Vec::new();
-    for (value, span) in section.items("inputs")? {
+    let items = section.items("inputs")?;
+    if INPUTS_MAX < items.len() {
+        return Err(too_many("inputs of one node", items.len(), INPUTS_MAX));
+    }
+    for (value, span) in items {
         inputs.push(match value {
             DeValue::String(from) => {
                 let from = Located { value: from.to_string(), span };
@@ -368,6 +391,7 @@ pub(super) fn resolve(
     let ids = ids_of(root, &raw);
     let of_graph = nodes_of(&raw, &ids, parallelism);
     let is_bounded = raw.iter().all(RawNode::is_bounded);
+    let mut origins = Origins::default();
     let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     for (to, node) in (0..).map(NodeId).zip(&raw) {
         let mut inputs = Vec::new();
@@ -383,7 +407,7 @@ pub(super) fn resolve(
             let partitioner = raw_input.partitioner.unwrap_or(default);
             // Which output a name means is known once the component has been asked.
             let exchange = raw_input.exchange.unwrap_or_else(|| {
-                let breaks_pipeline = breaks_pipeline(&raw, &ids, node, input as usize);
+                let breaks_pipeline = origins.meet(&raw, &ids, node, input as usize);
                 default_exchange.of(partitioner, breaks_pipeline, is_bounded)
             });
             edges.push(Edge { from, output: 0, to, input, partitioner, exchange });
@@ -397,6 +421,7 @@ pub(super) fn resolve(
         nodes.push(NodeSpec { name, uid, kind, connector, inputs });
     }
     // Of nodes or edges that are missing nothing can be said.
+    check_size(root.document(), &of_graph, &edges);
     root.document().mistakes()?;
     let graph = JobGraph::new(of_graph, edges.clone())
         .map_err(|error| graph_problem(root, &raw, &edges, &spans, error))?;
@@ -448,15 +473,53 @@ fn list(document: &Document<'_>, graph: &JobGraph, nodes: &[NodeSpec]) {
     }
 }
 
-/// Whether what comes in by an input has an origin in common with an input before it: a node that reads
-/// one of both to its end first would wait for ever if both were pipelined.
-fn breaks_pipeline(
-    nodes: &[RawNode],
-    ids: &BTreeMap<&str, NodeId>,
-    node: &RawNode,
-    input: usize,
-) -> bool {
-    let origins = |input: &RawInput| {
+/// How many tasks and channels a job has is known before any of them is made.
+fn check_size(document: &Document<'_>, nodes: &[Node], edges: &[Edge]) {
+    let tasks: u64 = nodes.iter().map(|node| u64::from(node.parallelism)).sum();
+    if TASKS_MAX < tasks {
+        document.mistake(too_many("tasks of the job", tasks, TASKS_MAX));
+    }
+    let parallelism = |id: NodeId| u64::from(nodes[id.0 as usize].parallelism);
+    let channels_of = |edge: &Edge| match edge.partitioner {
+        Partitioner::Forward => parallelism(edge.to),
+        Partitioner::Rescale => parallelism(edge.from).max(parallelism(edge.to)),
+        _ => parallelism(edge.from) * parallelism(edge.to),
+    };
+    let channels: u64 = edges.iter().map(channels_of).sum();
+    if CHANNELS_MAX < channels {
+        document.mistake(too_many("channels between tasks of the job", channels, CHANNELS_MAX));
+    }
+}
+
+/// The nodes that records of each node come from, its own number included.
+#[derive(Default)]
+struct Origins(BTreeMap<NodeId, Rc<BTreeSet<NodeId>>>);
+
+impl Origins {
+    /// Whether what comes in by an input has an origin in common with an input before it: a node that reads
+    /// one of both to its end first would wait for ever if both were pipelined.
+    fn meet(
+        &mut self,
+        nodes: &[RawNode],
+        ids: &BTreeMap<&str, NodeId>,
+        node: &RawNode,
+        input: usize,
+    ) -> bool {
+        let mut of = |input: &RawInput| self.of(nodes, ids, input);
+        let own = of(&node.inputs[input]);
+        node.inputs[..input].iter().any(|before| !own.is_disjoint(&of(before)))
+    }
+
+    fn of(
+        &mut self,
+        nodes: &[RawNode],
+        ids: &BTreeMap<&str, NodeId>,
+        input: &RawInput,
+    ) -> Rc<BTreeSet<NodeId>> {
+        let Some(from) = ids.get(input.producer()) else { return Rc::default() };
+        if let Some(known) = self.0.get(from) {
+            return known.clone();
+        }
         let (mut found, mut waiting) = (BTreeSet::new(), vec![input]);
         while let Some(input) = waiting.pop() {
             if let Some(id) = ids.get(input.producer())
@@ -465,10 +528,10 @@ fn breaks_pipeline(
                 waiting.extend(&nodes[id.0 as usize].inputs);
             }
         }
+        let found = Rc::new(found);
+        self.0.insert(*from, found.clone());
         found
-    };
-    let own = origins(&node.inputs[input]);
-    node.inputs[..input].iter().any(|before| !own.is_disjoint(&origins(before)))
+    }
 }
 
 fn unknown_input<'n>(

@@ -168,3 +168,54 @@ fn host_cannot_have_nodes() {
     let problem = spec("", Some("[[sink]]\nname = \"x\"\n")).expect_err("a node");
     assert!(problem.message.contains("[[sink]]"), "{problem}");
 }
+
+#[test]
+fn a_job_that_is_too_large_is_refused_before_anything_is_made_of_it() {
+    let refused = |text: &str| spec(text, None).expect_err("too large").to_string();
+    let sources: String = (0..1_000)
+        .map(|n| format!("[[source]]\nname = \"s{n}\"\nconnector = \"generator\"\n"))
+        .collect();
+    assert!(refused(&sources).contains("nodes of the job: 1001, but at most 1000"));
+    let inputs = vec!["\"s\""; 200_000].join(", ");
+    let wide = format!("[[operator]]\nname = \"o\"\ncomponent = \"o.wasm\"\ninputs = [{inputs}]\n");
+    assert!(refused(&wide).contains("inputs of one node: 200000"));
+    let wide = |parallelism: u32, edge: &str| {
+        format!(
+            "[[source]]\nname = \"t\"\nconnector = \"generator\"\nparallelism = {parallelism}\n\
+             [[operator]]\nname = \"o\"\ncomponent = \"o.wasm\"\nparallelism = {parallelism}\n\
+             inputs = [{{ from = \"t\", partition = \"{edge}\" }}]\n"
+        )
+    };
+    assert!(
+        refused(&wide(32_768, "hash")).contains("channels between tasks of the job: 1073741824")
+    );
+    assert!(spec(&wide(1_000, "hash"), None).is_ok());
+    assert!(spec(&wide(32_768, "forward"), None).is_ok());
+    let many: String = ('a'..='d')
+        .map(|n| {
+            format!("[[source]]\nname = \"{n}\"\nconnector = \"generator\"\nparallelism = 32768\n")
+        })
+        .collect();
+    assert!(refused(&many).contains("tasks of the job: 131073"));
+}
+
+/// A hundred thousand mistakes on one line of a megabyte took gigabytes to say.
+#[test]
+fn mistakes_are_counted_and_their_lines_are_cut() {
+    let unknown: String = (0..50_000).map(|n| format!("k{n} = 1\n")).collect();
+    let problem = spec(&unknown, None).expect_err("unknown keys");
+    assert_eq!(problem.more.len() + 1, 100);
+    let padding = "x".repeat(100_000);
+    let text = format!("[[sink]]\nname = \"out\"\nlong = {{ pad = \"{padding}\", wrong = 1 }}\n");
+    let problem = spec(&text, None).expect_err("unknown keys").to_string();
+    assert!(problem.len() < 4_000, "{} bytes", problem.len());
+}
+
+#[test]
+fn a_manifest_without_end_is_not_read_to_its_end() {
+    let catalog = cofferdam_connectors::builtin();
+    let refused = JobSpec::read_with(Path::new("/dev/zero"), None, &catalog);
+    let refused = refused.expect_err("it never ends");
+    assert_eq!(refused.code, Code::ManifestUnreadable);
+    assert!(refused.to_string().contains("more than 1048576 bytes"), "{refused}");
+}

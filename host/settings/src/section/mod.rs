@@ -17,7 +17,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::{
     Effective,
-    document::{Document, shifted},
+    document::{Document, MISTAKES_MAX, shifted},
     problem::{Code, Problem},
     table::{AnySetting, Key, Kind, Optional, Required, Setting, Value},
     value::{parse_bytes, parse_duration_ms},
@@ -158,7 +158,7 @@ impl<'a> Section<'a> {
         let (mut mistakes, mistake) =
             (self.document.mistakes.borrow_mut(), (self.mistake_key(key), problem));
         // A setting may be read more than once.
-        if !mistakes.contains(&mistake) {
+        if mistakes.len() < MISTAKES_MAX && !mistakes.contains(&mistake) {
             mistakes.push(mistake);
         }
         None
@@ -444,19 +444,16 @@ impl<'a> Section<'a> {
             unknown.filter(|(path, _)| !self.tables.contains_key(*path) || !is_known(path));
         let mut unknown: Vec<_> = unknown.collect();
         // Of what is in a table that is unknown, nothing need be said.
-        let tables: Vec<&String> = unknown
+        let tables: BTreeSet<&str> = unknown
             .iter()
-            .map(|(path, _)| *path)
+            .map(|(path, _)| path.as_str())
             .filter(|it| self.tables.contains_key(*it))
             .collect();
-        let is_inside = |path: &str| {
-            tables.iter().any(|table| {
-                path.strip_prefix(table.as_str()).is_some_and(|rest| rest.starts_with('.'))
-            })
-        };
+        let is_inside =
+            |path: &str| path.match_indices('.').any(|(at, _)| tables.contains(&path[..at]));
         unknown.retain(|(path, _)| !is_inside(path));
         unknown.sort_by_key(|(_, span)| span.start);
-        for (path, span) in unknown {
+        for (path, span) in unknown.into_iter().take(MISTAKES_MAX) {
             if is_known(path) {
                 // Keys are looked for in it, and it is none.
                 let value = self.entries.get(path).map_or("a value", |it| type_name(it.value));
