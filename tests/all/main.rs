@@ -17,6 +17,7 @@ mod disk;
 mod engine;
 mod exactly_once;
 mod failover;
+mod limits;
 mod objects;
 mod program;
 mod readers;

@@ -5,6 +5,7 @@
 //! breaks a promise can be found by trying thousands of seeds and replayed from one of them.
 
 pub mod align;
+pub mod call_size;
 pub mod channel;
 pub mod checkpoint;
 pub mod exchange;

@@ -9,6 +9,7 @@ use cofferdam_connector::{
 use cofferdam_contract::{Description, StateDeclaration};
 use cofferdam_core::{
     align::{Aligner, Barriers, Tracker},
+    call_size::CallSize,
     graph::JobGraph,
     ids::{Attempt, CheckpointId, NodeId, TaskId},
 };
@@ -159,6 +160,7 @@ impl Plan {
                 processed: Processed::default(),
                 guard: None,
                 unsaved: Vec::new(),
+                call_size: CallSize::new(0),
             })),
         };
         Node {

@@ -44,6 +44,8 @@ pub(crate) struct TaskLocal {
     has_retired: AtomicBool,
     /// How many records the next attempt guards, because the operator has trapped; 0: none.
     records_to_guard: AtomicU64,
+    /// How many records come to the next attempt one at a time, because a call with several has failed at a limit.
+    records_alone: AtomicU64,
 }
 
 /// The image of a task while a guest maps it. Goes back when it is dropped, also where the attempt is
@@ -112,6 +114,16 @@ impl TaskLocal {
     /// How many records are to be guarded.
     pub(crate) fn records_to_guard(&self) -> u64 {
         self.records_to_guard.load(Ordering::Relaxed)
+    }
+
+    /// A call with several records has failed at a limit: they will be among the next so many.
+    pub(crate) fn call_alone(&self, records: u64) {
+        self.records_alone.store(records, Ordering::Relaxed);
+    }
+
+    /// How many records come alone.
+    pub(crate) fn records_alone(&self) -> u64 {
+        self.records_alone.load(Ordering::Relaxed)
     }
 
     /// Keeps an instance that has ended until its successor runs.

@@ -14,6 +14,7 @@ use cofferdam_connector::{
 };
 use cofferdam_contract::{Batch, Emission};
 use cofferdam_core::{
+    call_size::CallSize,
     checkpoint::Purpose,
     failure::{EnvironmentError, FailureCause},
     ids::{Attempt, CheckpointId, TaskId, micros},
@@ -22,7 +23,7 @@ use cofferdam_store::{declared, snapshot::TaskSnapshot};
 
 use super::operator::{Context, OperatorTask};
 use crate::{
-    failure::{TaskFailure, blocking, cause_of, cause_with_record, host_bug, storage_cause},
+    failure::{TaskFailure, blocking, cause_of, host_bug, storage_cause},
     state::local::TaskLocal,
     watch::monitor::Monitor,
 };
@@ -107,6 +108,7 @@ impl Node {
                     instance.expect_snapshots();
                 }
                 operator.instance = Some(instance);
+                operator.call_size = CallSize::new(self.local.records_alone());
                 let records_to_guard = self.local.records_to_guard();
                 if 0 < records_to_guard {
                     let is_restored = checkpoint.is_some() && operator.spec.snapshot.has_memory();
@@ -177,28 +179,10 @@ impl Node {
         monitor.metrics.operators[self.task.node.0 as usize].add_in(batch.record_count());
         match &mut self.work {
             Work::Operator(operator) => {
-                let emissions = match operator.instance()?.process(input, &batch).await {
-                    Ok(processed) => {
-                        operator.processed.add(batch.record_count());
-                        operator.commit_call(&self.local, batch.record_count()).await?;
-                        let (local, task, attempt) = (&self.local, self.task, self.attempt);
-                        let parallelism = self.parallelism;
-                        let context = Context { monitor, local, task, attempt, parallelism };
-                        operator.accept(&context, input, &batch, processed)?
-                    }
-                    Err(error) if operator.guard.is_some() => {
-                        let (local, task, attempt) = (&self.local, self.task, self.attempt);
-                        let parallelism = self.parallelism;
-                        let context = Context { monitor, local, task, attempt, parallelism };
-                        operator.isolate(&context, input, &batch, error).await?
-                    }
-                    Err(error) => {
-                        if operator.spec.dead_letter_after.is_some() {
-                            self.local.guard_next(operator.records_to_guard());
-                        }
-                        return Err(cause_with_record(error, &batch));
-                    }
-                };
+                let (local, task, attempt) = (&self.local, self.task, self.attempt);
+                let parallelism = self.parallelism;
+                let context = Context { monitor, local, task, attempt, parallelism };
+                let emissions = operator.process(&context, input, batch).await?;
                 self.local.drop_retired();
                 monitor.note_processed(self.task);
                 Ok(emissions)
@@ -332,6 +316,7 @@ impl Node {
                 if operator.guard.is_none() {
                     self.local.guard_next(0);
                 }
+                self.local.call_alone(0);
                 Ok(())
             }
             _ => Ok(()),

@@ -1,9 +1,13 @@
 //! One instance of an operator: opened, restored, snapshotted.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
 
-use cofferdam_contract::OpenContext;
+use cofferdam_contract::{Batch, Emission, OpenContext};
 use cofferdam_core::{
+    call_size::CallSize,
     failure::{FailureCause, Obstacle},
     ids::{Attempt, CheckpointId, TaskId},
     random::mix,
@@ -23,7 +27,9 @@ use super::{
     host::{Random, TaskHost},
 };
 use crate::{
-    failure::{blocking, cause_of, foreign_key, host_bug, restore_cause, snapshot_cause},
+    failure::{
+        blocking, cause_of, cause_with_record, foreign_key, host_bug, restore_cause, snapshot_cause,
+    },
     state::local::TaskLocal,
     watch::monitor::Monitor,
 };
@@ -59,6 +65,8 @@ pub(crate) struct OperatorTask {
     pub(crate) guard: Option<Guard>,
     /// What was committed since the last checkpoint's snapshot.
     pub(crate) unsaved: Vec<MemorySnapshot>,
+    /// How many records a call of it gets.
+    pub(crate) call_size: CallSize,
 }
 
 /// What an operator's calls need to know of its task.
@@ -114,6 +122,63 @@ impl OperatorTask {
         })?;
         host.is_open.store(true, Ordering::Relaxed);
         Ok(instance)
+    }
+
+    /// Processes a batch, in as many calls as its records need to keep the limits of each.
+    pub(super) async fn process(
+        &mut self,
+        context: &Context<'_>,
+        input: u32,
+        batch: Batch,
+    ) -> Result<Vec<Emission>> {
+        let (count, mut from, mut emissions) = (batch.record_count(), 0, Vec::new());
+        while from < count {
+            let to = count.min(from.saturating_add(self.call_size.records_max()));
+            let part = if to - from < count { &batch.part(from..to) } else { &batch };
+            from = to;
+            let given = self.process_part(context, input, part).await?;
+            if emissions.is_empty() { emissions = given } else { emissions.extend(given) }
+        }
+        Ok(emissions)
+    }
+
+    async fn process_part(
+        &mut self,
+        context: &Context<'_>,
+        input: u32,
+        batch: &Batch,
+    ) -> Result<Vec<Emission>> {
+        let began = Instant::now();
+        match self.instance()?.process(input, batch).await {
+            Ok(processed) => {
+                let load = self.load(began.elapsed(), &processed.emissions);
+                self.call_size.called(batch.record_count(), load);
+                self.processed.add(batch.record_count());
+                self.commit_call(context.local, batch.record_count()).await?;
+                self.accept(context, input, batch, processed)
+            }
+            Err(error) if self.guard.is_some() => self.isolate(context, input, batch, error).await,
+            Err(error) => {
+                if self.spec.dead_letter_after.is_some() {
+                    context.local.guard_next(self.records_to_guard());
+                }
+                if matches!(error, GuestError::Limit(_)) && 1 < batch.record_count() {
+                    // The limit is one for what a record takes.
+                    context.local.call_alone(self.records_to_guard());
+                }
+                Err(cause_with_record(error, batch))
+            }
+        }
+    }
+
+    /// What a call has taken of the limit that it came nearest to. Time in which others had the thread counts, too:
+    /// then calls are smaller than they need be.
+    fn load(&self, took: Duration, emissions: &[Emission]) -> f64 {
+        let limits = &self.spec.limits;
+        let time_max = limits.call_max.min(limits.wait_max);
+        let given: usize = emissions.iter().map(|it| it.records.byte_count()).sum();
+        let time = took.as_secs_f64() / time_max.as_secs_f64().max(1e-9);
+        time.max(given as f64 / (limits.output_bytes_max.max(1)) as f64)
     }
 
     pub(super) async fn restore(

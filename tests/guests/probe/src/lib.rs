@@ -5,9 +5,15 @@
 //! attempt (default: 0), `task` the index of the only task that does it (default: all do). Beside that, `ballast` is a number of bytes
 //! that it holds from the first record on, and `dirty` a number of pages of them that it writes for
 //! each record. With `do = "poison"` it traps at the records whose event times `poison` lists;
-//! with `do = "nap"` it sleeps for 30 ms before each record whose number `at` divides.
+//! with `do = "nap"` it sleeps for 30 ms before each record whose number `at` divides. As a neighbour of other jobs it
+//! is greedy at each record: with `hog` it computes for `busy` ms (default: 300), with `late-hog` only from record `at`
+//! on, with `fill` it overwrites its ballast eight times, with `calls` it calls the host 20,000 times, with `chatter` it
+//! logs 20,000 lines, with `wordy` it emits 20,000 bytes more.
 
-use std::{hint::black_box, time::Instant};
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
 
 use cofferdam_sdk::prelude::*;
 
@@ -32,6 +38,7 @@ pub struct Probe {
     started: Option<Instant>,
     quiet: bool,
     poison: Vec<i64>,
+    busy: Duration,
 }
 
 impl Operator for Probe {
@@ -52,6 +59,7 @@ impl Operator for Probe {
         self.dirty = context.config.get_or("dirty", 0)?;
         let poison = context.config.get("poison").unwrap_or_default();
         self.poison = poison.split_whitespace().filter_map(|time| time.parse().ok()).collect();
+        self.busy = Duration::from_millis(context.config.get_or("busy", 300)?);
         self.quiet = context.config.get_or("quiet", false)?;
         self.started = Some(Instant::now());
         self.ballast_bytes = context.config.get_or("ballast", 0)?;
@@ -84,6 +92,7 @@ impl Operator for Probe {
         if self.deed == "nap" && self.seen.is_multiple_of(self.at) {
             std::thread::sleep(std::time::Duration::from_millis(30));
         }
+        self.be_greedy(out);
         self.seen += 1;
         let count = self.counts.get_or_default(&record);
         *count += 1;
@@ -120,6 +129,23 @@ impl Probe {
     fn is_due(&self) -> bool {
         let attempt = host::attempt();
         attempt < self.attempts && self.at + u64::from(attempt) * self.step == self.seen
+    }
+
+    fn be_greedy(&mut self, out: &mut Output<'_, Self>) {
+        match self.deed.as_str() {
+            "late-hog" if self.seen < self.at => {}
+            "hog" | "late-hog" => {
+                let began = Instant::now();
+                while began.elapsed() < self.busy {
+                    let _ = black_box((0..10_000_u64).fold(0, |sum, n| black_box(sum ^ n)));
+                }
+            }
+            "wordy" => out.emit(Text("wordy"), Text(&"x".repeat(20_000))),
+            "fill" => (0..8).for_each(|n| black_box(&mut self.ballast).fill(n)),
+            "calls" => (0..20_000).for_each(|_| host::add_to_counter("calls", 1)),
+            "chatter" => (0..20_000).for_each(|n| println!("line {n} of many")),
+            _ => {}
+        }
     }
 
     fn misbehave(&mut self, out: &mut Output<'_, Self>) -> Result<()> {
