@@ -23,7 +23,7 @@ mod two_jobs;
 
 fn engine() -> Engine {
     let cache_dir = Some(guest::root().join("target/tests-cache"));
-    Engine::new(EngineOptions { cache_dir }).expect("an engine")
+    Engine::new(EngineOptions { cache_dir, ..EngineOptions::default() }).expect("an engine")
 }
 
 async fn submit(engine: &Engine, manifest: &Path) -> Result<JobHandle, Problem> {

@@ -11,6 +11,7 @@ mod approximate;
 mod archive;
 mod batch;
 mod checkpoints;
+mod compile;
 mod connectors;
 mod dead_letter;
 mod disk;

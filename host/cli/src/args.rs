@@ -4,7 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use cofferdam_engine::problem::Problem;
+use cofferdam_engine::{
+    EngineOptions,
+    compiler::{CompileLimits, Compiler},
+    problem::Problem,
+};
 use cofferdam_spec::host::HostSettings;
 
 /// Runs stream-processing jobs whose tasks are WebAssembly components, each in a sandbox of its
@@ -22,8 +26,26 @@ pub(crate) struct Arguments {
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 the job failed, 2 bad usage or manifest, 70 a bug of the host.\n\
 Errors have codes: `cofferdam explain C0020` explains one.";
 
+/// The verb by which the program is its own compiler.
+const COMPILE: &str = "compile-component";
+
+/// This program again, for every component. It is started by what it is, as it may have been replaced on disk.
+pub(crate) fn compiler() -> Compiler {
+    let itself = PathBuf::from("/proc/self/exe");
+    // Where its path is not known either, it is looked for like any program.
+    let program = match itself.exists() {
+        true => itself,
+        false => std::env::current_exe().unwrap_or_else(|_| PathBuf::from("cofferdam")),
+    };
+    let (arguments, limits) = (vec![COMPILE.into()], CompileLimits::default());
+    Compiler::Child { program, arguments, limits }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// Compile the component on standard input: the program starts itself so
+    #[command(name = COMPILE, hide = true)]
+    Compile,
     /// Make a crate for a new operator, with a job that runs it
     #[command(
         after_help = "Example:\n  cofferdam new wordcount && cd wordcount && cofferdam build && cofferdam run job.toml"
@@ -374,6 +396,11 @@ pub(crate) struct CacheArguments {
 }
 
 impl CacheArguments {
+    /// An engine with that cache, which compiles in children of its own.
+    pub(crate) fn engine(&self) -> EngineOptions {
+        EngineOptions { cache_dir: self.dir(), compiler: compiler() }
+    }
+
     /// The cache's directory; none where the environment names no home.
     pub(crate) fn dir(&self) -> Option<PathBuf> {
         let user_cache = || {
@@ -409,7 +436,8 @@ mod tests {
                 !is_leaf || name == "help" || is_example_given(&command),
                 "{name} gives no example"
             );
-            waiting.extend(command.get_subcommands().filter(|it| it.get_name() != "help").cloned());
+            let shown = command.get_subcommands().filter(|it| it.get_name() != "help");
+            waiting.extend(shown.filter(|it| !it.is_hide_set()).cloned());
         }
     }
 

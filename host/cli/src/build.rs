@@ -6,12 +6,16 @@ use std::{
 };
 
 use cofferdam_engine::{
-    job,
+    EngineOptions, job,
     problem::{Code, Problem},
 };
+use cofferdam_sandbox::Limits;
 use serde_json::{Value, json};
 
-use crate::{args::BuildArguments, report};
+use crate::{
+    args::{BuildArguments, compiler},
+    report,
+};
 
 const TARGET: &str = "wasm32-wasip2";
 
@@ -21,9 +25,10 @@ pub(crate) async fn run(arguments: BuildArguments, is_json: bool) -> Result<(), 
         .output
         .unwrap_or_else(|| arguments.path.join(built.file_name().unwrap_or_default()));
     let name = built.file_stem().and_then(|stem| stem.to_str()).unwrap_or("operator").to_owned();
-    let sandbox = job::sandbox(None)?;
+    let options = EngineOptions { compiler: compiler(), ..EngineOptions::default() };
+    let sandbox = job::sandbox(options)?;
     let component = job::load_component(&sandbox, &name, &built)?;
-    let description = job::describe(&component, &name).await?;
+    let description = job::describe(&component, &name, &Limits::default()).await?;
     std::fs::copy(&built, &output).map_err(|error| {
         Problem::new(
             Code::BuildFailed,

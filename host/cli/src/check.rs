@@ -22,7 +22,7 @@ pub(crate) async fn run(arguments: CheckArguments, is_json: bool) -> Result<(), 
         effective(&spec, is_json);
         return Ok(());
     }
-    let sandbox = job::sandbox(arguments.cache.dir())?;
+    let sandbox = job::sandbox(arguments.cache.engine())?;
     let checked = CheckedJob::new(spec, &sandbox).await?;
     checked.warnings().iter().for_each(|warning| say_aside!("warning: {warning}"));
     let from = arguments.from.map(|dir| RestoreFrom {

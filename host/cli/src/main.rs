@@ -18,7 +18,8 @@ mod watch;
 use std::{io::Write, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
-use cofferdam_engine::problem::Problem;
+use cofferdam_engine::{compiler, problem::Problem};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{Arguments, Verb};
@@ -41,8 +42,17 @@ fn hide_panics_of_sled() {
     }));
 }
 
+/// Each task has some open files. What the system allows at most costs nothing until it is used; what a shell allows by
+/// default is for programs that wait for many files at a time in an old way.
+fn allow_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it may not be raised, it is what it is.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
 fn main() -> ExitCode {
     hide_panics_of_sled();
+    allow_many_files();
     let arguments = Arguments::parse();
     let is_json = arguments.json;
     let exit_code = |result: Result<(), Problem>| match result {
@@ -66,6 +76,7 @@ fn main() -> ExitCode {
             });
             return ExitCode::from(code.unwrap_or_else(|problem| exit_code(Err(problem))));
         }
+        Verb::Compile => return compiler::serve(),
         Verb::Explain(arguments) => explain::run(&arguments, is_json),
         Verb::Schema => {
             say!("{:#}", cofferdam_spec::tables::json_schema(&cofferdam_connectors::builtin()));

@@ -11,7 +11,7 @@ use std::{
 use cofferdam_connector::catalog::Conflicts;
 use cofferdam_connectors::builtin;
 use cofferdam_engine::{
-    Engine, EngineOptions, JobHandle,
+    Engine, JobHandle,
     job::JobOptions,
     problem::{Code, Problem},
     restore::RestoreFrom,
@@ -47,7 +47,7 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     }
     let (begins, begun) = oneshot::channel();
     tokio::spawn(obey_interrupts(Signals::catch(), begun));
-    let engine = Engine::new(EngineOptions { cache_dir: arguments.cache.dir() })?;
+    let engine = Engine::new(arguments.cache.engine())?;
     let checked = engine.check(spec).await?;
     for warning in checked.warnings() {
         tracing::warn!("{warning}");

@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &StateArguments, is_json: bool) -> Result<(), Probl
     opened.warn();
     let metadata = opened.metadata(arguments.id)?;
     check_names(arguments, metadata)?;
-    let sandbox = job::sandbox(arguments.cache.dir())?;
+    let sandbox = job::sandbox(arguments.cache.engine())?;
     let wants_entries =
         arguments.operator.is_some() || arguments.state.is_some() || arguments.key.is_some();
     match wants_entries {

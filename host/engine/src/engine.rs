@@ -23,7 +23,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use cofferdam_sandbox::Sandbox;
+use cofferdam_sandbox::{Sandbox, compiler::Compiler};
 use cofferdam_settings::Problem;
 use cofferdam_spec::JobSpec;
 
@@ -38,6 +38,9 @@ use crate::{
 pub struct EngineOptions {
     /// Where compiled components are kept between runs; `None`: each engine compiles them.
     pub cache_dir: Option<PathBuf>,
+    /// Where they are compiled. Default: in this process, so whoever writes a component can use all of its memory and
+    /// processor time.
+    pub compiler: Compiler,
 }
 
 /// Runs jobs, any number of them, on the tokio runtime that it is called on. Cloning it gives another way to the
@@ -54,7 +57,7 @@ impl Engine {
     /// # Errors
     /// Where WebAssembly cannot run on this machine, or the cache cannot be made.
     pub fn new(options: EngineOptions) -> Result<Self, Problem> {
-        Ok(Self { sandbox: job::sandbox(options.cache_dir)?, jobs: Arc::default() })
+        Ok(Self { sandbox: job::sandbox(options)?, jobs: Arc::default() })
     }
 
     /// Loads the components of a job, asks each what it is, and compares both ends of every edge. Nothing runs, and

@@ -20,4 +20,5 @@ pub use self::{
     job::{restore, state_dir},
     watch::{control, events, history, log, metrics, progress, socket},
 };
+pub use cofferdam_sandbox::compiler;
 pub use cofferdam_settings::problem;

@@ -3,11 +3,13 @@
 
 use std::{
     fs::{DirBuilder, File, TryLockError},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
+
+use rustix::fs::OFlags;
 
 /// How the name of a file begins that was not renamed yet.
 pub const UNFINISHED: &str = ".unfinished-";
@@ -54,6 +56,23 @@ pub const FOR_OWNER: u32 = 0o700;
 /// Opens a file for reading and writing, for its owner alone; makes it where it is not there.
 pub fn create_file(path: &Path) -> io::Result<File> {
     File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(path)
+}
+
+/// The content of a regular file that has at most so many bytes. Waits for nothing: a pipe, a terminal or a device is
+/// refused.
+pub fn read_regular(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    // Opening a pipe would wait for somebody who writes to it.
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes_max < bytes.len() as u64 {
+        return Err(io::Error::other(format!("it has more than {bytes_max} bytes")));
+    }
+    Ok(bytes)
 }
 
 /// Replaces a file: anyone who looks finds the old content or the new, also after a crash.
@@ -131,6 +150,21 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    #[test]
+    fn only_regular_files_of_at_most_so_many_bytes_are_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        fs::write(&path, b"1234").expect("written");
+        assert_eq!(read_regular(&path, 4).expect("it fits"), b"1234");
+        assert!(read_regular(&path, 3).expect_err("too many").to_string().contains("more than 3"));
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo");
+        assert!(made.success());
+        for endless in [&pipe, dir.path(), Path::new("/dev/zero")] {
+            assert!(read_regular(endless, 4).is_err(), "{}", endless.display());
+        }
+    }
 
     #[test]
     fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() {

@@ -1,4 +1,4 @@
-//! From the bytes of a component to compiled code: parse, check, instrument, compile, cache.
+//! From the bytes of a component to code that runs: from the cache, or from the compiler.
 #![allow(unsafe_code, reason = "loads compiled code that this program has written")]
 
 use std::{fmt, sync::Arc};
@@ -8,9 +8,10 @@ use wasmtime::component::{Component as Compiled, ComponentExportIndex, InstanceP
 use crate::{
     bindings::OperatorIndices,
     cache::Cache,
+    compiler,
     engine::{Sandbox, Shared},
-    instrument::{self, Access},
-    validate::{self, Unsound, ValidateError},
+    instrument::Access,
+    rewrite::ComponentError,
     wasi::State,
 };
 
@@ -38,49 +39,6 @@ impl fmt::Debug for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
-}
-
-/// Why bytes cannot be run as an operator.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ComponentError {
-    /// Not WebAssembly.
-    #[error("it is not a WebAssembly file (it begins with {begins_with:?})")]
-    NotWasm {
-        /// The first bytes.
-        begins_with: String,
-    },
-    /// A core module, not a component.
-    #[error("it is a core WebAssembly module, not a component")]
-    CoreModule,
-    /// WebAssembly that breaks off or makes no sense.
-    #[error("it is malformed: {message}")]
-    Malformed {
-        /// What, and at which byte.
-        message: String,
-    },
-    /// A component whose state a snapshot of its memory would miss.
-    #[error("it cannot be checkpointed: {0}")]
-    Unsound(Unsound),
-    /// A component that imports what operators do not get.
-    #[error("it imports what an operator does not get: {message}")]
-    Import {
-        /// Which import.
-        message: String,
-    },
-    /// A component that is not an operator.
-    #[error("it does not export `cofferdam:operator/guest@0.2.0`: {message}")]
-    OtherWorld {
-        /// What is missing.
-        message: String,
-    },
-    /// The compiler refused what the checks had accepted.
-    #[error("compile it")]
-    Compile(
-        /// The compiler's words, or what the system did not give it.
-        #[source]
-        Box<dyn std::error::Error + Send + Sync>,
-    ),
 }
 
 /// A component that is checked, compiled and linked. Cheap to clone.
@@ -159,16 +117,17 @@ impl Sandbox {
         Ok(Component { inner: Arc::new(inner) })
     }
 
+    /// Compiled code of the component that has this content.
     fn compile(&self, bytes: &[u8], digest: Digest) -> Result<Compiled, ComponentError> {
-        let instrumented = rewrite(bytes)?;
-        let compile =
-            |error: wasmtime::Error| ComponentError::Compile(error.into_boxed_dyn_error());
-        let compiled =
-            Compiled::from_binary(&self.shared.engine, &instrumented).map_err(compile)?;
-        if let Err(error) = self.store(&compiled, digest) {
+        let Shared { compiler, engine, without_signals, .. } = &*self.shared;
+        let code = compiler::compile(compiler, engine, *without_signals, bytes)?;
+        if let Some((cache, name)) = self.cache_file(digest)
+            && let Err(error) = cache.write(&name, &code)
+        {
             tracing::warn!(%error, "keep the compiled component: it will be compiled again");
         }
-        Ok(compiled)
+        self.deserialize(&code)
+            .map_err(|error| ComponentError::Compile(error.into_boxed_dyn_error()))
     }
 
     fn cache_file(&self, digest: Digest) -> Option<(&Cache, String)> {
@@ -185,51 +144,15 @@ impl Sandbox {
                 return None;
             }
         };
-        // SAFETY: the code carries a hash under a key that only this user can read, over its name and all
-        // of its bytes, so it was written by `store` below; its name holds the digest of the component,
-        // and the versions of wasmtime, of the checks and of all settings.
-        let loaded = unsafe { Compiled::deserialize(&self.shared.engine, &code) };
+        let loaded = self.deserialize(&code);
         loaded.inspect_err(|error| tracing::warn!(name, %error, "compile again")).ok()
     }
 
-    fn store(&self, compiled: &Compiled, digest: Digest) -> Result<(), wasmtime::Error> {
-        let Some((cache, name)) = self.cache_file(digest) else { return Ok(()) };
-        cache.write(&name, &compiled.serialize()?)?;
-        Ok(())
+    /// Code that the compiler of this program has given, now or before.
+    fn deserialize(&self, code: &[u8]) -> wasmtime::Result<Compiled> {
+        // SAFETY: the code comes from `compiler::compile`, or from the cache. There it carries a hash under a key
+        // that only this user can read, over its name and all of its bytes, so `compile` has written it; and its name
+        // holds the digest of the component, and the versions of wasmtime, of the checks and of all settings.
+        unsafe { Compiled::deserialize(&self.shared.engine, code) }
     }
-}
-
-/// The component that is compiled in place of this one: the same, with accesses to the state that no export
-/// gives.
-///
-/// # Errors
-/// Where the bytes are no component, or one that cannot be checkpointed.
-pub fn rewrite(bytes: &[u8]) -> Result<Vec<u8>, ComponentError> {
-    check_kind(bytes)?;
-    validate::check(bytes)?;
-    // The rewriting relies on what validation guarantees, so validate what was given first.
-    wasmparser::Validator::new_with_features(validate::features())
-        .validate_all(bytes)
-        .map_err(ValidateError::from)?;
-    Ok(instrument::instrument(bytes)?)
-}
-
-impl From<ValidateError> for ComponentError {
-    fn from(error: ValidateError) -> Self {
-        match error {
-            ValidateError::Malformed(message) => Self::Malformed { message },
-            ValidateError::Unsound(unsound) => Self::Unsound(unsound),
-        }
-    }
-}
-
-fn check_kind(bytes: &[u8]) -> Result<(), ComponentError> {
-    if !bytes.starts_with(b"\0asm") {
-        let begins_with = String::from_utf8_lossy(&bytes[..bytes.len().min(8)]).into_owned();
-        return Err(ComponentError::NotWasm { begins_with });
-    }
-    if wasmparser::Parser::is_core_wasm(bytes) {
-        return Err(ComponentError::CoreModule);
-    }
-    Ok(())
 }

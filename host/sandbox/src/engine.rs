@@ -8,12 +8,14 @@ use std::{
     sync::Arc,
 };
 
-use wasmtime::{Config, Engine, component::Linker};
+use wasmtime::{Engine, component::Linker};
 
 use crate::{
     cache::Cache,
+    compiler::Compiler,
+    config::engine_config,
     limits::TICK,
-    memory::{Creator, image, track::Tracking},
+    memory::{image, track::Tracking},
     validate,
     wasi::{self, State},
 };
@@ -29,6 +31,8 @@ pub struct SandboxOptions {
     /// Bounds checks in the guests' code instead of signal handlers, for hosts that want their
     /// signals for themselves; 8 to 20 % slower. Default: false.
     pub without_signals: bool,
+    /// Where components are compiled. Default: in this process.
+    pub compiler: Compiler,
 }
 
 /// How written pages are to be found.
@@ -75,6 +79,8 @@ pub(crate) struct Shared {
     pub(crate) cache: Option<Cache>,
     /// Tells compiled code apart by everything that it depends on beside the component.
     pub(crate) compatibility: u64,
+    pub(crate) compiler: Compiler,
+    pub(crate) without_signals: bool,
 }
 
 impl Sandbox {
@@ -96,7 +102,7 @@ impl Sandbox {
             None => tracing::debug!("written pages are found by {}", tracking.name()),
         }
         let tracking = Arc::new(tracking);
-        let config = engine_config(&options, tracking.clone());
+        let config = engine_config(options.without_signals, tracking.clone());
         let engine = Engine::new(&config).map_err(SandboxError::Engine)?;
         let mut linker = Linker::new(&engine);
         wasi::link(&mut linker).map_err(SandboxError::Engine)?;
@@ -110,7 +116,16 @@ impl Sandbox {
         env!("CARGO_PKG_VERSION").hash(&mut hasher);
         start_ticker(&engine).map_err(SandboxError::Ticker)?;
         let compatibility = hasher.finish();
-        Ok(Self { shared: Arc::new(Shared { engine, linker, tracking, cache, compatibility }) })
+        let SandboxOptions { compiler, without_signals, .. } = options;
+        let shared =
+            Shared { engine, linker, tracking, cache, compatibility, compiler, without_signals };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Makes every guest that runs give up its thread at its next branch or call: its future is polled again later.
+    /// Costs an atomic addition.
+    pub fn interrupt(&self) {
+        self.shared.engine.increment_epoch();
     }
 
     /// How written pages are found here.
@@ -118,26 +133,6 @@ impl Sandbox {
     pub fn tracking(&self) -> &Tracking {
         &self.shared.tracking
     }
-}
-
-/// The one configuration for running, testing and compiling.
-fn engine_config(options: &SandboxOptions, tracking: Arc<Tracking>) -> Config {
-    let mut config = Config::new();
-    config
-        // Memories are our own, and every one starts as zeroes: a copy-on-write image of the data
-        // segments would belong to wasmtime.
-        .with_host_memory(Arc::new(Creator { tracking }))
-        .memory_init_cow(false)
-        .wasm_component_model(true)
-        // Component-model async is not offered; its bookkeeping would cost each call 250 ns.
-        .concurrency_support(false)
-        .epoch_interruption(true)
-        // The same input must give the same memory, on every machine and in every replay.
-        .cranelift_nan_canonicalization(true)
-        .relaxed_simd_deterministic(true)
-        .wasm_backtrace_max_frames(std::num::NonZeroUsize::new(32))
-        .signals_based_traps(!options.without_signals);
-    config
 }
 
 /// Advances the epoch every tick, and makes buffers for snapshots, until the engine is gone.

@@ -2,21 +2,25 @@
 //!
 //! Bytes of a component go in ([`Sandbox::load`]), an [`Instance`] comes out that can process
 //! batches, hand over what changed in its memory, and be put back into an earlier state in a time
-//! that does not depend on the size of that state. The crate knows nothing of jobs and nothing of
-//! tokio: its futures run on any executor, so that another engine can embed it.
+//! that does not depend on the size of that state. The crate knows nothing of jobs: another engine can embed it. Its
+//! futures run on any executor whose threads have entered a tokio runtime with a timer, which ends a call that waits
+//! for too long.
 //!
 //! **Invariant:** this is the only crate that calls wasmtime; `cofferdam-contract` derives its traits for the data that
 //! crosses into a guest.
 
 mod cache;
 mod call;
+pub mod compiler;
 mod component;
+mod config;
 mod engine;
 mod host;
 mod instance;
 mod instrument;
 mod limits;
 pub mod memory;
+mod rewrite;
 mod trap;
 #[doc(hidden)]
 pub mod types;
@@ -43,7 +47,7 @@ mod bindings {
 }
 
 pub use bindings::cofferdam::operator::logging::Level;
-pub use component::{Component, ComponentError, Digest, rewrite};
+pub use component::{Component, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
 pub use host::{Host, QuietHost, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
@@ -53,4 +57,5 @@ pub use memory::{
     image::{Image, MemoryDelta, MemorySnapshot},
     track::Tracking,
 };
+pub use rewrite::{ComponentError, rewrite};
 pub use trap::GuestError;

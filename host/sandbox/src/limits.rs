@@ -19,6 +19,8 @@ const OUTPUT_BYTES_MAX: u64 = 64 << 20;
 const HANDLES_MAX: u32 = 64;
 /// Elements of all tables: function pointers. A large component has ten thousand.
 const TABLE_ELEMENTS_MAX: u64 = 100_000;
+/// Memories of all its modules. Each is an open file of the host's, and a component of one language has one.
+const MEMORIES_MAX: usize = 4;
 /// What a guest may write to the log in a second; the rest is dropped and counted.
 const LOG_BYTES_PER_SECOND_MAX: u64 = 64 << 10;
 
@@ -204,6 +206,73 @@ impl ResourceLimiter for Meter {
     }
 
     fn memories(&self) -> usize {
-        16
+        MEMORIES_MAX
+    }
+}
+
+/// What compiling one component may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct CompileLimits {
+    /// Bytes of the component. Default: 64 MiB.
+    pub component_bytes_max: u64,
+    /// Bytes of memory. Default: 2 GiB.
+    pub memory_bytes_max: u64,
+    /// Processor time of all its threads. Default: 60 s, a hundred times what an operator of 1 MB takes.
+    pub processor_max: Duration,
+    /// Time from its start to its answer. Default: 120 s.
+    pub wall_max: Duration,
+}
+
+impl Default for CompileLimits {
+    fn default() -> Self {
+        Self {
+            component_bytes_max: 64 << 20,
+            memory_bytes_max: 2 << 30,
+            processor_max: Duration::from_secs(60),
+            wall_max: Duration::from_secs(120),
+        }
+    }
+}
+
+/// A limit that compiling a component has reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CompileLimit {
+    /// [`CompileLimits::component_bytes_max`].
+    Component {
+        /// How many it may have.
+        bytes_max: u64,
+    },
+    /// [`CompileLimits::memory_bytes_max`].
+    Memory {
+        /// How many it may have.
+        bytes_max: u64,
+    },
+    /// [`CompileLimits::processor_max`].
+    Processor {
+        /// What it may take.
+        max: Duration,
+    },
+    /// [`CompileLimits::wall_max`].
+    Wall {
+        /// What it may take.
+        max: Duration,
+    },
+}
+
+impl fmt::Display for CompileLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes >> 20;
+        match self {
+            Self::Component { bytes_max } => {
+                write!(f, "it has more than {} MiB", mib(*bytes_max))
+            }
+            Self::Memory { bytes_max } => {
+                write!(f, "compiling it takes more than {} MiB of memory", mib(*bytes_max))
+            }
+            Self::Processor { max } => {
+                write!(f, "compiling it takes more than {} s of processor time", max.as_secs())
+            }
+            Self::Wall { max } => write!(f, "compiling it takes more than {} s", max.as_secs()),
+        }
     }
 }

@@ -9,7 +9,7 @@ use wasmparser::{
 };
 
 /// Why a snapshot of memory would miss some of a component's state.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Unsound {
     /// Two instances of one module have memories of their own behind the same names.
@@ -81,7 +81,7 @@ pub enum Unsound {
         /// The module's number.
         module: u32,
         /// What changes it.
-        instruction: &'static str,
+        instruction: String,
     },
     /// A segment that may be gone.
     #[error("core module {module} drops a segment while it runs (`{instruction}`)")]
@@ -89,7 +89,7 @@ pub enum Unsound {
         /// The module's number.
         module: u32,
         /// What drops it.
-        instruction: &'static str,
+        instruction: String,
     },
     /// State in resources, tasks or streams of the component model.
     #[error("it uses `{what}` of the component model, whose state lies outside its memory")]
@@ -233,7 +233,9 @@ pub(crate) fn features() -> WasmFeatures {
     let without = WasmFeatures::GC
         | WasmFeatures::EXCEPTIONS
         | WasmFeatures::LEGACY_EXCEPTIONS
-        | WasmFeatures::MEMORY64;
+        | WasmFeatures::MEMORY64
+        // Each memory is a file of the host's, and compilers make one for each module. What the host adds has several.
+        | WasmFeatures::MULTI_MEMORY;
     WasmFeatures::default() - without
 }
 
@@ -343,12 +345,16 @@ fn check_operator(module: u32, operator: &Operator<'_>) -> Result<(), ValidateEr
         Operator::TableCopy { .. } => "table.copy",
         Operator::TableInit { .. } => "table.init",
         Operator::DataDrop { .. } => {
-            return Err(Unsound::SegmentDropped { module, instruction: "data.drop" }.into());
+            return Err(
+                Unsound::SegmentDropped { module, instruction: "data.drop".to_owned() }.into()
+            );
         }
         Operator::ElemDrop { .. } => {
-            return Err(Unsound::SegmentDropped { module, instruction: "elem.drop" }.into());
+            return Err(
+                Unsound::SegmentDropped { module, instruction: "elem.drop".to_owned() }.into()
+            );
         }
         _ => return Ok(()),
     };
-    Err(Unsound::TableChanges { module, instruction }.into())
+    Err(Unsound::TableChanges { module, instruction: instruction.to_owned() }.into())
 }

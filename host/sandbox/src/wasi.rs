@@ -43,6 +43,9 @@ use crate::{
 /// A line of output longer than this is cut into messages.
 const LINE_BYTES_MAX: usize = TEXT_BYTES_MAX;
 
+/// Random bytes that one call gives: it takes milliseconds, and cannot be interrupted.
+const RANDOM_BYTES_MAX: u64 = 1 << 20;
+
 /// What a message costs of the limit beside its text: its time, its level, its task.
 const MESSAGE_BYTES: u64 = 128;
 
@@ -69,6 +72,7 @@ impl State {
             .insecure_random_seed(u128::from(seed) << 64 | u128::from(!seed))
             .secure_random(HostRandom(log.clone()))
             .insecure_random(HostRandom(log.clone()))
+            .max_random_size(RANDOM_BYTES_MAX)
             .wall_clock(WallClock(log.clone()))
             .monotonic_clock(monotonic.clone())
             .build();

@@ -216,7 +216,8 @@ fn calls_that_block_hold_up_neither_another_job_of_the_engine_nor_their_own_end(
     let _opens = OpensAtEnd(gate.clone());
     runtime.block_on(async {
         let cache_dir = Some(guest::root().join("target/tests-cache"));
-        let engine = Engine::new(EngineOptions { cache_dir }).expect("an engine");
+        let engine = Engine::new(EngineOptions { cache_dir, ..EngineOptions::default() })
+            .expect("an engine");
         let mut stuck = Vec::new();
         for (number, nodes) in
             [[source, discard], [generator, sink], [source, sink]].iter().enumerate()

@@ -1,20 +1,19 @@
 //! Loads the components of a job, and asks each what it is.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use cofferdam_contract::{Description, Port};
 use cofferdam_core::failure::os_error;
+use cofferdam_files::read_regular;
 use cofferdam_sandbox::{
     Component, ComponentError, GuestError, InstanceSetup, Limits, QuietHost, Sandbox, SandboxError,
     SandboxOptions,
 };
 use cofferdam_settings::{Code, Problem, problem::with_sources};
 use cofferdam_spec::OperatorSpec;
+
+use super::read_out::alone;
+use crate::EngineOptions;
 
 /// An operator whose component was loaded and asked what it is.
 #[derive(Clone)]
@@ -27,8 +26,9 @@ pub(super) struct CheckedOperator {
 ///
 /// # Errors
 /// Where the engine does not work on this machine, or the cache cannot be made.
-pub fn sandbox(cache_dir: Option<PathBuf>) -> Result<Sandbox, Problem> {
-    let options = SandboxOptions { cache_dir, ..SandboxOptions::default() };
+pub fn sandbox(options: EngineOptions) -> Result<Sandbox, Problem> {
+    let EngineOptions { cache_dir, compiler } = options;
+    let options = SandboxOptions { cache_dir, compiler, ..SandboxOptions::default() };
     Sandbox::new(options).map_err(|error| {
         let problem = Problem::new(Code::CannotStart, error.to_string());
         let problem = problem.with_os_error(os_error(&error));
@@ -46,20 +46,32 @@ pub(super) async fn load(
     name: &str,
     spec: &OperatorSpec,
 ) -> Result<CheckedOperator, Problem> {
-    let component = load_component(sandbox, name, &spec.component)?;
-    let description = describe(&component, name)
+    let (sandbox, path, own_name) = (sandbox.clone(), spec.component.clone(), name.to_owned());
+    // It may take seconds.
+    let loaded = tokio::task::spawn_blocking(move || load_component(&sandbox, &own_name, &path));
+    let component = loaded.await.unwrap_or_else(|panic| {
+        Err(Problem::new(Code::HostBug, "loading a component panicked").because(&panic))
+    })?;
+    let description = describe(&component, name, &spec.limits)
         .await
         .map_err(|problem| problem.detail(spec.component.display()))?;
     Ok(CheckedOperator { component, description })
 }
 
-/// Asks a component what it is.
+/// Asks a component what it is, on a thread of its own.
 ///
 /// # Errors
-/// Where it traps or exceeds the default limits instead of answering.
-pub async fn describe(component: &Component, name: &str) -> Result<Description, Problem> {
-    let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 0 };
-    let description = component.describe(setup).await.map_err(|error| match error {
+/// Where it traps or exceeds a limit instead of answering.
+pub async fn describe(
+    component: &Component,
+    name: &str,
+    limits: &Limits,
+) -> Result<Description, Problem> {
+    let setup = InstanceSetup { host: Arc::new(QuietHost), limits: limits.clone(), seed: 0 };
+    let asked = component.clone();
+    let answer = tokio::task::spawn_blocking(move || alone(asked.describe(setup))).await;
+    let answer = answer.unwrap_or_else(|_| Err(GuestError::Host("it panicked".to_owned())));
+    let description = answer.map_err(|error| match error {
         GuestError::Unavailable { .. } => {
             Problem::new(Code::CannotStart, format!("operator \"{name}\" cannot be instantiated"))
                 .with_os_error(error.os_error())
@@ -130,12 +142,15 @@ fn check_description(description: &Description) -> Result<(), String> {
     Ok(())
 }
 
+/// No component is larger than this, however much its compiler may use.
+const COMPONENT_BYTES_MAX: u64 = 256 << 20;
+
 /// Reads and checks one component.
 ///
 /// # Errors
 /// What is wrong with the file, with a code for each kind.
 pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Component, Problem> {
-    let bytes = fs::read(path).map_err(|error| {
+    let bytes = read_regular(path, COMPONENT_BYTES_MAX).map_err(|error| {
         Problem::new(Code::ComponentUnreadable, format!("cannot read the component of operator \"{name}\""))
             .with_os_error(os_error(&error))
             .detail(format!("{}: {error}", path.display()))
@@ -155,6 +170,13 @@ pub fn load_component(sandbox: &Sandbox, name: &str, path: &Path) -> Result<Comp
             ),
             ComponentError::Import { .. } => {
                 (Code::OtherWorld, "an operator gets logging, metrics, clocks, randomness and standard output: no files, no network")
+            }
+            ComponentError::Limit(_) | ComponentError::Crashed { .. } => (
+                Code::CompileLimit,
+                "split large functions, or leave out what the operator does not use",
+            ),
+            ComponentError::NoCompiler(_) => {
+                (Code::CannotStart, "the host starts itself again to compile: it needs a free process")
             }
             _ => (Code::OtherWorld, "an operator is a crate with one #[operator]; see `cofferdam new`"),
         };

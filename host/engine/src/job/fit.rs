@@ -222,7 +222,9 @@ fn check_states(
             return Err(mismatch(what.to_owned()));
         }
         let Some(component) = tasks.components.get(name) else { continue };
-        let answer = on_instance(component, Limits::default(), async |instance| {
+        let node = tasks.spec.nodes.iter().find(|node| node.name == *name);
+        let limits = node.map_or_else(Limits::default, |node| node.kind.limits());
+        let answer = on_instance(component, limits, async |instance| {
             instance.converts(number, &before.schema).await
         });
         match answer {

@@ -35,7 +35,7 @@ pub(crate) fn on_instance<T: Send>(
     // On a thread of its own: this one may be an executor's.
     let answer = std::thread::scope(|scope| {
         let asked = scope.spawn(|| {
-            futures::executor::block_on(async {
+            alone(async {
                 let mut instance = component.instantiate(setup).await?;
                 ask(&mut instance).await
             })
@@ -44,6 +44,16 @@ pub(crate) fn on_instance<T: Send>(
     });
     answer
         .unwrap_or_else(|_| Err(GuestError::Host("the call to the component panicked".to_owned())))
+}
+
+/// Runs a call of a guest on this thread, with the timer that ends it where it waits for too long.
+pub(super) fn alone<T>(call: impl Future<Output = Result<T, GuestError>>) -> Result<T, GuestError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let runtime = runtime.map_err(|error| GuestError::Unavailable {
+        message: format!("make a timer for a guest: {error}"),
+        os_error: error.raw_os_error(),
+    })?;
+    runtime.block_on(call)
 }
 
 /// Whose memory an image is of.
