@@ -11,6 +11,7 @@ mod call;
 mod checkpoint;
 mod failover;
 mod hotstate;
+mod neighbours;
 mod recovery;
 mod state;
 mod support;
@@ -29,10 +30,11 @@ fn main() -> Result<()> {
         Some("checkpoint") => checkpoint::run(),
         Some("failover") => failover::run(),
         Some("hotstate") => hotstate::run(),
+        Some("neighbours") => neighbours::run(),
         Some("state") => state::run(),
         Some("wordcount") => wordcount::run(),
         other => bail!(
-            "which benchmark: call, recovery, checkpoint, failover, hotstate, state or wordcount? (not {other:?})"
+            "which benchmark: call, recovery, checkpoint, failover, hotstate, neighbours, state or wordcount? (not {other:?})"
         ),
     }
 }

@@ -19,6 +19,7 @@ mod engine;
 mod exactly_once;
 mod failover;
 mod limits;
+mod neighbours;
 mod objects;
 mod program;
 mod readers;

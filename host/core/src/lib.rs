@@ -21,5 +21,6 @@ pub mod origin;
 pub mod random;
 pub mod redistribute;
 pub mod restart;
+pub mod share;
 pub mod shuffle;
 pub mod watermark;

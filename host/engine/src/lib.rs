@@ -12,6 +12,7 @@ pub mod schema;
 mod state;
 mod storage;
 mod task;
+mod threads;
 mod watch;
 
 pub use self::{

@@ -20,6 +20,8 @@ pub struct CheckedJob {
     /// The spec, with every output resolved.
     pub spec: JobSpec,
     pub(super) operators: BTreeMap<NodeId, CheckedOperator>,
+    /// Where its operators were loaded.
+    pub(super) sandbox: Sandbox,
 }
 
 impl CheckedJob {
@@ -42,13 +44,14 @@ impl CheckedJob {
             }
         }
         all(problems)?;
-        Self::of(spec, operators)
+        Self::of(spec, operators, sandbox.clone())
     }
 
     /// A job whose components are loaded: compares both ends of every edge.
     pub(super) fn of(
         mut spec: JobSpec,
         operators: BTreeMap<NodeId, CheckedOperator>,
+        sandbox: Sandbox,
     ) -> Result<Self, Problem> {
         let mut problems = Vec::new();
         problems.extend(check_dead_letters(&spec, &operators).err());
@@ -60,7 +63,7 @@ impl CheckedJob {
         spec.graph = JobGraph::new(nodes, edges).map_err(|error| {
             Problem::new(Code::HostBug, format!("a graph that was checked is wrong: {error:?}"))
         })?;
-        Ok(Self { spec, operators })
+        Ok(Self { spec, operators, sandbox })
     }
 
     /// What its components make of the manifest, and people should know before the state is written.

@@ -17,7 +17,7 @@ use cofferdam_core::{
     ids::{CheckpointId, Millis, TaskId},
     job::{Effect, Event, Job, Outcome, TaskAttempt},
 };
-use futures::FutureExt;
+use futures::{FutureExt, future::join_all};
 use tokio::{
     sync::mpsc::{UnboundedReceiver, UnboundedSender},
     task::JoinHandle,
@@ -31,6 +31,7 @@ use crate::{
     job::{plan::Plan, rehearsal::Rehearsal},
     state::local::TaskLocal,
     task::{Control, Head},
+    threads::{GuestTask, Share},
     watch::{
         control::{KeptCheckpoint, SavepointRequests},
         monitor::{Monitor, WriterReport},
@@ -67,7 +68,7 @@ struct RunningWorker {
     tasks: Vec<TaskId>,
     is_source: bool,
     control: UnboundedSender<Control>,
-    handle: JoinHandle<()>,
+    task: GuestTask<()>,
     /// Feeds the channels that begin at partitions.
     reader: Option<JoinHandle<()>>,
     partition_channels: Vec<Sender>,
@@ -298,7 +299,7 @@ impl Driver {
             tasks: tasks.len(),
         });
         let workers = self.plan.workers(tasks, restore_from, ignore_up_to, &self.monitor);
-        self.workers.extend(workers.into_iter().map(run));
+        self.workers.extend(workers.into_iter().map(|worker| run(worker, &self.plan.share)));
     }
 
     fn cancel_tasks(&mut self, tasks: Vec<TaskAttempt>) {
@@ -308,18 +309,20 @@ impl Driver {
             std::mem::take(&mut self.workers).into_iter().partition(|worker| is_meant(worker));
         self.workers = others;
         let ending: Vec<RunningWorker> = ending;
-        for worker in &ending {
-            worker.handle.abort();
-            worker.reader.iter().for_each(JoinHandle::abort);
-        }
         self.plan.links.disconnect(|consumer| tasks.iter().any(|(task, _)| *task == consumer));
+        let (mut cancelled, mut are_ended) = (Vec::new(), Vec::new());
+        for worker in ending {
+            worker.reader.iter().for_each(JoinHandle::abort);
+            cancelled.push(worker.task.cancel());
+            are_ended.push(worker.calls_ended);
+        }
+        // Every task is cancelled by the first poll, and this here.
+        let mut cancelled = join_all(cancelled);
+        let are_gone = (&mut cancelled).now_or_never().is_some();
         let monitor = self.monitor.clone();
         tokio::spawn(async move {
-            let mut are_ended = Vec::with_capacity(ending.len());
-            for worker in ending {
-                // An abort is what was asked for, and a panic was reported by the worker itself.
-                let _ = worker.handle.await;
-                are_ended.push(worker.calls_ended);
+            if !are_gone {
+                cancelled.await;
             }
             let calls = async {
                 for ended in &mut are_ended {
@@ -347,7 +350,7 @@ fn tell<'w>(workers: impl IntoIterator<Item = &'w RunningWorker>, control: Contr
     }
 }
 
-fn run(prepared: PreparedWorker) -> RunningWorker {
+fn run(prepared: PreparedWorker, share: &Arc<Share>) -> RunningWorker {
     let PreparedWorker { worker, control, reader, calls_ended } = prepared;
     let channels = reader.iter().flat_map(|reader| &reader.channels);
     let partition_channels = channels.map(|channel| channel.sender.clone()).collect();
@@ -365,9 +368,9 @@ fn run(prepared: PreparedWorker) -> RunningWorker {
             None
         }
     });
-    let handle = tokio::spawn(async move {
+    let task = share.spawn(async move {
         let ended = AssertUnwindSafe(worker.run()).catch_unwind().await;
-        let (task, cause) = match ended {
+        let (failed, cause) = match ended {
             Ok(Ok(())) => return,
             Ok(Err(failure)) => (failure.task, failure.cause),
             Err(panic) => {
@@ -377,7 +380,7 @@ fn run(prepared: PreparedWorker) -> RunningWorker {
                 (first, host_bug(text))
             }
         };
-        monitor.report(Event::TaskFailed { task: Some((task, attempt)), cause, lost: None });
+        monitor.report(Event::TaskFailed { task: Some((failed, attempt)), cause, lost: None });
     });
-    RunningWorker { tasks, is_source, control, handle, reader, partition_channels, calls_ended }
+    RunningWorker { tasks, is_source, control, task, reader, partition_channels, calls_ended }
 }

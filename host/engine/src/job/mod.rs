@@ -59,6 +59,7 @@ use self::{
 };
 use crate::{
     storage::StorageHandle,
+    threads::Share,
     watch::{
         control::{JobControl, KeptCheckpoint, SavepointRequests},
         history::{self, Recorder},
@@ -80,7 +81,7 @@ impl CheckedJob {
     /// checkpoint of its end. The components stay those that are loaded.
     pub(crate) fn rescaled(&self, parallelism: &BTreeMap<String, u32>) -> Result<Self, Problem> {
         let spec = self.spec.with_parallelism(parallelism)?;
-        let other = Self::of(spec, self.operators.clone())?;
+        let other = Self::of(spec, self.operators.clone(), self.sandbox.clone())?;
         if [self, &other].iter().any(|it| it.spec.graph.has_exchange(ExchangeType::has_partition)) {
             return Err(Problem::new(Code::RequestRefused, "the job cannot be rescaled")
                 .detail("its regions run one after the other, and have no state between them"));
@@ -185,7 +186,10 @@ impl Job {
         lock: Option<Arc<File>>,
     ) -> Result<Self, Problem> {
         let identities = checked.identities();
-        let CheckedJob { spec, operators } = checked;
+        let CheckedJob { spec, operators, sandbox } = checked;
+        let share = Share::new(options.weight, sandbox).map_err(|error| {
+            Problem::new(Code::CannotStart, "cannot start the threads of guests").because(&error)
+        })?;
         let tasks: Vec<TaskId> = spec.graph.tasks().into_iter().collect();
         let nodes = prepare_nodes(&spec, &operators)?;
         let state_dir = options.state_dir.as_deref().or_else(|| spec.storage.state_dir());
@@ -226,7 +230,7 @@ impl Job {
             record.begin(dir, chosen.lineage.job, begun_from).map_err(|error| unusable(&error))?;
         }
         let requests = savepoint_requests(&store, &resume).map_err(|error| unusable(&error))?;
-        let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators);
+        let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators, share);
         (plan.partitions, plan.locals, plan.untried) = (partitions, locals, untried);
         let metrics = Arc::new(Metrics::of(spec.nodes.iter().map(|node| node.name.as_str())));
         let (events, inbox) = mpsc::unbounded_channel();
@@ -324,8 +328,6 @@ impl Job {
         let requests = self.requests.clone();
         let driver =
             Driver::new(self.plan, core, monitor, &report(), self.inbox, requests, blocking);
-        // On the runtime's own threads, next to the workers: a failure is answered without waking
-        // another thread.
         let outcome = tokio::spawn(driver.run(first)).await;
         self.requests.close();
         let outcome = outcome.map_err(|panic| {

@@ -35,6 +35,7 @@ use crate::{
         node::{Node, Work},
         operator::OperatorTask,
     },
+    threads::Share,
 };
 
 /// What is needed to build the workers of an attempt.
@@ -61,6 +62,8 @@ pub(crate) struct Plan {
     pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
     /// The tasks whose declared state is to be read out for a trial.
     pub(crate) untried: Vec<Untried>,
+    /// Runs its tasks.
+    pub(crate) share: Arc<Share>,
 }
 
 pub(super) enum NodePlan {
@@ -94,6 +97,7 @@ impl Plan {
         nodes: Vec<NodePlan>,
         outputs: BTreeMap<String, Box<dyn SinkPlan>>,
         operators: &BTreeMap<NodeId, CheckedOperator>,
+        share: Arc<Share>,
     ) -> Self {
         let ids = (0..).map(NodeId).zip(&spec.nodes);
         Self {
@@ -110,6 +114,7 @@ impl Plan {
             partitions: None,
             locals: BTreeMap::new(),
             untried: Vec::new(),
+            share,
         }
     }
 

@@ -10,7 +10,7 @@ use cofferdam_connector::{
     catalog::{Conflicts, OutputContext, SinkPlan},
     identity::Id,
 };
-use cofferdam_core::exchange::ExchangeType;
+use cofferdam_core::{exchange::ExchangeType, share::WEIGHT_DEFAULT};
 use cofferdam_files::resolved;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind};
@@ -27,7 +27,7 @@ use crate::job::{
 };
 
 /// What the manifest does not say.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct JobOptions {
     /// Where the state is, instead of where the manifest says.
     pub state_dir: Option<PathBuf>,
@@ -39,8 +39,24 @@ pub struct JobOptions {
     pub again: bool,
     /// Ways out of conflicts between the state and the output.
     pub conflicts: Conflicts,
+    /// Its share of the processor's time beside the other jobs of the process, relative to theirs; 100 by default.
+    pub weight: u32,
     /// Makes the storage fail, for tests of what follows from that.
     pub faults: Option<Faults>,
+}
+
+impl Default for JobOptions {
+    fn default() -> Self {
+        Self {
+            state_dir: None,
+            seed: 0,
+            from: None,
+            again: false,
+            conflicts: Conflicts::default(),
+            weight: WEIGHT_DEFAULT,
+            faults: None,
+        }
+    }
 }
 
 impl JobOptions {

@@ -30,10 +30,9 @@ use cofferdam_store::{
     table::{Table, Tables},
 };
 
-use tokio::runtime::{Handle, RuntimeFlavor};
-
 use self::layer::{ENTRY_BYTES, Layer, decode, encode, unspilled};
 use super::as_of::AsOf;
+use crate::threads::wait_for_disk;
 
 /// Completed layers that wait for the table: from so many write buffers on, anyone who writes helps.
 const BEHIND_MAX: u64 = 2;
@@ -172,7 +171,7 @@ impl KeyedState {
         let is_behind = BEHIND_MAX * self.limits.write_buffer_bytes < inner.behind_bytes();
         drop(inner);
         if is_behind {
-            off_the_runtime(|| self.apply_completed()).map_err(unavailable)?;
+            wait_for_disk(|| self.apply_completed()).map_err(unavailable)?;
         }
         Ok(())
     }
@@ -182,7 +181,7 @@ impl KeyedState {
         if buffered_bytes <= self.limits.write_buffer_bytes {
             return Ok(());
         }
-        off_the_runtime(|| layer.spill(&self.tables))
+        wait_for_disk(|| layer.spill(&self.tables))
     }
 
     fn write(
@@ -442,15 +441,6 @@ impl KeyedState {
         self.commit_call()?;
         self.lock().uncommitted = None;
         Ok(())
-    }
-}
-
-/// Does what waits for a disk. Other tasks leave this thread meanwhile, where the runtime has others for them.
-fn off_the_runtime<T>(work: impl FnOnce() -> T) -> T {
-    let flavor = Handle::try_current().map(|runtime| runtime.runtime_flavor());
-    match flavor {
-        Ok(RuntimeFlavor::CurrentThread) => work(),
-        _ => tokio::task::block_in_place(work),
     }
 }
 
