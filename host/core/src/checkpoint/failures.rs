@@ -87,7 +87,7 @@ mod tests {
                     counter.on_success(id.expect("an id"));
                     continue;
                 }
-                "EXPIRED" => AbortReason::Expired,
+                "EXPIRED" => AbortReason::Expired { task: None, others: 0 },
                 "DECLINED" => AbortReason::Declined { task: None, message },
                 "IO" => AbortReason::Io(EnvironmentError::new(message)),
                 "ASYNC" => AbortReason::SnapshotNotStored {

@@ -315,8 +315,11 @@ impl Coordinator {
     /// [`Coordinator::begin_due`]: the job may fail or end by it.
     pub fn expire(&mut self, now: Millis, steps: &mut Vec<Step>) {
         for checkpoint in self.collecting() {
-            if self.pending[&checkpoint].deadline().is_some_and(|deadline| deadline <= now) {
-                self.abort(checkpoint, AbortReason::Expired, steps);
+            if let Stage::Collecting { missing, deadline } = &self.pending[&checkpoint].stage
+                && *deadline <= now
+            {
+                let (task, others) = (missing.first().copied(), missing.len().saturating_sub(1));
+                self.abort(checkpoint, AbortReason::Expired { task, others }, steps);
             }
         }
     }

@@ -378,7 +378,7 @@ fn every_reason_has_a_name_and_words_of_its_own() {
         AbortReason::NotAllTasksRunning,
         AbortReason::Io(EnvironmentError::new(message())),
         AbortReason::SnapshotNotStored { task: None, error: EnvironmentError::new(message()) },
-        AbortReason::Expired,
+        AbortReason::Expired { task: None, others: 0 },
         AbortReason::Subsumed,
         AbortReason::Declined { task: None, message: message() },
         AbortReason::NotFinalized(EnvironmentError::new(message())),

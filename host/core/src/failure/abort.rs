@@ -25,7 +25,12 @@ pub enum AbortReason {
         error: EnvironmentError,
     },
     /// Not every task had acked within the timeout.
-    Expired,
+    Expired {
+        /// The first that had not.
+        task: Option<TaskId>,
+        /// How many others had not.
+        others: usize,
+    },
     /// A newer checkpoint is complete.
     Subsumed,
     /// A task could not take its snapshot.
@@ -60,7 +65,7 @@ impl AbortReason {
         match self {
             Self::Io(_)
             | Self::SnapshotNotStored { .. }
-            | Self::Expired
+            | Self::Expired { .. }
             | Self::Declined { .. }
             | Self::NotFinalized(_) => true,
             Self::TooManyRequests
@@ -86,7 +91,7 @@ impl AbortReason {
             Self::NotAllTasksRunning => "NOT_ALL_REQUIRED_TASKS_RUNNING",
             Self::Io(_) => "IO_EXCEPTION",
             Self::SnapshotNotStored { .. } => "CHECKPOINT_ASYNC_EXCEPTION",
-            Self::Expired => "CHECKPOINT_EXPIRED",
+            Self::Expired { .. } => "CHECKPOINT_EXPIRED",
             Self::Subsumed => "CHECKPOINT_SUBSUMED",
             Self::Declined { .. } => "CHECKPOINT_DECLINED",
             Self::NotFinalized(_) => "FINALIZE_CHECKPOINT_FAILURE",
@@ -114,7 +119,9 @@ impl AbortReason {
     #[must_use]
     pub fn task(&self) -> Option<TaskId> {
         match self {
-            Self::SnapshotNotStored { task, .. } | Self::Declined { task, .. } => *task,
+            Self::SnapshotNotStored { task, .. }
+            | Self::Expired { task, .. }
+            | Self::Declined { task, .. } => *task,
             _ => None,
         }
     }
@@ -133,7 +140,13 @@ impl AbortReason {
             Self::SnapshotNotStored { error, .. } => {
                 format!("its snapshot was not stored: {error}")
             }
-            Self::Expired => "not every task acknowledged it within the timeout".to_owned(),
+            Self::Expired { others: 0, .. } => {
+                "did not acknowledge it within the timeout".to_owned()
+            }
+            Self::Expired { others, .. } => {
+                let tasks = if *others == 1 { "task" } else { "tasks" };
+                format!("and {others} other {tasks} did not acknowledge it within the timeout")
+            }
             Self::Subsumed => "a newer checkpoint is complete".to_owned(),
             Self::Declined { message, .. } => format!("declined: {message}"),
             Self::NotFinalized(error) => format!("it was not finalized: {error}"),

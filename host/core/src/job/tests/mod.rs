@@ -194,7 +194,7 @@ fn show(effect: &Effect, all: &[TaskId]) -> String {
         }
         Effect::Discard { checkpoint, reason, .. } => {
             let reason = match reason {
-                AbortReason::Expired => "expired",
+                AbortReason::Expired { .. } => "expired",
                 AbortReason::Declined { .. } => "declined",
                 AbortReason::NotFinalized { .. } => "lost",
                 AbortReason::FailoverRegion => "restarted",
