@@ -219,6 +219,9 @@ fn every_deed_is_told_apart() {
         other => panic!("{deed_name}: {other:?}"),
     };
     assert!(matches!(limit("spin", &short), Limit::Call { .. }));
+    // Standard output is one, and what it writes to another.
+    let few = Limits { handles_max: 1, ..short.clone() };
+    assert_eq!(limit("println", &few), Limit::Handles { max: 1 });
     assert!(matches!(
         limit("eat-memory", &Limits { call_max: Duration::from_secs(9), ..short.clone() }),
         Limit::Memory { .. }

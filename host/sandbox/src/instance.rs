@@ -510,12 +510,9 @@ impl Instance {
 
 fn classify(error: &wasmtime::Error, store: &mut Store<State>, limits: &Limits) -> GuestError {
     let state = store.data_mut();
-    let refused = state.meter.refused().or_else(|| {
-        let max = limits.handles_max;
-        (max as usize <= state.handle_count()).then_some(Limit::Handles { max })
-    });
+    let refused = state.meter.refused();
     let last_words = state.last_words.take();
-    GuestError::classify(error, refused, last_words, limits.output_bytes_max)
+    GuestError::classify(error, refused, last_words, limits)
 }
 
 /// A guest's columns are a guest's claim: ends must ascend and lie within their column.

@@ -1,10 +1,10 @@
 //! Tells a guest's trap, a limit, a rejected record and a host bug apart.
 
-use wasmtime::{Error, Trap, WasmBacktrace};
+use wasmtime::{Error, Trap, WasmBacktrace, component::ResourceTableError};
 
 use cofferdam_contract::{ErrorClass, OperatorError, text};
 
-use crate::{StateError, limits::Limit, memory::NOT_RESERVED};
+use crate::{Limits, StateError, limits::Limit, memory::NOT_RESERVED};
 
 /// Why a call into a guest gave no result. After each but `Rejected` and `Failed` the instance is
 /// gone: its memory is not state any more.
@@ -107,7 +107,7 @@ impl GuestError {
         error: &Error,
         refused: Option<Limit>,
         last_words: Option<String>,
-        output_bytes_max: u64,
+        limits: &Limits,
     ) -> Self {
         if let Some(limit) = error.downcast_ref::<Limit>() {
             return Self::Limit(*limit);
@@ -121,13 +121,17 @@ impl GuestError {
             let message = format!("the guest called exit({})", exit.0);
             return Self::Trap { message, backtrace: backtrace(error) };
         }
-        let words = format!("{error:#}");
-        // A trap names functions as the guest has called them.
-        if words.contains(NOT_RESERVED) && error.downcast_ref::<Trap>().is_none() {
+        if let Some(ResourceTableError::Full) = error.downcast_ref() {
+            return Self::Limit(Limit::Handles { max: limits.handles_max });
+        }
+        // Not all of its words: its backtrace names functions as the guest has called them.
+        let words = error.root_cause().to_string();
+        let is_trap = error.downcast_ref::<Trap>().is_some();
+        if words.contains(NOT_RESERVED) && !is_trap {
             return Self::Unavailable { os_error: os_error_in(&words), message: words };
         }
-        if words.contains(OUTPUT_EXHAUSTED) {
-            return Self::Limit(Limit::Output { bytes_max: output_bytes_max });
+        if words.contains(OUTPUT_EXHAUSTED) && !is_trap {
+            return Self::Limit(Limit::Output { bytes_max: limits.output_bytes_max });
         }
         let message = match (error.downcast_ref::<Trap>(), refused) {
             (Some(Trap::StackOverflow), _) => return Self::Limit(Limit::Stack),
