@@ -18,6 +18,7 @@ mod disk;
 mod engine;
 mod exactly_once;
 mod failover;
+mod grants;
 mod limits;
 mod neighbours;
 mod objects;

@@ -45,6 +45,11 @@ pub(crate) async fn run(arguments: RunArguments, is_json: bool) -> Result<(), Pr
     for warning in &spec.warnings {
         tracing::warn!("{warning}");
     }
+    if spec.grants.is_none() {
+        tracing::info!(
+            "the job may open whatever its manifest names: no host's file has [grants.default]"
+        );
+    }
     let (begins, begun) = oneshot::channel();
     tokio::spawn(obey_interrupts(Signals::catch(), begun));
     let engine = Engine::new(arguments.cache.engine())?;

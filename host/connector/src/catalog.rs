@@ -16,6 +16,7 @@ use std::{
 
 use cofferdam_contract::Format;
 use cofferdam_core::failure::{FailureCause, Obstacle};
+use cofferdam_files::Grants;
 use cofferdam_settings::{AnySetting, Problem, Section};
 
 use crate::{Answer, Sink, Source, TaskContext, identity::Lineage, sink::Guarantee};
@@ -36,6 +37,8 @@ pub struct NodeContext<'a> {
     pub name: &'a str,
     /// Where relative paths begin: the manifest's directory.
     pub base_dir: &'a Path,
+    /// Which files the host lets it open: open them by [`Grants::open`].
+    pub grants: &'a Grants,
 }
 
 /// One kind of source.
@@ -64,6 +67,12 @@ pub trait SourceSpec: fmt::Debug + Send + Sync {
     /// Whether it has an output for bad records.
     fn has_dead_letters(&self) -> bool {
         false
+    }
+
+    /// The files and directories that it reads, as far as the manifest says: the host has to grant them.
+    fn reads(&self, base_dir: &Path) -> Vec<PathBuf> {
+        let _ = base_dir;
+        Vec::new()
     }
 
     /// Looks at what there is to read. Called once a run, before anything is written.
@@ -145,8 +154,8 @@ pub trait SinkSpec: fmt::Debug + Send + Sync {
         value != Format::Postcard
     }
 
-    /// The directory that it writes to, if it writes to one: no other sink may have it, nor may it lie within the
-    /// job's state.
+    /// The directory that it writes to, if it writes to one: the host has to grant it, no other sink may have it, nor
+    /// may it lie within the job's state.
     fn directory(&self) -> Option<&Path> {
         None
     }
@@ -216,6 +225,8 @@ pub struct OutputContext<'a> {
     pub states: Vec<&'a [u8]>,
     /// Where the job records what it has committed, if it has a directory.
     pub record_dir: Option<PathBuf>,
+    /// Which files the host lets it write: states may name other places than the manifest.
+    pub grants: &'a Grants,
     /// Ways out of conflicts between the state and the output.
     pub conflicts: Conflicts,
     /// Whether the output is only asked for: nothing is locked then.

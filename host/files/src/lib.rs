@@ -1,6 +1,8 @@
 //! Files and directories that survive a power loss and other processes: what is made is synced with its name, what
 //! is replaced is whole, and what one process uses is locked.
 
+mod grants;
+
 use std::{
     fs::{DirBuilder, File, TryLockError},
     io::{self, Read, Write},
@@ -10,6 +12,8 @@ use std::{
 };
 
 use rustix::fs::OFlags;
+
+pub use self::grants::Grants;
 
 /// How the name of a file begins that was not renamed yet.
 pub const UNFINISHED: &str = ".unfinished-";

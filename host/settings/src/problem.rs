@@ -79,6 +79,7 @@ codes! {
     AlreadyFinished = "C0035", 0, "The job has finished";
     OtherFinished = "C0036", 2, "The job has ended and does not restart by itself";
     CompileLimit = "C0037", 2, "A component takes too much to compile";
+    NotGranted = "C0038", 2, "The host does not grant it";
     Trapped = "C0101", 1, "A task trapped and the job gave up";
     LimitExceeded = "C0102", 1, "A task exceeded a limit and the job gave up";
     Rejected = "C0103", 1, "A task rejected its input and the job gave up";

@@ -6,6 +6,7 @@
 mod connector;
 mod execution;
 mod flink;
+pub mod grants;
 pub mod host;
 mod nodes;
 mod operator;
@@ -40,9 +41,9 @@ use cofferdam_sandbox::Limits;
 use cofferdam_settings::{
     AnySetting, Code, Document, Effective, Problem, Required, Section, Setting, table::Key,
 };
-use toml::de::DeTable;
+use toml::de::{DeTable, DeValue};
 
-use self::host::HostSettings;
+use self::{grants::HostGrants, host::HostSettings};
 
 pub use self::nodes::partitioner_name;
 
@@ -112,6 +113,8 @@ pub struct JobSpec {
     pub warnings: Vec<String>,
     /// Every setting that was read, as it counts.
     pub effective: Vec<Effective>,
+    /// What the host lets it open and use; `None`: the host says nothing, and whatever the manifest names is granted.
+    pub grants: Option<HostGrants>,
 }
 
 /// What failures lead to.
@@ -403,8 +406,14 @@ impl Source {
         let host_start =
             host.map(|host| document.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
         let table = document.parse(&self.text, 0)?;
-        let host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
+        let mut host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
         let mut layers = vec![(&table, 0)];
+        // It is no setting of a job.
+        let granted = host_table.as_mut().and_then(|table| table.remove(grants::TABLE));
+        let grants = match &granted {
+            Some(granted) => Some(read_grants(&document, granted, host, host_start)?),
+            None => None,
+        };
         if let Some(table) = &host_table {
             refuse_nodes(&document, table, host_start)?;
             layers.push((table, host_start));
@@ -412,10 +421,50 @@ impl Source {
         let root = Section::root(&document, &layers);
         let base_dir = self.path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         let mut spec = read_job(&root, &base_dir, catalog, &self.parallelism)?;
+        if let Some(grants) = &grants {
+            check_limits(&spec.nodes, grants)?;
+        }
+        spec.grants = grants;
         spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
         spec.effective = document.effective();
         Ok(spec)
     }
+}
+
+/// What the host's file grants.
+fn read_grants(
+    document: &Document<'_>,
+    granted: &toml::Spanned<DeValue<'_>>,
+    host: Option<&HostSettings>,
+    start: usize,
+) -> Result<HostGrants> {
+    let span = granted.span().start + start..granted.span().end + start;
+    let wrong = |what: &str| {
+        let problem = document.problem(Code::BadValue, &span, format!("`grants`: {what}"));
+        problem.hint("what any job may ask for is in [grants.default]")
+    };
+    let DeValue::Table(tables) = granted.get_ref() else { return Err(wrong("it is a table")) };
+    let mut default = None;
+    for (name, table) in tables {
+        match (name.get_ref().as_ref(), table.get_ref()) {
+            ("default", DeValue::Table(table)) => default = Some(table),
+            (name, _) => return Err(wrong(&format!("`{name}` is unknown"))),
+        }
+    }
+    let default = default.ok_or_else(|| wrong("it has no `default`"))?;
+    let base_dir = host.and_then(|host| host.path.parent()).unwrap_or_else(|| Path::new(""));
+    HostGrants::read(&Section::of_table(document, "grants.default", default, start), base_dir)
+}
+
+/// No operator has more than the host grants.
+fn check_limits(nodes: &[NodeSpec], grants: &HostGrants) -> Result<()> {
+    let mut problems = Vec::new();
+    for node in nodes {
+        if let NodeKind::Operator(operator) = &node.kind {
+            problems.extend(grants.check_limits(&node.name, operator).err());
+        }
+    }
+    Problem::all(problems).map_or(Ok(()), Err)
 }
 
 /// Nodes are a job's own.
@@ -519,6 +568,7 @@ fn read_job(
         source: Arc::default(),
         warnings,
         effective: Vec::new(),
+        grants: None,
     })
 }
 

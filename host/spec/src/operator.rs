@@ -141,6 +141,22 @@ fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {
     Ok(Some(u32::try_from(traps).unwrap_or(u32::MAX)))
 }
 
+/// What an operator may have beside the limits of its sandbox.
+#[derive(Debug, Clone)]
+pub(super) struct AllLimits {
+    pub(super) sandbox: Limits,
+    pub(super) state_bytes_max: u64,
+    pub(super) partition_bytes_max: u64,
+}
+
+pub(super) fn read_all_limits(section: &Section<'_>) -> AllLimits {
+    AllLimits {
+        sandbox: read_limits(section),
+        state_bytes_max: section.get(&STATE),
+        partition_bytes_max: section.get(&PARTITION),
+    }
+}
+
 fn read_limits(section: &Section<'_>) -> Limits {
     Limits {
         memory_bytes_max: section.get(&MEMORY),

@@ -56,6 +56,12 @@ pub fn inputs() -> Table {
     node("inputs", "inputs", nodes::INPUT_ROWS)
 }
 
+/// The table of a host's file by which it grants.
+#[must_use]
+pub fn grants() -> Table {
+    node("grants.default", "grants", super::grants::ROWS)
+}
+
 /// The JSON schema of a manifest, for editors.
 #[must_use]
 pub fn json_schema(catalog: &Catalog) -> serde_json::Value {
@@ -106,7 +112,8 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/settings.md");
         let known = fs::read_to_string(&path).expect("the reference");
         let of_nodes = nodes(&cofferdam_connectors::builtin()).into_iter();
-        let tables: Vec<Table> = job().into_iter().chain(of_nodes).chain([inputs()]).collect();
+        let tables: Vec<Table> =
+            job().into_iter().chain(of_nodes).chain([inputs(), grants()]).collect();
         let mut text = String::new();
         let mut rest = known.as_str();
         let mut shown = BTreeSet::new();

@@ -26,7 +26,8 @@ fn prepared(catalog: &Catalog, text: &str, base_dir: &Path) -> Arc<dyn SourcePla
     let name = text.lines().next().unwrap_or_default().trim_start_matches("# ");
     let connector = catalog.sources().iter().find(|it| it.name() == name).expect("a connector");
     let spec = connector.read(&section, base_dir).expect("settings");
-    spec.prepare(NodeContext { name: "s", base_dir }).expect("something to read")
+    let grants = &cofferdam_files::Grants::default();
+    spec.prepare(NodeContext { name: "s", base_dir, grants }).expect("something to read")
 }
 
 #[test]
@@ -69,6 +70,7 @@ impl<V: FnMut() -> Vec<String>> SinkUnderTest for Tested<V> {
             restored: restored.as_ref().map(|(checkpoint, _)| *checkpoint),
             states,
             record_dir: Some(self.record_dir.clone()),
+            grants: &cofferdam_files::Grants::default(),
             conflicts: Default::default(),
             is_asking: false,
         };

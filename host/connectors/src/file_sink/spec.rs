@@ -136,6 +136,7 @@ impl SinkSpec for FileSinkSpec {
     fn claim(&self, output: OutputContext<'_>) -> Result<Box<dyn SinkPlan>> {
         let claim = if output.is_asking { Claim::Ask } else { Claim::Take };
         let (sink, states) = (output.sink.to_owned(), output.states.clone());
+        let grants = output.grants.clone();
         let context = Claimant {
             job: output.job.to_owned(),
             lineage: output.lineage.clone(),
@@ -146,6 +147,13 @@ impl SinkSpec for FileSinkSpec {
         };
         let output = Output::claim(&sink, &self.path, self.if_exists, context, claim)?;
         let kept = check_states(&output, &states)?;
+        if let Some(dir) = kept.elsewhere.iter().find(|dir| !grants.may_write(dir)) {
+            let message =
+                format!("sink \"{sink}\" has written to a place that the host does not grant");
+            return Err(Problem::new(Code::NotGranted, message)
+                .detail(format!("the checkpoint names parts in {}", dir.display()))
+                .hint("whoever runs the host can add it to `grants.default.write` in its file"));
+        }
         Ok(Box::new(FileSinkPlan { spec: self.clone(), output: Arc::new(output), kept, claim }))
     }
 

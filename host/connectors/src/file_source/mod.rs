@@ -24,6 +24,7 @@ use std::{
 use cofferdam_connector::{
     Step,
     blocking::{BlockingSource, ReadOutcome},
+    catalog::NodeContext,
     pace::Pace,
     state::{decode_all, encode_all, unreadable},
 };
@@ -164,9 +165,9 @@ impl Position {
 }
 
 impl FilePlan {
-    pub(crate) fn new(name: &str, spec: &FileSourceSpec, base_dir: &Path) -> Result<Self, Problem> {
-        let listing = Listing::new(name, spec, base_dir)?;
-        Ok(Self { name: name.to_owned(), spec: spec.clone(), listing })
+    pub(crate) fn new(node: NodeContext<'_>, spec: &FileSourceSpec) -> Result<Self, Problem> {
+        let listing = Listing::new(node, spec)?;
+        Ok(Self { name: node.name.to_owned(), spec: spec.clone(), listing })
     }
 
     pub(crate) fn idle_after(&self) -> Option<Duration> {
@@ -200,7 +201,7 @@ impl FilePlan {
         let mut known = BTreeMap::new();
         for position in &positions {
             for (number, file) in (0..).zip(&position.files) {
-                let opened = file.open(&self.listing.root);
+                let opened = file.open(&self.listing);
                 let (opened, touched) = opened.map_err(&refused)?;
                 if touched.is_some() {
                     self.compare(position, number, &opened).map_err(&refused)?;
@@ -265,7 +266,7 @@ impl FilePlan {
                     let path = self.listing.root.join(name);
                     let file = match found.take() {
                         Some(file) => Some(file),
-                        None => FileId::of(&self.listing.root, name.clone(), *size)
+                        None => FileId::of(&self.listing, name.clone(), *size)
                             .map_err(|error| environment(&path, error))?,
                     };
                     let Some(file) = file else {
@@ -348,7 +349,7 @@ impl FileSource {
         let Some(split) = self.position.rest.front().copied() else { return Ok(false) };
         let path = self.path(&split);
         let failed = |error: std::io::Error| environment(Path::new(&path), error);
-        let opened = self.file(&split)?.open(&self.plan.listing.root);
+        let opened = self.file(&split)?.open(&self.plan.listing);
         let (file, touched) = opened.map_err(changed)?;
         if let Some(stamp) = touched {
             self.plan.compare(&self.position, split.file, &file).map_err(changed)?;

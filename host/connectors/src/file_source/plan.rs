@@ -9,15 +9,17 @@ use std::{
     fs::File,
     io,
     os::unix::fs::{FileExt, MetadataExt},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
+use cofferdam_connector::catalog::NodeContext;
 use cofferdam_core::failure::os_error;
+use cofferdam_files::Grants;
 use cofferdam_settings::{Code, Problem};
 
-use super::spec::FileSourceSpec;
+use super::spec::{FileSourceSpec, fixed_part};
 use crate::changed::Changed;
 
 /// How much of the beginning and of the end of a file tells it apart from others.
@@ -66,8 +68,8 @@ impl Stamp {
 impl FileId {
     /// A file of which the first `size` bytes are to be read: it may have grown since it was found.
     /// `None`: it has become shorter.
-    pub(super) fn of(root: &Path, name: String, size: u64) -> io::Result<Option<Self>> {
-        let file = File::open(root.join(&name))?;
+    pub(super) fn of(listing: &Listing, name: String, size: u64) -> io::Result<Option<Self>> {
+        let file = listing.grants.open(&listing.root.join(&name))?;
         let stamp = Stamp::of(&file)?;
         if stamp.size < size {
             return Ok(None);
@@ -78,10 +80,10 @@ impl FileId {
 
     /// Opens the file and makes sure that it begins and ends as it did. Gives its stamp where it was
     /// touched, so that what was read of it has to be compared.
-    pub(super) fn open(&self, root: &Path) -> Result<(File, Option<Stamp>), Changed> {
-        let path = root.join(&self.name);
+    pub(super) fn open(&self, listing: &Listing) -> Result<(File, Option<Stamp>), Changed> {
+        let path = listing.root.join(&self.name);
         let unread = |error: io::Error| Changed::unread(&path, error);
-        let file = File::open(&path).map_err(unread)?;
+        let file = listing.grants.open(&path).map_err(unread)?;
         let stamp = Stamp::of(&file).map_err(unread)?;
         if stamp == self.stamp {
             return Ok((file, None));
@@ -186,6 +188,8 @@ impl LineNumbers {
 pub(super) struct Listing {
     pub(super) root: PathBuf,
     pattern: String,
+    /// Which of them may be opened.
+    grants: Grants,
     /// What matches and is neither a regular file nor a directory.
     others: Vec<PathBuf>,
     /// The sizes of the files, by name.
@@ -194,7 +198,8 @@ pub(super) struct Listing {
 
 impl Listing {
     /// Looks for the files of a source.
-    pub(super) fn new(name: &str, spec: &FileSourceSpec, base_dir: &Path) -> Result<Self, Problem> {
+    pub(super) fn new(node: NodeContext<'_>, spec: &FileSourceSpec) -> Result<Self, Problem> {
+        let NodeContext { name, base_dir, grants } = node;
         let unreadable = |what: String| Problem::new(Code::SourceUnreadable, what);
         let (root, rest) = fixed_part(base_dir, &spec.path);
         // Only what the manifest says is a pattern: the directory it lies in may be called anything.
@@ -216,6 +221,12 @@ impl Listing {
                     .detail(format!("{}: {error}", path.display()))
             };
             let path = path.map_err(|error| cannot(error.path(), error.error()))?;
+            if !grants.may_read(&path) {
+                let message = format!(
+                    "source \"{name}\" finds a file that leads out of what the host grants"
+                );
+                return Err(Problem::new(Code::NotGranted, message).detail(path.display()));
+            }
             let metadata = std::fs::metadata(&path).map_err(|error| cannot(&path, &error))?;
             if !metadata.is_file() {
                 // A pattern such as `logs/*` means the files.
@@ -234,7 +245,7 @@ impl Listing {
             };
             files.insert(name.to_owned(), metadata.len());
         }
-        Ok(Self { root, pattern, others, files })
+        Ok(Self { root, pattern, grants: grants.clone(), others, files })
     }
 
     /// Refuses to begin without anything to read.
@@ -260,21 +271,4 @@ impl Listing {
                 .hint("relative paths begin at the manifest's directory"),
         })
     }
-}
-
-/// A pattern as the directory before its first wildcard, and the rest. Without a wildcard all of it
-/// is fixed.
-fn fixed_part(base_dir: &Path, pattern: &str) -> (PathBuf, String) {
-    let mut root = base_dir.to_owned();
-    let mut rest: Vec<&str> = Vec::new();
-    for component in Path::new(pattern).components() {
-        let text = component.as_os_str().to_str().unwrap_or_default();
-        let is_fixed = rest.is_empty() && !text.contains(['*', '?', '[']);
-        match component {
-            _ if !is_fixed => rest.push(text),
-            Component::CurDir => {}
-            component => root.push(component),
-        }
-    }
-    (root, rest.join("/"))
 }

@@ -1,6 +1,9 @@
 //! What a manifest says about a source of files, and the files that it finds.
 
-use std::sync::Arc;
+use std::{
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
 
 use cofferdam_connector::{
     Answer, DEAD_LETTER, Source, TaskContext,
@@ -323,8 +326,12 @@ impl SourceSpec for FileSourceSpec {
         self.on_bad_record == OnBadRecord::DeadLetter
     }
 
+    fn reads(&self, base_dir: &Path) -> Vec<PathBuf> {
+        vec![fixed_part(base_dir, &self.path).0]
+    }
+
     fn prepare(&self, node: NodeContext<'_>) -> Result<Arc<dyn SourcePlan>> {
-        Ok(Arc::new(Files(Arc::new(FilePlan::new(node.name, self, node.base_dir)?))))
+        Ok(Arc::new(Files(Arc::new(FilePlan::new(node, self)?))))
     }
 }
 
@@ -364,4 +371,21 @@ impl SourcePlan for Files {
     ) -> Answer<'a, Vec<Vec<u8>>> {
         ready(share(positions, parallelism).map_err(mismatch))
     }
+}
+
+/// A pattern as the directory before its first wildcard, and the rest. Without a wildcard all of it
+/// is fixed.
+pub(super) fn fixed_part(base_dir: &Path, pattern: &str) -> (PathBuf, String) {
+    let mut root = base_dir.to_owned();
+    let mut rest: Vec<&str> = Vec::new();
+    for component in Path::new(pattern).components() {
+        let text = component.as_os_str().to_str().unwrap_or_default();
+        let is_fixed = rest.is_empty() && !text.contains(['*', '?', '[']);
+        match component {
+            _ if !is_fixed => rest.push(text),
+            Component::CurDir => {}
+            component => root.push(component),
+        }
+    }
+    (root, rest.join("/"))
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cofferdam_files::Grants;
 use proptest::prelude::*;
 
 use super::{spec::TimeFormat, *};
@@ -25,8 +26,12 @@ fn spec(format: LineFormat) -> FileSourceSpec {
     }
 }
 
+fn node<'a>(name: &'a str, base_dir: &'a Path, grants: &'a Grants) -> NodeContext<'a> {
+    NodeContext { name, base_dir, grants }
+}
+
 fn planned(dir: &Path, spec: &FileSourceSpec) -> Arc<FilePlan> {
-    Arc::new(FilePlan::new("lines", spec, dir).expect("files"))
+    Arc::new(FilePlan::new(node("lines", dir, &Grants::default()), spec).expect("files"))
 }
 
 fn plan(dir: &Path, split_bytes: u64, format: LineFormat) -> Arc<FilePlan> {
@@ -238,9 +243,8 @@ fn a_pipe_is_refused_whether_alone_or_among_files() {
     for (path, is_refused) in [("b.txt", true), ("*.txt", true), ("-", true), ("[ac].txt", false)] {
         std::fs::write(dir.path().join("a.txt"), "one\n").expect("written");
         let plan = FilePlan::new(
-            "s",
+            node("s", dir.path(), &Grants::default()),
             &FileSourceSpec { path: path.to_owned(), ..spec(LineFormat::Text) },
-            dir.path(),
         );
         let checked = plan.expect("listed").check_fresh();
         assert_eq!(checked.is_err(), is_refused, "{path}: {checked:?}");

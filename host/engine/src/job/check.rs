@@ -12,6 +12,7 @@ use cofferdam_spec::{JobSpec, NodeKind};
 use super::{
     component::{CheckedOperator, load},
     edges::{check_dead_letters, check_snapshots, resolve_edges},
+    granted::check_granted,
 };
 
 /// A job whose manifest and components fit together. Nothing runs yet, nothing was written.
@@ -30,6 +31,8 @@ impl CheckedJob {
     /// # Errors
     /// All that is wrong: the first problem, with the others behind it.
     pub async fn new(spec: JobSpec, sandbox: &Sandbox) -> Result<Self, Problem> {
+        // Nothing is opened that is not granted.
+        check_granted(&spec)?;
         let all = |problems: Vec<Problem>| Problem::all(problems).map_or(Ok(()), Err);
         let mut problems = Vec::new();
         problems.extend(check_approximate(&spec).err());

@@ -7,6 +7,7 @@ mod edges;
 mod ending;
 pub(crate) mod files;
 mod fit;
+mod granted;
 pub(crate) mod plan;
 mod read_out;
 mod redistribute;

@@ -13,6 +13,7 @@ use cofferdam_core::{
     graph::JobGraph,
     ids::{Attempt, CheckpointId, NodeId, TaskId},
 };
+use cofferdam_files::Grants;
 use cofferdam_sandbox::Component;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend};
@@ -355,11 +356,14 @@ pub(super) fn prepare_nodes(
     operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> Result<Vec<NodePlan>, Problem> {
     let nodes = (0..).map(NodeId).zip(&spec.nodes);
+    let all = Grants::default();
+    let grants = spec.grants.as_ref().map_or(&all, |grants| &grants.files);
     nodes
         .map(|(id, node)| {
             Ok(match (&node.kind, operators.get(&id)) {
                 (NodeKind::Source(source), _) => {
-                    let context = NodeContext { name: &node.name, base_dir: &spec.base_dir };
+                    let context =
+                        NodeContext { name: &node.name, base_dir: &spec.base_dir, grants };
                     NodePlan::Source(source.prepare(context)?)
                 }
                 (NodeKind::Sink(_), _) => NodePlan::Sink { plan: None },

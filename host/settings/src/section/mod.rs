@@ -362,6 +362,19 @@ impl<'a> Section<'a> {
         items.into_iter().map(section).collect()
     }
 
+    /// A table of a document that begins at `start`, by its name.
+    #[must_use]
+    pub fn of_table(
+        document: &'a Document<'a>,
+        name: &str,
+        table: &'a DeTable<'a>,
+        start: usize,
+    ) -> Self {
+        let mut section = Section::empty(document, name, start..start);
+        section.add("", table, start);
+        section
+    }
+
     /// A table that is an item of an array of this one.
     #[must_use]
     pub fn nested(&self, key: &str, span: Range<usize>, table: &'a DeTable<'a>) -> Section<'a> {

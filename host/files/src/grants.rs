@@ -1,0 +1,120 @@
+//! Which files somebody may open: what the host grants to the jobs of others.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::OFlags;
+
+use crate::resolved;
+
+/// Files and directories that may be read and written, with all that is in them. The default: everything.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Grants(Option<Roots>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Roots {
+    read: Vec<PathBuf>,
+    write: Vec<PathBuf>,
+}
+
+impl Grants {
+    /// What is in these files and directories. What may be written may be read. Links among them are followed now.
+    #[must_use]
+    pub fn of(read: &[PathBuf], write: &[PathBuf]) -> Self {
+        let real = |paths: &[PathBuf]| paths.iter().map(|path| resolved(path)).collect();
+        Self(Some(Roots { read: real(read), write: real(write) }))
+    }
+
+    /// Whether everything is granted.
+    #[must_use]
+    pub fn is_all(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Whether what a path leads to, now, may be read.
+    #[must_use]
+    pub fn may_read(&self, path: &Path) -> bool {
+        self.0.as_ref().is_none_or(|roots| roots.may_read(&resolved(path)))
+    }
+
+    /// Whether what a path leads to, now, may be written. It need not be there.
+    #[must_use]
+    pub fn may_write(&self, path: &Path) -> bool {
+        self.0.as_ref().is_none_or(|roots| is_within(&roots.write, &resolved(path)))
+    }
+
+    /// Opens a file to read it. What counts is the file that was opened, and not what its path leads to at another
+    /// time: a link that is exchanged meanwhile opens nothing.
+    ///
+    /// # Errors
+    /// Where it cannot be opened, or is not granted: then nothing of it was touched.
+    pub fn open(&self, path: &Path) -> io::Result<File> {
+        let Some(roots) = &self.0 else { return File::open(path) };
+        // Not opened yet, but held: opening a device would already act on it.
+        let flags = (OFlags::PATH | OFlags::CLOEXEC).bits() as i32;
+        let held = File::options().read(true).custom_flags(flags).open(path)?;
+        let itself = format!("/proc/self/fd/{}", held.as_raw_fd());
+        if !roots.may_read(&std::fs::read_link(&itself)?) {
+            let message = "it is outside of what the host grants";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+        }
+        File::open(itself)
+    }
+}
+
+impl Roots {
+    fn may_read(&self, real: &Path) -> bool {
+        is_within(&self.read, real) || is_within(&self.write, real)
+    }
+}
+
+fn is_within(roots: &[PathBuf], real: &Path) -> bool {
+    roots.iter().any(|root| real.starts_with(root))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use super::*;
+
+    #[test]
+    fn what_is_granted_is_what_a_path_leads_to() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| dir.path().join(name);
+        for name in ["in", "out", "other", "in-between"] {
+            fs::create_dir(path(name)).expect("made");
+            fs::write(path(name).join("file"), name).expect("written");
+        }
+        symlink(path("other"), path("in/link")).expect("linked");
+        symlink(path("in"), path("entry")).expect("linked");
+        let grants = Grants::of(&[path("in")], &[path("out")]);
+        for (name, may_read, may_write) in [
+            ("in/file", true, false),
+            ("in/none", true, false),
+            ("entry/file", true, false),
+            ("out/file", true, true),
+            ("out/new/part", true, true),
+            ("other/file", false, false),
+            ("in/link/file", false, false),
+            ("in/../other/file", false, false),
+            ("in/none/../../other/file", false, false),
+            ("in-between/file", false, false),
+        ] {
+            let path = path(name);
+            assert_eq!(
+                (grants.may_read(&path), grants.may_write(&path)),
+                (may_read, may_write),
+                "{name}"
+            );
+            assert_eq!(grants.open(&path).is_ok(), may_read && path.exists(), "{name}");
+            assert!(Grants::default().may_write(&path));
+        }
+        let error = grants.open(&path("in/link/file")).expect_err("it is outside").to_string();
+        assert!(error.contains("what the host grants"), "{error}");
+    }
+}
