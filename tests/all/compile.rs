@@ -64,8 +64,8 @@ fn an_operator_that_a_child_has_compiled_runs_like_any_other() {
 fn a_compile_bomb_is_ended_at_its_limit_and_others_compile_meanwhile() {
     let limits = CompileLimits { processor_max: Duration::from_secs(2), ..limits() };
     let bomb = nested_loops(2_000, 1_000);
-    let began = Instant::now();
     let sandbox = sandbox(limits);
+    let began = Instant::now();
     let error = refused(&sandbox, &bomb);
     assert!(
         matches!(

@@ -358,6 +358,29 @@ fn every_file_that_the_architecture_names_is_there() {
     }
 }
 
+/// A promise whose guard is gone is none.
+#[test]
+fn every_test_that_guards_a_promise_is_there() {
+    let code: Vec<String> = ["host", "tests", "guest-sdk"]
+        .iter()
+        .flat_map(|dir| sources(dir))
+        .map(|(_, text)| text)
+        .collect();
+    let mut promises = 0;
+    for page in ["docs/security.md", "docs/hazards.md"] {
+        let text = fs::read_to_string(guest::root().join(page)).expect("readable");
+        for row in text.lines().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |")) {
+            let guards = row.rsplit(" | ").next().unwrap_or_default();
+            for name in guards.split('`').skip(1).step_by(2).filter(|name| name.contains('_')) {
+                let function = format!("fn {name}(");
+                assert!(code.iter().any(|text| text.contains(&function)), "{page}: no test {name}");
+                promises += 1;
+            }
+        }
+    }
+    assert!(50 < promises, "only {promises} were found");
+}
+
 #[test]
 fn a_new_project_carries_every_file_of_the_sdk() {
     let list = fs::read_to_string(guest::root().join("host/cli/src/new.rs")).expect("readable");

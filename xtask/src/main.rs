@@ -77,7 +77,7 @@ enum Verb {
         #[arg(default_value_t = 60)]
         seconds: u64,
     },
-    /// Run a benchmark: call, recovery, checkpoint, failover, hotstate, state or wordcount
+    /// Run a benchmark: call, recovery, checkpoint, failover, hotstate, neighbours, state or wordcount
     Bench {
         /// Which one
         name: String,
