@@ -187,7 +187,6 @@ impl Dialog {
 }
 
 const SIGXCPU: i32 = 24;
-const SIGKILL: i32 = 9;
 
 fn cause_of_death(status: ExitStatus, last_words: &str, limits: CompileLimits) -> ComponentError {
     if last_words.contains("memory allocation of") || last_words.contains("Cannot allocate memory")
@@ -195,8 +194,7 @@ fn cause_of_death(status: ExitStatus, last_words: &str, limits: CompileLimits) -
         let bytes_max = limits.memory_bytes_max;
         return ComponentError::Limit(CompileLimit::Memory { bytes_max });
     }
-    // The kernel sends the second one where the first one is not heard.
-    if matches!(status.signal(), Some(SIGXCPU | SIGKILL)) {
+    if status.signal() == Some(SIGXCPU) {
         let max = limits.processor_max;
         return ComponentError::Limit(CompileLimit::Processor { max });
     }
