@@ -31,6 +31,17 @@ impl CallSize {
         if 0 < self.alone { 1 } else { self.records_max }
     }
 
+    /// How many records have still to come one at a time.
+    #[must_use]
+    pub fn alone_left(&self) -> u64 {
+        self.alone
+    }
+
+    /// A call with so many records has failed at a limit, and its records come again.
+    pub fn failed(&mut self, records: usize) {
+        self.records_max = self.records_max.min((records / 2).max(1));
+    }
+
     /// A call with so many records has ended well. It has taken this part of its limits, of the one that it came
     /// nearest to.
     pub fn called(&mut self, records: usize, load: f64) {
@@ -100,7 +111,9 @@ mod tests {
         assert!(calls.iter().all(|(records, load)| *records == 1 && *load < 1.0));
         let mut size = CallSize::new(1);
         size.called(1, 1e-9);
-        assert_eq!(size.records_max(), 2);
+        assert_eq!((size.records_max(), size.alone_left()), (2, 0));
+        size.failed(2);
+        assert_eq!(size.records_max(), 1);
     }
 
     #[test]

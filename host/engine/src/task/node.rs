@@ -170,26 +170,33 @@ impl Node {
         }
     }
 
+    /// Processes a batch, or the part of it that one call may have: gives the rest back.
     pub(crate) async fn process(
         &mut self,
         monitor: &Arc<Monitor>,
         input: u32,
         batch: Batch,
-    ) -> Result<Vec<Emission>> {
-        monitor.metrics.operators[self.task.node.0 as usize].add_in(batch.record_count());
+        from: usize,
+    ) -> Result<(Vec<Emission>, Option<(Batch, usize)>)> {
+        let metrics = &monitor.metrics.operators[self.task.node.0 as usize];
         match &mut self.work {
             Work::Operator(operator) => {
+                let count = batch.record_count();
+                let to = count.min(from.saturating_add(operator.call_size.records_max()));
+                metrics.add_in(to - from);
                 let (local, task, attempt) = (&self.local, self.task, self.attempt);
                 let parallelism = self.parallelism;
                 let context = Context { monitor, local, task, attempt, parallelism };
-                let emissions = operator.process(&context, input, batch).await?;
+                let part = if to - from < count { &batch.part(from..to) } else { &batch };
+                let emissions = operator.process(&context, input, part).await?;
                 self.local.drop_retired();
                 monitor.note_processed(self.task);
-                Ok(emissions)
+                Ok((emissions, (to < count).then_some((batch, to))))
             }
             Work::Sink { sink: Some(sink), .. } => {
+                metrics.add_in(batch.record_count());
                 sink.write(batch).await?;
-                Ok(Vec::new())
+                Ok((Vec::new(), None))
             }
             _ => Err(host_bug("records were delivered to a source")),
         }
@@ -316,7 +323,8 @@ impl Node {
                 if operator.guard.is_none() {
                     self.local.guard_next(0);
                 }
-                self.local.call_alone(0);
+                // The others lie behind the checkpoint.
+                self.local.call_alone(operator.call_size.alone_left());
                 Ok(())
             }
             _ => Ok(()),

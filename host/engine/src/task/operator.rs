@@ -124,25 +124,8 @@ impl OperatorTask {
         Ok(instance)
     }
 
-    /// Processes a batch, in as many calls as its records need to keep the limits of each.
+    /// Processes what one call gets.
     pub(super) async fn process(
-        &mut self,
-        context: &Context<'_>,
-        input: u32,
-        batch: Batch,
-    ) -> Result<Vec<Emission>> {
-        let (count, mut from, mut emissions) = (batch.record_count(), 0, Vec::new());
-        while from < count {
-            let to = count.min(from.saturating_add(self.call_size.records_max()));
-            let part = if to - from < count { &batch.part(from..to) } else { &batch };
-            from = to;
-            let given = self.process_part(context, input, part).await?;
-            if emissions.is_empty() { emissions = given } else { emissions.extend(given) }
-        }
-        Ok(emissions)
-    }
-
-    async fn process_part(
         &mut self,
         context: &Context<'_>,
         input: u32,

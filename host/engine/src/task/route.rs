@@ -3,11 +3,23 @@
 use cofferdam_contract::{Batch, Emission};
 use cofferdam_core::{ids::TaskId, job::Event, watermark::MAX_WATERMARK};
 
-use super::{Result, node::Target, worker::Worker};
+use super::{
+    Result,
+    node::Target,
+    worker::{Worker, has_credit, wait_for_credit},
+};
 use crate::{
     exchange::{Element, writer::Writer},
     failure::TaskFailure,
 };
+
+/// Records on their way to a node of the chain; those before `from` are processed.
+struct Delivery {
+    node: usize,
+    input: u32,
+    batch: Batch,
+    from: usize,
+}
 
 impl Worker {
     pub(super) fn announce(&mut self, element: impl Fn() -> Element) {
@@ -71,12 +83,19 @@ impl Worker {
 
     /// Processes a batch at a node, and what comes of it at the nodes behind.
     pub(super) async fn deliver(&mut self, node: usize, input: u32, batch: Batch) -> Result<()> {
-        let mut waiting = vec![(node, input, batch)];
-        while let Some((node, input, batch)) = waiting.pop() {
-            let processed = self.nodes[node].process(&self.monitor, input, batch).await;
+        let mut waiting = vec![Delivery { node, input, batch, from: 0 }];
+        while let Some(Delivery { node, input, batch, from }) = waiting.pop() {
+            let processed = self.nodes[node].process(&self.monitor, input, batch, from).await;
             let task = self.nodes[node].task;
-            let emissions = processed.map_err(|cause| TaskFailure { task, cause })?;
+            let (emissions, rest) = processed.map_err(|cause| TaskFailure { task, cause })?;
+            let is_whole = rest.is_none();
+            // It comes after what the first part gives.
+            waiting.extend(rest.map(|(batch, from)| Delivery { node, input, batch, from }));
             self.send(node, emissions, &mut waiting)?;
+            // One call gives no more than its limit; all calls of a batch together may.
+            if !is_whole && !has_credit(&self.writers) {
+                wait_for_credit(&self.writers).await;
+            }
         }
         Ok(())
     }
@@ -85,7 +104,7 @@ impl Worker {
     pub(super) async fn route(&mut self, node: usize, emissions: Vec<Emission>) -> Result<()> {
         let mut waiting = Vec::new();
         self.send(node, emissions, &mut waiting)?;
-        while let Some((node, input, batch)) = waiting.pop() {
+        while let Some(Delivery { node, input, batch, .. }) = waiting.pop() {
             self.deliver(node, input, batch).await?;
         }
         Ok(())
@@ -97,7 +116,7 @@ impl Worker {
         &mut self,
         node: usize,
         emissions: Vec<Emission>,
-        waiting: &mut Vec<(usize, u32, Batch)>,
+        waiting: &mut Vec<Delivery>,
     ) -> Result<()> {
         let first = waiting.len();
         for Emission { output, records } in emissions {
@@ -125,11 +144,11 @@ impl Worker {
         task: TaskId,
         target: Target,
         records: Batch,
-        waiting: &mut Vec<(usize, u32, Batch)>,
+        waiting: &mut Vec<Delivery>,
     ) -> Result<()> {
         match target {
             Target::Node { node, input } => {
-                waiting.push((node, input, records));
+                waiting.push(Delivery { node, input, batch: records, from: 0 });
                 Ok(())
             }
             Target::Writer(writer) => {
