@@ -11,6 +11,8 @@ use std::{
     convert::Infallible,
     future::{Future, poll_fn},
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll, Waker},
     thread,
@@ -51,9 +53,33 @@ impl Share {
     ) -> GuestTask<T> {
         let share = self.clone();
         let schedule = move |task| share.threads.schedule(share.id, task);
+        let future = Contained(Some(Box::pin(future)));
         let (runnable, task) = Builder::new().propagate_panic(true).spawn(|()| future, schedule);
         runnable.schedule();
         task
+    }
+}
+
+/// A future whose destructor may panic: what runs tasks would end the process.
+struct Contained<F>(Option<Pin<Box<F>>>);
+
+impl<F: Future> Future for Contained<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        match &mut self.0 {
+            Some(future) => future.as_mut().poll(context),
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl<F> Drop for Contained<F> {
+    fn drop(&mut self) {
+        let future = self.0.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(future))).is_err() {
+            tracing::error!("a task panicked while it was ended: a bug of the host");
+        }
     }
 }
 
@@ -71,7 +97,7 @@ impl Drop for Share {
 
 thread_local! {
     /// Set on threads of guests.
-    static OWN: Cell<Option<&'static Threads>> = const { Cell::new(None) };
+    static OWN: Cell<Option<(&'static Threads, usize)>> = const { Cell::new(None) };
 }
 
 /// So many more threads are there at most while others wait for a disk.
@@ -79,16 +105,23 @@ const WAITING_MAX: usize = 64;
 
 /// Does what waits for a disk within a call of a guest. Where this is a thread of guests, another one runs meanwhile.
 pub(crate) fn wait_for_disk<T>(work: impl FnOnce() -> T) -> T {
-    /// Counts down also where the work panics.
-    struct Waiting(&'static Threads);
+    /// Ends the wait also where the work panics.
+    struct Waiting(&'static Threads, usize, Instant);
     impl Drop for Waiting {
         fn drop(&mut self) {
-            self.0.lock().waiting_for_disk -= 1;
+            let Self(threads, place, began) = self;
+            let mut turns = threads.lock();
+            turns.waiting_for_disk -= 1;
+            if let Some(turn) = &mut turns.running[*place] {
+                // Another one had the processor meanwhile.
+                turn.since += began.elapsed();
+                turn.cannot_leave = false;
+            }
         }
     }
-    let _waiting = OWN.get().map(|threads| {
-        threads.begin_waiting();
-        Waiting(threads)
+    let _waiting = OWN.get().map(|(threads, place)| {
+        threads.begin_waiting(place);
+        Waiting(threads, place, Instant::now())
     });
     work()
 }
@@ -99,14 +132,23 @@ struct Threads {
     runtime: Runtime,
 }
 
+/// What a thread runs.
+#[derive(Clone, Copy)]
+struct Turn {
+    share: ShareId,
+    since: Instant,
+    /// It was interrupted, and leaves as soon as it can; or it waits for a disk.
+    cannot_leave: bool,
+}
+
 struct Turns {
     queue: FairQueue<Runnable>,
     /// How many threads run guests at a time.
     cores: usize,
     /// How many threads wait for a disk instead, each of which lets another one run.
     waiting_for_disk: usize,
-    /// What each thread runs, and since when.
-    running: Vec<Option<(ShareId, Instant)>>,
+    /// What each thread runs.
+    running: Vec<Option<Turn>>,
     /// Threads that wait for a task.
     idle: Vec<(usize, Waker)>,
     /// How many threads do not: they run one, wait for a disk, or are about to look for one.
@@ -135,12 +177,15 @@ impl Turns {
     }
 
     /// No thread is free for a task that can continue: those that have a lesser claim are interrupted.
-    fn interrupt_for(&self, id: ShareId) {
+    fn interrupt_for(&mut self, id: ShareId) {
         let now = Instant::now();
-        for (running, since) in self.running.iter().flatten() {
-            if self.queue.outranks(id, *running, nanos(now - *since))
-                && let Some((_, sandbox)) = self.sandboxes.iter().find(|(id, _)| id == running)
+        let Self { running, queue, sandboxes, .. } = self;
+        for turn in running.iter_mut().flatten().filter(|turn| !turn.cannot_leave) {
+            if queue.outranks(id, turn.share, nanos(now.saturating_duration_since(turn.since)))
+                && let Some((_, sandbox)) = sandboxes.iter().find(|(id, _)| *id == turn.share)
             {
+                // Once a turn: a guest in a call of the host would not hear it sooner, and all others would each time.
+                turn.cannot_leave = true;
                 sandbox.interrupt();
             }
         }
@@ -250,16 +295,19 @@ impl Threads {
     }
 
     /// This thread waits for a disk: another one takes its place, as soon as a task needs one.
-    fn begin_waiting(&'static self) {
+    fn begin_waiting(&'static self, place: usize) {
         let mut turns = self.lock();
         turns.waiting_for_disk += 1;
+        if let Some(turn) = &mut turns.running[place] {
+            turn.cannot_leave = true;
+        }
         let call = if turns.queue.is_empty() { Call::Nobody } else { turns.call_thread() };
         drop(turns);
         self.call(call);
     }
 
     fn run(&'static self, place: usize) -> ! {
-        OWN.set(Some(self));
+        OWN.set(Some((self, place)));
         match self.runtime.block_on(poll_fn(|context| self.turn(place, context))) {}
     }
 
@@ -268,8 +316,8 @@ impl Threads {
     fn turn(&self, place: usize, context: &Context<'_>) -> Poll<Infallible> {
         let mut turns = self.lock();
         let now = Instant::now();
-        if let Some((id, since)) = turns.running[place].take() {
-            turns.queue.ran(id, nanos(now - since));
+        if let Some(Turn { share, since, .. }) = turns.running[place].take() {
+            turns.queue.ran(share, nanos(now.saturating_duration_since(since)));
         }
         if let Some(idle) = turns.idle.iter().position(|(idle, _)| *idle == place) {
             // Nobody has called it.
@@ -280,7 +328,7 @@ impl Threads {
         let next = if may_run { turns.queue.pop() } else { None };
         match next {
             Some((id, task)) => {
-                turns.running[place] = Some((id, now));
+                turns.running[place] = Some(Turn { share: id, since: now, cannot_leave: false });
                 drop(turns);
                 task.run();
                 context.waker().wake_by_ref();
@@ -372,9 +420,20 @@ mod tests {
         assert_eq!(futures::executor::block_on(task.cancel()), None);
         assert_eq!(Arc::strong_count(&held), 1);
         let task = share.spawn(async { panic!("on purpose") });
-        let waits = std::panic::AssertUnwindSafe(task);
-        let panicked = std::panic::catch_unwind(|| futures::executor::block_on({ waits }.0));
+        let waits = AssertUnwindSafe(task);
+        let panicked = catch_unwind(|| futures::executor::block_on({ waits }.0));
         assert!(panicked.is_err());
+        struct Panics;
+        impl Drop for Panics {
+            fn drop(&mut self) {
+                panic!("on purpose");
+            }
+        }
+        let task = share.spawn(async {
+            let _held = Panics;
+            std::future::pending::<()>().await;
+        });
+        assert_eq!(futures::executor::block_on(task.cancel()), None);
         assert_eq!(futures::executor::block_on(share.spawn(async { 7 })), 7);
     }
 }

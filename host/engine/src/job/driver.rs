@@ -313,17 +313,16 @@ impl Driver {
         let (mut cancelled, mut are_ended) = (Vec::new(), Vec::new());
         for worker in ending {
             worker.reader.iter().for_each(JoinHandle::abort);
-            cancelled.push(worker.task.cancel());
+            // Its first poll cancels.
+            let mut task = Box::pin(worker.task.cancel());
+            if (&mut task).now_or_never().is_none() {
+                cancelled.push(task);
+            }
             are_ended.push(worker.calls_ended);
         }
-        // Every task is cancelled by the first poll, and this here.
-        let mut cancelled = join_all(cancelled);
-        let are_gone = (&mut cancelled).now_or_never().is_some();
         let monitor = self.monitor.clone();
         tokio::spawn(async move {
-            if !are_gone {
-                cancelled.await;
-            }
+            join_all(cancelled).await;
             let calls = async {
                 for ended in &mut are_ended {
                     ended.wait().await;
