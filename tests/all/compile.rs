@@ -13,6 +13,7 @@ fn limits() -> CompileLimits {
     CompileLimits {
         component_bytes_max: 16 << 20,
         memory_bytes_max: 512 << 20,
+        code_bytes_max: 64 << 20,
         processor_max: Duration::from_secs(30),
         wall_max: Duration::from_secs(60),
     }
@@ -92,6 +93,9 @@ fn each_limit_of_a_compiler_is_named() {
     let short = CompileLimits { wall_max: Duration::from_millis(300), ..limits() };
     let error = refused(&sandbox(short), &bytes);
     assert!(matches!(error, ComponentError::Limit(CompileLimit::Wall { .. })), "{error}");
+    let terse = CompileLimits { code_bytes_max: 100, ..limits() };
+    let error = refused(&sandbox(terse), &component("i32.const 1 drop"));
+    assert!(matches!(error, ComponentError::Limit(CompileLimit::Code { .. })), "{error}");
     // Thousands of functions of thousands of values each.
     let body = "i32.const 1 i32.const 2 i32.add drop ".repeat(2_000);
     let functions = format!("(func {body})").repeat(400);

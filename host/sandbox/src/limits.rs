@@ -217,6 +217,8 @@ pub struct CompileLimits {
     pub component_bytes_max: u64,
     /// Bytes of memory. Default: 2 GiB.
     pub memory_bytes_max: u64,
+    /// Bytes of compiled code. Default: 256 MiB.
+    pub code_bytes_max: u64,
     /// Processor time of all its threads. Default: 60 s, a hundred times what an operator of 1 MB takes.
     pub processor_max: Duration,
     /// Time from its start to its answer. Default: 120 s.
@@ -228,6 +230,7 @@ impl Default for CompileLimits {
         Self {
             component_bytes_max: 64 << 20,
             memory_bytes_max: 2 << 30,
+            code_bytes_max: 256 << 20,
             processor_max: Duration::from_secs(60),
             wall_max: Duration::from_secs(120),
         }
@@ -245,6 +248,11 @@ pub enum CompileLimit {
     /// [`CompileLimits::memory_bytes_max`].
     Memory {
         /// How many it may have.
+        bytes_max: u64,
+    },
+    /// [`CompileLimits::code_bytes_max`].
+    Code {
+        /// How many there may be.
         bytes_max: u64,
     },
     /// [`CompileLimits::processor_max`].
@@ -268,6 +276,9 @@ impl fmt::Display for CompileLimit {
             }
             Self::Memory { bytes_max } => {
                 write!(f, "compiling it takes more than {} MiB of memory", mib(*bytes_max))
+            }
+            Self::Code { bytes_max } => {
+                write!(f, "its compiled code has more than {} MiB", mib(*bytes_max))
             }
             Self::Processor { max } => {
                 write!(f, "compiling it takes more than {} s of processor time", max.as_secs())

@@ -20,7 +20,7 @@ use std::{
 
 use wasmtime::Engine;
 
-use self::protocol::{Answer, Request};
+use self::protocol::{ANSWER_HEAD_BYTES, Answer, Request};
 pub use crate::limits::{CompileLimit, CompileLimits};
 use crate::{
     config::compiling_config,
@@ -100,13 +100,21 @@ impl Drop for Turn {
 /// What a compiler says about its end is cut after this.
 const LAST_WORDS_MAX: u64 = 16 << 10;
 
-/// The conversation with a child.
+/// The conversation with a child, which ends with it.
 struct Dialog {
     child: Child,
     limits: CompileLimits,
     until: Instant,
     answer: mpsc::Receiver<Vec<u8>>,
-    last_words: thread::JoinHandle<Vec<u8>>,
+    last_words: mpsc::Receiver<Vec<u8>>,
+}
+
+impl Drop for Dialog {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Dialog {
@@ -115,57 +123,42 @@ impl Dialog {
         // It has no use for what is ours: no environment, no directory, no open file.
         command.env_clear().env("RAYON_NUM_THREADS", threads()).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn()?;
+        let child = command.spawn()?;
         let until = Instant::now() + limits.wall_max;
-        let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (to_answer, answer) = mpsc::channel();
+        let (to_last_words, last_words) = mpsc::channel();
+        let mut it = Self { child, limits, until, answer, last_words };
+        let pipes = (it.child.stdin.take(), it.child.stdout.take(), it.child.stderr.take());
         let (Some(mut stdin), Some(stdout), Some(stderr)) = pipes else {
             return Err(io::Error::other("a child without pipes"));
         };
         let mut question = request.encode();
         question.extend_from_slice(bytes);
         // A child that has died does not read on; its answer says so.
-        thread::Builder::new().name("cofferdam-ask".to_owned()).spawn(move || {
-            let _ = stdin.write_all(&question);
-        })?;
-        let read_up_to = |pipe: Box<dyn Read + Send>, max: u64| {
-            let mut bytes = Vec::new();
-            // What a broken pipe leaves is judged like any other.
-            let _ = pipe.take(max).read_to_end(&mut bytes);
-            bytes
-        };
-        let (sender, answer) = mpsc::channel();
-        let answer_max = limits.memory_bytes_max;
-        thread::Builder::new().name("cofferdam-code".to_owned()).spawn(move || {
-            let _ = sender.send(read_up_to(Box::new(stdout), answer_max));
-        })?;
-        let last_words = thread::Builder::new().name("cofferdam-words".to_owned());
-        let last_words = last_words.spawn(move || read_up_to(Box::new(stderr), LAST_WORDS_MAX))?;
-        Ok(Self { child, limits, until, answer, last_words })
+        let ask = move || drop(stdin.write_all(&question));
+        thread::Builder::new().name("cofferdam-ask".to_owned()).spawn(ask)?;
+        read_up_to(stdout, limits.code_bytes_max + ANSWER_HEAD_BYTES, to_answer)?;
+        read_up_to(stderr, LAST_WORDS_MAX, to_last_words)?;
+        Ok(it)
     }
 
     fn end(mut self) -> Result<Vec<u8>, ComponentError> {
         let left = self.until.saturating_duration_since(Instant::now());
         let Ok(answer) = self.answer.recv_timeout(left) else {
-            self.kill();
             return Err(ComponentError::Limit(CompileLimit::Wall { max: self.limits.wall_max }));
         };
+        if self.limits.code_bytes_max < answer.len() as u64 {
+            let bytes_max = self.limits.code_bytes_max;
+            return Err(ComponentError::Limit(CompileLimit::Code { bytes_max }));
+        }
         match Answer::decode(answer) {
-            Some(answer) => {
-                self.kill();
-                answer.into_result()
-            }
+            Some(answer) => answer.into_result(),
             None => Err(self.autopsy()),
         }
     }
 
-    fn kill(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-
     /// Why there is no answer. The child has closed its pipes, so it is about to end.
-    fn autopsy(mut self) -> ComponentError {
+    fn autopsy(&mut self) -> ComponentError {
         let limits = self.limits;
         let status = loop {
             match self.child.try_wait() {
@@ -173,18 +166,32 @@ impl Dialog {
                 Ok(None) if Instant::now() < self.until => {
                     thread::sleep(Duration::from_millis(1));
                 }
-                _ => {
-                    self.kill();
-                    let max = limits.wall_max;
-                    return ComponentError::Limit(CompileLimit::Wall { max });
-                }
+                _ => return ComponentError::Limit(CompileLimit::Wall { max: limits.wall_max }),
             }
         };
-        let last_words = self.last_words.join().unwrap_or_default();
+        let last_words = self.last_words.recv_timeout(Duration::from_secs(1)).unwrap_or_default();
         let last_words = String::from_utf8_lossy(&last_words).into_owned();
         cause_of_death(status, &last_words, limits)
     }
 }
+
+/// Reads a pipe to its end, or up to a number of bytes, beside the caller.
+fn read_up_to(
+    pipe: impl Read + Send + 'static,
+    bytes_max: u64,
+    to: mpsc::Sender<Vec<u8>>,
+) -> io::Result<()> {
+    let read = move || {
+        let mut bytes = Vec::new();
+        // What a broken pipe leaves is judged like any other.
+        let _ = pipe.take(bytes_max).read_to_end(&mut bytes);
+        let _ = to.send(bytes);
+    };
+    thread::Builder::new().name("cofferdam-answer".to_owned()).spawn(read).map(drop)
+}
+
+/// A child that could not begin ends by this: it says nothing about the component.
+const CANNOT_BEGIN: u8 = 75;
 
 const SIGXCPU: i32 = 24;
 
@@ -193,6 +200,9 @@ fn cause_of_death(status: ExitStatus, last_words: &str, limits: CompileLimits) -
     {
         let bytes_max = limits.memory_bytes_max;
         return ComponentError::Limit(CompileLimit::Memory { bytes_max });
+    }
+    if status.code() == Some(i32::from(CANNOT_BEGIN)) {
+        return ComponentError::NoCompiler(io::Error::other(last_words.trim().to_owned()));
     }
     if status.signal() == Some(SIGXCPU) {
         let max = limits.processor_max;
@@ -237,5 +247,5 @@ pub fn serve() -> ExitCode {
 
 fn failed(error: &io::Error) -> ExitCode {
     let _ = writeln!(io::stderr(), "{error}");
-    ExitCode::FAILURE
+    ExitCode::from(CANNOT_BEGIN)
 }

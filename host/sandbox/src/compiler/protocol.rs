@@ -52,6 +52,7 @@ pub(super) enum Refused {
 const CODE: u8 = 1;
 const REFUSED: u8 = 2;
 const HEAD_BYTES: usize = 9;
+pub(super) const ANSWER_HEAD_BYTES: u64 = HEAD_BYTES as u64;
 
 impl Answer {
     pub(super) fn of(compiled: Result<Vec<u8>, ComponentError>) -> Self {
