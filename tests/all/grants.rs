@@ -94,6 +94,14 @@ fn what_the_host_does_not_grant_is_refused_before_it_is_opened() {
             "its checkpoints in",
         ),
         ("interval =", "savepoint-dir = \"../secret\"\ninterval =", "savepoints go to"),
+        ("../granted/out/lines", "../granted/out/none/../link/x", "sink \"out\" writes to"),
+        ("../granted/out/state", "../granted/out/none/../link/x", "the job keeps its state in"),
+        ("../granted/in/*.txt", "../granted/in/.?/.?/secret/*.txt", "source \"in\" finds files"),
+        (
+            "[[source]]",
+            "[state.backend]\ntype = \"sled\"\nsled.write-buffer = \"1 GiB\"\n[[source]]",
+            "`state.backend.sled.write-buffer`",
+        ),
         ("probe.wasm", "../secret/probe.wasm", "loads its component from"),
         ("limits.call = \"1 s\"", "limits.call = \"3 s\"", "it wants 3000, and may have 2000"),
         ("limits.call = \"1 s\"", "limits.memory = \"1 GiB\"", "limits.memory"),
@@ -125,6 +133,25 @@ fn a_link_among_granted_files_gives_nothing_of_what_it_leads_to() {
         assert_eq!(refused.code, Code::NotGranted, "{pattern}: {refused}");
         assert!(!world.output().contains("secret"), "{pattern}");
     }
+}
+
+/// A tenant that has laid links where the job writes would have the host write elsewhere.
+#[test]
+fn links_where_a_job_writes_are_refused() {
+    let world = World::new();
+    let manifest = world.manifest("tenant", "tenant");
+    for (dir, link) in
+        [("state", "state/outputs"), ("lines", "lines/.cofferdam"), ("lines", "lines/part-0-0")]
+    {
+        let dir = world.path("granted/out").join(dir);
+        fs::create_dir_all(&dir).expect("made");
+        symlink(world.path("secret"), world.path("granted/out").join(link)).expect("linked");
+        let refused = world.run(&manifest).expect_err(link);
+        assert_eq!(refused.code, Code::NotGranted, "{link}: {refused}");
+        fs::remove_dir_all(dir).expect("removed");
+    }
+    assert_eq!(fs::read_dir(world.path("secret")).expect("listed").count(), 1);
+    assert_eq!(world.run(&manifest), Ok(Outcome::Finished));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::{
 
 use cofferdam_connectors::builtin;
 use cofferdam_engine::{
+    job::check_places,
     location::JobLocation,
     problem::{Code, Problem},
     socket::{Answer, Request, ask, other_answer},
@@ -24,7 +25,9 @@ use crate::{
 /// Where the job keeps things that is named by its manifest, its state directory or where its checkpoints are.
 pub(crate) fn location(job: &JobArgument) -> Result<JobLocation, Problem> {
     JobLocation::find(&job.job, job.state_dir.as_deref(), || {
-        Ok(JobSpec::read_with(&job.job, job.host.read()?.as_ref(), &builtin())?.storage)
+        let spec = JobSpec::read_with(&job.job, job.host.read()?.as_ref(), &builtin())?;
+        check_places(&spec)?;
+        Ok(spec.storage)
     })
 }
 

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use rustix::fs::OFlags;
@@ -38,13 +38,15 @@ impl Grants {
     /// Whether what a path leads to, now, may be read.
     #[must_use]
     pub fn may_read(&self, path: &Path) -> bool {
-        self.0.as_ref().is_none_or(|roots| roots.may_read(&resolved(path)))
+        let Some(roots) = &self.0 else { return true };
+        real(path).is_some_and(|real| roots.may_read(&real))
     }
 
     /// Whether what a path leads to, now, may be written. It need not be there.
     #[must_use]
     pub fn may_write(&self, path: &Path) -> bool {
-        self.0.as_ref().is_none_or(|roots| is_within(&roots.write, &resolved(path)))
+        let Some(roots) = &self.0 else { return true };
+        real(path).is_some_and(|real| is_within(&roots.write, &real))
     }
 
     /// Opens a file to read it. What counts is the file that was opened, and not what its path leads to at another
@@ -64,6 +66,38 @@ impl Grants {
         }
         File::open(itself)
     }
+}
+
+/// What a path leads to; `None`: that cannot be said before something on the way is made.
+fn real(path: &Path) -> Option<PathBuf> {
+    let mut known = path;
+    while !known.exists() {
+        let is_up = known.components().next_back() == Some(Component::ParentDir);
+        if is_up || known.is_symlink() {
+            return None;
+        }
+        known = known.parent()?;
+        if known.as_os_str().is_empty() {
+            break;
+        }
+    }
+    Some(resolved(path))
+}
+
+/// A link in a directory or below it: what is written by such a name is written elsewhere.
+#[must_use]
+pub fn link_below(dir: &Path) -> Option<PathBuf> {
+    let mut waiting = vec![dir.to_owned()];
+    while let Some(dir) = waiting.pop() {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_symlink() => return Some(entry.path()),
+                Ok(kind) if kind.is_dir() => waiting.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    None
 }
 
 impl Roots {
@@ -92,6 +126,10 @@ mod tests {
         }
         symlink(path("other"), path("in/link")).expect("linked");
         symlink(path("in"), path("entry")).expect("linked");
+        symlink(path("other"), path("out/link")).expect("linked");
+        symlink(path("other/new"), path("out/dangling")).expect("linked");
+        assert_eq!(link_below(&path("in")), Some(path("in/link")));
+        assert_eq!(link_below(&path("other")), None);
         let grants = Grants::of(&[path("in")], &[path("out")]);
         for (name, may_read, may_write) in [
             ("in/file", true, false),
@@ -103,6 +141,9 @@ mod tests {
             ("in/link/file", false, false),
             ("in/../other/file", false, false),
             ("in/none/../../other/file", false, false),
+            ("out/none/../link/file", false, false),
+            ("out/dangling", false, false),
+            ("out/dangling/file", false, false),
             ("in-between/file", false, false),
         ] {
             let path = path(name);

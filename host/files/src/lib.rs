@@ -13,7 +13,7 @@ use std::{
 
 use rustix::fs::OFlags;
 
-pub use self::grants::Grants;
+pub use self::grants::{Grants, link_below};
 
 /// How the name of a file begins that was not renamed yet.
 pub const UNFINISHED: &str = ".unfinished-";

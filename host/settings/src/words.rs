@@ -47,11 +47,18 @@ pub(super) fn flatten(prefix: &str, value: &DeValue<'_>, flat: &mut Vec<(String,
     flat.push((prefix.to_owned(), text));
 }
 
+/// Longer words are compared with none: it takes the product of both lengths.
+const WORD_BYTES_MAX: usize = 100;
+
 /// The word that was probably meant.
 pub fn closest<'w>(word: &str, known: impl IntoIterator<Item = &'w str>) -> Option<&'w str> {
+    if WORD_BYTES_MAX < word.len() {
+        return None;
+    }
     let word = word.to_lowercase();
     known
         .into_iter()
+        .filter(|candidate| candidate.len() <= WORD_BYTES_MAX)
         .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
         .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 3)
         .min()

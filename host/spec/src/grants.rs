@@ -9,7 +9,7 @@ use cofferdam_settings::{AnySetting, Code, Optional, Problem, Section, table::Ke
 use toml::de::DeValue;
 
 use super::{
-    OperatorSpec,
+    OperatorSpec, SledBackend, StateBackend,
     operator::{AllLimits, LIMIT_ROWS, read_all_limits},
 };
 
@@ -41,22 +41,35 @@ pub struct HostGrants {
     /// How the addresses begin.
     addresses: Vec<String>,
     limits: AllLimits,
+    /// What the host's own settings give a backend.
+    backend: SledBackend,
 }
 
 impl HostGrants {
     /// Reads the table of the default; relative paths begin at the directory of the host's file.
-    pub(super) fn read(section: &Section<'_>, base_dir: &Path) -> Result<Self> {
+    pub(super) fn read(
+        section: &Section<'_>,
+        base_dir: &Path,
+        backend: SledBackend,
+    ) -> Result<Self> {
         section.know(ROWS);
         section.know(LIMIT_ROWS);
         let (read, write) = (texts(section, "read")?, texts(section, "write")?);
+        if let Some(address) = read.iter().find(|text| is_address(text)) {
+            let span = section.items("read")?.first().map_or(0..0, |(_, span)| span.clone());
+            let why =
+                format!("{address} is no path; what checkpoints may be in is granted by `write`");
+            return Err(section.bad_value("read", &span, why));
+        }
         let limits = read_all_limits(section);
         section.finish();
         let paths = |texts: &[String]| -> Vec<PathBuf> {
-            texts.iter().filter(|text| !is_address(text)).map(|text| base_dir.join(text)).collect()
+            let paths = texts.iter().filter(|text| !is_address(text));
+            paths.map(|text| base_dir.join(text.strip_prefix("file://").unwrap_or(text))).collect()
         };
         let files = Grants::of(&paths(&read), &paths(&write));
         let addresses = write.into_iter().filter(|text| is_address(text)).collect();
-        Ok(Self { files, addresses, limits })
+        Ok(Self { files, addresses, limits, backend })
     }
 
     /// Whether a bucket, and what is in it by this prefix, may be used.
@@ -68,6 +81,23 @@ impl HostGrants {
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         };
         !address.contains("/../") && self.addresses.iter().any(is_in)
+    }
+
+    /// What a backend takes of the host's memory is not the tenant's to raise.
+    pub(super) fn check_backend(&self, backend: &StateBackend) -> Result<()> {
+        let StateBackend::Sled(own) = backend else { return Ok(()) };
+        for (key, wanted, most) in [
+            ("cache", own.cache_bytes, self.backend.cache_bytes),
+            ("write-buffer", own.write_buffer_bytes, self.backend.write_buffer_bytes),
+        ] {
+            if most < wanted {
+                let message = format!("`state.backend.sled.{key}` is more than the host grants");
+                return Err(Problem::new(Code::NotGranted, message)
+                    .detail(format!("the job wants {wanted} bytes, and may have {most}"))
+                    .hint("whoever runs the host can set it in its file"));
+            }
+        }
+        Ok(())
     }
 
     /// The first limit that an operator has beyond what the host grants.
@@ -104,7 +134,7 @@ fn millis(duration: std::time::Duration) -> u64 {
 
 /// Whether a text names something that is no file.
 pub(super) fn is_address(text: &str) -> bool {
-    text.contains("://")
+    text.contains("://") && !text.starts_with("file://")
 }
 
 fn texts(section: &Section<'_>, key: &'static str) -> Result<Vec<String>> {

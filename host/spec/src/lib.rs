@@ -52,6 +52,9 @@ type Result<T> = std::result::Result<T, Problem>;
 /// Bytes of a manifest, and of a host's settings: ten times what a job of a thousand nodes needs.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
+/// Bytes of a name.
+const NAME_BYTES_MAX: usize = 200;
+
 /// Flink's upper bound of the parallelism.
 const PARALLELISM_MAX: u64 = 1 << 15;
 
@@ -422,6 +425,7 @@ impl Source {
         let base_dir = self.path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         let mut spec = read_job(&root, &base_dir, catalog, &self.parallelism)?;
         if let Some(grants) = &grants {
+            grants.check_backend(&spec.state_backend)?;
             check_limits(&spec.nodes, grants)?;
         }
         spec.grants = grants;
@@ -453,7 +457,16 @@ fn read_grants(
     }
     let default = default.ok_or_else(|| wrong("it has no `default`"))?;
     let base_dir = host.and_then(|host| host.path.parent()).unwrap_or_else(|| Path::new(""));
-    HostGrants::read(&Section::of_table(document, "grants.default", default, start), base_dir)
+    let backend = host.map(host_backend).transpose()?.unwrap_or_default();
+    let section = Section::of_table(document, "grants.default", default, start);
+    HostGrants::read(&section, base_dir, backend)
+}
+
+/// What the host's file alone says about state on disk.
+fn host_backend(host: &HostSettings) -> Result<SledBackend> {
+    let document = Document::new(&host.path, &host.text);
+    let table = document.parse(&host.text, 0)?;
+    Ok(state::read_sled(&Section::root(&document, &[(&table, 0)])))
 }
 
 /// No operator has more than the host grants.
@@ -489,7 +502,7 @@ fn read_head(root: &Section<'_>) -> Result<(String, u32)> {
     let parallelism = u32::try_from(root.get(&PARALLELISM)).unwrap_or(1);
     let name = root.require(&NAME)?;
     if !is_name(&name.value) {
-        let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
+        let why = "a name has at most 200 letters, digits, `-` and `_`, and begins with a letter";
         return Err(root.bad_value(NAME.row().key, &name.span, why));
     }
     Ok((name.value, parallelism))
@@ -602,7 +615,8 @@ fn setting_line(key: &str, value: &str) -> String {
 }
 
 fn is_name(text: &str) -> bool {
-    text.starts_with(|letter: char| letter.is_ascii_alphabetic())
+    text.len() <= NAME_BYTES_MAX
+        && text.starts_with(|letter: char| letter.is_ascii_alphabetic())
         && text.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter))
 }
 

@@ -141,6 +141,7 @@ impl RawNodes {
 /// What a job may consist of: a task and a channel cost the host about a kilobyte each.
 const NODES_MAX: usize = 1_000;
 const INPUTS_MAX: usize = 256;
+const EDGES_MAX: usize = 10_000;
 const TASKS_MAX: u64 = 100_000;
 const CHANNELS_MAX: u64 = 1_000_000;
 
@@ -207,7 +208,7 @@ fn read_node(
     let listed = section.shown_key("name");
     section.document().forget(|key| key == listed);
     if !is_name(&name.value) {
-        let why = "a name has letters, digits, `-` and `_`, and begins with a letter";
+        let why = "a name has at most 200 letters, digits, `-` and `_`, and begins with a letter";
         return Err(section.bad_value("name", &name.span, why));
     }
     section.call(&name.value);
@@ -392,6 +393,11 @@ pub(super) fn resolve(
     let of_graph = nodes_of(&raw, &ids, parallelism);
     let is_bounded = raw.iter().all(RawNode::is_bounded);
     let mut origins = Origins::default();
+    let count: usize = raw.iter().map(|node| node.inputs.len()).sum();
+    if EDGES_MAX < count {
+        root.document().mistake(too_many("inputs of the job", count, EDGES_MAX));
+        root.document().mistakes()?;
+    }
     let (mut edges, mut nodes, mut spans) = (Vec::new(), Vec::new(), Vec::new());
     for (to, node) in (0..).map(NodeId).zip(&raw) {
         let mut inputs = Vec::new();

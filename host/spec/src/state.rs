@@ -50,13 +50,17 @@ static GUEST_CACHE: Setting<u64> = Key::bytes(
 
 pub(super) static ROWS: &[&dyn AnySetting] = &[&TYPE, &CACHE, &WRITE_BUFFER, &GUEST_CACHE];
 
-pub(super) fn read(root: &Section<'_>, warnings: &mut Vec<String>) -> StateBackend {
-    let name = root.get(&TYPE);
-    let backend = SledBackend {
+pub(super) fn read_sled(root: &Section<'_>) -> SledBackend {
+    SledBackend {
         cache_bytes: root.get(&CACHE),
         write_buffer_bytes: root.get(&WRITE_BUFFER),
         guest_cache_bytes: root.get(&GUEST_CACHE),
-    };
+    }
+}
+
+pub(super) fn read(root: &Section<'_>, warnings: &mut Vec<String>) -> StateBackend {
+    let name = root.get(&TYPE);
+    let backend = read_sled(root);
     let given = match name {
         Name::Hashmap => {
             root.document().forget(|key| key.starts_with("state.backend.sled."));

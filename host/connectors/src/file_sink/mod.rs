@@ -174,6 +174,12 @@ pub(crate) fn names_of(states: &[&[u8]]) -> BTreeMap<String, String> {
     parts.map(|part| (part.file(), part.name())).collect()
 }
 
+/// The directories that the parts of these states lie in.
+pub(crate) fn dirs_of(states: &[&[u8]]) -> BTreeSet<PathBuf> {
+    let states = decode_all::<State>(states).unwrap_or_default();
+    states.into_iter().flat_map(|state| state.parts).map(|part| part.dir).collect()
+}
+
 /// A part of these states that is not committed yet, if there is one.
 pub(crate) fn uncommitted(states: &[&[u8]]) -> Option<PathBuf> {
     let states = decode_all::<State>(states).unwrap_or_default();

@@ -15,11 +15,14 @@ use cofferdam_connector::{
     sink::Guarantee,
     state::mismatch,
 };
+use cofferdam_files::link_below;
 use cofferdam_settings::{
     AnySetting, Code, Optional, Problem, Required, Section, Setting, table::Key,
 };
 
-use super::{Claim, Claimant, FileSink, Kept, Output, check_states, names_of, share, uncommitted};
+use super::{
+    Claim, Claimant, FileSink, Kept, Output, check_states, dirs_of, names_of, share, uncommitted,
+};
 use crate::{
     line::{LINE, LineContent},
     settings::Result,
@@ -136,7 +139,20 @@ impl SinkSpec for FileSinkSpec {
     fn claim(&self, output: OutputContext<'_>) -> Result<Box<dyn SinkPlan>> {
         let claim = if output.is_asking { Claim::Ask } else { Claim::Take };
         let (sink, states) = (output.sink.to_owned(), output.states.clone());
-        let grants = output.grants.clone();
+        // Nothing is looked at that is not granted, whatever a state names.
+        if let Some(dir) = dirs_of(&states).iter().find(|dir| !output.grants.may_write(dir)) {
+            let message =
+                format!("sink \"{sink}\" has written to a place that the host does not grant");
+            return Err(Problem::new(Code::NotGranted, message)
+                .detail(format!("the checkpoint names parts in {}", dir.display()))
+                .hint("whoever runs the host can add it to `grants.default.write` in its file"));
+        }
+        if let Some(link) = link_below(&self.path).filter(|_| !output.grants.is_all()) {
+            let message = format!(
+                "sink \"{sink}\" has a link in its directory, where the host grants no others"
+            );
+            return Err(Problem::new(Code::NotGranted, message).detail(link.display()));
+        }
         let context = Claimant {
             job: output.job.to_owned(),
             lineage: output.lineage.clone(),
@@ -147,13 +163,6 @@ impl SinkSpec for FileSinkSpec {
         };
         let output = Output::claim(&sink, &self.path, self.if_exists, context, claim)?;
         let kept = check_states(&output, &states)?;
-        if let Some(dir) = kept.elsewhere.iter().find(|dir| !grants.may_write(dir)) {
-            let message =
-                format!("sink \"{sink}\" has written to a place that the host does not grant");
-            return Err(Problem::new(Code::NotGranted, message)
-                .detail(format!("the checkpoint names parts in {}", dir.display()))
-                .hint("whoever runs the host can add it to `grants.default.write` in its file"));
-        }
         Ok(Box::new(FileSinkPlan { spec: self.clone(), output: Arc::new(output), kept, claim }))
     }
 

@@ -196,12 +196,25 @@ pub(super) struct Listing {
     pub(super) files: BTreeMap<String, u64>,
 }
 
+/// Names nothing of what was found there.
+fn outside(source: &str, pattern: &str) -> Problem {
+    let message = format!("source \"{source}\" finds files that lead out of what the host grants");
+    Problem::new(Code::NotGranted, message).detail(pattern)
+}
+
 impl Listing {
     /// Looks for the files of a source.
     pub(super) fn new(node: NodeContext<'_>, spec: &FileSourceSpec) -> Result<Self, Problem> {
         let NodeContext { name, base_dir, grants } = node;
         let unreadable = |what: String| Problem::new(Code::SourceUnreadable, what);
         let (root, rest) = fixed_part(base_dir, &spec.path);
+        let leads_up = |part: &str| {
+            part == ".."
+                || glob::Pattern::new(part).is_ok_and(|it| it.matches("..") || it.matches("."))
+        };
+        if !grants.is_all() && rest.split('/').any(leads_up) {
+            return Err(outside(name, &spec.path));
+        }
         // Only what the manifest says is a pattern: the directory it lies in may be called anything.
         let pattern = match rest.as_str() {
             "" => glob::Pattern::escape(&root.to_string_lossy()),
@@ -222,10 +235,7 @@ impl Listing {
             };
             let path = path.map_err(|error| cannot(error.path(), error.error()))?;
             if !grants.may_read(&path) {
-                let message = format!(
-                    "source \"{name}\" finds a file that leads out of what the host grants"
-                );
-                return Err(Problem::new(Code::NotGranted, message).detail(path.display()));
+                return Err(outside(name, &spec.path));
             }
             let metadata = std::fs::metadata(&path).map_err(|error| cannot(&path, &error))?;
             if !metadata.is_file() {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use cofferdam_files::link_below;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, StorageSpec, grants::HostGrants};
 
@@ -39,29 +40,50 @@ pub(super) fn check_granted(spec: &JobSpec) -> Result<(), Problem> {
             }
         }
     }
-    problems.extend(state_problems(spec, grants));
+    problems.extend(check_places(spec).err());
+    problems.extend(savepoint_problem(spec, grants));
     Problem::all(problems).map_or(Ok(()), Err)
 }
 
-/// The job's own directories and buckets.
-fn state_problems(spec: &JobSpec, grants: &HostGrants) -> Vec<Problem> {
-    let mut places: Vec<(&str, &Path)> = Vec::new();
-    match &spec.storage {
-        StorageSpec::Sled(dir) => places.push(("the job keeps its state in", dir)),
-        StorageSpec::Objects { location, state_dir } => {
-            places.push(("the job keeps its checkpoints in", Path::new(location)));
-            places.push(("the job keeps its state in", state_dir));
-        }
-        StorageSpec::Memory => {}
-    }
-    places.extend(spec.savepoint_dir.iter().map(|dir| ("savepoints go to", dir.as_path())));
-    let is_granted = |path: &Path| match path.to_str().filter(|text| text.contains("://")) {
-        Some(address) => grants.may_use(address),
-        // Where nothing else is said, the state lies beside the manifest.
-        None => grants.files.may_write(path) || is_beside(&spec.base_dir, path),
+/// Refuses a state, or checkpoints, at a place that the host does not grant: of another job, it may be.
+///
+/// # Errors
+/// The first such place.
+pub fn check_places(spec: &JobSpec) -> Result<(), Problem> {
+    let Some(grants) = &spec.grants else { return Ok(()) };
+    let (state_dir, location) = match &spec.storage {
+        StorageSpec::Sled(dir) => (dir, None),
+        StorageSpec::Objects { location, state_dir } => (state_dir, Some(location)),
+        StorageSpec::Memory => return Ok(()),
     };
-    let refused = |(what, path): (&str, &Path)| refused(what, path, "write");
-    places.into_iter().filter(|(_, path)| !is_granted(path)).map(refused).collect()
+    if let Some(location) = location.filter(|location| !may_write(grants, Path::new(location))) {
+        return Err(refused("the job keeps its checkpoints in", Path::new(location), "write"));
+    }
+    // Where nothing else is said, the state lies beside the manifest under the job's name.
+    let own = spec.base_dir.join(format!("{}.cofferdam", spec.name));
+    let is_own = *state_dir == own && is_beside(&spec.base_dir, state_dir);
+    if !is_own && !may_write(grants, state_dir) {
+        return Err(refused("the job keeps its state in", state_dir, "write"));
+    }
+    match link_below(state_dir) {
+        Some(link) => Err(refused("the job's state has a link to", &link, "write")),
+        None => Ok(()),
+    }
+}
+
+fn savepoint_problem(spec: &JobSpec, grants: &HostGrants) -> Option<Problem> {
+    let dir = spec.savepoint_dir.as_ref().filter(|dir| !may_write(grants, dir))?;
+    Some(refused("savepoints go to", dir, "write"))
+}
+
+fn may_write(grants: &HostGrants, path: &Path) -> bool {
+    match path.to_str().filter(|text| text.contains("://")) {
+        Some(address) => match address.strip_prefix("file://") {
+            Some(path) => grants.files.may_write(Path::new(path)),
+            None => grants.may_use(address),
+        },
+        None => grants.files.may_write(path),
+    }
 }
 
 /// Whether a path leads to something in a directory, or below it.

@@ -42,6 +42,7 @@ use tokio::sync::mpsc;
 pub use self::{
     check::CheckedJob,
     component::{describe, load_component, sandbox},
+    granted::check_places,
     read_out::each_declared,
     resume::JobOptions,
 };

@@ -26,6 +26,9 @@ use crate::{
 
 type Result<T> = std::result::Result<T, Problem>;
 
+/// Keys of a table whose keys are free.
+const FREE_MAX: usize = 1_000;
+
 /// A value and where it stands.
 #[derive(Debug, Clone)]
 pub struct Located<T> {
@@ -414,6 +417,14 @@ impl<'a> Section<'a> {
             if let Some(rest) = path.strip_prefix(key).and_then(|rest| rest.strip_prefix('.')) {
                 flatten(rest, entry.value, &mut flat);
             }
+        }
+        if FREE_MAX < flat.len() {
+            let message = format!(
+                "`{}` has {} keys, but at most {FREE_MAX} are allowed",
+                self.path_of(key),
+                flat.len()
+            );
+            return Err(self.document.problem(Code::BadValue, &self.span, message));
         }
         for (name, value) in &flat {
             let path = format!("{key}.{name}");
