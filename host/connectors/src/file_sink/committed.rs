@@ -9,7 +9,7 @@ use std::{
 };
 
 use cofferdam_connector::identity::Id;
-use cofferdam_files::{FOR_ALL, make_dir, sync_dir, write_whole};
+use cofferdam_files::{FOR_ALL, make_dir, read_regular, sync_dir, write_whole};
 use serde::{Deserialize, Serialize};
 
 use super::names::file_of;
@@ -102,9 +102,12 @@ impl Committed {
     }
 }
 
+/// A log is shortened at a megabyte: what has more than this is none.
+const READ_BYTES_MAX: u64 = 256 << 20;
+
 /// The lines of a log. One that was cut short by a crash says nothing that was promised.
 pub(super) fn lines_of(path: &Path) -> io::Result<Vec<Line>> {
-    let bytes = fs::read(path)?;
+    let bytes = read_regular(path, READ_BYTES_MAX)?;
     let text = String::from_utf8_lossy(&bytes);
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }

@@ -18,7 +18,9 @@ use cofferdam_connector::{
     catalog::Conflicts,
     identity::{Id, Lineage},
 };
-use cofferdam_files::{FOR_ALL, is_locked, make_dir, resolved, sync_dir, try_lock, write_whole};
+use cofferdam_files::{
+    FOR_ALL, is_locked, make_dir, read_regular, resolved, sync_dir, try_lock, write_whole,
+};
 use cofferdam_settings::{Code, Problem};
 use serde::{Deserialize, Serialize};
 
@@ -44,10 +46,13 @@ struct Owner {
     sink: String,
 }
 
+/// Of the file of an owner.
+const OWNER_BYTES_MAX: u64 = 64 << 10;
+
 impl Owner {
     /// That of a directory. One that cannot be made sense of is nobody.
     fn of(dir: &Path) -> io::Result<Option<Self>> {
-        match fs::read(dir.join(FOLDER).join(OWNER)) {
+        match read_regular(&dir.join(FOLDER).join(OWNER), OWNER_BYTES_MAX) {
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),

@@ -8,12 +8,15 @@ use std::{
 };
 
 use cofferdam_connector::identity::Id;
-use cofferdam_files::{FOR_OWNER, UNFINISHED, is_locked, make_dir, try_lock, write_whole};
+use cofferdam_files::{
+    FOR_OWNER, UNFINISHED, is_locked, make_dir, read_regular, try_lock, write_whole,
+};
 use cofferdam_settings::{Code, Problem};
 use serde::{Deserialize, Serialize};
 
 const LOCK: &str = "LOCK";
 const RECORD: &str = "JOB";
+const RECORD_BYTES_MAX: u64 = 64 << 10;
 const FORMAT: u32 = 1;
 
 /// What a state directory says of its job.
@@ -65,7 +68,7 @@ impl JobRecord {
     /// # Errors
     /// Where it is there and cannot be read.
     pub fn read(dir: &Path) -> io::Result<Option<Self>> {
-        match fs::read(dir.join(RECORD)) {
+        match read_regular(&dir.join(RECORD), RECORD_BYTES_MAX) {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::other),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),

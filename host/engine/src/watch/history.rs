@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, Write},
+    io::{self, Write},
     path::Path,
     sync::{
         Arc,
@@ -13,6 +13,7 @@ use std::{
     thread::JoinHandle,
 };
 
+use cofferdam_files::read_regular;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -21,6 +22,8 @@ use crate::{
 };
 
 const FILE: &str = "history.jsonl";
+/// Four times what as many entries can have.
+const FILE_BYTES_MAX: u64 = 256 << 20;
 /// So many of the newest entries are kept; the file has at most twice as many.
 pub(super) const ENTRIES_MAX: usize = 1_000;
 
@@ -59,10 +62,10 @@ pub(super) fn is_kept(progress: &Progress) -> bool {
 /// # Errors
 /// Where the file is there and cannot be read.
 pub fn read(state_dir: &Path) -> io::Result<Vec<Entry>> {
-    match File::open(state_dir.join(FILE)) {
-        Ok(file) => {
-            let lines = BufReader::new(file).lines();
-            Ok(lines.map_while(Result::ok).filter_map(|l| serde_json::from_str(&l).ok()).collect())
+    match read_regular(&state_dir.join(FILE), FILE_BYTES_MAX) {
+        Ok(bytes) => {
+            let text = String::from_utf8_lossy(&bytes);
+            Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),

@@ -17,7 +17,7 @@ use std::{
 use cofferdam_settings::{Code, Problem};
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
     sync::oneshot,
     task::JoinSet,
@@ -152,10 +152,13 @@ fn short_path(folder: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
 }
 
+/// Of a request.
+const REQUEST_BYTES_MAX: u64 = 64 << 10;
+
 async fn converse(stream: UnixStream, job: &JobHandle) -> io::Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
-    BufReader::new(reader).read_line(&mut line).await?;
+    BufReader::new(reader.take(REQUEST_BYTES_MAX)).read_line(&mut line).await?;
     let answer = match serde_json::from_str(&line) {
         Ok(request) => answer(request, job).await,
         Err(error) => Answer::Refused { error: format!("not a request: {error}"), os_error: None },
