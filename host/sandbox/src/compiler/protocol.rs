@@ -66,9 +66,9 @@ impl Answer {
                 Self::Refused(Refused::Malformed { message })
             }
             Err(ComponentError::Unsound(unsound)) => Self::Refused(Refused::Unsound(unsound)),
-            Err(ComponentError::Compile(error)) => {
-                Self::Refused(Refused::Compile { message: with_sources(&*error) })
-            }
+            Err(ComponentError::Compile(error)) => Self::Refused(Refused::Compile {
+                message: format!("{:#}", wasmtime::Error::from_boxed(error)),
+            }),
             Err(other) => Self::Refused(Refused::Compile { message: other.to_string() }),
         }
     }
@@ -114,13 +114,6 @@ impl Answer {
             Self::Refused(Refused::Unsound(unsound)) => ComponentError::Unsound(unsound),
             Self::Refused(Refused::Compile { message }) => ComponentError::Compile(message.into()),
         })
-    }
-}
-
-fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", with_sources(source)),
-        None => error.to_string(),
     }
 }
 
