@@ -38,8 +38,8 @@ use crate::{
 pub struct EngineOptions {
     /// Where compiled components are kept between runs; `None`: each engine compiles them.
     pub cache_dir: Option<PathBuf>,
-    /// Where they are compiled. Default: in this process, so whoever writes a component can use all of its memory and
-    /// processor time.
+    /// Where they are compiled. Default: in this process, so a component can use all of its memory and processor
+    /// time.
     pub compiler: Compiler,
 }
 

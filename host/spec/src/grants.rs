@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use cofferdam_files::Grants;
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{AnySetting, Code, Optional, Problem, Section, table::Key};
+use cofferdam_store::is_url;
 use toml::de::DeValue;
 
 use super::{
@@ -65,22 +66,26 @@ impl HostGrants {
         section.finish();
         let paths = |texts: &[String]| -> Vec<PathBuf> {
             let paths = texts.iter().filter(|text| !is_address(text));
-            paths.map(|text| base_dir.join(text.strip_prefix("file://").unwrap_or(text))).collect()
+            paths.map(|text| base_dir.join(path_of(text))).collect()
         };
         let files = Grants::of(&paths(&read), &paths(&write));
         let addresses = write.into_iter().filter(|text| is_address(text)).collect();
         Ok(Self { files, addresses, limits, backend })
     }
 
-    /// Whether a bucket, and what is in it by this prefix, may be used.
+    /// Whether a directory, or a bucket and what is in it by a prefix, may be written.
     #[must_use]
-    pub fn may_use(&self, address: &str) -> bool {
+    pub fn may_write(&self, place: &Path) -> bool {
+        let text = place.to_string_lossy();
+        if !is_address(&text) {
+            return self.files.may_write(Path::new(path_of(&text)));
+        }
         // "s3://a/b" grants "s3://a/b/c", and not "s3://a/bc".
         let is_in = |known: &String| {
-            let rest = address.strip_prefix(known.trim_end_matches('/'));
+            let rest = text.strip_prefix(known.trim_end_matches('/'));
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         };
-        !address.contains("/../") && self.addresses.iter().any(is_in)
+        !text.contains("/../") && self.addresses.iter().any(is_in)
     }
 
     /// What a backend takes of the host's memory is not the tenant's to raise.
@@ -94,7 +99,7 @@ impl HostGrants {
                 let message = format!("`state.backend.sled.{key}` is more than the host grants");
                 return Err(Problem::new(Code::NotGranted, message)
                     .detail(format!("the job wants {wanted} bytes, and may have {most}"))
-                    .hint("whoever runs the host can set it in its file"));
+                    .hint("the operator of the host can set it in its file"));
             }
         }
         Ok(())
@@ -123,7 +128,7 @@ impl HostGrants {
         Err(Problem::new(Code::NotGranted, message)
             .detail(format!("limits.{limit}: it wants {wanted}, and may have {most}"))
             .hint(format!(
-                "whoever runs the host can raise `grants.default.limits.{limit}` in its file"
+                "the operator of the host can raise `grants.default.limits.{limit}` in its file"
             )))
     }
 }
@@ -133,8 +138,15 @@ fn millis(duration: std::time::Duration) -> u64 {
 }
 
 /// Whether a text names something that is no file.
-pub(super) fn is_address(text: &str) -> bool {
-    text.contains("://") && !text.starts_with("file://")
+fn is_address(text: &str) -> bool {
+    is_url(Path::new(text)) && !text.starts_with(FILE)
+}
+
+const FILE: &str = "file://";
+
+/// The path that a text is.
+fn path_of(text: &str) -> &str {
+    text.strip_prefix(FILE).unwrap_or(text)
 }
 
 fn texts(section: &Section<'_>, key: &'static str) -> Result<Vec<String>> {

@@ -37,6 +37,7 @@ use cofferdam_core::{
     ids::NodeId,
     restart::{RestartState, RestartStrategy},
 };
+use cofferdam_files::Grants;
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{
     AnySetting, Code, Document, Effective, Problem, Required, Section, Setting, table::Key,
@@ -351,6 +352,12 @@ impl JobSpec {
         let inputs = &self.node(id).inputs;
         let is_by_key = |input: &InputSpec| input.partitioner == Partitioner::Hash;
         !inputs.is_empty() && inputs.iter().all(is_by_key)
+    }
+
+    /// Which files it may open.
+    #[must_use]
+    pub fn files(&self) -> Grants {
+        self.grants.as_ref().map_or_else(Grants::default, |grants| grants.files.clone())
     }
 
     /// What a reader of a sink's output can rely on after a failure: what the sink promises, as far as checkpoints

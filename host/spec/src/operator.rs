@@ -98,7 +98,8 @@ pub(super) fn read_operator(
     let document = section.document();
     document.amend(&section.shown_key(COMPONENT.row().key), component.display().to_string());
     let config = section.free(CONFIG.row().key)?;
-    let limits = read_limits(section);
+    let AllLimits { sandbox: limits, state_bytes_max, partition_bytes_max } =
+        read_all_limits(section);
     let snapshot = section.get(&SNAPSHOT);
     let max_parallelism = match section.find(&MAX_PARALLELISM) {
         Some(number) if number.value < u64::from(parallelism) => {
@@ -113,8 +114,8 @@ pub(super) fn read_operator(
         component,
         config,
         limits,
-        state_bytes_max: section.get(&STATE),
-        partition_bytes_max: section.get(&PARTITION),
+        state_bytes_max,
+        partition_bytes_max,
         snapshot,
         max_parallelism,
         state_cache_bytes: 0,

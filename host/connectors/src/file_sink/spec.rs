@@ -145,9 +145,13 @@ impl SinkSpec for FileSinkSpec {
                 format!("sink \"{sink}\" has written to a place that the host does not grant");
             return Err(Problem::new(Code::NotGranted, message)
                 .detail(format!("the checkpoint names parts in {}", dir.display()))
-                .hint("whoever runs the host can add it to `grants.default.write` in its file"));
+                .hint(
+                    "the operator of the host can add it to `grants.default.write` in its file",
+                ));
         }
-        if let Some(link) = link_below(&self.path).filter(|_| !output.grants.is_all()) {
+        if !output.grants.is_all()
+            && let Some(link) = link_below(&self.path)
+        {
             let message = format!(
                 "sink \"{sink}\" has a link in its directory, where the host grants no others"
             );

@@ -56,13 +56,13 @@ pub fn check_places(spec: &JobSpec) -> Result<(), Problem> {
         StorageSpec::Objects { location, state_dir } => (state_dir, Some(location)),
         StorageSpec::Memory => return Ok(()),
     };
-    if let Some(location) = location.filter(|location| !may_write(grants, Path::new(location))) {
+    if let Some(location) = location.filter(|location| !grants.may_write(Path::new(location))) {
         return Err(refused("the job keeps its checkpoints in", Path::new(location), "write"));
     }
     // Where nothing else is said, the state lies beside the manifest under the job's name.
     let own = spec.base_dir.join(format!("{}.cofferdam", spec.name));
     let is_own = *state_dir == own && is_beside(&spec.base_dir, state_dir);
-    if !is_own && !may_write(grants, state_dir) {
+    if !is_own && !grants.may_write(state_dir) {
         return Err(refused("the job keeps its state in", state_dir, "write"));
     }
     match link_below(state_dir) {
@@ -72,18 +72,8 @@ pub fn check_places(spec: &JobSpec) -> Result<(), Problem> {
 }
 
 fn savepoint_problem(spec: &JobSpec, grants: &HostGrants) -> Option<Problem> {
-    let dir = spec.savepoint_dir.as_ref().filter(|dir| !may_write(grants, dir))?;
+    let dir = spec.savepoint_dir.as_ref().filter(|dir| !grants.may_write(dir))?;
     Some(refused("savepoints go to", dir, "write"))
-}
-
-fn may_write(grants: &HostGrants, path: &Path) -> bool {
-    match path.to_str().filter(|text| text.contains("://")) {
-        Some(address) => match address.strip_prefix("file://") {
-            Some(path) => grants.files.may_write(Path::new(path)),
-            None => grants.may_use(address),
-        },
-        None => grants.files.may_write(path),
-    }
 }
 
 /// Whether a path leads to something in a directory, or below it.
@@ -95,5 +85,5 @@ fn is_beside(dir: &Path, path: &Path) -> bool {
 fn refused(what: &str, path: &Path, list: &str) -> Problem {
     Problem::new(Code::NotGranted, format!("{what} a place that the host does not grant"))
         .detail(path.display())
-        .hint(format!("whoever runs the host can add it to `grants.default.{list}` in its file"))
+        .hint(format!("the operator of the host can add it to `grants.default.{list}` in its file"))
 }

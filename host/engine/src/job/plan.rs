@@ -13,7 +13,6 @@ use cofferdam_core::{
     graph::JobGraph,
     ids::{Attempt, CheckpointId, NodeId, TaskId},
 };
-use cofferdam_files::Grants;
 use cofferdam_sandbox::Component;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind, NodeSpec, OperatorSpec, StateBackend};
@@ -356,8 +355,7 @@ pub(super) fn prepare_nodes(
     operators: &BTreeMap<NodeId, CheckedOperator>,
 ) -> Result<Vec<NodePlan>, Problem> {
     let nodes = (0..).map(NodeId).zip(&spec.nodes);
-    let all = Grants::default();
-    let grants = spec.grants.as_ref().map_or(&all, |grants| &grants.files);
+    let grants = &spec.files();
     nodes
         .map(|(id, node)| {
             Ok(match (&node.kind, operators.get(&id)) {

@@ -11,7 +11,7 @@ use cofferdam_connector::{
     identity::Id,
 };
 use cofferdam_core::{exchange::ExchangeType, share::WEIGHT_DEFAULT};
-use cofferdam_files::{Grants, resolved};
+use cofferdam_files::resolved;
 use cofferdam_settings::{Code, Problem};
 use cofferdam_spec::{JobSpec, NodeKind};
 use cofferdam_store::{
@@ -205,8 +205,7 @@ pub(super) fn claim_outputs(
 ) -> Result<BTreeMap<String, Box<dyn SinkPlan>>, Problem> {
     let mut claimed: BTreeMap<PathBuf, &str> = BTreeMap::new();
     let mut plans: BTreeMap<String, Box<dyn SinkPlan>> = BTreeMap::new();
-    let all = Grants::default();
-    let grants = spec.grants.as_ref().map_or(&all, |grants| &grants.files);
+    let grants = &spec.files();
     for node in &spec.nodes {
         let NodeKind::Sink(sink) = &node.kind else { continue };
         let tasks = identities.iter().zip(&chosen.restores);
