@@ -58,8 +58,12 @@ pub(crate) fn limits() -> Limits {
 }
 
 pub(crate) async fn open(component: &Component, config: &[(&str, &str)]) -> Result<Instance> {
-    let setup =
-        InstanceSetup { host: Arc::new(RecordingHost::default()), limits: limits(), seed: 1 };
+    let setup = InstanceSetup {
+        host: Arc::new(RecordingHost::default()),
+        limits: limits(),
+        capabilities: Default::default(),
+        seed: 1,
+    };
     let mut instance = component.instantiate(setup).await?;
     let context = OpenContext {
         operator: "bench",

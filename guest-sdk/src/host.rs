@@ -62,6 +62,20 @@ pub fn now_ms() -> u64 {
         .map_or(0, |since| since.as_millis() as u64)
 }
 
+/// A secret that the manifest asks for (`grants.secrets` of the operator) and the host grants; `None`: it does not, or this
+/// is a unit test. Once read, it is in the operator's memory, and with that in checkpoints: read it where it is
+/// used, and do not keep it.
+#[must_use]
+pub fn secret(name: &str) -> Option<Vec<u8>> {
+    #[cfg(target_arch = "wasm32")]
+    return wit::secrets::get(name);
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        let _ = name;
+        None
+    }
+}
+
 /// How often the task was restarted before; 0 in unit tests. For diagnostics: what an operator emits
 /// must not depend on it.
 #[must_use]

@@ -54,6 +54,7 @@ fn an_operator_that_a_child_has_compiled_runs_like_any_other() {
         let setup = cofferdam_sandbox::InstanceSetup {
             host: std::sync::Arc::new(cofferdam_sandbox::QuietHost),
             limits: cofferdam_sandbox::Limits::default(),
+            capabilities: Default::default(),
             seed: 1,
         };
         component.describe(setup).await

@@ -160,12 +160,15 @@ fn grants_are_the_hosts_and_their_mistakes_are_told() {
     let own = world.manifest("[job]", "[grants.default]\nread = [\"/\"]\n[job]");
     assert_eq!(world.run(&own).expect_err("of a manifest").code, Code::UnknownKey);
     for (host, says) in [
-        ("grants = 1", "it is a table"),
+        ("grants = 1", "`grants`: it is a table"),
         ("[grants.default]\nreed = [\"/\"]", "unknown key `grants.default.reed`"),
         ("[grants.default]\nread = \"/\"", "must be an array"),
         ("[grants.default]\nread = [1]", "a path is a text"),
-        ("[grants.other]\nread = [\"/\"]", "`other` is unknown"),
-        ("[grants]", "it has no `default`"),
+        ("[grants.other]\nreed = [\"/\"]", "unknown key `grants.other.reed`"),
+        ("[grants]\nread = [\"/\"]", "`read` must be a table"),
+        // What is granted to another tenant alone, and to none.
+        ("[grants.other]\nread = [\"/\"]\nwrite = [\"/\"]", "does not grant"),
+        ("[grants]", "does not grant"),
     ] {
         fs::write(world.path("cofferdam.toml"), format!("{host}\n")).expect("written");
         let refused = world.run(&world.manifest("tenant", "tenant")).expect_err(host);

@@ -22,6 +22,7 @@ mod grants;
 mod limits;
 mod neighbours;
 mod objects;
+mod outside;
 mod program;
 mod readers;
 mod readme;

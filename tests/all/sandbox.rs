@@ -60,7 +60,8 @@ async fn open_on(
     limits: Limits,
     config: &[(&str, &str)],
 ) -> Result<Probe, GuestError> {
-    let setup = InstanceSetup { host: host.clone(), limits, seed: 7 };
+    let setup =
+        InstanceSetup { host: host.clone(), limits, capabilities: Default::default(), seed: 7 };
     let mut instance = probe(tracking).instantiate(setup).await?;
     let context = OpenContext {
         operator: "probe",

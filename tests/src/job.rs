@@ -379,6 +379,7 @@ pub fn lone_task(operator: &str) -> TaskIdentity {
         uid: operator.to_owned(),
         is_sink: false,
         connector: None,
+        directories: None,
         config: 0,
         is_keyed: true,
         states: Vec::new(),

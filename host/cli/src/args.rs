@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use cofferdam_engine::{
     EngineOptions,
     compiler::{CompileLimits, Compiler},
-    problem::Problem,
+    problem::{Code, Problem},
 };
 use cofferdam_spec::host::HostSettings;
 
@@ -143,16 +143,29 @@ pub(crate) struct HostArguments {
     /// [default: cofferdam.toml in the working directory, if there is one]
     #[arg(long, value_name = "FILE", env = "COFFERDAM_HOST_CONFIG")]
     host_config: Option<PathBuf>,
+    /// Whose job it is: what the host's file grants this tenant counts, too
+    #[arg(long, value_name = "NAME", env = "COFFERDAM_TENANT")]
+    tenant: Option<String>,
 }
 
 impl HostArguments {
     /// The host's settings, if there are any.
     pub(crate) fn read(&self) -> Result<Option<HostSettings>, Problem> {
         let default = PathBuf::from("cofferdam.toml");
-        match &self.host_config {
-            Some(path) => HostSettings::read(path).map(Some),
-            None if default.is_file() => HostSettings::read(&default).map(Some),
-            None => Ok(None),
+        let path = match &self.host_config {
+            None if default.is_file() => Some(&default),
+            path => path.as_ref(),
+        };
+        let settings = path.map(|path| HostSettings::read(path)).transpose()?;
+        match (settings, &self.tenant) {
+            (Some(settings), Some(tenant)) => Ok(Some(settings.for_tenant(tenant.clone()))),
+            (None, Some(tenant)) => {
+                let message =
+                    format!("there is no host's file to say what tenant \"{tenant}\" may do");
+                let problem = Problem::new(Code::NotGranted, message);
+                Err(problem.hint("name it with --host-config FILE"))
+            }
+            (settings, None) => Ok(settings),
         }
     }
 }

@@ -41,6 +41,8 @@ pub struct OperatorState {
     pub has_host_state: bool,
     /// The digest of its component; `None` for sources and sinks.
     pub component: Option<[u8; 16]>,
+    /// The names of the directories that an instance finds, whose handles are in linear memory.
+    pub directories: Option<String>,
     /// The connector of a source, whose position no other one can read; `None`: it is no source, or, in a checkpoint,
     /// that is not known.
     pub source: Option<String>,
@@ -73,6 +75,8 @@ pub enum Misfit {
     OtherComponent,
     /// Linear memory was written with another state backend.
     OtherBackend,
+    /// Linear memory was written with other directories at hand.
+    OtherDirectories,
     /// Linear memory cannot be distributed over another number of tasks.
     MemoryParallelism,
 }
@@ -122,6 +126,9 @@ pub fn fit(
     if known.has_host_state != now.has_host_state {
         return Err(Misfit::OtherBackend);
     }
+    if known.directories != now.directories {
+        return Err(Misfit::OtherDirectories);
+    }
     if known.parallelism != now.parallelism {
         return Err(Misfit::MemoryParallelism);
     }
@@ -154,6 +161,7 @@ mod tests {
             has_declared: true,
             has_host_state: false,
             component: Some([1; 16]),
+            directories: None,
             source: None,
             states: vec![state("counts", None)],
         }
@@ -180,7 +188,8 @@ mod tests {
         let declared_alone: Change = |it| it.has_memory = false;
         let both = |misfit: Misfit| [Some(misfit.clone()), Some(misfit)];
         let left = |name: &str| [Some(Misfit::StateLeft { name: name.to_owned() }), None];
-        let rows: [(Change, Change, [Option<Misfit>; 2]); 15] = [
+        let with_scratch: Change = |it| it.directories = Some("/scratch".to_owned());
+        let rows: [(Change, Change, [Option<Misfit>; 2]); 18] = [
             (same, same, [None, None]),
             // Declared state moves to another parallelism and another component; memory does not.
             (same, |it| it.parallelism = 3, both(Misfit::MemoryParallelism)),
@@ -188,6 +197,10 @@ mod tests {
             (same, |it| it.component = Some([2; 16]), both(Misfit::OtherComponent)),
             (same, |it| (it.component, it.has_memory) = (None, false), [None, None]),
             (same, |it| it.has_host_state = true, both(Misfit::OtherBackend)),
+            // A handle that memory knows would be that of another directory.
+            (same, with_scratch, both(Misfit::OtherDirectories)),
+            (with_scratch, same, both(Misfit::OtherDirectories)),
+            (with_scratch, |it| it.has_memory = false, [None, None]),
             (same, |it| it.max_parallelism = 64, both(Misfit::MaxParallelism)),
             (same, |it| it.is_keyed = false, both(Misfit::KeysChanged)),
             (same, |it| it.states = vec![state("sums", None)], left("counts")),

@@ -48,6 +48,7 @@ impl World {
             has_memory: random.one_in(2),
             has_declared: true,
             has_host_state: false,
+            directories: None,
             component: Some([1; 16]),
             source: None,
             states: ["counts", "totals"].map(|name| named(name, None)).to_vec(),

@@ -348,6 +348,7 @@ mod tests {
             has_host_state: false,
             is_sink: false,
             connector: None,
+            directories: None,
             config: 0,
             is_keyed: true,
             states: Vec::new(),

@@ -10,6 +10,7 @@ use crate::{
     cache::Cache,
     compiler,
     engine::{Sandbox, Shared},
+    host::Need,
     instrument::Access,
     rewrite::ComponentError,
     wasi::State,
@@ -55,6 +56,7 @@ pub(crate) struct Inner {
     pub(crate) pre: InstancePre<State>,
     pub(crate) operator: OperatorIndices,
     pub(crate) accessors: AccessorIndices,
+    needs: Vec<(Need, String)>,
 }
 
 /// Where the functions of the accessor module are among the component's exports.
@@ -87,6 +89,12 @@ impl Component {
         &self.inner.bytes
     }
 
+    /// What it has to be granted, each with the first import that needs it.
+    #[must_use]
+    pub fn needs(&self) -> &[(Need, String)] {
+        &self.inner.needs
+    }
+
     /// The sandbox that it was loaded into.
     #[must_use]
     pub fn sandbox(&self) -> Sandbox {
@@ -112,8 +120,16 @@ impl Sandbox {
         let operator = OperatorIndices::new(&pre)
             .map_err(|error| ComponentError::OtherWorld { message: format!("{error:#}") })?;
         let accessors = AccessorIndices::new(&compiled);
+        let sandbox = self.shared.clone();
+        let imports = compiled.component_type();
+        let mut needs: Vec<(Need, String)> = imports
+            .imports(&sandbox.engine)
+            .filter_map(|(name, _)| Some((Need::of_import(name)?, name.to_owned())))
+            .collect();
+        needs.sort();
+        needs.dedup_by_key(|(need, _)| *need);
         let bytes = bytes.into();
-        let inner = Inner { digest, bytes, sandbox: self.shared.clone(), pre, operator, accessors };
+        let inner = Inner { digest, bytes, sandbox, pre, operator, accessors, needs };
         Ok(Component { inner: Arc::new(inner) })
     }
 

@@ -1,4 +1,6 @@
-//! What a guest can ask of the program that embeds the sandbox.
+//! What a guest can ask of the program that embeds the sandbox, and what it is granted.
+
+use std::{fmt, fs::File};
 
 use cofferdam_contract::StateChanges;
 
@@ -24,6 +26,11 @@ pub trait Host: Send + Sync + 'static {
 
     /// How often the task was restarted before.
     fn attempt(&self) -> u32;
+
+    /// Does what waits for a disk, within a call of the guest.
+    fn wait_for_disk(&self, work: &mut dyn FnMut()) {
+        work();
+    }
 
     /// The value of a key of declared state, of which so many bytes at the end are its namespace.
     ///
@@ -56,6 +63,52 @@ pub trait Host: Send + Sync + 'static {
         _after: Option<(&[u8], u32)>,
     ) -> Result<StateChanges, StateError> {
         Err(StateError::NotKept)
+    }
+}
+
+/// What a guest may reach outside of its sandbox. The default: nothing.
+#[derive(Default)]
+pub struct Capabilities {
+    /// Directories that it may read, with all that is in them, by the names that it knows them by. Links that lead out
+    /// of them are not followed.
+    pub read: Vec<(String, File)>,
+    /// A directory of its own, which it finds at `/scratch`, and how many bytes may be in it. It is empty and on no other
+    /// instance's way. A snapshot does not contain it.
+    pub scratch: Option<(File, u64)>,
+    /// Environment variables.
+    pub env: Vec<(String, String)>,
+    /// Secrets by name. What a guest has asked for is in its memory, and with that in snapshots.
+    pub secrets: Vec<(String, Vec<u8>)>,
+}
+
+impl fmt::Debug for Capabilities {
+    /// Without the secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let secrets: Vec<&String> = self.secrets.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Capabilities")
+            .field("read", &self.read)
+            .field("scratch", &self.scratch)
+            .field("env", &self.env)
+            .field("secrets", &secrets)
+            .finish()
+    }
+}
+
+/// What a component imports and a guest has to be granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Need {
+    /// Files: `wasi:filesystem`.
+    Files,
+    /// Secrets: `cofferdam:operator/secrets`.
+    Secrets,
+}
+
+impl Need {
+    /// What an import needs, if it needs to be granted at all.
+    pub(crate) fn of_import(name: &str) -> Option<Self> {
+        [(Self::Files, "wasi:filesystem/"), (Self::Secrets, "cofferdam:operator/secrets@")]
+            .into_iter()
+            .find_map(|(need, prefix)| name.starts_with(prefix).then_some(need))
     }
 }
 

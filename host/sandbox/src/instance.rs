@@ -11,7 +11,7 @@ use cofferdam_contract::{
 };
 
 use crate::{
-    Component, Host, Limits,
+    Capabilities, Component, Host, Limits,
     bindings::Operator,
     call::CallClock,
     component::AccessorIndices,
@@ -34,6 +34,8 @@ pub struct InstanceSetup {
     pub host: Arc<dyn Host>,
     /// What the guest may use.
     pub limits: Limits,
+    /// What the guest may reach. With files, calls have to run on a tokio runtime.
+    pub capabilities: Capabilities,
     /// Seeds what the guest's standard library takes for random, such as hash seeds.
     pub seed: u64,
 }
@@ -129,9 +131,10 @@ impl Component {
     /// # Errors
     /// Where the guest's start function traps or needs more than the limits allow.
     pub async fn instantiate(&self, setup: InstanceSetup) -> Result<Instance, GuestError> {
-        let InstanceSetup { host, limits, seed } = setup;
+        let InstanceSetup { host, limits, capabilities, seed } = setup;
         let sandbox = &self.inner.sandbox;
-        let mut store = Store::new(&sandbox.engine, State::new(host, &limits, seed));
+        let state = State::new(host, &limits, capabilities, seed);
+        let mut store = Store::new(&sandbox.engine, state);
         store.limiter(|state| &mut state.meter);
         store.set_hostcall_fuel(usize::try_from(limits.output_bytes_max).unwrap_or(usize::MAX));
         let (clock, call_max) = (Arc::<CallClock>::default(), limits.call_max);

@@ -15,6 +15,7 @@ pub mod compiler;
 mod component;
 mod config;
 mod engine;
+mod files;
 mod host;
 mod instance;
 mod instrument;
@@ -49,7 +50,7 @@ mod bindings {
 pub use bindings::cofferdam::operator::logging::Level;
 pub use component::{Component, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
-pub use host::{Host, QuietHost, StateError};
+pub use host::{Capabilities, Host, Need, QuietHost, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
 pub use instrument::INVENTORY;
 pub use limits::{Limit, Limits};

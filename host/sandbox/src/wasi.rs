@@ -1,5 +1,5 @@
 //! The part of WASI that a guest gets: standard output and error as log messages, clocks,
-//! randomness, an empty environment. No files, no network.
+//! randomness, and the files and the environment that it was granted. No network.
 //!
 //! A handle that a guest holds is an entry of its store's resource table, which no snapshot of its
 //! memory contains. So handles may only be taken during `open`, in the same order each time, and
@@ -23,7 +23,7 @@ use wasmtime_wasi::{
     clocks::{WasiClocks, WasiClocksView},
     p2::{
         OutputStream, Pollable, StreamResult,
-        bindings::{cli, clocks, random},
+        bindings::{cli, clocks, filesystem, random},
     },
     random::WasiRandom,
 };
@@ -34,8 +34,11 @@ use cofferdam_contract::{
 };
 
 use crate::{
-    Host, Level, Limits,
-    bindings::cofferdam::operator::{clock, logging, metrics, random as guest_random, state, task},
+    Capabilities, Host, Level, Limits,
+    bindings::cofferdam::operator::{
+        clock, logging, metrics, random as guest_random, secrets, state, task,
+    },
+    files::{Files, HasFiles, View},
     limits::Meter,
     types,
 };
@@ -56,17 +59,27 @@ pub(crate) struct State {
     pub(crate) meter: Meter,
     log: Arc<GuestLog>,
     monotonic: Monotonic,
+    files: Files,
+    secrets: Vec<(String, Vec<u8>)>,
     /// The message of a panic, kept for the trap that follows it.
     pub(crate) last_words: Option<String>,
 }
 
 impl State {
-    pub(crate) fn new(host: Arc<dyn Host>, limits: &Limits, seed: u64) -> Self {
+    pub(crate) fn new(
+        host: Arc<dyn Host>,
+        limits: &Limits,
+        mut capabilities: Capabilities,
+        seed: u64,
+    ) -> Self {
+        let files = Files::new(&mut capabilities, host.clone());
+        let Capabilities { env, secrets, .. } = capabilities;
         let log = Arc::new(GuestLog::new(host, limits.log_bytes_per_second_max));
         let monotonic = Monotonic::default();
         let mut table = ResourceTable::new();
         table.set_max_capacity(limits.handles_max as usize);
         let wasi = WasiCtx::builder()
+            .envs(&env)
             .stdout(Lines::new(&log, Level::Info))
             .stderr(Lines::new(&log, Level::Warn))
             .insecure_random_seed(u128::from(seed) << 64 | u128::from(!seed))
@@ -76,7 +89,12 @@ impl State {
             .wall_clock(WallClock(log.clone()))
             .monotonic_clock(monotonic.clone())
             .build();
-        Self { wasi, table, meter: Meter::new(limits), log, monotonic, last_words: None }
+        let meter = Meter::new(limits);
+        Self { wasi, table, meter, log, monotonic, files, secrets, last_words: None }
+    }
+
+    fn files(&mut self) -> View<'_> {
+        View { files: &mut self.files, table: &mut self.table }
     }
 
     /// How many handles the guest holds.
@@ -123,6 +141,9 @@ pub(crate) fn link(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     cli::terminal_stdin::add_to_linker::<State, WasiCli>(l, State::cli)?;
     cli::terminal_stdout::add_to_linker::<State, WasiCli>(l, State::cli)?;
     cli::terminal_stderr::add_to_linker::<State, WasiCli>(l, State::cli)?;
+    filesystem::types::add_to_linker::<State, HasFiles>(l, State::files)?;
+    filesystem::preopens::add_to_linker::<State, HasFiles>(l, State::files)?;
+    secrets::add_to_linker::<State, Itself>(l, |state| state)?;
     logging::add_to_linker::<State, Itself>(l, |state| state)?;
     metrics::add_to_linker::<State, Itself>(l, |state| state)?;
     clock::add_to_linker::<State, Itself>(l, |state| state)?;
@@ -208,6 +229,13 @@ impl state::Host for State {
         }
         let after = after.as_ref().map(|(key, namespace)| (key.as_slice(), *namespace));
         Ok(self.log.host.scan_state(state, after)?)
+    }
+}
+
+impl secrets::Host for State {
+    fn get(&mut self, name: String) -> Option<Vec<u8>> {
+        let known = self.secrets.iter().find(|(known, _)| *known == name);
+        known.map(|(_, secret)| secret.clone())
     }
 }
 

@@ -21,6 +21,8 @@ pub struct HostSettings {
     pub(super) text: String,
     /// Whether the lines of `text` are those of the file.
     pub(super) has_lines: bool,
+    /// Whose jobs are read with it.
+    pub(super) tenant: Option<String>,
     /// What was left out, and why.
     pub warnings: Vec<String>,
 }
@@ -75,7 +77,19 @@ impl HostSettings {
     }
 
     fn empty(path: &Path) -> Self {
-        Self { path: path.to_owned(), text: String::new(), has_lines: false, warnings: Vec::new() }
+        Self {
+            path: path.to_owned(),
+            text: String::new(),
+            has_lines: false,
+            tenant: None,
+            warnings: Vec::new(),
+        }
+    }
+
+    /// The same for the jobs of a tenant: what the host grants it by a table of its own counts, too.
+    #[must_use]
+    pub fn for_tenant(self, name: String) -> Self {
+        Self { tenant: Some(name), ..self }
     }
 
     /// A line is a key, a colon with a space behind it, and a value; what follows a `#` is no part of it.

@@ -11,6 +11,7 @@ pub mod host;
 mod nodes;
 mod operator;
 mod restart;
+pub mod secrets;
 mod state;
 pub mod tables;
 #[cfg(test)]
@@ -42,9 +43,13 @@ use cofferdam_sandbox::Limits;
 use cofferdam_settings::{
     AnySetting, Code, Document, Effective, Problem, Required, Section, Setting, table::Key,
 };
-use toml::de::{DeTable, DeValue};
+use toml::de::DeTable;
 
-use self::{grants::HostGrants, host::HostSettings};
+use self::{
+    grants::{HostFile, HostGrants},
+    host::HostSettings,
+    secrets::{SecretSource, Secrets},
+};
 
 pub use self::nodes::partitioner_name;
 
@@ -276,6 +281,23 @@ pub struct OperatorSpec {
     /// A record at which it has trapped so often is isolated and goes to its output
     /// [`DEAD_LETTER`](cofferdam_connector::DEAD_LETTER); `None`: a trap is a failure, however often.
     pub dead_letter_after: Option<u32>,
+    /// Directories that it may read, each with the name that it finds it by.
+    pub read: Vec<(String, PathBuf)>,
+    /// How much may be in the scratch directory of a task; 0: it has none.
+    pub scratch_bytes: u64,
+    /// Variables of the host's environment that it is given.
+    pub env: Vec<String>,
+    /// Secrets that it is given, and where they are.
+    pub secrets: Vec<(String, SecretSource)>,
+}
+
+impl OperatorSpec {
+    /// What it finds of files, by name.
+    #[must_use]
+    pub fn directories(&self) -> Vec<String> {
+        let scratch = (0 < self.scratch_bytes).then(|| "/scratch".to_owned());
+        self.read.iter().map(|(name, _)| name.clone()).chain(scratch).collect()
+    }
 }
 
 /// What a checkpoint holds of an operator.
@@ -418,11 +440,22 @@ impl Source {
         let table = document.parse(&self.text, 0)?;
         let mut host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
         let mut layers = vec![(&table, 0)];
-        // It is no setting of a job.
+        // These are no settings of a job.
         let granted = host_table.as_mut().and_then(|table| table.remove(grants::TABLE));
-        let grants = match &granted {
-            Some(granted) => Some(read_grants(&document, granted, host, host_start)?),
-            None => None,
+        let grants = match (&granted, host) {
+            (Some(granted), Some(host)) => {
+                let (tenant, backend) = (host.tenant.as_deref(), host_backend(host)?);
+                let file = HostFile { path: &host.path, tenant, backend };
+                Some(HostGrants::read(&document, granted, &file, host_start)?)
+            }
+            _ => None,
+        };
+        let secrets = host_table.as_mut().and_then(|table| table.remove(secrets::TABLE));
+        let secrets = match (&secrets, host) {
+            (Some(all), Some(host)) => {
+                secrets::read(all.get_ref(), host.tenant.as_deref(), &host.path)?
+            }
+            _ => Secrets::new(),
         };
         if let Some(table) = &host_table {
             refuse_nodes(&document, table, host_start)?;
@@ -430,10 +463,10 @@ impl Source {
         }
         let root = Section::root(&document, &layers);
         let base_dir = self.path.parent().unwrap_or_else(|| Path::new("")).to_owned();
-        let mut spec = read_job(&root, &base_dir, catalog, &self.parallelism)?;
+        let mut spec = read_job(&root, &base_dir, catalog, &secrets, &self.parallelism)?;
         if let Some(grants) = &grants {
             grants.check_backend(&spec.state_backend)?;
-            check_limits(&spec.nodes, grants)?;
+            grants.check_operators(&spec.nodes)?;
         }
         spec.grants = grants;
         spec.warnings.extend(host.iter().flat_map(|host| host.warnings.iter().cloned()));
@@ -442,49 +475,11 @@ impl Source {
     }
 }
 
-/// What the host's file grants.
-fn read_grants(
-    document: &Document<'_>,
-    granted: &toml::Spanned<DeValue<'_>>,
-    host: Option<&HostSettings>,
-    start: usize,
-) -> Result<HostGrants> {
-    let span = granted.span().start + start..granted.span().end + start;
-    let wrong = |what: &str| {
-        let problem = document.problem(Code::BadValue, &span, format!("`grants`: {what}"));
-        problem.hint("what any job may ask for is in [grants.default]")
-    };
-    let DeValue::Table(tables) = granted.get_ref() else { return Err(wrong("it is a table")) };
-    let mut default = None;
-    for (name, table) in tables {
-        match (name.get_ref().as_ref(), table.get_ref()) {
-            ("default", DeValue::Table(table)) => default = Some(table),
-            (name, _) => return Err(wrong(&format!("`{name}` is unknown"))),
-        }
-    }
-    let default = default.ok_or_else(|| wrong("it has no `default`"))?;
-    let base_dir = host.and_then(|host| host.path.parent()).unwrap_or_else(|| Path::new(""));
-    let backend = host.map(host_backend).transpose()?.unwrap_or_default();
-    let section = Section::of_table(document, "grants.default", default, start);
-    HostGrants::read(&section, base_dir, backend)
-}
-
 /// What the host's file alone says about state on disk.
 fn host_backend(host: &HostSettings) -> Result<SledBackend> {
     let document = Document::new(&host.path, &host.text);
     let table = document.parse(&host.text, 0)?;
     Ok(state::read_sled(&Section::root(&document, &[(&table, 0)])))
-}
-
-/// No operator has more than the host grants.
-fn check_limits(nodes: &[NodeSpec], grants: &HostGrants) -> Result<()> {
-    let mut problems = Vec::new();
-    for node in nodes {
-        if let NodeKind::Operator(operator) = &node.kind {
-            problems.extend(grants.check_limits(&node.name, operator).err());
-        }
-    }
-    Problem::all(problems).map_or(Ok(()), Err)
 }
 
 /// Nodes are a job's own.
@@ -532,6 +527,7 @@ fn read_job(
     root: &Section<'_>,
     base_dir: &Path,
     catalog: &Catalog,
+    secrets: &Secrets,
     rescaled: &BTreeMap<String, u32>,
 ) -> Result<JobSpec> {
     let document = root.document();
@@ -541,7 +537,7 @@ fn read_job(
     let backlog_lag_ms = execution::read_backlog_lag(root);
     let mut warnings = std::mem::take(&mut execution.warnings);
     let state_backend = state::read(root, &mut warnings);
-    let mut nodes = nodes::read_nodes(root, base_dir, parallelism, catalog);
+    let mut nodes = nodes::read_nodes(root, base_dir, parallelism, catalog, secrets);
     let strategies = restart::read(root);
     let (failover, escalation) = restart::read_failover(root);
     root.finish();

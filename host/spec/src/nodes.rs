@@ -24,6 +24,7 @@ use super::{
     connector::{read_sink, read_source},
     is_name,
     operator::read_operator,
+    secrets::Secrets,
 };
 
 type Result<T> = std::result::Result<T, Problem>;
@@ -156,6 +157,7 @@ pub(super) fn read_nodes(
     base_dir: &Path,
     parallelism: u32,
     catalog: &Catalog,
+    secrets: &Secrets,
 ) -> RawNodes {
     let document = root.document();
     let mut raw = RawNodes::default();
@@ -180,7 +182,7 @@ pub(super) fn read_nodes(
     for section in sections("operator") {
         let node = read_inputs(&section).and_then(|inputs| {
             read_node(&section, Some(inputs), |own| {
-                let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism))?;
+                let spec = read_operator(&section, base_dir, own.unwrap_or(parallelism), secrets)?;
                 Ok((NodeKind::Operator(Box::new(spec)), None))
             })
         });

@@ -1,13 +1,19 @@
 //! What a manifest says about an operator and its limits.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use cofferdam_connector::DEAD_LETTER;
 use cofferdam_core::key_group::default_max_parallelism;
 use cofferdam_sandbox::Limits;
 use cofferdam_settings::{AnySetting, Optional, Problem, Required, Section, Setting, table::Key};
 
-use super::{OperatorSpec, PARALLELISM_MAX, SnapshotMode};
+use super::{
+    OperatorSpec, PARALLELISM_MAX, SnapshotMode,
+    secrets::{SecretSource, Secrets},
+};
 
 type Result<T> = std::result::Result<T, Problem>;
 
@@ -81,6 +87,27 @@ static LOG: Setting<u64> = Key::bytes(
 .of_job()
 .or(64 << 10);
 
+static READ: Optional<()> = Key::array(
+    "grants.read",
+    "directories that it may read, with all that is in them; it finds them by the names that are given here",
+)
+.of_job()
+.or_none("none");
+static SCRATCH: Setting<u64> = Key::bytes(
+    "grants.scratch",
+    "a directory `/scratch` of each task, empty whenever the task begins or restarts, and how much may be in it, 4 KiB a \
+     file included",
+)
+.of_job()
+.or(0);
+static ENV: Optional<()> =
+    Key::array("grants.env", "variables of the host's environment").of_job().or_none("none");
+static SECRETS: Optional<()> =
+    Key::array("grants.secrets", "secrets of the host's file, by their names")
+        .of_job()
+        .or_none("none");
+
+pub(super) static GRANT_ROWS: &[&dyn AnySetting] = &[&READ, &SCRATCH, &ENV, &SECRETS];
 pub(super) static ROWS: &[&dyn AnySetting] =
     &[&COMPONENT, &CONFIG, &SNAPSHOT, &MAX_PARALLELISM, &ON_TRAP, &DEAD_LETTER_AFTER];
 pub(super) static LIMIT_ROWS: &[&dyn AnySetting] =
@@ -90,9 +117,11 @@ pub(super) fn read_operator(
     section: &Section<'_>,
     base_dir: &Path,
     parallelism: u32,
+    secrets: &Secrets,
 ) -> Result<OperatorSpec> {
     section.know(ROWS);
     section.know(LIMIT_ROWS);
+    section.know(GRANT_ROWS);
     let component = section.require(&COMPONENT)?;
     let component = base_dir.join(component.value);
     let document = section.document();
@@ -120,7 +149,51 @@ pub(super) fn read_operator(
         max_parallelism,
         state_cache_bytes: 0,
         dead_letter_after: read_on_trap(section)?,
+        read: read_directories(section, base_dir)?,
+        scratch_bytes: section.get(&SCRATCH),
+        env: names(section.texts(&ENV, "a variable has a name")?),
+        secrets: read_secrets(section, secrets)?,
     })
+}
+
+/// The directories that it is given, by the names that it finds them by.
+fn read_directories(section: &Section<'_>, base_dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut directories: Vec<(String, PathBuf)> = Vec::new();
+    for (text, span) in section.texts(&READ, "a path is a text")? {
+        let name = match text.trim_end_matches('/') {
+            "" => "/",
+            name => name,
+        };
+        let wrong = |why: &str| section.bad_value(READ.row().key, &span, why);
+        if directories.iter().any(|(known, _)| known == name) {
+            return Err(wrong("it is there twice"));
+        }
+        if Path::new(name).starts_with("/scratch") {
+            return Err(wrong("/scratch is the task's own directory"));
+        }
+        directories.push((name.to_owned(), base_dir.join(name)));
+    }
+    Ok(directories)
+}
+
+/// Texts without their places.
+pub(super) fn names(texts: Vec<(String, std::ops::Range<usize>)>) -> Vec<String> {
+    texts.into_iter().map(|(text, _)| text).collect()
+}
+
+fn read_secrets(section: &Section<'_>, known: &Secrets) -> Result<Vec<(String, SecretSource)>> {
+    let mut secrets = Vec::new();
+    for (name, span) in section.texts(&SECRETS, "a secret has a name")? {
+        let Some(source) = known.get(&name) else {
+            let why = format!("the host's file has no secret `{name}`");
+            let problem = section.bad_value(SECRETS.row().key, &span, why);
+            return Err(problem.hint(
+                "secrets are named in its table [secrets.default], or in that of the tenant",
+            ));
+        };
+        secrets.push((name, source.clone()));
+    }
+    Ok(secrets)
 }
 
 fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {

@@ -39,6 +39,7 @@ pub fn nodes(catalog: &Catalog) -> Vec<Table> {
         node("operator", "every operator", nodes::NODE_ROWS),
         node("operator", "operators", operator::ROWS),
         node("operator", "limits", operator::LIMIT_ROWS),
+        node("operator", "what an operator may reach", operator::GRANT_ROWS),
         node("sink", "every sink", nodes::NODE_ROWS),
         node("sink", "connectors of sinks", connector::ROWS),
     ];

@@ -9,6 +9,7 @@ fn spec(job: &str, host: Option<&str>) -> Result<JobSpec> {
         "[job]\nname = \"j\"\n\n[[source]]\nname = \"s\"\nconnector = \"generator\"\n\n{job}"
     );
     let host = host.map(|text| HostSettings {
+        tenant: None,
         path: PathBuf::from("cofferdam.toml"),
         text: text.to_owned(),
         has_lines: true,

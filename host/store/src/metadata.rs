@@ -87,6 +87,10 @@ pub struct TaskIdentity {
     /// not have it.
     #[serde(skip)]
     pub connector: Option<String>,
+    /// The names of the directories that an operator finds, one a line; `None`: it has none. Stored in the place of a
+    /// connector, which no operator has.
+    #[serde(skip)]
+    pub directories: Option<String>,
     /// The checksum of what its instances are opened with.
     pub config: u64,
     /// Whether records come to the tasks by their key, so that declared state lies with them.
@@ -125,6 +129,7 @@ impl TaskIdentity {
             has_declared: self.has_declared,
             has_host_state: self.has_host_state,
             component: self.digest,
+            directories: self.directories.clone(),
             source: self.connector.clone().filter(|_| !self.is_sink),
             states: self.states.iter().map(name).collect(),
         }
@@ -162,8 +167,11 @@ impl CheckpointMetadata {
     /// # Errors
     /// Where it cannot be encoded, which would be a bug.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let connectors: Vec<Option<&str>> =
-            self.tasks.iter().map(|task| task.identity.connector.as_deref()).collect();
+        let outside = |it: &TaskMetadata| {
+            let identity = &it.identity;
+            identity.connector.clone().or_else(|| identity.directories.clone())
+        };
+        let connectors: Vec<Option<String>> = self.tasks.iter().map(outside).collect();
         postcard::to_extend(self, beginning(MAGIC))
             .and_then(|bytes| postcard::to_extend(&connectors, bytes))
             .map_err(|error| StorageError::store("encode the metadata", error))
@@ -183,7 +191,10 @@ impl CheckpointMetadata {
                 return Err(StorageError::damaged(name, "it does not have one connector a task"));
             }
             for (task, connector) in metadata.tasks.iter_mut().zip(connectors) {
-                task.identity.connector = connector;
+                match task.identity.digest {
+                    None => task.identity.connector = connector,
+                    Some(_) => task.identity.directories = connector,
+                }
             }
         }
         Ok(metadata)
@@ -276,6 +287,7 @@ mod tests {
             has_host_state: true,
             is_sink: false,
             connector: None,
+            directories: Some("/srv/in".to_owned()),
             config: 0,
             is_keyed: true,
             states: vec![StateIdentity {
@@ -307,6 +319,7 @@ mod tests {
     fn a_state_is_that_of_its_connector_alone() {
         let identity = |connector: Option<&str>, is_sink| {
             let mut identity = metadata().tasks.remove(0).identity;
+            (identity.digest, identity.directories) = (None, None);
             (identity.connector, identity.is_sink) = (connector.map(str::to_owned), is_sink);
             identity
         };

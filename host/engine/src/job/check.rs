@@ -12,7 +12,7 @@ use cofferdam_spec::{JobSpec, NodeKind};
 use super::{
     component::{CheckedOperator, load},
     edges::{check_dead_letters, check_snapshots, resolve_edges},
-    granted::check_granted,
+    granted::{check_granted, check_reach},
 };
 
 /// A job whose manifest and components fit together. Nothing runs yet, nothing was written.
@@ -41,7 +41,11 @@ impl CheckedJob {
         for (id, node) in (0..).map(NodeId).zip(&spec.nodes) {
             if let NodeKind::Operator(operator) = &node.kind {
                 match load(sandbox, &node.name, operator).await {
-                    Ok(loaded) => drop(operators.insert(id, loaded)),
+                    Ok(loaded) => {
+                        let reach = check_reach(&node.name, operator, &loaded.component);
+                        problems.extend(reach.err());
+                        operators.insert(id, loaded);
+                    }
                     Err(problem) => problems.push(problem),
                 }
             }

@@ -67,7 +67,12 @@ pub async fn describe(
     name: &str,
     limits: &Limits,
 ) -> Result<Description, Problem> {
-    let setup = InstanceSetup { host: Arc::new(QuietHost), limits: limits.clone(), seed: 0 };
+    let setup = InstanceSetup {
+        host: Arc::new(QuietHost),
+        limits: limits.clone(),
+        capabilities: Default::default(),
+        seed: 0,
+    };
     let asked = component.clone();
     let answer = tokio::task::spawn_blocking(move || alone(asked.describe(setup))).await;
     let answer = answer.unwrap_or_else(|_| Err(GuestError::Host("it panicked".to_owned())));

@@ -122,6 +122,14 @@ pub(super) fn problem_of(misfit: &Misfit, known: &TaskIdentity, task: &TaskIdent
             );
             foreign(what, "state backend that wrote it: set state.backend.type back")
         }
+        Misfit::OtherDirectories => {
+            let list = |names: &Option<String>| {
+                names.as_deref().map_or_else(|| "none".to_owned(), |names| names.replace('\n', ", "))
+            };
+            let (then, now) = (list(&known.directories), list(&task.directories));
+            let what = format!("was taken with other directories at hand ({then} then, {now} now)");
+            foreign(what, "directories that it had: set `grants` back")
+        }
         Misfit::MemoryParallelism => mismatch(
             format!(
                 "the checkpoint has \"{name}\" with parallelism {}, the manifest with {}",

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use cofferdam_files::link_below;
+use cofferdam_sandbox::{Component, Need};
 use cofferdam_settings::{Code, Problem};
-use cofferdam_spec::{JobSpec, NodeKind, StorageSpec, grants::HostGrants};
+use cofferdam_spec::{JobSpec, NodeKind, OperatorSpec, StorageSpec, grants::HostGrants};
 
 /// Refuses what the host does not grant: nothing of it was opened yet.
 ///
@@ -30,6 +31,12 @@ pub(super) fn check_granted(spec: &JobSpec) -> Result<(), Problem> {
                     let what = format!("operator \"{name}\" loads its component from");
                     problems.push(refused(&what, path, "read"));
                 }
+                for (_, path) in &operator.read {
+                    if !grants.files.may_read(path) {
+                        let what = format!("operator \"{name}\" is to read");
+                        problems.push(refused(&what, path, "read"));
+                    }
+                }
             }
             NodeKind::Sink(sink) => {
                 if let Some(path) = sink.directory()
@@ -43,6 +50,60 @@ pub(super) fn check_granted(spec: &JobSpec) -> Result<(), Problem> {
     problems.extend(check_places(spec).err());
     problems.extend(savepoint_problem(spec, grants));
     Problem::all(problems).map_or(Ok(()), Err)
+}
+
+/// Refuses a component that imports what the manifest does not ask for, and what an operator could not be given.
+///
+/// # Errors
+/// The first such import, or what is not there.
+pub(super) fn check_reach(
+    name: &str,
+    operator: &OperatorSpec,
+    component: &Component,
+) -> Result<(), Problem> {
+    for (need, import) in component.needs() {
+        let (is_met, hint) = match need {
+            Need::Files => (
+                !operator.directories().is_empty(),
+                "give it directories to read, grants = { read = [\"DIR\"] }, or one of its own, grants = { scratch = \"100 MiB\" }; \
+                 or build it without files",
+            ),
+            Need::Secrets => (
+                !operator.secrets.is_empty(),
+                "name the secrets that it may have: grants = { secrets = [\"NAME\"] }",
+            ),
+        };
+        if !is_met {
+            let message =
+                format!("the component of operator \"{name}\" imports what it is not granted");
+            return Err(Problem::new(Code::NotGranted, message).detail(import).hint(hint));
+        }
+    }
+    let cannot = |what: String| {
+        let message = format!("operator \"{name}\" cannot be given what it asks for");
+        Problem::new(Code::NotGranted, message).detail(what)
+    };
+    for (_, path) in &operator.read {
+        if !path.is_dir() {
+            let problem = cannot(format!("grants.read: {} is no directory", path.display()));
+            return Err(problem.hint("name a directory, and not a file in it"));
+        }
+    }
+    for variable in &operator.env {
+        if let Err(error) = std::env::var(variable) {
+            let problem = cannot(format!("grants.env: {variable}: {error}"));
+            return Err(problem.hint("set it in the environment of the host"));
+        }
+    }
+    for (secret, source) in &operator.secrets {
+        if let Err(error) = source.read() {
+            let problem = cannot(format!("grants.secrets: {secret}: {error}"));
+            return Err(problem.hint(
+                "the operator of the host names its place in [secrets.default] of its file",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a state, or checkpoints, at a place that the host does not grant: of another job, it may be.

@@ -61,6 +61,7 @@ use self::{
 };
 use crate::{
     storage::StorageHandle,
+    task::reach::Reach,
     threads::Share,
     watch::{
         control::{JobControl, KeptCheckpoint, SavepointRequests},
@@ -218,6 +219,7 @@ impl Job {
         before.mark(&record, state_dir).map_err(|error| unusable(&error))?;
         let locals = locals(&tasks, &identities, &spec, state_dir).map_err(|it| unusable(&it))?;
         let partitions = partitions(&spec, state_dir).map_err(|error| unusable(&error))?;
+        let reach = Reach::new(spec.files(), state_dir).map_err(|error| unusable(&error))?;
         targets.locals = &locals;
         let mut store = open_store(&spec, state_dir, &identities, is_over, options.faults.as_ref())
             .map_err(|error| unusable(&error))?;
@@ -234,6 +236,7 @@ impl Job {
         let requests = savepoint_requests(&store, &resume).map_err(|error| unusable(&error))?;
         let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators, share);
         (plan.partitions, plan.locals, plan.untried) = (partitions, locals, untried);
+        plan.reach = Arc::new(reach);
         let metrics = Arc::new(Metrics::of(spec.nodes.iter().map(|node| node.name.as_str())));
         let (events, inbox) = mpsc::unbounded_channel();
         Ok(Self {

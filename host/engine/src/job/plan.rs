@@ -34,6 +34,7 @@ use crate::{
         Processed,
         node::{Node, Work},
         operator::OperatorTask,
+        reach::Reach,
     },
     threads::Share,
 };
@@ -62,6 +63,8 @@ pub(crate) struct Plan {
     pub(crate) locals: BTreeMap<TaskId, Arc<TaskLocal>>,
     /// The tasks whose declared state is to be read out for a trial.
     pub(crate) untried: Vec<Untried>,
+    /// What its guests are given comes from there.
+    pub(crate) reach: Arc<Reach>,
     /// Runs its tasks.
     pub(crate) share: Arc<Share>,
 }
@@ -114,6 +117,7 @@ impl Plan {
             partitions: None,
             locals: BTreeMap::new(),
             untried: Vec::new(),
+            reach: Arc::default(),
             share,
         }
     }
@@ -154,6 +158,7 @@ impl Plan {
                 name: name.clone(),
                 component: component.clone(),
                 spec: spec.clone(),
+                reach: self.reach.clone(),
                 has_states: *has_states,
                 tracks_changes: *tracks_changes,
                 expects_snapshots: *expects_snapshots,
@@ -231,6 +236,11 @@ pub(super) fn dead_letter_output(description: &Description) -> u32 {
     u32::try_from(description.outputs.len()).unwrap_or(u32::MAX)
 }
 
+fn directories_of(kind: &NodeKind) -> Option<String> {
+    let NodeKind::Operator(operator) = kind else { return None };
+    Some(operator.directories().join("\n")).filter(|names| !names.is_empty())
+}
+
 fn config_of(kind: &NodeKind) -> u64 {
     let NodeKind::Operator(operator) = kind else { return 0 };
     let text = format!("{:?}", operator.config);
@@ -264,6 +274,7 @@ pub(super) fn identity(
         has_host_state: has_declared && matches!(spec.state_backend, StateBackend::Sled(_)),
         is_sink: matches!(node.kind, NodeKind::Sink(_)),
         connector: node.connector.map(str::to_owned),
+        directories: directories_of(&node.kind),
         config: config_of(&node.kind),
         is_keyed: spec.is_keyed(task.node),
         states: operators.get(&task.node).map_or_else(Vec::new, |operator| {

@@ -31,7 +31,12 @@ pub(crate) fn on_instance<T: Send>(
     limits: Limits,
     ask: impl AsyncFnOnce(&mut Instance) -> Result<T, GuestError> + Send,
 ) -> Result<T, GuestError> {
-    let setup = InstanceSetup { host: Arc::new(QuietHost), limits, seed: 0 };
+    let setup = InstanceSetup {
+        host: Arc::new(QuietHost),
+        limits,
+        capabilities: Default::default(),
+        seed: 0,
+    };
     // On a thread of its own: this one may be an executor's.
     let answer = std::thread::scope(|scope| {
         let asked = scope.spawn(|| {

@@ -8,10 +8,12 @@ use std::sync::{
 use cofferdam_contract::StateChanges;
 use cofferdam_core::ids::{Attempt, CheckpointId, TaskId};
 use cofferdam_sandbox::{Host, Level, StateError};
+use tempfile::TempDir;
 
 use crate::{
     clock::now_ms,
     state::keyed::KeyedState,
+    threads::wait_for_disk,
     watch::{log::Logs, metrics::Metrics, monitor::Monitor},
 };
 
@@ -44,6 +46,8 @@ pub(super) struct TaskHost {
     keyed: Option<Arc<KeyedState>>,
     /// Whether `open` has ended, and state may be written.
     pub(super) is_open: AtomicBool,
+    /// Removed with the instance.
+    _scratch: Option<TempDir>,
 }
 
 impl TaskHost {
@@ -64,7 +68,13 @@ impl TaskHost {
             random: Mutex::new(random),
             keyed,
             is_open: AtomicBool::new(false),
+            _scratch: None,
         }
+    }
+
+    /// Keeps a directory as long as the instance.
+    pub(super) fn with_scratch(self, scratch: Option<TempDir>) -> Self {
+        Self { _scratch: scratch, ..self }
     }
 
     fn keyed(&self) -> Result<&KeyedState, StateError> {
@@ -103,6 +113,10 @@ impl Host for TaskHost {
 
     fn attempt(&self) -> u32 {
         self.attempt.0
+    }
+
+    fn wait_for_disk(&self, work: &mut dyn FnMut()) {
+        wait_for_disk(work);
     }
 
     fn state(&self, state: u32, key: &[u8], namespace: u32) -> Result<Option<Vec<u8>>, StateError> {

@@ -10,6 +10,7 @@ mod host;
 pub(crate) mod node;
 pub(crate) mod operator;
 mod poison;
+pub(crate) mod reach;
 mod route;
 mod source_loop;
 mod worker;

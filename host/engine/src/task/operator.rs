@@ -25,6 +25,7 @@ use cofferdam_store::{
 use super::{
     guard::{Guard, Processed},
     host::{Random, TaskHost},
+    reach::Reach,
 };
 use crate::{
     failure::{
@@ -47,6 +48,8 @@ pub(crate) struct OperatorTask {
     pub(crate) name: String,
     pub(crate) component: Component,
     pub(crate) spec: Arc<OperatorSpec>,
+    /// What it is given beside its sandbox.
+    pub(crate) reach: Arc<Reach>,
     pub(crate) has_states: bool,
     /// Whether checkpoints ask for what has changed of declared state.
     pub(crate) tracks_changes: bool,
@@ -97,10 +100,19 @@ impl OperatorTask {
         // What is done again after a restart is done with the same numbers; what comes later with others.
         let random = Random::new(&self.random_key, self.restored_from);
         let state_cache = keyed.is_some().then_some(self.spec.state_cache_bytes);
-        let host = Arc::new(TaskHost::new(monitor, task, &self.name, attempt, keyed, random));
+        let (capabilities, scratch) = match Reach::is_wanted(&self.spec) {
+            false => Default::default(),
+            true => {
+                let (spec, reach) = (self.spec.clone(), self.reach.clone());
+                blocking(move || reach.capabilities(&spec)).await?
+            }
+        };
+        let host = TaskHost::new(monitor, task, &self.name, attempt, keyed, random);
+        let host = Arc::new(host.with_scratch(scratch));
         // The same in every attempt: what a guest's library takes for random must not change.
         let seed = mix(u64::from(task.node.0) << 32 | u64::from(index));
-        let setup = InstanceSetup { host: host.clone(), limits: self.spec.limits.clone(), seed };
+        let limits = self.spec.limits.clone();
+        let setup = InstanceSetup { host: host.clone(), limits, capabilities, seed };
         let mut instance = self.component.instantiate(setup).await.map_err(cause_of)?;
         let config: Vec<(&str, &str)> =
             self.spec.config.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();

@@ -45,7 +45,7 @@ fn operator() -> Component {
 }
 
 async fn open(component: &Component, host: Arc<dyn Host>, limits: Limits) -> Instance {
-    let setup = InstanceSetup { host, limits, seed: 7 };
+    let setup = InstanceSetup { host, limits, capabilities: Default::default(), seed: 7 };
     let mut instance = component.instantiate(setup).await.expect("instantiates");
     let context = OpenContext {
         operator: "small",
@@ -226,7 +226,12 @@ fn what_a_guest_asks_is_answered_by_whoever_embeds_the_sandbox() {
 #[test]
 fn the_life_of_an_instance_goes_through_every_export() {
     block_on(async {
-        let setup = InstanceSetup { host: Arc::new(QuietHost), limits: Limits::default(), seed: 7 };
+        let setup = InstanceSetup {
+            host: Arc::new(QuietHost),
+            limits: Limits::default(),
+            capabilities: Default::default(),
+            seed: 7,
+        };
         let description = operator().describe(setup).await.expect("describes itself");
         assert!(description.inputs.is_empty() && description.states.is_empty());
         let mut instance = open(&operator(), Arc::new(QuietHost), Limits::default()).await;
@@ -265,7 +270,12 @@ fn an_image_of_another_component_or_beyond_the_limit_is_refused() {
 #[test]
 fn memories_and_tables_beyond_their_limits_are_refused_before_anything_runs() {
     let instantiate = |limits| {
-        let setup = InstanceSetup { host: Arc::new(QuietHost), limits, seed: 7 };
+        let setup = InstanceSetup {
+            host: Arc::new(QuietHost),
+            limits,
+            capabilities: Default::default(),
+            seed: 7,
+        };
         block_on(operator().instantiate(setup)).map(|_| ()).expect_err("it has more")
     };
     let memory = instantiate(Limits { memory_bytes_max: 64 << 10, ..Limits::default() });

@@ -60,6 +60,8 @@ pub struct Section<'a> {
 #[derive(Debug)]
 struct Entry<'a> {
     key_span: Range<usize>,
+    /// Where the spans of its file begin.
+    start: usize,
     value: &'a DeValue<'a>,
     span: Range<usize>,
 }
@@ -98,7 +100,7 @@ impl<'a> Section<'a> {
                 }
                 value_at => {
                     let span = shifted(value.span(), start);
-                    let entry = Entry { key_span, value: value_at, span };
+                    let entry = Entry { key_span, start, value: value_at, span };
                     self.entries.entry(path).or_insert(entry);
                 }
             }
@@ -365,16 +367,16 @@ impl<'a> Section<'a> {
         items.into_iter().map(section).collect()
     }
 
-    /// A table of a document that begins at `start`, by its name.
+    /// Tables of a document that begins at `start`, as one of this name. Of a key that several have the first counts.
     #[must_use]
-    pub fn of_table(
+    pub fn of_tables(
         document: &'a Document<'a>,
         name: &str,
-        table: &'a DeTable<'a>,
+        tables: &[&'a DeTable<'a>],
         start: usize,
     ) -> Self {
         let mut section = Section::empty(document, name, start..start);
-        section.add("", table, start);
+        tables.iter().for_each(|table| section.add("", table, start));
         section
     }
 
@@ -394,13 +396,38 @@ impl<'a> Section<'a> {
     pub fn items(&self, key: &'static str) -> Result<Vec<(&'a DeValue<'a>, Range<usize>)>> {
         match self.entry(key) {
             None => Ok(Vec::new()),
-            Some(Entry { value: DeValue::Array(items), .. }) => {
-                Ok(items.iter().map(|item| (item.get_ref(), item.span())).collect())
+            Some(Entry { value: DeValue::Array(items), start, .. }) => {
+                let item =
+                    |it: &'a toml::Spanned<DeValue<'a>>| (it.get_ref(), shifted(it.span(), *start));
+                Ok(items.iter().map(item).collect())
             }
             Some(Entry { value, span, .. }) => {
                 Err(self.wrong_type(key, span, type_name(value), "an array"))
             }
         }
+    }
+
+    /// The texts of a list, each with its place; `what` says what one is.
+    ///
+    /// # Errors
+    /// Where it is something else, or one of them is empty.
+    pub fn texts(&self, list: &Optional<()>, what: &str) -> Result<Vec<(String, Range<usize>)>> {
+        let key = list.key.row.key;
+        let mut texts = Vec::new();
+        for (value, span) in self.items(key)? {
+            match value {
+                DeValue::String(text) if !text.is_empty() && !text.contains('\0') => {
+                    texts.push((text.to_string(), span));
+                }
+                _ => return Err(self.bad_value(key, &span, what)),
+            }
+        }
+        let shown: Vec<&str> = texts.iter().map(|(text, _)| text.as_str()).collect();
+        match shown.is_empty() {
+            true => self.note(key, list.absent.to_owned(), None),
+            false => self.note(key, format!("{shown:?}"), self.span_of(list).as_ref()),
+        }
+        Ok(texts)
     }
 
     /// A table whose keys are free, flattened to dotted keys and texts.

@@ -36,6 +36,7 @@ pub(crate) fn identity() -> TaskIdentity {
         uid: "count".to_owned(),
         is_sink: false,
         connector: None,
+        directories: None,
         config: 0,
         is_keyed: true,
         states: Vec::new(),
