@@ -95,6 +95,17 @@ impl StateChanges {
         self.check_namespaces()
     }
 
+    /// Whether all is of the first so many declared states.
+    ///
+    /// # Errors
+    /// That it is not.
+    pub fn check_states(&self, declared: u32) -> Result<(), &'static str> {
+        match self.states.iter().all(|state| *state < declared) {
+            true => Ok(()),
+            false => Err("a state that it has not declared"),
+        }
+    }
+
     /// A namespace is a part of its key.
     fn check_namespaces(&self) -> Result<(), &'static str> {
         let mut start = 0;
@@ -122,6 +133,8 @@ mod tests {
         let mut changes = StateChanges::default();
         entries.into_iter().for_each(|entry| changes.push(entry));
         assert_eq!(changes.check(), Ok(()));
+        assert_eq!(changes.check_states(3), Ok(()));
+        assert!(changes.check_states(2).is_err());
         assert!(changes.entries().eq(entries));
     }
 

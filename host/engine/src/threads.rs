@@ -16,12 +16,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll, Waker},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use async_task::{Builder, Runnable};
 use cofferdam_core::share::{FairQueue, ShareId};
 use cofferdam_sandbox::Sandbox;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::runtime::Runtime;
 
 /// A future on these threads. It is cancelled when this is dropped.
@@ -106,22 +107,23 @@ const WAITING_MAX: usize = 64;
 /// Does what waits for a disk within a call of a guest. Where this is a thread of guests, another one runs meanwhile.
 pub(crate) fn wait_for_disk<T>(work: impl FnOnce() -> T) -> T {
     /// Ends the wait also where the work panics.
-    struct Waiting(&'static Threads, usize, Instant);
+    struct Waiting(&'static Threads, usize, Instant, Duration);
     impl Drop for Waiting {
         fn drop(&mut self) {
-            let Self(threads, place, began) = self;
+            let Self(threads, place, began, ran) = self;
             let mut turns = threads.lock();
             turns.waiting_for_disk -= 1;
             if let Some(turn) = &mut turns.running[*place] {
-                // Another one had the processor meanwhile.
-                turn.since += began.elapsed();
+                // Another one had the processor meanwhile, but for what the wait itself took of it.
+                let ran = thread_time().saturating_sub(*ran);
+                turn.since += began.elapsed().saturating_sub(ran);
                 turn.cannot_leave = false;
             }
         }
     }
     let _waiting = OWN.get().map(|(threads, place)| {
         threads.begin_waiting(place);
-        Waiting(threads, place, Instant::now())
+        Waiting(threads, place, Instant::now(), thread_time())
     });
     work()
 }
@@ -199,7 +201,13 @@ enum Call {
     New,
 }
 
-fn nanos(duration: std::time::Duration) -> u64 {
+/// The processor time of this thread.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -344,8 +352,6 @@ impl Threads {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn share() -> Arc<Share> {

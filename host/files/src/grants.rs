@@ -42,6 +42,31 @@ impl Grants {
         real(path).is_some_and(|real| roots.may_read(&real))
     }
 
+    /// Whether what a path leads to, now, may be given to somebody to read: what may be written is not among it, as
+    /// jobs keep their state there.
+    #[must_use]
+    pub fn may_lend(&self, path: &Path) -> bool {
+        let Some(roots) = &self.0 else { return true };
+        real(path).is_some_and(|real| is_within(&roots.read, &real))
+    }
+
+    /// Opens a directory to lend it. As [`open`](Self::open), and only what [`may_lend`](Self::may_lend) allows.
+    ///
+    /// # Errors
+    /// Where it is no directory, cannot be opened, or is not granted.
+    pub fn lend(&self, path: &Path) -> io::Result<File> {
+        let flags = (OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::CLOEXEC).bits() as i32;
+        let dir = File::options().read(true).custom_flags(flags).open(path)?;
+        let itself = format!("/proc/self/fd/{}", dir.as_raw_fd());
+        match &self.0 {
+            Some(roots) if !is_within(&roots.read, &std::fs::read_link(itself)?) => {
+                let message = "it is outside of what the host grants";
+                Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
+            }
+            _ => Ok(dir),
+        }
+    }
+
     /// Whether what a path leads to, now, may be written. It need not be there.
     #[must_use]
     pub fn may_write(&self, path: &Path) -> bool {
@@ -153,6 +178,10 @@ mod tests {
                 "{name}"
             );
             assert_eq!(grants.open(&path).is_ok(), may_read && path.exists(), "{name}");
+            let may_lend = may_read && !may_write;
+            assert_eq!(grants.may_lend(&path), may_lend, "{name}");
+            let is_lent = grants.lend(path.parent().expect("a folder")).is_ok();
+            assert_eq!(is_lent, may_lend && path.exists(), "{name}");
             assert!(Grants::default().may_write(&path));
         }
         let error = grants.open(&path("in/link/file")).expect_err("it is outside").to_string();

@@ -1,7 +1,10 @@
 //! From the bytes of a component to code that runs: from the cache, or from the compiler.
 #![allow(unsafe_code, reason = "loads compiled code that this program has written")]
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use wasmtime::component::{Component as Compiled, ComponentExportIndex, InstancePre};
 
@@ -57,6 +60,8 @@ pub(crate) struct Inner {
     pub(crate) operator: OperatorIndices,
     pub(crate) accessors: AccessorIndices,
     needs: Vec<(Need, String)>,
+    /// How many states it has declared, once it was asked.
+    pub(crate) states: OnceLock<u32>,
 }
 
 /// Where the functions of the accessor module are among the component's exports.
@@ -129,7 +134,16 @@ impl Sandbox {
         needs.sort();
         needs.dedup_by_key(|(need, _)| *need);
         let bytes = bytes.into();
-        let inner = Inner { digest, bytes, sandbox, pre, operator, accessors, needs };
+        let inner = Inner {
+            digest,
+            bytes,
+            sandbox,
+            pre,
+            operator,
+            accessors,
+            needs,
+            states: OnceLock::new(),
+        };
         Ok(Component { inner: Arc::new(inner) })
     }
 

@@ -1,26 +1,30 @@
 //! Files that a guest was granted: directories to read, and one of its own to write, with a bound on what is in it.
 //!
-//! wasmtime-wasi keeps paths within their directories and files off the threads of guests. What is added here: pipes and
-//! devices are not opened, a directory with very many entries is not listed, and the scratch directory has a size.
+//! wasmtime-wasi keeps paths within their directories. What is added here: pipes and devices are not opened, listings are
+//! bounded, the scratch directory has a size, and all work is done on the guest's own thread, so that it counts as the
+//! guest's. A thread that waits for the disk meanwhile lets another one run ([`Host::wait_for_disk`]).
 //!
 //! **Invariant:** the counted size of a scratch directory is never below what lies in it. Sizes change only by what passes
-//! here, a file that is open anywhere is neither removed nor replaced, and nothing there has two names.
+//! here; what is open is neither removed nor replaced; nothing there has two names; and a directory that has grown by its
+//! entries counts with what it has grown by.
 
 use std::{
     collections::HashMap,
     fs::File,
     io,
     os::unix::fs::{FileExt, MetadataExt},
+    path::{Component, Path},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
 use wasmtime::component::{HasData, Resource, ResourceTable};
 use wasmtime_wasi::{
-    FsPerms, OpenMode, async_trait,
+    FsPerms, OpenMode, WasiCtx, async_trait,
     filesystem::{Descriptor, Dir, WasiFilesystemCtx, WasiFilesystemCtxView},
     p2::{
         DynInputStream, DynOutputStream, FsError, FsResult, InputStream, OutputStream, Pollable,
@@ -38,11 +42,20 @@ use wasmtime_wasi::{
 
 use crate::{Capabilities, Host, Level};
 
-/// What each file and directory counts beside its bytes.
-const ENTRY_BYTES: u64 = 4096;
+/// What each file and directory counts beside its bytes: file systems have one for so many bytes by default.
+const ENTRY_BYTES: u64 = 16 << 10;
+
+/// What a directory has without entries.
+const DIRECTORY_BYTES: u64 = 4096;
+
+/// How deep directories may lie in a scratch directory: what removes it goes down as deep.
+const DEPTH_MAX: usize = 32;
 
 /// A directory of more entries is not listed: the list is made at once.
-const ENTRIES_MAX: usize = 100_000;
+const ENTRIES_MAX: usize = 10_000;
+
+/// How many listings a guest may hold at a time.
+const LISTINGS_MAX: usize = 8;
 
 /// Where a guest finds its scratch directory.
 pub(crate) const SCRATCH: &str = "/scratch";
@@ -57,6 +70,13 @@ pub(crate) struct Files {
     open: HashMap<u64, Weak<OpenFile>>,
     /// The same, by handle.
     handles: HashMap<u32, Arc<OpenFile>>,
+    /// How deep the directories of handles lie.
+    depths: HashMap<u32, usize>,
+    /// What each directory has grown by, by its number.
+    grown: HashMap<u64, u64>,
+    /// Listings and streams with a place in their file, each of which holds one: no snapshot has their places.
+    places: Arc<()>,
+    listings: usize,
 }
 
 impl Files {
@@ -67,14 +87,29 @@ impl Files {
         };
         let used = Mutex::new(Used { bytes: 0, was_full: false });
         Self {
-            wasi: WasiFilesystemCtx::default(),
+            wasi: on_own_thread(),
             read: std::mem::take(&mut capabilities.read),
             scratch,
             usage: Arc::new(Usage { used, bytes_max, host }),
             open: HashMap::new(),
             handles: HashMap::new(),
+            depths: HashMap::new(),
+            grown: HashMap::new(),
+            places: Arc::default(),
+            listings: 0,
         }
     }
+
+    /// Whether the guest holds something that knows a place in a file or in a list, which a fresh instance would not.
+    pub(crate) fn has_places(&self) -> bool {
+        1 < Arc::strong_count(&self.places) || 0 < self.listings
+    }
+}
+
+/// Every operation runs where it is called.
+fn on_own_thread() -> WasiFilesystemCtx {
+    let mut wasi = WasiCtx::builder().allow_blocking_current_thread(true).build();
+    std::mem::take(wasi.filesystem())
 }
 
 /// How much of a scratch directory is used.
@@ -115,13 +150,19 @@ impl Usage {
         }
     }
 
+    /// So many bytes are there, whether they may be or not.
+    fn has_grown(&self, bytes: u64) {
+        let mut used = self.lock();
+        used.bytes = used.bytes.saturating_add(bytes);
+    }
+
     fn give_back(&self, bytes: u64) {
         let mut used = self.lock();
         used.bytes = used.bytes.saturating_sub(bytes);
     }
 }
 
-/// A file of a scratch directory while something has it open.
+/// A file or a directory of a scratch directory while something has it open.
 struct OpenFile {
     usage: Arc<Usage>,
     bytes: AtomicU64,
@@ -167,6 +208,36 @@ fn again(handle: &Handle) -> Handle {
     Resource::new_borrow(handle.rep())
 }
 
+/// How many steps down a path may lead.
+fn steps(path: &str) -> usize {
+    Path::new(path).components().filter(|it| matches!(it, Component::Normal(_))).count()
+}
+
+/// The directory that a path's last name is in, seen from where the path begins.
+fn parent(path: &str) -> String {
+    let path = path.trim_end_matches('/');
+    path.rsplit_once('/').map_or(".", |(parent, _)| parent).to_owned()
+}
+
+/// Does an operation of wasmtime-wasi, which waits for nothing but the disk.
+fn done<T>(host: &Arc<dyn Host>, operation: impl Future<Output = T>) -> wasmtime::Result<T> {
+    let mut operation = Some(operation);
+    let mut result = None;
+    host.wait_for_disk(&mut || {
+        result = operation.take().and_then(FutureExt::now_or_never);
+    });
+    result.ok_or_else(|| wasmtime::Error::msg("an operation on a file waits for another thread"))
+}
+
+/// The same within a function that gives errors of files.
+macro_rules! disk {
+    ($view:expr, $method:ident ( $($argument:expr),* )) => {{
+        let host = $view.files.usage.host.clone();
+        done(&host, HostDescriptor::$method(&mut $view.wasi(), $($argument),*))
+            .map_err(FsError::trap)?
+    }};
+}
+
 impl View<'_> {
     fn wasi(&mut self) -> WasiFilesystemCtxView<'_> {
         WasiFilesystemCtxView { ctx: &mut self.files.wasi, table: self.table }
@@ -179,6 +250,13 @@ impl View<'_> {
             Descriptor::Dir(dir) => dir.perms,
         };
         Ok(!perms.write_not_permitted())
+    }
+
+    fn check_scratch(&self, handle: &Handle) -> FsResult<()> {
+        match self.is_scratch(handle)? {
+            true => Ok(()),
+            false => Err(ErrorCode::NotPermitted.into()),
+        }
     }
 
     /// The file that a handle is of, if it may be written.
@@ -195,11 +273,24 @@ impl View<'_> {
         }
     }
 
+    /// How deep a path may lead.
+    fn depth(&self, dir: &Handle, path: &str) -> usize {
+        self.files.depths.get(&dir.rep()).copied().unwrap_or(0) + steps(path)
+    }
+
+    /// The number of what a handle is of, in the file system.
+    fn number(&self, handle: &Handle) -> FsResult<u64> {
+        let metadata = match self.table.get(handle)? {
+            Descriptor::File(file) => file.file.metadata(),
+            Descriptor::Dir(dir) => dir.dir.metadata(),
+        };
+        Ok(metadata?.ino())
+    }
+
     /// Something was opened in the scratch directory. `is_cut`: a file lost what it had by that.
     fn opened(&mut self, handle: &Handle, is_cut: bool, bytes_before: u64) -> FsResult<()> {
-        let Descriptor::File(file) = self.table.get(handle)? else { return Ok(()) };
-        let metadata = file.file.metadata()?;
-        let known = self.files.open.get(&metadata.ino()).and_then(Weak::upgrade);
+        let number = self.number(handle)?;
+        let known = self.files.open.get(&number).and_then(Weak::upgrade);
         let file = known.unwrap_or_else(|| {
             let bytes = AtomicU64::new(bytes_before);
             Arc::new(OpenFile { usage: self.files.usage.clone(), bytes })
@@ -208,30 +299,40 @@ impl View<'_> {
             file.was_cut_to(0);
         }
         self.files.open.retain(|_, known| 0 < known.strong_count());
-        self.files.open.insert(metadata.ino(), Arc::downgrade(&file));
+        self.files.open.insert(number, Arc::downgrade(&file));
         self.files.handles.insert(handle.rep(), file);
         Ok(())
     }
 
-    /// What is at a path, if it may go: its bytes.
-    async fn removable(&mut self, dir: &Handle, path: &str) -> FsResult<u64> {
-        let flags = PathFlags::empty();
-        let stat = self.wasi().stat_at(again(dir), flags, path.to_owned()).await?;
-        if stat.type_ != DescriptorType::RegularFile {
-            return Ok(0);
-        }
-        // Its number is not in what WASI says of a file.
-        let (none, read) = (OpenFlags::empty(), DescriptorFlags::READ);
-        let opened = self.wasi().open_at(again(dir), flags, path.to_owned(), none, read).await?;
-        let number = match self.table.get(&opened)? {
-            Descriptor::File(file) => file.file.metadata()?.ino(),
-            Descriptor::Dir(_) => 0,
-        };
+    /// What is at a path, for a moment: its number, and how it is.
+    fn look(&mut self, dir: &Handle, path: &str) -> FsResult<(u64, DescriptorStat)> {
+        let (none, read) = (PathFlags::empty(), DescriptorFlags::READ);
+        let stat = disk!(self, stat_at(again(dir), none, path.to_owned()))?;
+        // The number is not in what WASI says of a file.
+        let opened =
+            disk!(self, open_at(again(dir), none, path.to_owned(), OpenFlags::empty(), read))?;
+        let number = self.number(&opened);
         self.table.delete(opened)?;
+        Ok((number?, stat))
+    }
+
+    /// What is at a path, if it may go: its number and its bytes.
+    fn removable(&mut self, dir: &Handle, path: &str) -> FsResult<(u64, DescriptorStat)> {
+        let (number, stat) = self.look(dir, path)?;
         match self.files.open.get(&number) {
             Some(open) if 0 < open.strong_count() => Err(ErrorCode::Busy.into()),
-            _ => Ok(stat.size),
+            _ => Ok((number, stat)),
         }
+    }
+
+    /// An entry came to a directory, or went: many file systems do not give back what a directory has grown by.
+    fn count_directory(&mut self, dir: &Handle, path: &str) -> FsResult<()> {
+        let (number, stat) = self.look(dir, &parent(path))?;
+        let now = stat.size.saturating_sub(DIRECTORY_BYTES);
+        let before = self.files.grown.insert(number, now).unwrap_or(0);
+        self.files.usage.has_grown(now.saturating_sub(before));
+        self.files.usage.give_back(before.saturating_sub(now));
+        Ok(())
     }
 }
 
@@ -240,13 +341,15 @@ impl preopens::Host for View<'_> {
         let mut directories = Vec::new();
         let Files { read, scratch, .. } = &*self.files;
         for (name, dir) in read {
-            let dir = Dir::new(dir.try_clone()?, FsPerms::ReadOnly, OpenMode::READ, false);
+            let dir = Dir::new(dir.try_clone()?, FsPerms::ReadOnly, OpenMode::READ, true);
             directories.push((self.table.push(Descriptor::Dir(dir))?, name.clone()));
         }
         if let Some(dir) = scratch {
             let mode = OpenMode::READ | OpenMode::WRITE;
-            let dir = Dir::new(dir.try_clone()?, FsPerms::ReadWrite, mode, false);
-            directories.push((self.table.push(Descriptor::Dir(dir))?, SCRATCH.to_owned()));
+            let dir = Dir::new(dir.try_clone()?, FsPerms::ReadWrite, mode, true);
+            let handle = self.table.push(Descriptor::Dir(dir))?;
+            self.files.depths.insert(handle.rep(), 0);
+            directories.push((handle, SCRATCH.to_owned()));
         }
         Ok(directories)
     }
@@ -269,8 +372,8 @@ impl types::Host for View<'_> {
 macro_rules! as_it_is {
     ($( fn $name:ident($($argument:ident: $type:ty),*) -> $answer:ty; )*) => {
         $(
-            async fn $name(&mut self, $($argument: $type),*) -> $answer {
-                HostDescriptor::$name(&mut self.wasi(), $($argument),*).await
+            async fn $name(&mut self, $($argument: $type),*) -> FsResult<$answer> {
+                disk!(self, $name($($argument),*))
             }
         )*
     };
@@ -278,57 +381,70 @@ macro_rules! as_it_is {
 
 impl HostDescriptor for View<'_> {
     as_it_is! {
-        fn advise(fd: Handle, offset: u64, len: u64, advice: types::Advice) -> FsResult<()>;
-        fn sync_data(fd: Handle) -> FsResult<()>;
-        fn get_flags(fd: Handle) -> FsResult<DescriptorFlags>;
-        fn get_type(fd: Handle) -> FsResult<DescriptorType>;
-        fn set_times(fd: Handle, accessed: NewTimestamp, modified: NewTimestamp) -> FsResult<()>;
-        fn read(fd: Handle, len: u64, offset: u64) -> FsResult<(Vec<u8>, bool)>;
-        fn sync(fd: Handle) -> FsResult<()>;
-        fn stat(fd: Handle) -> FsResult<DescriptorStat>;
-        fn stat_at(fd: Handle, flags: PathFlags, path: String) -> FsResult<DescriptorStat>;
+        fn advise(fd: Handle, offset: u64, len: u64, advice: types::Advice) -> ();
+        fn sync_data(fd: Handle) -> ();
+        fn get_flags(fd: Handle) -> DescriptorFlags;
+        fn get_type(fd: Handle) -> DescriptorType;
+        fn set_times(fd: Handle, accessed: NewTimestamp, modified: NewTimestamp) -> ();
+        fn read(fd: Handle, len: u64, offset: u64) -> (Vec<u8>, bool);
+        fn sync(fd: Handle) -> ();
+        fn stat(fd: Handle) -> DescriptorStat;
+        fn stat_at(fd: Handle, flags: PathFlags, path: String) -> DescriptorStat;
         fn set_times_at(
             fd: Handle, flags: PathFlags, path: String, accessed: NewTimestamp, modified: NewTimestamp
-        ) -> FsResult<()>;
-        fn readlink_at(fd: Handle, path: String) -> FsResult<String>;
-        fn is_same_object(left: Handle, right: Handle) -> wasmtime::Result<bool>;
-        fn metadata_hash(fd: Handle) -> FsResult<MetadataHashValue>;
-        fn metadata_hash_at(
-            fd: Handle, flags: PathFlags, path: String
-        ) -> FsResult<MetadataHashValue>;
+        ) -> ();
+        fn readlink_at(fd: Handle, path: String) -> String;
+        fn metadata_hash(fd: Handle) -> MetadataHashValue;
+        fn metadata_hash_at(fd: Handle, flags: PathFlags, path: String) -> MetadataHashValue;
+    }
+
+    async fn is_same_object(&mut self, left: Handle, right: Handle) -> wasmtime::Result<bool> {
+        let host = self.files.usage.host.clone();
+        done(&host, HostDescriptor::is_same_object(&mut self.wasi(), left, right))?
     }
 
     async fn set_size(&mut self, fd: Handle, bytes: u64) -> FsResult<()> {
         let file = self.writable(&fd)?.clone();
         file.grow_to(bytes)?;
-        self.wasi().set_size(fd, bytes).await?;
+        disk!(self, set_size(fd, bytes))?;
         file.was_cut_to(bytes);
         Ok(())
     }
 
     async fn write(&mut self, fd: Handle, bytes: Vec<u8>, offset: u64) -> FsResult<u64> {
         self.writable(&fd)?.grow_to(offset.saturating_add(bytes.len() as u64))?;
-        self.wasi().write(fd, bytes, offset).await
+        disk!(self, write(fd, bytes, offset))
     }
 
     async fn read_directory(&mut self, fd: Handle) -> FsResult<Resource<DirectoryEntryStream>> {
+        if LISTINGS_MAX <= self.files.listings {
+            return Err(ErrorCode::InsufficientMemory.into());
+        }
         if let Descriptor::Dir(dir) = self.table.get(&fd)? {
-            let entries = rustix::fs::Dir::read_from(&dir.dir).map_err(io::Error::from)?;
-            if ENTRIES_MAX < entries.take(ENTRIES_MAX + 1).count() {
+            let mut count = Ok(0);
+            self.files.usage.host.wait_for_disk(&mut || {
+                let entries = rustix::fs::Dir::read_from(&dir.dir);
+                count = entries.map(|entries| entries.take(ENTRIES_MAX + 1).count());
+            });
+            if ENTRIES_MAX < count.map_err(io::Error::from)? {
                 return Err(ErrorCode::Overflow.into());
             }
         }
-        self.wasi().read_directory(fd).await
+        let listing = disk!(self, read_directory(fd))?;
+        self.files.listings += 1;
+        Ok(listing)
     }
 
     async fn create_directory_at(&mut self, fd: Handle, path: String) -> FsResult<()> {
-        let usage = self.files.usage.clone();
-        if !self.is_scratch(&fd)? {
-            return Err(ErrorCode::NotPermitted.into());
+        self.check_scratch(&fd)?;
+        if DEPTH_MAX < self.depth(&fd, &path) {
+            return Err(ErrorCode::NameTooLong.into());
         }
+        let usage = self.files.usage.clone();
         usage.take(ENTRY_BYTES)?;
-        let made = self.wasi().create_directory_at(fd, path).await;
-        made.inspect_err(|_| usage.give_back(ENTRY_BYTES))
+        let made = disk!(self, create_directory_at(again(&fd), path.clone()));
+        made.inspect_err(|_| usage.give_back(ENTRY_BYTES))?;
+        self.count_directory(&fd, &path)
     }
 
     async fn link_at(
@@ -355,7 +471,7 @@ impl HostDescriptor for View<'_> {
         flags: DescriptorFlags,
     ) -> FsResult<Handle> {
         let is_scratch = self.is_scratch(&fd)?;
-        let before = self.wasi().stat_at(again(&fd), path_flags, path.clone()).await.ok();
+        let before = disk!(self, stat_at(again(&fd), path_flags, path.clone())).ok();
         let known =
             [DescriptorType::RegularFile, DescriptorType::Directory, DescriptorType::SymbolicLink];
         // Opening a pipe waits for its other end, and a device may do anything.
@@ -367,30 +483,40 @@ impl HostDescriptor for View<'_> {
         if is_made {
             usage.take(ENTRY_BYTES)?;
         }
-        let opened = self.wasi().open_at(fd, path_flags, path, open_flags, flags).await;
+        let opened = disk!(self, open_at(again(&fd), path_flags, path.clone(), open_flags, flags));
         let opened = opened.inspect_err(|_| {
             if is_made {
                 usage.give_back(ENTRY_BYTES);
             }
         })?;
         if is_scratch {
+            let depth = self.depth(&fd, &path);
+            self.files.depths.insert(opened.rep(), depth);
             let is_cut = open_flags.contains(OpenFlags::TRUNCATE);
             self.opened(&opened, is_cut, before.map_or(0, |stat| stat.size))?;
+            if is_made {
+                self.count_directory(&fd, &path)?;
+            }
         }
         Ok(opened)
     }
 
     fn drop(&mut self, fd: Handle) -> wasmtime::Result<()> {
         self.files.handles.remove(&fd.rep());
+        self.files.depths.remove(&fd.rep());
         HostDescriptor::drop(&mut self.wasi(), fd)
     }
 
     async fn remove_directory_at(&mut self, fd: Handle, path: String) -> FsResult<()> {
-        self.wasi().remove_directory_at(fd, path).await?;
-        self.files.usage.give_back(ENTRY_BYTES);
-        Ok(())
+        self.check_scratch(&fd)?;
+        let (number, _) = self.removable(&fd, &path)?;
+        disk!(self, remove_directory_at(again(&fd), path.clone()))?;
+        let grown = self.files.grown.remove(&number).unwrap_or(0);
+        self.files.usage.give_back(ENTRY_BYTES + grown);
+        self.count_directory(&fd, &path)
     }
 
+    /// Files alone are moved: what lies below a directory would lie deeper.
     async fn rename_at(
         &mut self,
         from: Handle,
@@ -398,44 +524,44 @@ impl HostDescriptor for View<'_> {
         to: Handle,
         new: String,
     ) -> FsResult<()> {
-        if !self.is_scratch(&from)? || !self.is_scratch(&to)? {
+        self.check_scratch(&from)?;
+        self.check_scratch(&to)?;
+        let (moved, stat) = self.look(&from, &old)?;
+        if stat.type_ != DescriptorType::RegularFile {
             return Err(ErrorCode::NotPermitted.into());
         }
         let flags = PathFlags::empty();
-        let replaced = self.wasi().metadata_hash_at(again(&to), flags, new.clone()).await.ok();
-        let given_back = match replaced {
-            None => 0,
-            Some(replaced) => {
-                let moved = self.wasi().metadata_hash_at(again(&from), flags, old.clone()).await?;
-                // Onto itself: nothing happens.
-                match (moved.lower, moved.upper) == (replaced.lower, replaced.upper) {
-                    true => 0,
-                    false => self.removable(&to, &new).await? + ENTRY_BYTES,
-                }
-            }
+        let given_back = match disk!(self, stat_at(again(&to), flags, new.clone())) {
+            Err(_) => 0,
+            Ok(_) if self.look(&to, &new)?.0 == moved => 0,
+            Ok(_) => self.removable(&to, &new)?.1.size + ENTRY_BYTES,
         };
-        self.wasi().rename_at(from, old, to, new).await?;
+        disk!(self, rename_at(again(&from), old.clone(), again(&to), new.clone()))?;
         self.files.usage.give_back(given_back);
-        Ok(())
+        self.count_directory(&from, &old)?;
+        self.count_directory(&to, &new)
     }
 
     async fn unlink_file_at(&mut self, fd: Handle, path: String) -> FsResult<()> {
-        if !self.is_scratch(&fd)? {
-            return Err(ErrorCode::NotPermitted.into());
-        }
-        let bytes = self.removable(&fd, &path).await?;
-        self.wasi().unlink_file_at(fd, path).await?;
-        self.files.usage.give_back(bytes + ENTRY_BYTES);
-        Ok(())
+        self.check_scratch(&fd)?;
+        let (_, stat) = self.removable(&fd, &path)?;
+        disk!(self, unlink_file_at(again(&fd), path.clone()))?;
+        self.files.usage.give_back(stat.size + ENTRY_BYTES);
+        self.count_directory(&fd, &path)
     }
 
-    fn read_via_stream(&mut self, fd: Handle, offset: u64) -> FsResult<Resource<DynInputStream>> {
-        let file = self.files.handles.get(&fd.rep()).cloned();
-        let stream = HostDescriptor::read_via_stream(&mut self.wasi(), fd, offset)?;
-        let Some(file) = file else { return Ok(stream) };
-        let inner = self.table.delete(stream)?;
-        let held: DynInputStream = Box::new(Reading { inner, _file: file });
-        Ok(self.table.push(held)?)
+    fn read_via_stream(&mut self, fd: Handle, place: u64) -> FsResult<Resource<DynInputStream>> {
+        let Descriptor::File(file) = self.table.get(&fd)? else {
+            return Err(ErrorCode::IsDirectory.into());
+        };
+        let stream: DynInputStream = Box::new(Reading {
+            file: file.file.clone(),
+            place,
+            host: self.files.usage.host.clone(),
+            _open: self.files.handles.get(&fd.rep()).cloned(),
+            _place: self.files.places.clone(),
+        });
+        Ok(self.table.push(stream)?)
     }
 
     fn write_via_stream(&mut self, fd: Handle, offset: u64) -> FsResult<Resource<DynOutputStream>> {
@@ -453,7 +579,12 @@ impl View<'_> {
         let Descriptor::File(file) = self.table.get(fd)? else {
             return Err(ErrorCode::BadDescriptor.into());
         };
-        let stream: DynOutputStream = Box::new(Writing { open, file: file.file.clone(), place });
+        let stream: DynOutputStream = Box::new(Writing {
+            open,
+            file: file.file.clone(),
+            place,
+            _place: place.map(|_| self.files.places.clone()),
+        });
         Ok(self.table.push(stream)?)
     }
 }
@@ -467,31 +598,46 @@ impl HostDirectoryEntryStream for View<'_> {
     }
 
     fn drop(&mut self, stream: Resource<DirectoryEntryStream>) -> wasmtime::Result<()> {
-        HostDirectoryEntryStream::drop(&mut self.wasi(), stream)
+        HostDirectoryEntryStream::drop(&mut self.wasi(), stream)?;
+        self.files.listings -= 1;
+        Ok(())
     }
 }
 
-/// Reads a file of the scratch directory, which stays open meanwhile.
+/// Reads a file from a place on. One of the scratch directory stays open meanwhile.
 struct Reading {
-    inner: DynInputStream,
-    _file: Arc<OpenFile>,
+    file: Arc<File>,
+    place: u64,
+    host: Arc<dyn Host>,
+    _open: Option<Arc<OpenFile>>,
+    _place: Arc<()>,
 }
+
+/// What one read gives.
+const READ_BYTES_MAX: usize = 64 << 10;
 
 #[async_trait]
 impl Pollable for Reading {
-    async fn ready(&mut self) {
-        self.inner.ready().await;
-    }
+    async fn ready(&mut self) {}
 }
 
-#[async_trait]
 impl InputStream for Reading {
     fn read(&mut self, size: usize) -> StreamResult<Bytes> {
-        self.inner.read(size)
-    }
-
-    async fn cancel(&mut self) {
-        self.inner.cancel().await;
+        let mut bytes = BytesMut::zeroed(size.min(READ_BYTES_MAX));
+        if bytes.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let mut read = Ok(0);
+        self.host.wait_for_disk(&mut || read = self.file.read_at(&mut bytes, self.place));
+        match read {
+            Ok(0) => Err(StreamError::Closed),
+            Ok(count) => {
+                self.place += count as u64;
+                bytes.truncate(count);
+                Ok(bytes.freeze())
+            }
+            Err(error) => Err(StreamError::LastOperationFailed(error.into())),
+        }
     }
 }
 
@@ -502,6 +648,7 @@ struct Writing {
     file: Arc<File>,
     /// Where the next byte goes; `None`: to the end.
     place: Option<u64>,
+    _place: Option<Arc<()>>,
 }
 
 /// What one write takes.

@@ -55,6 +55,12 @@ pub enum SnapshotError {
         /// How many now.
         now: usize,
     },
+    /// The guest is in the middle of a file or of a list of files, and a fresh instance would be at its beginning.
+    #[error(
+        "the guest holds a file or a directory in the middle of reading or writing it; a snapshot of its memory \
+         would not contain the place (open it again for each use; only appending keeps no place)"
+    )]
+    PlaceHeld,
     /// The guest trapped in one of the accessors, which only a host bug can cause.
     #[error("read the globals")]
     Guest(#[source] GuestError),
@@ -133,7 +139,8 @@ impl Component {
     pub async fn instantiate(&self, setup: InstanceSetup) -> Result<Instance, GuestError> {
         let InstanceSetup { host, limits, capabilities, seed } = setup;
         let sandbox = &self.inner.sandbox;
-        let state = State::new(host, &limits, capabilities, seed);
+        let states = self.states();
+        let state = State::new(host, &limits, capabilities, states, seed);
         let mut store = Store::new(&sandbox.engine, state);
         store.limiter(|state| &mut state.meter);
         store.set_hostcall_fuel(usize::try_from(limits.output_bytes_max).unwrap_or(usize::MAX));
@@ -193,7 +200,16 @@ impl Component {
         let guest = instance.operator.cofferdam_operator_guest();
         let call = guest.call_describe(&mut instance.store);
         let result = instance.clock.time(&instance.limits, call).await;
-        instance.end(result)
+        let description = instance.end(result)?;
+        let states = u32::try_from(description.states.len()).unwrap_or(u32::MAX);
+        // The first answer counts.
+        self.inner.states.get_or_init(|| states);
+        Ok(description)
+    }
+
+    /// How many states it has declared; all, if it was not asked yet.
+    fn states(&self) -> u32 {
+        self.inner.states.get().copied().unwrap_or(u32::MAX)
     }
 }
 
@@ -310,7 +326,8 @@ impl Instance {
             let request = CheckpointRequest { id, full, continued };
             let HandedOver { changes, is_last } = call!(self, call_checkpoint(request))??;
             let malformed = |message| GuestError::Trap { message, backtrace: Vec::new() };
-            changes.check().map_err(|message| {
+            let states = self.component.states();
+            changes.check().and_then(|()| changes.check_states(states)).map_err(|message| {
                 malformed(format!("it handed over malformed state: {message}"))
             })?;
             if changes.states.is_empty() && !is_last {
@@ -368,8 +385,11 @@ impl Instance {
     /// Whether a snapshot would hold the whole state: no handle but those taken in `open`.
     ///
     /// # Errors
-    /// [`SnapshotError::HandlesHeld`].
+    /// [`SnapshotError::HandlesHeld`], [`SnapshotError::PlaceHeld`].
     pub fn check_handles(&mut self) -> Result<(), SnapshotError> {
+        if self.store.data().has_places() {
+            return Err(SnapshotError::PlaceHeld);
+        }
         let (now, after_open) = (self.store.data_mut().handle_count(), self.handles_after_open);
         if now == after_open { Ok(()) } else { Err(SnapshotError::HandlesHeld { after_open, now }) }
     }

@@ -61,6 +61,8 @@ pub(crate) struct State {
     monotonic: Monotonic,
     files: Files,
     secrets: Vec<(String, Vec<u8>)>,
+    /// How many states it has declared.
+    states: u32,
     /// The message of a panic, kept for the trap that follows it.
     pub(crate) last_words: Option<String>,
 }
@@ -70,6 +72,7 @@ impl State {
         host: Arc<dyn Host>,
         limits: &Limits,
         mut capabilities: Capabilities,
+        states: u32,
         seed: u64,
     ) -> Self {
         let files = Files::new(&mut capabilities, host.clone());
@@ -90,7 +93,14 @@ impl State {
             .monotonic_clock(monotonic.clone())
             .build();
         let meter = Meter::new(limits);
-        Self { wasi, table, meter, log, monotonic, files, secrets, last_words: None }
+        Self { wasi, table, meter, log, monotonic, files, secrets, states, last_words: None }
+    }
+
+    fn check_declared(&self, state: u32) -> wasmtime::Result<()> {
+        match state < self.states {
+            true => Ok(()),
+            false => Err(wasmtime::Error::msg("it asks for a state that it has not declared")),
+        }
     }
 
     fn files(&mut self) -> View<'_> {
@@ -100,6 +110,11 @@ impl State {
     /// How many handles the guest holds.
     pub(crate) fn handle_count(&mut self) -> usize {
         self.table.iter_mut().count()
+    }
+
+    /// Whether a handle knows a place in a file or in a list of files.
+    pub(crate) fn has_places(&self) -> bool {
+        self.files.has_places()
     }
 
     /// The guest's monotonic clock, in nanoseconds.
@@ -209,6 +224,7 @@ impl state::Host for State {
         if key.len() < namespace as usize {
             return Err(wasmtime::Error::msg("a namespace that is longer than its key"));
         }
+        self.check_declared(state)?;
         Ok(self.log.host.state(state, &key, namespace)?)
     }
 
@@ -216,6 +232,7 @@ impl state::Host for State {
         let malformed =
             |message| wasmtime::Error::msg(format!("it handed over malformed state: {message}"));
         changes.check().map_err(malformed)?;
+        changes.check_states(self.states).map_err(malformed)?;
         Ok(self.log.host.put_state(&changes)?)
     }
 
@@ -227,6 +244,7 @@ impl state::Host for State {
         if after.as_ref().is_some_and(|(key, namespace)| key.len() < *namespace as usize) {
             return Err(wasmtime::Error::msg("a namespace that is longer than its key"));
         }
+        self.check_declared(state)?;
         let after = after.as_ref().map(|(key, namespace)| (key.as_slice(), *namespace));
         Ok(self.log.host.scan_state(state, after)?)
     }

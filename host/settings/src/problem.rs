@@ -119,7 +119,7 @@ impl fmt::Display for Place {
 impl Place {
     /// The line, with what is meant marked below it.
     fn drawn(&self) -> String {
-        if self.text[..self.marked.start].chars().count() + 1 < self.column {
+        if self.text[..self.marked.start].chars().count() + 1 != self.column {
             return format!(" --> {self}");
         }
         let snippet = Snippet::source(&self.text)
@@ -167,6 +167,15 @@ impl Problem {
     #[must_use]
     pub fn at(mut self, place: Place) -> Self {
         self.place = Some(Box::new(place));
+        self
+    }
+
+    /// The same without what stands at its place, which is not to be shown.
+    #[must_use]
+    pub fn without_line(mut self) -> Self {
+        if let Some(place) = &mut self.place {
+            (place.text, place.marked) = (String::from("..."), 0..0);
+        }
         self
     }
 

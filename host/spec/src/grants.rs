@@ -148,6 +148,11 @@ impl HostGrants {
                 lists.add(own);
             }
         }
+        // What others are granted is theirs to know.
+        document.forget(|key| {
+            let of = key.strip_prefix("grants.").and_then(|rest| rest.split('.').next());
+            of.is_some_and(|of| of != DEFAULT && Some(of) != host.tenant)
+        });
         let table = format!("{TABLE}.{}", host.tenant.unwrap_or(DEFAULT));
         let section = Section::of_tables(document, &table, &layers, start);
         let base_dir = host.path.parent().unwrap_or_else(|| Path::new(""));

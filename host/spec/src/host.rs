@@ -173,7 +173,7 @@ impl HostSettings {
             return Ok(None);
         }
         let problem = Problem::new(Code::UnknownKey, format!("unknown key `{given}`"))
-            .detail(format!("{}: {given}: {value}", self.path.display()));
+            .detail(format!("{}: {given}", self.path.display()));
         Err(match closest(given, tables::of_host().map(|setting| setting.row().key)) {
             Some(meant) => problem.hint(format!("did you mean `{meant}`?")),
             None => problem.hint("`cofferdam check --effective` lists the settings there are"),

@@ -438,7 +438,16 @@ impl Source {
         let host_start =
             host.map(|host| document.add(&host.path, &host.text, host.has_lines)).unwrap_or(0);
         let table = document.parse(&self.text, 0)?;
-        let mut host_table = host.map(|host| document.parse(&host.text, host_start)).transpose()?;
+        let mut host_table = host
+            .map(|host| {
+                let parsed = document.parse(&host.text, host_start);
+                // The line may have a secret that stands there by mistake.
+                parsed.map_err(|problem| match host.text.contains(secrets::TABLE) {
+                    true => problem.without_line(),
+                    false => problem,
+                })
+            })
+            .transpose()?;
         let mut layers = vec![(&table, 0)];
         // These are no settings of a job.
         let granted = host_table.as_mut().and_then(|table| table.remove(grants::TABLE));
@@ -450,6 +459,13 @@ impl Source {
             }
             _ => None,
         };
+        if let (None, Some(tenant)) = (&grants, host.and_then(|host| host.tenant.as_deref())) {
+            let message =
+                format!("the host's file grants nothing to tenant \"{tenant}\" or to any job");
+            return Err(Problem::new(Code::NotGranted, message).hint(
+                "add a table [grants.default] or [grants.NAME] to a host's file in TOML, or leave the tenant out",
+            ));
+        }
         let secrets = host_table.as_mut().and_then(|table| table.remove(secrets::TABLE));
         let secrets = match (&secrets, host) {
             (Some(all), Some(host)) => {

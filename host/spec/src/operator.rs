@@ -95,8 +95,8 @@ static READ: Optional<()> = Key::array(
 .or_none("none");
 static SCRATCH: Setting<u64> = Key::bytes(
     "grants.scratch",
-    "a directory `/scratch` of each task, empty whenever the task begins or restarts, and how much may be in it, 4 KiB a \
-     file included",
+    "a directory `/scratch` of each task, empty whenever the task begins or restarts, and how much may be in it, 16 KiB \
+     a file included",
 )
 .of_job()
 .or(0);
@@ -165,10 +165,15 @@ fn read_directories(section: &Section<'_>, base_dir: &Path) -> Result<Vec<(Strin
             name => name,
         };
         let wrong = |why: &str| section.bad_value(READ.row().key, &span, why);
-        if directories.iter().any(|(known, _)| known == name) {
+        if name.chars().any(char::is_control) {
+            return Err(wrong("it has control characters"));
+        }
+        // The library of guests leaves out what a name may begin with.
+        let plain = |name: &str| name.trim_start_matches(['.', '/']).to_owned();
+        if directories.iter().any(|(known, _)| plain(known) == plain(name)) {
             return Err(wrong("it is there twice"));
         }
-        if Path::new(name).starts_with("/scratch") {
+        if Path::new(&plain(name)).starts_with("scratch") {
             return Err(wrong("/scratch is the task's own directory"));
         }
         directories.push((name.to_owned(), base_dir.join(name)));
@@ -200,6 +205,11 @@ fn read_on_trap(section: &Section<'_>) -> Result<Option<u32>> {
     let has_dead_letters = section.get(&ON_TRAP);
     let traps = section.find(&DEAD_LETTER_AFTER);
     let shown = section.shown_key(DEAD_LETTER_AFTER.row().key);
+    if has_dead_letters && 0 < section.get(&SCRATCH) {
+        let why = "it cannot be combined with grants.scratch: a record is isolated from memory as it was before, and files are not";
+        let span = section.span_of(&ON_TRAP).unwrap_or_default();
+        return Err(section.bad_value(ON_TRAP.row().key, &span, why));
+    }
     if !has_dead_letters {
         section.document().forget(|key| key == shown);
         return match traps {

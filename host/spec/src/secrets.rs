@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
 
@@ -34,9 +35,12 @@ impl SecretSource {
     /// Where it is not there, or is no secret: it has more than 64 KiB.
     pub fn read(&self) -> io::Result<Vec<u8>> {
         match self {
-            Self::Env(name) => match std::env::var(name) {
-                Ok(secret) => Ok(secret.into_bytes()),
-                Err(error) => Err(io::Error::other(format!("{name}: {error}"))),
+            Self::Env(name) => match std::env::var_os(name) {
+                Some(secret) if secret.len() as u64 <= SECRET_BYTES_MAX => Ok(secret.into_vec()),
+                Some(_) => {
+                    Err(io::Error::other(format!("it has more than {SECRET_BYTES_MAX} bytes")))
+                }
+                None => Err(io::Error::other(format!("{name} is not set"))),
             },
             Self::File(path) => {
                 let mut secret = read_regular(path, SECRET_BYTES_MAX)?;

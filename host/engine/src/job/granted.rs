@@ -32,7 +32,7 @@ pub(super) fn check_granted(spec: &JobSpec) -> Result<(), Problem> {
                     problems.push(refused(&what, path, "read"));
                 }
                 for (_, path) in &operator.read {
-                    if !grants.files.may_read(path) {
+                    if !grants.files.may_lend(path) {
                         let what = format!("operator \"{name}\" is to read");
                         problems.push(refused(&what, path, "read"));
                     }
@@ -90,8 +90,8 @@ pub(super) fn check_reach(
         }
     }
     for variable in &operator.env {
-        if let Err(error) = std::env::var(variable) {
-            let problem = cannot(format!("grants.env: {variable}: {error}"));
+        if std::env::var(variable).is_err() {
+            let problem = cannot(format!("grants.env: {variable} is not set, or is no text"));
             return Err(problem.hint("set it in the environment of the host"));
         }
     }
@@ -99,7 +99,7 @@ pub(super) fn check_reach(
         if let Err(error) = source.read() {
             let problem = cannot(format!("grants.secrets: {secret}: {error}"));
             return Err(problem.hint(
-                "the operator of the host names its place in [secrets.default] of its file",
+                "the operator of the host names its place in the table `secrets` of its file",
             ));
         }
     }

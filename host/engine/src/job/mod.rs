@@ -219,7 +219,6 @@ impl Job {
         before.mark(&record, state_dir).map_err(|error| unusable(&error))?;
         let locals = locals(&tasks, &identities, &spec, state_dir).map_err(|it| unusable(&it))?;
         let partitions = partitions(&spec, state_dir).map_err(|error| unusable(&error))?;
-        let reach = Reach::new(spec.files(), state_dir).map_err(|error| unusable(&error))?;
         targets.locals = &locals;
         let mut store = open_store(&spec, state_dir, &identities, is_over, options.faults.as_ref())
             .map_err(|error| unusable(&error))?;
@@ -234,9 +233,10 @@ impl Job {
             record.begin(dir, chosen.lineage.job, begun_from).map_err(|error| unusable(&error))?;
         }
         let requests = savepoint_requests(&store, &resume).map_err(|error| unusable(&error))?;
+        let plan_files = spec.files();
         let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators, share);
         (plan.partitions, plan.locals, plan.untried) = (partitions, locals, untried);
-        plan.reach = Arc::new(reach);
+        plan.reach = Arc::new(Reach::new(plan_files, state_dir));
         let metrics = Arc::new(Metrics::of(spec.nodes.iter().map(|node| node.name.as_str())));
         let (events, inbox) = mpsc::unbounded_channel();
         Ok(Self {

@@ -47,7 +47,19 @@ pub(super) struct TaskHost {
     /// Whether `open` has ended, and state may be written.
     pub(super) is_open: AtomicBool,
     /// Removed with the instance.
-    _scratch: Option<TempDir>,
+    _scratch: Scratch,
+}
+
+/// A directory that goes with its task. That is work for a disk.
+#[derive(Default)]
+struct Scratch(Option<TempDir>);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(dir) = self.0.take() {
+            wait_for_disk(|| drop(dir));
+        }
+    }
 }
 
 impl TaskHost {
@@ -68,13 +80,13 @@ impl TaskHost {
             random: Mutex::new(random),
             keyed,
             is_open: AtomicBool::new(false),
-            _scratch: None,
+            _scratch: Scratch::default(),
         }
     }
 
     /// Keeps a directory as long as the instance.
     pub(super) fn with_scratch(self, scratch: Option<TempDir>) -> Self {
-        Self { _scratch: scratch, ..self }
+        Self { _scratch: Scratch(scratch), ..self }
     }
 
     fn keyed(&self) -> Result<&KeyedState, StateError> {

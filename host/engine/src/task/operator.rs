@@ -125,9 +125,13 @@ impl OperatorTask {
             state_cache,
             tracks_changes: self.tracks_changes,
         };
+        // Files and secrets may be others in the next attempt.
+        let is_same_again = !Reach::is_wanted(&self.spec);
         instance.open(context).await.map_err(|error| match error {
             // Its own word on its settings, which are the same in every attempt.
-            GuestError::Failed { message, .. } | GuestError::Rejected { message, .. } => {
+            GuestError::Failed { message, .. } | GuestError::Rejected { message, .. }
+                if is_same_again =>
+            {
                 FailureCause::Permanent { obstacle: Obstacle::OpenRefused, message }
             }
             other => cause_of(other),
@@ -261,11 +265,13 @@ impl OperatorTask {
             match self.instance()?.snapshot().await {
                 Ok(memory) => snapshot.memory = Some(Arc::new(self.complete_snapshot(memory)?)),
                 // What was handed over counts as stored for the guest: it cannot be declined now.
-                Err(error @ SnapshotError::HandlesHeld { .. }) if snapshot.declared.is_some() => {
+                Err(error @ (SnapshotError::HandlesHeld { .. } | SnapshotError::PlaceHeld))
+                    if snapshot.declared.is_some() =>
+                {
                     let message = format!("it has taken handles while it handed over: {error}");
                     return Err(FailureCause::Trap { message, backtrace: Vec::new() });
                 }
-                Err(error @ SnapshotError::HandlesHeld { .. }) => {
+                Err(error @ (SnapshotError::HandlesHeld { .. } | SnapshotError::PlaceHeld)) => {
                     return Ok(Some(error.to_string()));
                 }
                 Err(error) => return Err(snapshot_cause(error)),

@@ -15,6 +15,9 @@ use tempfile::TempDir;
 /// In the state directory: the scratch directories of all attempts.
 const SCRATCH: &str = "scratch";
 
+/// What the name of each begins with.
+const PREFIX: &str = "cofferdam-scratch-";
+
 /// From where the tasks of a job are given things.
 #[derive(Debug, Default)]
 pub(crate) struct Reach {
@@ -24,16 +27,19 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    /// Those of a job. What earlier runs have left in scratch directories is removed.
-    ///
-    /// # Errors
-    /// Where it cannot be removed.
-    pub(crate) fn new(files: Grants, state_dir: Option<&Path>) -> io::Result<Self> {
+    /// Those of a job. The scratch directories that earlier runs have left are removed.
+    pub(crate) fn new(files: Grants, state_dir: Option<&Path>) -> Self {
         let scratch = state_dir.map(|dir| dir.join(SCRATCH));
-        match scratch.as_deref().map(fs::remove_dir_all) {
-            Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(Self { files, scratch }),
+        let entries = scratch.as_deref().and_then(|dir| fs::read_dir(dir).ok());
+        for entry in entries.into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(PREFIX)
+                && let Err(error) = fs::remove_dir_all(entry.path())
+            {
+                let path = entry.path();
+                tracing::warn!(path = %path.display(), %error, "remove what an earlier run has left");
+            }
         }
+        Self { files, scratch }
     }
 
     /// What an attempt of a task is given, and what removes its scratch directory.
@@ -50,11 +56,12 @@ impl Reach {
         };
         let mut capabilities = Capabilities::default();
         for (name, path) in &spec.read {
-            let dir = self.files.open(path).map_err(|error| cannot(name.clone(), error))?;
+            let dir = self.files.lend(path).map_err(|error| cannot(name.clone(), error))?;
             capabilities.read.push((name.clone(), dir));
         }
         for variable in &spec.env {
-            let missing = |error| cannot(variable.clone(), io::Error::other(error));
+            let missing =
+                |_| cannot(variable.clone(), io::Error::other("it is not set, or is no text"));
             let value = std::env::var(variable).map_err(missing)?;
             capabilities.env.push((variable.clone(), value));
         }
@@ -83,7 +90,7 @@ impl Reach {
 
     fn make_scratch(&self) -> io::Result<TempDir> {
         let mut builder = tempfile::Builder::new();
-        builder.prefix("cofferdam-scratch-");
+        builder.prefix(PREFIX);
         match &self.scratch {
             Some(dir) => {
                 make_dir(dir, FOR_OWNER)?;

@@ -12,6 +12,7 @@ use cofferdam_sdk::{host, prelude::*};
 #[derive(Default)]
 pub struct Outside {
     held: Option<File>,
+    prints: bool,
     lines: u64,
 }
 
@@ -24,6 +25,7 @@ impl Operator for Outside {
     fn open(&mut self, context: &Context) -> Result<()> {
         // The directories are handles, which are to be taken here.
         let _ = fs::metadata("/");
+        self.prints = context.config.get_or("print", false)?;
         if let Some(path) = context.config.get("log") {
             let file = OpenOptions::new().create(true).append(true).open(path);
             let mut file = file.map_err(|error| Error::failed(error.to_string()))?;
@@ -41,6 +43,9 @@ impl Operator for Outside {
             Ok(said) => said,
             Err(error) => format!("{:?}", error.kind()),
         };
+        if self.prints {
+            println!("{said}");
+        }
         out.emit(Text(""), Text(&format!("{} {said}", words.join(" "))));
         Ok(())
     }
@@ -68,6 +73,14 @@ impl Outside {
             }
             ["remove", path] => fs::remove_file(path).map(done),
             ["mkdir", path] => fs::create_dir(path).map(done),
+            ["deep", path, _] => {
+                let mut path = std::path::PathBuf::from(path);
+                for _ in 0..number(2) {
+                    path.push("d");
+                    fs::create_dir(&path)?;
+                }
+                Ok("done".to_owned())
+            }
             ["rmdir", path] => fs::remove_dir(path).map(done),
             ["move", from, to] => fs::rename(from, to).map(done),
             ["link", from, to] => fs::hard_link(from, to).map(done),
