@@ -9,6 +9,7 @@
 
 mod approximate;
 mod archive;
+mod attack;
 mod batch;
 mod checkpoints;
 mod compile;

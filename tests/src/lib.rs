@@ -9,6 +9,7 @@
 )]
 
 pub mod archive;
+pub mod attack;
 #[path = "../../xtask/src/cargo.rs"]
 mod cargo;
 pub mod crash;

@@ -61,6 +61,11 @@ enum Verb {
         /// One of them alone: counts, windows, join, sessions, combine, dedup, top or order
         job: Option<String>,
     },
+    /// Attack a host in every known way beside a job that must not notice; BLESS=1 writes the table of docs/security.md
+    Attack {
+        /// Only those with this in their name
+        name: Option<String>,
+    },
     /// Write what this version writes into `tests/archive`, once for each version of the format
     Archive,
     /// Check licences, sources and known advisories of what the project depends on
@@ -96,6 +101,7 @@ fn main() -> Result<()> {
         Verb::Faults { faults } => steps::program("faults", faults),
         Verb::Power { cuts } => steps::program("power", cuts),
         Verb::Flights { job } => steps::flights(job.as_deref()),
+        Verb::Attack { name } => steps::attack(name.as_deref()),
         Verb::Archive => steps::archive(),
         Verb::Deny => checks::deny(),
         Verb::Msrv => checks::msrv(),

@@ -126,6 +126,11 @@ pub(crate) fn flights(job: Option<&str>) -> Result<()> {
     run(tests_binary("flights")?.args(job))
 }
 
+/// All known attacks.
+pub(crate) fn attack(name: Option<&str>) -> Result<()> {
+    run(tests_binary("attack")?.args(name))
+}
+
 /// Writes the archive of this version.
 pub(crate) fn archive() -> Result<()> {
     run(&mut tests_binary("archive")?)

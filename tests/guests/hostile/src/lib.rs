@@ -60,7 +60,8 @@ fn act(deed: &str) {
         "sleep" => std::thread::sleep(Duration::from_secs(3_600)),
         "naps" => endless(|_| std::thread::sleep(Duration::from_millis(1))),
         "memory" => HOARD.with_borrow_mut(|hoard| endless(|n| hoard.push(vec![n as u8; 1 << 20]))),
-        "recurse" => drop(black_box(recurse(0))),
+        "recurse" => _ = black_box(recurse(u64::from(task::attempt()))),
+        "recurse-in-memory" => _ = black_box(recurse_in_memory(0)),
         "handles" => endless(|_| {
             std::mem::forget(std::io::Write::flush(&mut std::io::stdout()).map(|()| subscribe()))
         }),
@@ -111,8 +112,14 @@ fn subscribe() -> u32 {
 
 #[expect(unconditional_recursion, reason = "that is the deed")]
 fn recurse(depth: u64) -> u64 {
+    recurse(depth.wrapping_add(1)).wrapping_mul(depth) ^ depth
+}
+
+/// On the stack in linear memory, which ends sooner.
+#[expect(unconditional_recursion, reason = "that is the deed")]
+fn recurse_in_memory(depth: u64) -> u64 {
     let frame = black_box([depth; 64]);
-    recurse(depth + 1) + frame[(depth % 64) as usize]
+    recurse_in_memory(depth + 1) + frame[(depth % 64) as usize]
 }
 
 fn one_change(state: u32, key: &[u8], value: &[u8]) -> StateChanges {
@@ -175,7 +182,7 @@ fn answer(deed: &str) -> Option<Processed> {
         }
         "other-output" => vec![Emission { output: 7, records: batch() }],
         "last-output" => vec![Emission { output: u32::MAX, records: batch() }],
-        "empty-emissions" => (0..2_000_000)
+        "empty-emissions" => (0..1_000_000)
             .map(|_| Emission {
                 output: 0,
                 records: Batch {
