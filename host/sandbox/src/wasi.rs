@@ -224,8 +224,10 @@ impl state::Host for State {
         if key.len() < namespace as usize {
             return Err(wasmtime::Error::msg("a namespace that is longer than its key"));
         }
+        // That the host keeps no state of it at all is said before.
+        let value = self.log.host.state(state, &key, namespace)?;
         self.check_declared(state)?;
-        Ok(self.log.host.state(state, &key, namespace)?)
+        Ok(value)
     }
 
     fn put(&mut self, changes: StateChanges) -> wasmtime::Result<()> {
@@ -244,9 +246,10 @@ impl state::Host for State {
         if after.as_ref().is_some_and(|(key, namespace)| key.len() < *namespace as usize) {
             return Err(wasmtime::Error::msg("a namespace that is longer than its key"));
         }
-        self.check_declared(state)?;
         let after = after.as_ref().map(|(key, namespace)| (key.as_slice(), *namespace));
-        Ok(self.log.host.scan_state(state, after)?)
+        let entries = self.log.host.scan_state(state, after)?;
+        self.check_declared(state)?;
+        Ok(entries)
     }
 }
 
