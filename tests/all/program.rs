@@ -99,12 +99,16 @@ fn cancelled_job_ends_at_once_and_keeps_what_its_policy_says() {
     let running = Running::start(&manifest);
     assert_eq!(json(&call(&["--json", "cancel", job]))["accepted"], true);
     assert_eq!(running.wait(), 0);
-    let listed = json(&call(&["--json", "checkpoints", "list", job]));
-    let id = listed["checkpoint"].as_u64().expect("it was retained").to_string();
-    assert_eq!(
-        json(&call(&["--json", "checkpoints", "delete", job, "--id", &id]))["deleted"],
-        listed["checkpoint"]
-    );
+    // A checkpoint that completes just as the job is cancelled has not subsumed the one before it yet.
+    let mut kept = 0;
+    while call(&["checkpoints", "list", job]).status.code() == Some(0) {
+        let listed = json(&call(&["--json", "checkpoints", "list", job]));
+        let id = listed["checkpoint"].as_u64().expect("a number").to_string();
+        let deleted = json(&call(&["--json", "checkpoints", "delete", job, "--id", &id]));
+        assert_eq!(deleted["deleted"], listed["checkpoint"]);
+        kept += 1;
+    }
+    assert!((1..=2).contains(&kept), "{kept} checkpoints were retained");
     assert_eq!(call(&["checkpoints", "list", job]).status.code(), Some(2), "nothing is left");
 }
 
