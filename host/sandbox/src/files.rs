@@ -10,7 +10,7 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
+    fs::{File, Metadata},
     io,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Component, Path},
@@ -24,7 +24,7 @@ use bytes::{Bytes, BytesMut};
 use futures::FutureExt;
 use wasmtime::component::{HasData, Resource, ResourceTable};
 use wasmtime_wasi::{
-    FsPerms, OpenMode, WasiCtx, async_trait,
+    FsPerms, OpenMode, async_trait,
     filesystem::{Descriptor, Dir, WasiFilesystemCtx, WasiFilesystemCtxView},
     p2::{
         DynInputStream, DynOutputStream, FsError, FsResult, InputStream, OutputStream, Pollable,
@@ -58,11 +58,10 @@ const ENTRIES_MAX: usize = 10_000;
 const LISTINGS_MAX: usize = 8;
 
 /// Where a guest finds its scratch directory.
-pub(crate) const SCRATCH: &str = "/scratch";
+pub const SCRATCH: &str = "/scratch";
 
 /// The files of one instance.
 pub(crate) struct Files {
-    wasi: WasiFilesystemCtx,
     read: Vec<(String, File)>,
     scratch: Option<File>,
     usage: Arc<Usage>,
@@ -87,7 +86,6 @@ impl Files {
         };
         let used = Mutex::new(Used { bytes: 0, was_full: false });
         Self {
-            wasi: on_own_thread(),
             read: std::mem::take(&mut capabilities.read),
             scratch,
             usage: Arc::new(Usage { used, bytes_max, host }),
@@ -104,12 +102,6 @@ impl Files {
     pub(crate) fn has_places(&self) -> bool {
         1 < Arc::strong_count(&self.places) || 0 < self.listings
     }
-}
-
-/// Every operation runs where it is called.
-fn on_own_thread() -> WasiFilesystemCtx {
-    let mut wasi = WasiCtx::builder().allow_blocking_current_thread(true).build();
-    std::mem::take(wasi.filesystem())
 }
 
 /// How much of a scratch directory is used.
@@ -191,6 +183,8 @@ impl OpenFile {
 
 /// The files of an instance during a call.
 pub(crate) struct View<'a> {
+    /// Does every operation on the thread that calls it.
+    pub(crate) wasi: &'a mut WasiFilesystemCtx,
     pub(crate) files: &'a mut Files,
     pub(crate) table: &'a mut ResourceTable,
 }
@@ -240,7 +234,7 @@ macro_rules! disk {
 
 impl View<'_> {
     fn wasi(&mut self) -> WasiFilesystemCtxView<'_> {
-        WasiFilesystemCtxView { ctx: &mut self.files.wasi, table: self.table }
+        WasiFilesystemCtxView { ctx: self.wasi, table: self.table }
     }
 
     /// Only the scratch directory, and what is in it, may be written.
@@ -278,18 +272,17 @@ impl View<'_> {
         self.files.depths.get(&dir.rep()).copied().unwrap_or(0) + steps(path)
     }
 
-    /// The number of what a handle is of, in the file system.
-    fn number(&self, handle: &Handle) -> FsResult<u64> {
-        let metadata = match self.table.get(handle)? {
-            Descriptor::File(file) => file.file.metadata(),
-            Descriptor::Dir(dir) => dir.dir.metadata(),
-        };
-        Ok(metadata?.ino())
+    /// How the file or the directory of a handle is.
+    fn metadata(&self, handle: &Handle) -> FsResult<Metadata> {
+        Ok(match self.table.get(handle)? {
+            Descriptor::File(file) => file.file.metadata()?,
+            Descriptor::Dir(dir) => dir.dir.metadata()?,
+        })
     }
 
     /// Something was opened in the scratch directory. `is_cut`: a file lost what it had by that.
     fn opened(&mut self, handle: &Handle, is_cut: bool, bytes_before: u64) -> FsResult<()> {
-        let number = self.number(handle)?;
+        let number = self.metadata(handle)?.ino();
         let known = self.files.open.get(&number).and_then(Weak::upgrade);
         let file = known.unwrap_or_else(|| {
             let bytes = AtomicU64::new(bytes_before);
@@ -304,32 +297,29 @@ impl View<'_> {
         Ok(())
     }
 
-    /// What is at a path, for a moment: its number, and how it is.
-    fn look(&mut self, dir: &Handle, path: &str) -> FsResult<(u64, DescriptorStat)> {
+    /// What is at a path. Opened for a moment: the number of a file is not in what WASI says of it.
+    fn look(&mut self, dir: &Handle, path: &str) -> FsResult<Metadata> {
         let (none, read) = (PathFlags::empty(), DescriptorFlags::READ);
-        let stat = disk!(self, stat_at(again(dir), none, path.to_owned()))?;
-        // The number is not in what WASI says of a file.
         let opened =
             disk!(self, open_at(again(dir), none, path.to_owned(), OpenFlags::empty(), read))?;
-        let number = self.number(&opened);
+        let metadata = self.metadata(&opened);
         self.table.delete(opened)?;
-        Ok((number?, stat))
+        metadata
     }
 
-    /// What is at a path, if it may go: its number and its bytes.
-    fn removable(&mut self, dir: &Handle, path: &str) -> FsResult<(u64, DescriptorStat)> {
-        let (number, stat) = self.look(dir, path)?;
-        match self.files.open.get(&number) {
+    /// Nothing may have what is removed or replaced open.
+    fn check_closed(&self, removed: &Metadata) -> FsResult<()> {
+        match self.files.open.get(&removed.ino()) {
             Some(open) if 0 < open.strong_count() => Err(ErrorCode::Busy.into()),
-            _ => Ok((number, stat)),
+            _ => Ok(()),
         }
     }
 
     /// An entry came to a directory, or went: many file systems do not give back what a directory has grown by.
     fn count_directory(&mut self, dir: &Handle, path: &str) -> FsResult<()> {
-        let (number, stat) = self.look(dir, &parent(path))?;
-        let now = stat.size.saturating_sub(DIRECTORY_BYTES);
-        let before = self.files.grown.insert(number, now).unwrap_or(0);
+        let directory = self.look(dir, &parent(path))?;
+        let now = directory.len().saturating_sub(DIRECTORY_BYTES);
+        let before = self.files.grown.insert(directory.ino(), now).unwrap_or(0);
         self.files.usage.has_grown(now.saturating_sub(before));
         self.files.usage.give_back(before.saturating_sub(now));
         Ok(())
@@ -509,9 +499,10 @@ impl HostDescriptor for View<'_> {
 
     async fn remove_directory_at(&mut self, fd: Handle, path: String) -> FsResult<()> {
         self.check_scratch(&fd)?;
-        let (number, _) = self.removable(&fd, &path)?;
+        let removed = self.look(&fd, &path)?;
+        self.check_closed(&removed)?;
         disk!(self, remove_directory_at(again(&fd), path.clone()))?;
-        let grown = self.files.grown.remove(&number).unwrap_or(0);
+        let grown = self.files.grown.remove(&removed.ino()).unwrap_or(0);
         self.files.usage.give_back(ENTRY_BYTES + grown);
         self.count_directory(&fd, &path)
     }
@@ -526,16 +517,18 @@ impl HostDescriptor for View<'_> {
     ) -> FsResult<()> {
         self.check_scratch(&from)?;
         self.check_scratch(&to)?;
-        let (moved, stat) = self.look(&from, &old)?;
-        if stat.type_ != DescriptorType::RegularFile {
+        let moved = self.look(&from, &old)?;
+        if !moved.is_file() {
             return Err(ErrorCode::NotPermitted.into());
         }
-        let flags = PathFlags::empty();
-        let given_back = match disk!(self, stat_at(again(&to), flags, new.clone())) {
-            Err(_) => 0,
-            Ok(_) if self.look(&to, &new)?.0 == moved => 0,
-            Ok(_) => self.removable(&to, &new)?.1.size + ENTRY_BYTES,
-        };
+        let mut given_back = 0;
+        if disk!(self, stat_at(again(&to), PathFlags::empty(), new.clone())).is_ok() {
+            let replaced = self.look(&to, &new)?;
+            if replaced.ino() != moved.ino() {
+                self.check_closed(&replaced)?;
+                given_back = replaced.len() + ENTRY_BYTES;
+            }
+        }
         disk!(self, rename_at(again(&from), old.clone(), again(&to), new.clone()))?;
         self.files.usage.give_back(given_back);
         self.count_directory(&from, &old)?;
@@ -544,9 +537,10 @@ impl HostDescriptor for View<'_> {
 
     async fn unlink_file_at(&mut self, fd: Handle, path: String) -> FsResult<()> {
         self.check_scratch(&fd)?;
-        let (_, stat) = self.removable(&fd, &path)?;
+        let removed = self.look(&fd, &path)?;
+        self.check_closed(&removed)?;
         disk!(self, unlink_file_at(again(&fd), path.clone()))?;
-        self.files.usage.give_back(stat.size + ENTRY_BYTES);
+        self.files.usage.give_back(removed.len() + ENTRY_BYTES);
         self.count_directory(&fd, &path)
     }
 

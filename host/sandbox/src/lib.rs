@@ -50,6 +50,7 @@ mod bindings {
 pub use bindings::cofferdam::operator::logging::Level;
 pub use component::{Component, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
+pub use files::SCRATCH;
 pub use host::{Capabilities, Host, Need, QuietHost, StateError};
 pub use instance::{Instance, InstanceSetup, RestoreError, SnapshotError};
 pub use instrument::INVENTORY;

@@ -83,6 +83,7 @@ impl State {
         table.set_max_capacity(limits.handles_max as usize);
         let wasi = WasiCtx::builder()
             .envs(&env)
+            .allow_blocking_current_thread(true)
             .stdout(Lines::new(&log, Level::Info))
             .stderr(Lines::new(&log, Level::Warn))
             .insecure_random_seed(u128::from(seed) << 64 | u128::from(!seed))
@@ -104,7 +105,8 @@ impl State {
     }
 
     fn files(&mut self) -> View<'_> {
-        View { files: &mut self.files, table: &mut self.table }
+        let wasi = self.wasi.filesystem();
+        View { wasi, files: &mut self.files, table: &mut self.table }
     }
 
     /// How many handles the guest holds.

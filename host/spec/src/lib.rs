@@ -39,7 +39,7 @@ use cofferdam_core::{
     restart::{RestartState, RestartStrategy},
 };
 use cofferdam_files::Grants;
-use cofferdam_sandbox::Limits;
+use cofferdam_sandbox::{Limits, SCRATCH};
 use cofferdam_settings::{
     AnySetting, Code, Document, Effective, Problem, Required, Section, Setting, table::Key,
 };
@@ -295,7 +295,7 @@ impl OperatorSpec {
     /// What it finds of files, by name.
     #[must_use]
     pub fn directories(&self) -> Vec<String> {
-        let scratch = (0 < self.scratch_bytes).then(|| "/scratch".to_owned());
+        let scratch = (0 < self.scratch_bytes).then(|| SCRATCH.to_owned());
         self.read.iter().map(|(name, _)| name.clone()).chain(scratch).collect()
     }
 }
