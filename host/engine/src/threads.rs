@@ -21,8 +21,7 @@ use std::{
 
 use async_task::{Builder, Runnable};
 use cofferdam_core::share::{FairQueue, ShareId};
-use cofferdam_sandbox::Sandbox;
-use rustix::time::{ClockId, clock_gettime};
+use cofferdam_sandbox::{Sandbox, processor_time};
 use tokio::runtime::Runtime;
 
 /// A future on these threads. It is cancelled when this is dropped.
@@ -115,7 +114,7 @@ pub(crate) fn wait_for_disk<T>(work: impl FnOnce() -> T) -> T {
             turns.waiting_for_disk -= 1;
             if let Some(turn) = &mut turns.running[*place] {
                 // Another one had the processor meanwhile, but for what the wait itself took of it.
-                let ran = thread_time().saturating_sub(*ran);
+                let ran = processor_time().saturating_sub(*ran);
                 turn.since += began.elapsed().saturating_sub(ran);
                 turn.cannot_leave = false;
             }
@@ -123,7 +122,7 @@ pub(crate) fn wait_for_disk<T>(work: impl FnOnce() -> T) -> T {
     }
     let _waiting = OWN.get().map(|(threads, place)| {
         threads.begin_waiting(place);
-        Waiting(threads, place, Instant::now(), thread_time())
+        Waiting(threads, place, Instant::now(), processor_time())
     });
     work()
 }
@@ -199,12 +198,6 @@ enum Call {
     Nobody,
     Idle(Waker),
     New,
-}
-
-/// The processor time of this thread.
-fn thread_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::try_from(time).unwrap_or_default()
 }
 
 fn nanos(duration: Duration) -> u64 {

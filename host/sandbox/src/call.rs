@@ -13,10 +13,14 @@ use tokio::time::{Sleep, sleep};
 
 use crate::{Limits, limits::Limit};
 
-/// What a thread has used of the processor. Time in which another program has the processor is not the guest's.
-fn processor_ns() -> u64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+/// What the calling thread has used of the processor. Time in which another program has the processor is not its.
+#[must_use]
+pub fn processor_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The time of the current call. Its future is polled on one thread at a time, so no two changes meet.
@@ -33,8 +37,9 @@ pub(crate) struct CallClock {
 impl CallClock {
     /// How long the call has run, asked from within it.
     pub(crate) fn ran(&self) -> Duration {
-        let this_poll = processor_ns().saturating_sub(self.began_ns.load(Ordering::Relaxed));
-        Duration::from_nanos(self.ran_ns.load(Ordering::Relaxed).saturating_add(this_poll))
+        let began = Duration::from_nanos(self.began_ns.load(Ordering::Relaxed));
+        let ran_before = Duration::from_nanos(self.ran_ns.load(Ordering::Relaxed));
+        ran_before.saturating_add(processor_time().saturating_sub(began))
     }
 
     /// The call gives up its thread, and can go on at once.
@@ -57,7 +62,7 @@ impl CallClock {
         poll_fn(|context| {
             waited += waits_since.take().map_or(Duration::ZERO, |since| since.elapsed());
             let began = Instant::now();
-            self.began_ns.store(processor_ns(), Ordering::Relaxed);
+            self.began_ns.store(nanos(processor_time()), Ordering::Relaxed);
             self.has_yielded.store(false, Ordering::Relaxed);
             let polled = call.as_mut().poll(context);
             // No call runs for longer than it takes: as long as that is within the limit, the kernel is not asked.
@@ -66,7 +71,7 @@ impl CallClock {
                 return polled;
             }
             let ran = self.ran();
-            self.ran_ns.store(u64::try_from(ran.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            self.ran_ns.store(nanos(ran), Ordering::Relaxed);
             // Within a call of the host, or one instruction that takes long, the guest is not interrupted.
             if call_max < ran {
                 return Poll::Ready(match polled {

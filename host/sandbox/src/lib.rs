@@ -48,6 +48,7 @@ mod bindings {
 }
 
 pub use bindings::cofferdam::operator::logging::Level;
+pub use call::processor_time;
 pub use component::{Component, Digest};
 pub use engine::{Sandbox, SandboxError, SandboxOptions, TrackingChoice};
 pub use files::SCRATCH;
