@@ -3,12 +3,11 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use super::{Attack, HostileJob};
+use super::{Attack, HostileJob, pipe};
 use crate::guest;
 
 type Make = fn(&Path) -> Result<PathBuf>;
@@ -46,7 +45,7 @@ const ATTACKS: &[(&str, &str, &[&str], &str, Make)] = &[
     }),
     ("is a pipe that no one writes to", "only regular files are read", &["C0012"], "", |dir| {
         let path = dir.join("pipe.wasm");
-        ensure!(Command::new("mkfifo").arg(&path).status()?.success(), "mkfifo");
+        pipe(&path)?;
         Ok(path)
     }),
     ("is a directory", "only regular files are read", &["C0012"], "", |dir| Ok(dir.to_owned())),
@@ -207,8 +206,7 @@ pub(super) fn attacks() -> Vec<Attack> {
         let make = *make;
         let strike = move |dir: &Path| {
             let component = make(dir)?;
-            HostileJob { component: &component, config: "", operator: "", tables: "", restarts: 0 }
-                .lay(dir)
+            HostileJob { component: &component, config: "", tables: "", restarts: 0 }.lay(dir)
         };
         Attack {
             category: "a component's bytes",

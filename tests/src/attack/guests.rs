@@ -1,6 +1,10 @@
 //! What a guest does while it runs: in each export, and to each thing that it can reach.
 
-use std::{fs, path::PathBuf, sync::LazyLock};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
 
 use super::{Attack, HostileJob};
 use crate::guest;
@@ -12,8 +16,11 @@ const LIMIT: &[&str] = &["C0102"];
 const TRAP: &[&str] = &["C0101"];
 const FINISHED: &[&str] = &["finished"];
 
-/// What can be done in every export: the deed, in words, what stops it, how it ends, and what is said.
-const EVERYWHERE: &[(&str, &str, &str, &[&str], &str)] = &[
+/// The deed, in words, what stops it, how it ends, and what is said.
+type Row = (&'static str, &'static str, &'static str, &'static [&'static str], &'static str);
+
+/// What can be done in every export.
+const EVERYWHERE: &[Row] = &[
     ("loop", "runs for ever", "`limits.call`", LIMIT, "ran longer than 200 ms"),
     (
         "bulk",
@@ -31,7 +38,7 @@ const EVERYWHERE: &[(&str, &str, &str, &[&str], &str)] = &[
 ];
 
 /// What is done to the host from `process`.
-const ONCE: &[(&str, &str, &str, &[&str], &str)] = &[
+const ONCE: &[Row] = &[
     ("naps", "waits a millisecond at a time, for ever", "`limits.wait`", LIMIT, "waited longer"),
     ("panic", "panics", "the sandbox", TRAP, "unreachable"),
     ("huge-panic", "panics with 11 MB of words", "8 KiB a text", &["C0101", "C0102"], ""),
@@ -144,7 +151,7 @@ const ONCE: &[(&str, &str, &str, &[&str], &str)] = &[
     ),
 ];
 
-const HAND_OVER: &[(&str, &str, &str, &[&str], &str)] = &[
+const HAND_OVER: &[Row] = &[
     ("never-last", "hands state over without end", "`limits.state`", LIMIT, "bytes of state"),
     ("empty-pieces", "hands nothing over without end", "the contract", TRAP, "empty piece"),
     (
@@ -168,7 +175,7 @@ const HAND_OVER: &[(&str, &str, &str, &[&str], &str)] = &[
 ];
 
 /// With state that the host keeps.
-const KEPT: &[(&str, &str, &str, &[&str], &str)] = &[
+const KEPT: &[Row] = &[
     ("state-put", "puts state without end", "`limits.state`, `limits.call`", LIMIT, ""),
     (
         "state-malformed",
@@ -194,16 +201,9 @@ const KEPT: &[(&str, &str, &str, &[&str], &str)] = &[
     ("state-scan", "scans from a namespace longer than the key", "the contract", TRAP, "namespace"),
 ];
 
-/// What `describe` says or does.
+/// What `describe` says or does beside that.
 const DESCRIBE: &[(&str, &str, &str)] = &[
-    ("loop", "runs for ever", "ran longer"),
-    ("bulk", "fills 48 MB again and again by bulk instructions", "ran longer"),
-    ("trap", "traps", "unreachable"),
-    ("sleep", "sleeps for an hour", "waited longer"),
-    ("memory", "takes memory without end", "bytes of memory"),
-    ("recurse", "calls itself without end", "stack overflow"),
     ("recurse-in-memory", "calls itself without end, with large frames", "out of bounds"),
-    ("handles", "takes handles without end", "more than 64 resources"),
     ("no-inputs", "says that it has no inputs", ""),
     ("many-inputs", "says that it has 100,000 inputs", ""),
     ("many-states", "says that it has 100,000 states", ""),
@@ -216,60 +216,23 @@ const DESCRIBE: &[(&str, &str, &str)] = &[
 
 pub(super) fn attacks() -> Vec<Attack> {
     let mut attacks = Vec::new();
-    for (deed, words, stopped_by, expected, says) in EVERYWHERE {
-        for export in EXPORTS {
-            attacks.push(at("each export", export, deed, words, stopped_by, expected, says, ""));
-        }
-    }
-    for (deed, words, stopped_by, expected, says) in ONCE {
-        attacks.push(at(
-            "floods and false answers",
-            "process",
-            deed,
-            words,
-            stopped_by,
-            expected,
-            says,
-            "",
-        ));
-    }
-    for deed in ["ends-beyond", "other-output", "flood"] {
-        let (_, words, stopped_by, expected, says) =
-            ONCE.iter().find(|(known, ..)| *known == deed).expect("known");
-        for export in ["advance", "finish"] {
-            attacks.push(at(
-                "floods and false answers",
-                export,
-                deed,
-                words,
-                stopped_by,
-                expected,
-                says,
-                "",
-            ));
-        }
-    }
-    let words = "refuses to open, with 4 MB of escape sequences";
-    attacks.push(at(
-        "floods and false answers",
-        "open",
-        "error",
-        words,
-        "8 KiB a text",
-        &["C0108"],
-        "",
-        "",
-    ));
-    for (deed, words, stopped_by, expected, says) in HAND_OVER {
-        attacks.push(at("state", "checkpoint", deed, words, stopped_by, expected, says, ""));
-    }
-    for (deed, words, stopped_by, expected, says) in KEPT {
-        let tables = "[state.backend]\ntype = \"sled\"";
-        attacks.push(at("state", "process", deed, words, stopped_by, expected, says, tables));
-    }
-    for (deed, words, says) in DESCRIBE {
+    for row in EVERYWHERE {
+        attacks.extend(EXPORTS.map(|export| at("each export", export, row, "")));
+        let (deed, words, .., says) = row;
         attacks.push(described(deed, words, says));
     }
+    attacks.extend(DESCRIBE.iter().map(|(deed, words, says)| described(deed, words, says)));
+    let answers = "floods and false answers";
+    attacks.extend(ONCE.iter().map(|row| at(answers, "process", row, "")));
+    let elsewhere = |(deed, ..): &&Row| ["ends-beyond", "other-output", "flood"].contains(deed);
+    for row in ONCE.iter().filter(elsewhere) {
+        attacks.extend(["advance", "finish"].map(|export| at(answers, export, row, "")));
+    }
+    let words = "refuses to open, with 4 MB of escape sequences";
+    attacks.push(at(answers, "open", &("error", words, "8 KiB a text", &["C0108"], ""), ""));
+    attacks.extend(HAND_OVER.iter().map(|row| at("state", "checkpoint", row, "")));
+    let tables = "[state.backend]\ntype = \"sled\"";
+    attacks.extend(KEPT.iter().map(|row| at("state", "process", row, tables)));
     attacks
 }
 
@@ -277,22 +240,12 @@ fn hostile() -> PathBuf {
     guest::probe().with_file_name("hostile.wasm")
 }
 
-#[allow(clippy::too_many_arguments, reason = "the columns of a table")]
-fn at(
-    category: &'static str,
-    export: &'static str,
-    deed: &'static str,
-    words: &str,
-    stopped_by: &'static str,
-    expected: &'static [&'static str],
-    says: &'static str,
-    tables: &'static str,
-) -> Attack {
-    let strike = move |dir: &std::path::Path| {
+fn at(category: &'static str, export: &'static str, row: &Row, tables: &'static str) -> Attack {
+    let (deed, words, stopped_by, expected, says) = *row;
+    let strike = move |dir: &Path| {
         let config = format!("deed = \"{export}:{deed}\"");
         let restarts = u32::from(export == "restore");
-        HostileJob { component: &hostile(), config: &config, operator: "", tables, restarts }
-            .lay(dir)
+        HostileJob { component: &hostile(), config: &config, tables, restarts }.lay(dir)
     };
     let (deed, place) = (words.to_owned(), export);
     Attack { category, deed, place, stopped_by, expected, says, strike: Box::new(strike) }
@@ -301,7 +254,7 @@ fn at(
 /// A component whose `describe` does it: the deed is written over what it has in its bytes.
 fn described(deed: &'static str, words: &str, says: &'static str) -> Attack {
     static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| fs::read(hostile()).expect("a component"));
-    let strike = move |dir: &std::path::Path| {
+    let strike = move |dir: &Path| {
         let mut bytes = BYTES.clone();
         let mark = b"COFFERDAM-SCRIPT ";
         let at = bytes.windows(mark.len()).position(|it| it == mark).expect("the mark");
@@ -309,8 +262,7 @@ fn described(deed: &'static str, words: &str, says: &'static str) -> Attack {
         bytes[at + mark.len()..][..47].copy_from_slice(script.as_bytes());
         let component = dir.join("hostile.wasm");
         fs::write(&component, bytes)?;
-        HostileJob { component: &component, config: "", operator: "", tables: "", restarts: 0 }
-            .lay(dir)
+        HostileJob { component: &component, config: "", tables: "", restarts: 0 }.lay(dir)
     };
     Attack {
         category: "each export",

@@ -1,8 +1,8 @@
 //! What a manifest and a host's file do to whatever reads them.
 
-use std::{fmt::Write, fs, path::Path, process::Command};
+use std::{fmt::Write, fs, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::{Attack, Laid, laid};
 
@@ -163,12 +163,6 @@ fn with_host(dir: &Path, name: &str, text: &str) -> Result<Laid> {
     fs::write(dir.join(name), text)?;
     let laid = laid(dir, &format!("[job]\nname = \"a\"\n{GRAPH}"))?;
     Ok(Laid { host: Some(dir.join(name)), ..laid })
-}
-
-/// A pipe that no one writes to.
-pub(super) fn pipe(path: &Path) -> Result<()> {
-    ensure!(Command::new("mkfifo").arg(path).status()?.success(), "mkfifo");
-    Ok(())
 }
 
 pub(super) fn attacks() -> Vec<Attack> {

@@ -11,6 +11,7 @@ use std::{
     fs,
     panic::AssertUnwindSafe,
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -263,8 +264,6 @@ pub fn table(attacks: &[Attack], struck: &[Struck]) -> String {
 pub(crate) struct HostileJob<'a> {
     pub(crate) component: &'a Path,
     pub(crate) config: &'a str,
-    /// Further lines of the operator.
-    pub(crate) operator: &'a str,
     /// Further tables.
     pub(crate) tables: &'a str,
     pub(crate) restarts: u32,
@@ -272,7 +271,7 @@ pub(crate) struct HostileJob<'a> {
 
 impl HostileJob<'_> {
     pub(crate) fn lay(&self, dir: &Path) -> Result<Laid> {
-        let Self { component, config, operator, tables, restarts } = self;
+        let Self { component, config, tables, restarts } = self;
         let text = format!(
             "[job]\nname = \"hostile\"\n\
              [restart-strategy]\ntype = \"fixed-delay\"\nfixed-delay = {{ attempts = {restarts}, delay = \"0s\" }}\n\
@@ -280,11 +279,17 @@ impl HostileJob<'_> {
              [[source]]\nname = \"in\"\nconnector = \"generator\"\ncount = 8000\nrate = 40000\ntimestamps = true\n\
              [[operator]]\nname = \"hostile\"\ncomponent = {component:?}\nsnapshot = \"declared\"\n\
              inputs = [{{ from = \"in\", partition = \"hash\" }}]\nconfig = {{ {config} }}\n\
-             limits = {{ call = \"200ms\", wait = \"300ms\", memory = \"200 MiB\", output = \"8 MiB\", state = \"64 MiB\" }}\n{operator}\n\
+             limits = {{ call = \"200ms\", wait = \"300ms\", memory = \"200 MiB\", output = \"8 MiB\", state = \"64 MiB\" }}\n\
              [[sink]]\nname = \"out\"\nconnector = \"discard\"\ninputs = [\"hostile\"]\n"
         );
         laid(dir, &text)
     }
+}
+
+/// A pipe that no one writes to.
+pub(crate) fn pipe(path: &Path) -> Result<()> {
+    ensure!(Command::new("mkfifo").arg(path).status()?.success(), "mkfifo");
+    Ok(())
 }
 
 /// A manifest alone.

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Attack, Laid, manifests::pipe};
+use super::{Attack, Laid, pipe};
 use crate::{
     disk::copy_dir,
     guest,
