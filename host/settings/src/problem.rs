@@ -119,7 +119,7 @@ impl fmt::Display for Place {
 impl Place {
     /// The line, with what is meant marked below it.
     fn drawn(&self) -> String {
-        if self.text[..self.marked.start].chars().count() + 1 != self.column {
+        if self.text[..self.marked.start].chars().count() + 1 < self.column {
             return format!(" --> {self}");
         }
         let snippet = Snippet::source(&self.text)

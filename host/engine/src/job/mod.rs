@@ -233,10 +233,9 @@ impl Job {
             record.begin(dir, chosen.lineage.job, begun_from).map_err(|error| unusable(&error))?;
         }
         let requests = savepoint_requests(&store, &resume).map_err(|error| unusable(&error))?;
-        let plan_files = spec.files();
         let mut plan = Plan::new(&spec, chosen.lineage.job, nodes, outputs, &operators, share);
         (plan.partitions, plan.locals, plan.untried) = (partitions, locals, untried);
-        plan.reach = Arc::new(Reach::new(plan_files, state_dir));
+        plan.reach = Arc::new(Reach::new(spec.files(), state_dir));
         let metrics = Arc::new(Metrics::of(spec.nodes.iter().map(|node| node.name.as_str())));
         let (events, inbox) = mpsc::unbounded_channel();
         Ok(Self {
